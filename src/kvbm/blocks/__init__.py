@@ -1,0 +1,9 @@
+"""The life of blocks in one tier: who holds which slot, which key is where, what goes first. Logic only."""
+
+from __future__ import annotations
+
+from kvbm.blocks.leases import Pinned, Staged, Weak, Writable
+from kvbm.blocks.pool import Pool
+from kvbm.blocks.statistics import PoolStatistics
+
+__all__ = ["Pinned", "Pool", "PoolStatistics", "Staged", "Weak", "Writable"]

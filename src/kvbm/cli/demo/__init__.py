@@ -1,0 +1,1 @@
+"""``kvbm demo``: the same conversations with and without KVBM, measured and compared."""

@@ -1,0 +1,228 @@
+"""``kvbm demo``: several users take turns with an engine whose own cache is too small for all of them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from kvbm.cli import models, serve
+from kvbm.cli.control import ask_all
+from kvbm.cli.demo import report
+from kvbm.cli.demo.client import Client, Message, Reply
+from kvbm.cli.demo.conversations import Conversation, conversations
+from kvbm.cli.launch import Server
+from kvbm.core import config
+from kvbm.core.errors import Broken, KvbmError
+
+_out = Console(highlight=False)
+
+BLOCK_TOKENS = 32
+G2_GB = 2
+READY_WITHIN_S = 240.0
+CONTROLS = 3
+
+Advance = Callable[[str], None]
+"""Says what is done next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Sizes of the demo. The device cache holds one conversation: with four users about a quarter of them all."""
+
+    users: int
+    turns: int
+    document_tokens: int
+    answer_tokens: int
+
+    @property
+    def max_model_len(self) -> int:
+        # 40: a question and the template around it; 64: the template's own opening.
+        tokens = self.document_tokens + self.turns * (self.answer_tokens + 40) + 64
+        return -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+
+    @property
+    def device_blocks(self) -> int:
+        # One block is the engine's null block.
+        return self.max_model_len // BLOCK_TOKENS + 1
+
+    def arguments(self) -> list[str]:
+        """Of the engine, the same with and without KVBM."""
+        flags = {
+            "--max-model-len": self.max_model_len,
+            "--block-size": BLOCK_TOKENS,
+            "--num-gpu-blocks-override": self.device_blocks,
+            "--dtype": "bfloat16",
+            "--seed": 0,
+            "--port": serve.free_port("127.0.0.1", 0),
+        }
+        switches = ["--enforce-eager", "--enable-prefix-caching"]
+        return [part for flag, value in flags.items() for part in (flag, str(value))] + switches
+
+
+def demo(
+    users: Annotated[int, typer.Option(min=2, max=32, help="Users who take turns.")] = 4,
+    turns: Annotated[int, typer.Option(min=2, max=12, help="Turns of each user.")] = 3,
+    document_tokens: Annotated[int, typer.Option(min=200, max=6000, help="Length of each user's document.")] = 1850,
+    answer_tokens: Annotated[int, typer.Option(min=4, max=256, help="Length of an answer.")] = 28,
+    output: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("build/demo.json"),
+) -> None:
+    """Compare vLLM alone with vLLM and KVBM: the same users, conversations and engine settings, a few minutes."""
+    cache_dir = config.load().settings.cache_dir
+    output.parent.mkdir(parents=True, exist_ok=True)
+    plan = Plan(users, turns, document_tokens, answer_tokens)
+    model = models.resolve("smollm2", cache_dir, _out)
+    result = measure(plan, model, output.parent)
+    output.write_text(json.dumps(report.record(result), indent=1) + "\n")
+    _out.print(report.table(result))
+    _out.print(f"Figures in {output}, the engines' logs beside it.", markup=False)
+    if problem := result.problem():
+        raise KvbmError(f"the demo failed: {problem}")
+
+
+def measure(plan: Plan, model: str, logs: Path) -> report.Demo:
+    """Run both. Raises Broken when an engine does not start or does not answer."""
+    with _progress() as advance:
+        with _engine(plan, model, logs / "demo-plain.log", {}, advance, with_kvbm=False) as (client, start_s):
+            advance("Preparing the documents")
+            talks = conversations(plan.users, plan.turns, plan.document_tokens, client.count_tokens)
+            turns, asked = _play(plan, talks, client, advance, "vLLM alone")
+            plain = report.Run(turns, start_s)
+            control = _ask_again(plan, asked, client, advance)
+        with tempfile.TemporaryDirectory(prefix="kvbm-demo-") as run_dir:
+            environment = {"KVBM_G2_GB": str(G2_GB), "KVBM_RUN_DIR": run_dir, "KVBM_ENABLED": "true"}
+            with _engine(plan, model, logs / "demo-kvbm.log", environment, advance, with_kvbm=True) as (
+                client,
+                start_s,
+            ):
+                turns, _ = _play(plan, talks, client, advance, "vLLM with KVBM")
+                kvbm = report.Run(turns, start_s, _moved(Path(run_dir)))
+    return report.Demo(_settings(plan, turns), plain, kvbm, control)
+
+
+def _play(
+    plan: Plan, talks: list[Conversation], client: Client, advance: Advance, name: str
+) -> tuple[list[report.Turn], list[tuple[list[Message], str]]]:
+    """Every user's first turn, then every user's second ...; also what was asked and answered."""
+    histories: list[list[Message]] = [[] for _ in talks]
+    known = [0 for _ in talks]
+    done, asked = [], []
+    for turn in range(plan.turns):
+        for talk in talks:
+            advance(f"{name}: turn {turn + 1} of {plan.turns}, user {talk.user + 1} of {plan.users}")
+            history = histories[talk.user]
+            history.append({"role": "user", "content": talk.says(turn)})
+            before = client.metrics()
+            reply = client.chat(history, plan.answer_tokens)
+            done.append(_turn(talk.user, turn, known[talk.user], reply, before, client.metrics()))
+            asked.append((list(history), reply.text))
+            history.append({"role": "assistant", "content": reply.text})
+            known[talk.user] = reply.prompt_tokens + reply.answer_tokens
+    return done, asked
+
+
+def _turn(
+    user: int, turn: int, known: int, reply: Reply, before: dict[str, float], after: dict[str, float]
+) -> report.Turn:
+    def grown(name: str) -> int:
+        return round(after.get(name, 0.0) - before.get(name, 0.0))
+
+    return report.Turn(
+        user=user + 1,
+        turn=turn + 1,
+        prompt_tokens=reply.prompt_tokens,
+        known_tokens=min(known, reply.prompt_tokens),
+        device_tokens=grown("vllm:prefix_cache_hits_total"),
+        g2_tokens=grown("vllm:external_prefix_cache_hits_total"),
+        ttft_ms=reply.ttft_s * 1000,
+        text=reply.text,
+    )
+
+
+def _ask_again(plan: Plan, asked: list[tuple[list[Message], str]], client: Client, advance: Advance) -> report.Same:
+    """Some of the requests a second time: shows that the engine alone answers the same twice."""
+    step = max(1, len(asked) // CONTROLS)
+    pairs = []
+    for history, text in asked[::step][:CONTROLS]:
+        advance(f"vLLM alone, asked again: {len(pairs) + 1} of {CONTROLS}")
+        pairs.append((text, client.chat(history, plan.answer_tokens).text))
+    return report.same(pairs)
+
+
+@contextmanager
+def _engine(
+    plan: Plan, model: str, log: Path, environment: dict[str, str], advance: Advance, *, with_kvbm: bool
+) -> Iterator[tuple[Client, float]]:
+    """A server that answers, and the seconds it took to start."""
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    launch = serve.plan("smollm2", plan.arguments(), model, with_kvbm=with_kvbm, environment=defaults | environment)
+    advance(f"Starting vLLM {'with KVBM' if with_kvbm else 'alone'} (about half a minute)")
+    start = time.monotonic()
+    with log.open("wb") as file, Server(launch, file) as server:
+        while not server.is_healthy():
+            if server.exit_code() is not None or time.monotonic() - start > READY_WITHIN_S:
+                raise Broken(f"the engine did not start; the end of {log}:\n{_tail(log)}")
+            time.sleep(0.3)
+        try:
+            yield Client(launch.host, launch.port, launch.served_name), time.monotonic() - start
+        except Broken as error:
+            raise Broken(f"{error}; the end of {log}:\n{_tail(log)}") from error
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _moved(run_dir: Path) -> dict[str, int] | None:
+    """Bytes that KVBM says it copied, once the last copies have ended."""
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            status = ask_all(run_dir, "status")[0].result
+        except KvbmError:
+            return None
+        if status is None:
+            return None
+        if not status["offload"]["in_flight"] or time.monotonic() > deadline:
+            return {"down": status["offload"]["bytes"], "up": status["onboard"]["bytes"]}
+        time.sleep(0.1)
+
+
+def _settings(plan: Plan, turns: list[report.Turn]) -> dict[str, Any]:
+    last = turns[-plan.users :]
+    return {
+        "model": "SmolLM2-135M-Instruct",
+        "vllm": metadata.version("vllm-cpu" if serve.engine_build() == "cpu" else "vllm"),
+        "users": plan.users,
+        "turns": plan.turns,
+        "document_tokens": plan.document_tokens,
+        "answer_tokens": plan.answer_tokens,
+        "block_tokens": BLOCK_TOKENS,
+        "max_model_len": plan.max_model_len,
+        "device_tokens": (plan.device_blocks - 1) * BLOCK_TOKENS,
+        "working_set_tokens": sum(turn.prompt_tokens + plan.answer_tokens for turn in last),
+        "g2_gb": G2_GB,
+    }
+
+
+@contextmanager
+def _progress() -> Iterator[Advance]:
+    """A line that moves on a terminal, a line for each step elsewhere."""
+    if not _out.is_terminal:
+        start = time.monotonic()
+        yield lambda text: _out.print(f"[{time.monotonic() - start:5.0f} s] {text}", markup=False)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=_out, transient=True) as progress:
+        task = progress.add_task("")
+        yield lambda text: progress.update(task, description=text)

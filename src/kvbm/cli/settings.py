@@ -1,0 +1,57 @@
+"""``kvbm config``: every setting, its value, where that came from and what it means."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kvbm.core import config
+from kvbm.core.errors import ConfigError
+
+_out = Console()
+
+
+def show(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    extra: Annotated[
+        str, typer.Option("--extra", metavar="JSON", help="An engine's kv_connector_extra_config to take into account.")
+    ] = "",
+) -> None:
+    """List every setting as an engine started from here would see it, and check them."""
+    resolved = config.load(extra=_parse(extra))
+    fields = config.Settings.model_fields
+    values = resolved.settings.model_dump(mode="json")
+    if as_json:
+        settings = {
+            name: {
+                "value": values[name],
+                "source": resolved.sources[name],
+                "allowed": config.allowed(name),
+                "meaning": field.description,
+            }
+            for name, field in fields.items()
+        }
+        print(json.dumps({"settings": settings, "notes": resolved.notes}, indent=2))
+        return
+    table = Table("setting", "value", "source", "meaning", header_style="bold")
+    for name, field in fields.items():
+        value = "" if values[name] is None else str(values[name])
+        table.add_row(name, *map(Text, (value, resolved.sources[name], field.description or "")))
+    _out.print(table)
+    for note in resolved.notes:
+        _out.print(f"Note: {note}", markup=False, highlight=False)
+
+
+def _parse(extra: str) -> dict[str, object]:
+    try:
+        values = json.loads(extra or "{}")
+    except ValueError as error:
+        raise ConfigError("--extra", f"it is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError("--extra", "it must be a JSON object")
+    return values

@@ -1,0 +1,153 @@
+"""The class vLLM loads. Delegates; decides nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+)
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from kvbm.connect.vllm import geometry
+from kvbm.connect.vllm.stats import KvbmPromMetrics, KvbmStats
+from kvbm.connect.vllm.translate import KvbmMetadata, SchedulerSide, WorkerSide
+from kvbm.core.config import load
+from kvbm.core.errors import Broken
+from kvbm.core.identity import clash
+from kvbm.observe.log import configure
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+log = logging.getLogger(__name__)
+
+
+class KvbmConnector(KVConnectorBase_V1):  # type: ignore[misc]
+    """`--kv-transfer-config '{"kv_connector":"KvbmConnector","kv_connector_module_path":"kvbm.connect.vllm",
+    "kv_role":"kv_both"}'`. Settings may stand in `kv_connector_extra_config`.
+
+    Where KVBM is switched off, or something it needs at start is broken (and `strict` is not set), both sides are None
+    and the engine runs as if it had no connector.
+    """
+
+    _cache_hit_source = CacheHitSource.HOST
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        configure()
+        # vLLM's default ends a request whose load failed; it reads this after constructing the connector.
+        self._kv_transfer_config.kv_load_failure_policy = "recompute"
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        resolved = load(extra=self._kv_transfer_config.kv_connector_extra_config)
+        if not resolved.settings.enabled:
+            log.warning("KVBM is switched off (%s): the engine runs without it", resolved.sources["enabled"])
+            return
+        geometry.check(vllm_config, kv_cache_config, resolved)
+        if role is KVConnectorRole.WORKER:
+            self._worker = WorkerSide(vllm_config, kv_cache_config, resolved)
+            return
+        if (sentence := clash()) is not None:
+            log.warning("%s", sentence)
+        try:
+            self._scheduler = SchedulerSide(vllm_config, kv_cache_config, resolved)
+        except Broken as error:
+            if resolved.settings.strict:
+                raise
+            log.error("KVBM cannot start, the engine runs without it: %s", error)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    # ------------------------------------------------------------------ scheduler side
+
+    def on_new_request(self, request: Request) -> None:
+        if self._scheduler is not None:
+            self._scheduler.on_new_request(request)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return self._scheduler.match(request, num_computed_tokens) if self._scheduler is not None else (0, False)
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        if self._scheduler is not None:
+            self._scheduler.place(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        return self._scheduler.step(scheduler_output) if self._scheduler is not None else KvbmMetadata(b"")
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return (self._scheduler is not None and self._scheduler.finish(request, block_ids)), None
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        return self._scheduler.take_events() if self._scheduler is not None else ()
+
+    def reset_cache(self) -> bool:
+        return self._scheduler.reset() if self._scheduler is not None else True
+
+    # ------------------------------------------------------------------ worker side
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        if self._worker is not None:
+            self._worker.register(kv_caches)
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        assert isinstance(kv_connector_metadata, KvbmMetadata)
+        self._stepping = self._worker if kv_connector_metadata.payload else None
+        if self._stepping is not None:
+            self._stepping.before_step(kv_connector_metadata)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        if self._stepping is not None:
+            self._stepping.before_forward()
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: what a forward pass needs is complete before it starts."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing: blocks are offloaded after the forward pass, beside the next one."""
+
+    def wait_for_save(self) -> None:
+        if self._stepping is not None:
+            self._stepping.after_forward()
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        return self._stepping.results() if self._stepping is not None else KVConnectorTransferResults()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._stepping.bad_blocks() if self._stepping is not None else set()
+
+    # ------------------------------------------------------------------ both
+
+    _stepping: WorkerSide | None = None
+    """The worker side while the scheduler side is there too; it may not have come up."""
+
+    def get_kv_connector_stats(self) -> KvbmStats | None:
+        return self._scheduler.stats() if self._scheduler is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvbmStats:
+        return KvbmStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
+    ) -> KvbmPromMetrics:
+        return KvbmPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def shutdown(self) -> None:
+        for side in (self._scheduler, self._worker):
+            if side is not None:
+                side.close()

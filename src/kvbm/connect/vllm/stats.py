@@ -1,0 +1,82 @@
+"""KVBM's numbers on vLLM's own `/metrics`: collected in the engine core, added up in the API server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from prometheus_client import Counter
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+from kvbm.observe.totals import Totals
+
+COUNTERS = {
+    "offload_blocks": "blocks copied from the engine to host memory",
+    "offload_failed_blocks": "blocks whose copy to host memory failed",
+    "offload_bytes": "bytes copied to host memory, over all ranks",
+    "onboard_blocks": "blocks copied from host memory to the engine",
+    "onboard_failed_blocks": "blocks whose copy from host memory failed",
+    "onboard_bytes": "bytes copied from host memory, over all ranks",
+    "matched_tokens": "prompt tokens promised from host memory",
+}
+
+
+def _read(totals: Totals) -> dict[str, int]:
+    return {
+        "offload_blocks": totals.offload.blocks,
+        "offload_failed_blocks": totals.offload.failed,
+        "offload_bytes": totals.offload.nbytes,
+        "onboard_blocks": totals.onboard.blocks,
+        "onboard_failed_blocks": totals.onboard.failed,
+        "onboard_bytes": totals.onboard.nbytes,
+        "matched_tokens": totals.g2_tokens,
+    }
+
+
+@dataclass
+class KvbmStats(KVConnectorStats):  # type: ignore[misc]
+    """`data` maps a name of COUNTERS to what was added in the interval."""
+
+    data: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def since(cls, totals: Totals) -> KvbmStats:
+        """The state to count from."""
+        return cls(data=_read(totals))
+
+    def advance(self, totals: Totals) -> KvbmStats:
+        """What was added since; this object moves on."""
+        now = _read(totals)
+        news = {name: value - self.data[name] for name, value in now.items() if value != self.data[name]}
+        self.data = now
+        return KvbmStats(data=news)
+
+    def reset(self) -> None:
+        self.data = {}
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        for name, value in other.data.items():
+            self.data[name] = self.data.get(name, 0) + value
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        return {f"kvbm {name.replace('_', ' ')}": value for name, value in self.data.items()}
+
+    def is_empty(self) -> bool:
+        return not self.data
+
+
+class KvbmPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
+    """vllm:kvbm_* counters, one per engine."""
+
+    def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine: Any) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine)
+        self._counters = {}
+        for name, text in COUNTERS.items():
+            family = metric_types[Counter](f"vllm:kvbm_{name}", text, labelnames=labelnames)
+            self._counters[name] = {index: family.labels(*values) for index, values in per_engine.items()}
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        for name, value in transfer_stats_data.items():
+            if name in self._counters:
+                self._counters[name][engine_idx].inc(value)

@@ -1,0 +1,247 @@
+"""vLLM's calls, turned into KVBM's. With `geometry.py` the only code that knows vLLM's types; it decides nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorTransferResults
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+from kvbm.connect.vllm import geometry
+from kvbm.connect.vllm.stats import KvbmStats
+from kvbm.core.config import Resolved
+from kvbm.core.events import Admitted, Cleared, Event, Removed, Stored
+from kvbm.core.keys import variant_keys, weights_digest
+from kvbm.manager.build import build_leader, build_worker
+from kvbm.manager.requests import RequestParams
+from kvbm.manager.wire import Step, decode_step, encode
+from kvbm.manager.worker import Worker
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+log = logging.getLogger(__name__)
+
+MEDIUM = "CPU"
+"""How vLLM's KV events call host memory."""
+
+
+@dataclass(slots=True)
+class KvbmMetadata(KVConnectorMetadata):  # type: ignore[misc]
+    """A step, already encoded: vLLM pickles this object between its processes, our own types never are."""
+
+    payload: bytes
+
+
+class Keys(Sequence[bytes]):
+    """A request's block keys as a view that grows with it, where the engine's list of hashes cannot serve as it is:
+    several hashes per block, or an adapter whose weights its hash does not cover."""
+
+    def __init__(self, hashes: Sequence[bytes], per_block: int, variant: bytes) -> None:
+        self._hashes, self._per_block, self._variant = hashes, per_block, variant
+        self._known: list[bytes] = []
+
+    def __len__(self) -> int:
+        return len(self._hashes) // self._per_block
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        if len(self._known) < len(self):
+            step = self._per_block
+            new = self._hashes[len(self._known) * step + step - 1 :: step][: len(self) - len(self._known)]
+            self._known += variant_keys(new, self._variant) if self._variant else new
+        return self._known[index]
+
+
+class SchedulerSide:
+    """Beside vLLM's scheduler. All methods on the engine core's thread."""
+
+    def __init__(self, config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
+        self._block = kv.kv_cache_groups[0].kv_cache_spec.block_size
+        self._per_block = self._block // geometry.hash_block_tokens(config, kv)
+        self._async = resolved.settings.onboard == "async"
+        self._requests: dict[str, Request] = {}
+        self._adapters: dict[tuple[Any, ...], bytes] = {}
+        self.side = build_leader(
+            resolved,
+            geometry.place(config),
+            geometry.namespace(config, kv),
+            block_tokens=self._block,
+            shares_device_blocks=bool(config.cache_config.enable_prefix_caching),
+        )
+        self._leader = self.side.leader
+        self._events: list[Event] = []
+        if config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events:
+            self._leader.pool.add_observer(self)
+        self._stats = KvbmStats.since(self.side.totals)
+
+    def on_event(self, event: Event) -> None:
+        """Keeps the pool's events until the engine takes them."""
+        self._events.append(event)
+
+    def on_new_request(self, request: Request) -> None:
+        params, wrong = RequestParams.parse(request.kv_transfer_params)
+        for sentence in wrong:
+            log.warning("KVBM: request %s: %s", request.request_id, sentence)
+        variant = self._adapter(request)
+        keys: Sequence[bytes] = request.block_hashes
+        if self._per_block > 1 or variant:
+            keys = Keys(request.block_hashes, self._per_block, variant)
+        self._requests[request.request_id] = request
+        self._leader.begin(request.request_id, keys, params, request.num_prompt_tokens)
+
+    def _adapter(self, request: Request) -> bytes:
+        """Digest of the adapter's files as they are now; vLLM's own hash covers only its name and path."""
+        lora = request.lora_request
+        if lora is None:
+            return b""
+        folder = Path(lora.lora_path)
+        try:
+            files = tuple((entry.name, entry.stat().st_mtime_ns, entry.stat().st_size) for entry in os.scandir(folder))
+            identity = (lora.lora_int_id, lora.lora_path, *sorted(files))
+            if identity not in self._adapters:
+                self._adapters[identity] = f"{lora.lora_int_id} {weights_digest(folder)}".encode()
+            return self._adapters[identity]
+        except OSError:
+            return f"{lora.lora_int_id} {lora.lora_path}".encode()
+
+    def match(self, request: Request, computed_tokens: int) -> tuple[int | None, bool]:
+        """vLLM's get_num_new_matched_tokens. The block of the last token is always left to the engine."""
+        if request.skip_reading_prefix_cache or computed_tokens % self._block:
+            return 0, False
+        blocks = self._leader.match(
+            request.request_id, computed_tokens // self._block, (request.num_tokens - 1) // self._block
+        )
+        if blocks is None:
+            return None, False
+        return blocks * self._block, self._async and blocks > 0
+
+    def place(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
+        """vLLM's update_state_after_alloc."""
+        record = self._leader.records.get(request.request_id)
+        device = record.device_blocks * self._block if record is not None else 0
+        self._leader.place(
+            request.request_id,
+            blocks.get_block_ids()[0],
+            external_tokens // self._block,
+            Admitted(request.num_tokens, device, external_tokens),
+        )
+
+    def step(self, output: SchedulerOutput) -> KvbmMetadata:
+        """vLLM's build_connector_meta."""
+        leader, block = self._leader, self._block
+        for new in output.scheduled_new_reqs:
+            leader.grow(new.req_id, new.block_ids[0], replace=True)
+            leader.reuse(new.block_ids[0][new.num_computed_tokens // block :])
+            self._advance(new.req_id, new.num_computed_tokens, output)
+        cached = output.scheduled_cached_reqs
+        for request_id, groups, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            if groups is not None:
+                resumed = request_id in cached.resumed_req_ids
+                leader.grow(request_id, groups[0], replace=resumed)
+                leader.reuse(groups[0][computed // block :] if resumed else groups[0])
+            self._advance(request_id, computed, output)
+        return KvbmMetadata(encode(leader.seal(idle=output.total_num_scheduled_tokens == 0)))
+
+    def _advance(self, request_id: str, computed: int, output: SchedulerOutput) -> None:
+        request = self._requests.get(request_id)
+        if request is not None:
+            tokens = min(computed + output.num_scheduled_tokens[request_id], request.num_tokens)
+            self._leader.advance(request_id, min(tokens // self._block, len(request.block_hashes) // self._per_block))
+
+    def finish(self, request: Request, blocks: list[int]) -> bool:
+        """vLLM's request_finished."""
+        self._requests.pop(request.request_id, None)
+        tokens = min(request.num_computed_tokens, request.num_tokens)
+        complete = min(tokens // self._block, len(request.block_hashes) // self._per_block, len(blocks))
+        return self._leader.finish(request.request_id, blocks, complete)
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        events, self._events = self._events, []
+        for event in events:
+            match event:
+                case Stored(keys=keys, parent=parent, group=group):
+                    yield BlockStored(
+                        block_hashes=list(keys), parent_block_hash=parent, token_ids=[], block_size=self._block,
+                        lora_id=None, medium=MEDIUM, lora_name=None, group_idx=group,
+                    )  # fmt: skip
+                case Removed(keys=keys, group=group):
+                    yield BlockRemoved(block_hashes=list(keys), medium=MEDIUM, group_idx=group)
+                case Cleared():
+                    yield AllBlocksCleared()
+
+    def stats(self) -> KvbmStats | None:
+        """What was counted since the last call; None when nothing was."""
+        news = self._stats.advance(self.side.totals)
+        return None if news.is_empty() else news
+
+    def reset(self) -> bool:
+        self._leader.reset()
+        return True
+
+    def close(self) -> None:
+        self.side.close()
+
+
+class WorkerSide:
+    """Beside vLLM's model runner. All methods on the worker's main thread."""
+
+    def __init__(self, config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
+        self._config, self._kv, self._settings = config, kv, resolved.settings
+        self._worker: Worker | None = None
+        self._step = Step()
+
+    def register(self, caches: dict[str, torch.Tensor]) -> None:
+        """vLLM's register_kv_caches."""
+        self._worker = build_worker(
+            self._settings,
+            geometry.place(self._config),
+            geometry.namespace(self._config, self._kv),
+            geometry.g1_region(self._kv, caches),
+            get_tensor_model_parallel_rank(),
+        )
+
+    @property
+    def worker(self) -> Worker:
+        assert self._worker is not None, "vLLM stepped before it registered its KV caches"
+        return self._worker
+
+    def before_step(self, metadata: KvbmMetadata) -> None:
+        self._step = decode_step(metadata.payload)
+        self.worker.before_step(self._step)
+
+    def before_forward(self) -> None:
+        self.worker.before_forward(self._step)
+
+    def after_forward(self) -> None:
+        self.worker.after_forward(self._step)
+
+    def results(self) -> KVConnectorTransferResults:
+        ended = self.worker.collect(idle=self._step.idle)
+        return KVConnectorTransferResults(
+            finished_sending=ended.released, finished_recving=ended.loaded, failed_recving=ended.failed
+        )
+
+    def bad_blocks(self) -> set[int]:
+        return self.worker.take_bad_blocks()
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()

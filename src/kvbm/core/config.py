@@ -1,0 +1,271 @@
+"""Every setting, declared once, and where its value came from. Nothing else in KVBM reads the environment.
+
+A later layer wins: default, file (TOML, named by ``KVBM_CONFIG``), environment (``KVBM_*`` over upstream's
+``DYN_KVBM_*``), the engine's ``kv_connector_extra_config``, command-line option.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import annotated_types as at
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from kvbm.core.errors import ConfigError
+
+Gigabytes = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Port = Annotated[int, Field(ge=1, le=65_535)]
+
+
+class Settings(BaseSettings):
+    """What KVBM was told. Built by `load`, never from the environment directly."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    g2_gb: Gigabytes | None = None
+    """Host memory for KV blocks (G2), in GB of 10^9 bytes, total over all ranks of one engine; unset: g2_share."""
+    g2_blocks: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
+    """Size of G2 in blocks of the engine's block size; wins over g2_gb."""
+    g2_share: Annotated[float, Field(gt=0, le=0.9)] = 0.3
+    """Share of the memory available at start that G2 takes when neither g2_gb nor g2_blocks is set."""
+    onboard: Literal["async", "sync"] = "async"
+    """When blocks come back: between engine steps (async) or inside the step, layer by layer (sync)."""
+    enabled: bool = True
+    """Whether KVBM does anything; false leaves the connector in place and the engine on its own."""
+    strict: bool = False
+    """Whether trouble from outside (memory refused, port taken, helper dead) ends the engine instead of degrading."""
+    metrics: bool = False
+    """Whether to serve Prometheus metrics over HTTP."""
+    metrics_port: Port = 6880
+    """Port of the metrics; data-parallel rank r uses this port plus r."""
+    metrics_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address the metrics listen on."""
+    run_dir: Path = Field(default_factory=lambda: _run_dir(os.environ))
+    """Folder of the control sockets ($XDG_RUNTIME_DIR/kvbm, else /tmp/kvbm-<uid>)."""
+    cache_dir: Path = Field(default=Path("~/.cache/kvbm"), validate_default=True)
+    """Folder of models that KVBM converted."""
+    copy_threads: Annotated[int, Field(ge=0, le=256)] = 0
+    """Threads per rank that copy blocks; 0 chooses."""
+    store_inflight_mb: Annotated[int, Field(ge=1, le=1_000_000)] = 512
+    """Most megabytes of offload copies in flight at once, over all ranks of one engine."""
+    held_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Largest part of G2 that loads and waiting requests may hold."""
+    load_deadline_s: Seconds = 10.0
+    """Seconds after which a load counts as failed and its tokens are computed again."""
+    store_deadline_s: Seconds = 30.0
+    """Seconds after which an offload counts as failed and its blocks are not matched."""
+    init_timeout_s: Seconds = 600.0
+    """Seconds that the leader waits at start for every rank's worker."""
+    idle_wait_ms: Annotated[float, Field(ge=0, le=1000)] = 2.0
+    """Longest wait, in milliseconds, of an engine step that has nothing to compute for a running copy."""
+    explain_requests: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
+    """How many recent requests `kvbm explain` knows."""
+    transport_wrapper: Annotated[str, Field(pattern=r"^([\w.]+:\w+(\?.*)?)?$")] = ""
+    """For tests: module:function?query that wraps the transport of each worker."""
+
+    @field_validator("run_dir", "cache_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
+UPSTREAM = {
+    "DYN_KVBM_CPU_CACHE_GB": "g2_gb",
+    "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": "g2_blocks",
+    "DYN_KVBM_METRICS": "metrics",
+    "DYN_KVBM_METRICS_PORT": "metrics_port",
+    "DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS": "init_timeout_s",
+}
+"""Upstream's variables that mean one of our settings."""
+
+_WITHOUT_EFFECT = {
+    r"DISK_\w+|DISABLE_DISK_OFFLOAD_FILTER": "there is no disk tier yet",
+    r"OBJECT_\w+|NIXL_BACKEND_\w+|TRANSFER_BATCH_SIZE|G[23]PB_\w+": "there is no remote tier yet",
+    r"HOST_OFFLOAD_PREFIX_MIN_PRIORITY": "every complete block is offered to G2",
+    r"MAX_CONCURRENT_TRANSFERS|MAX_TRANSFER_BATCH_SIZE": "copies are bounded in bytes, by store_inflight_mb",
+    r"DISABLE_WRITE_COMBINED|ENABLE_NUMA": "G2 is ordinary memory where the system places it",
+    r"LEADER_ZMQ_(HOST|PUB_PORT|ACK_PORT)": "leader and workers talk over a local socket without ports",
+    r"TRTLLM_ZMQ_PORT|KV_EVENTS_ENABLE_CONSOLIDATOR|KV_EVENTS_CONSOLIDATOR_MODE": "events go out with the engine's own",
+    r"CACHE_STATS_\w+|ENABLE_RECORD": "see `kvbm status`, `kvbm explain` and the metrics instead",
+    r"NCCL_MLA_MODE|NCCL_MAX_CTAS": "blocks are not broadcast between ranks",
+}
+"""Upstream's other variables (patterns, without DYN_KVBM_) and why they do nothing here."""
+
+_ELSEWHERE = {"KVBM_CONFIG", "KVBM_TRACES"}
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Settings, the source of each ("default", "environment KVBM_G2_GB", ...) and sentences worth showing once."""
+
+    settings: Settings
+    sources: dict[str, str]
+    notes: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    value: Any
+    source: str
+
+
+def load(
+    *,
+    extra: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+    file: Path | None = None,
+) -> Resolved:
+    """Resolve every setting. `extra` is the engine's extra config; an option that is None was not given.
+
+    Raises ConfigError for the first unknown name or bad value, naming it, its source and what is allowed.
+    """
+    environ = os.environ if environ is None else environ
+    given: dict[str, _Given] = {}
+    notes: list[str] = []
+    if file is not None or environ.get("KVBM_CONFIG"):
+        given |= _from_file(file if file is not None else Path(environ["KVBM_CONFIG"]).expanduser())
+    given |= _from_environment(environ, notes)
+    given |= _from_extra(extra or {})
+    for name, value in (options or {}).items():
+        if value is not None:
+            source = f"option --{name.replace('_', '-')}"
+            given |= _from_mapping({name: value}, source)
+    if {"g2_gb", "g2_blocks"} <= given.keys():
+        notes.append(f"g2_gb from {given['g2_gb'].source} has no effect: g2_blocks is set and wins.")
+    sources = {name: given[name].source if name in given else "default" for name in Settings.model_fields}
+    return Resolved(_validated(given, environ), sources, notes)
+
+
+def child_environment(**defaults: str) -> dict[str, str]:
+    """This process's environment for one that it starts, with `defaults` where a variable is unset."""
+    return defaults | os.environ
+
+
+def _from_file(path: Path) -> dict[str, _Given]:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("KVBM_CONFIG", f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError("KVBM_CONFIG", f"{path} is not valid TOML: {error}") from None
+    return _from_mapping(content, f"file {path}")
+
+
+def _from_mapping(values: Mapping[str, Any], source: str) -> dict[str, _Given]:
+    for name in values:
+        if name not in Settings.model_fields:
+            raise _unknown(name, source, Settings.model_fields)
+    return {name: _Given(value, source) for name, value in values.items()}
+
+
+def _from_extra(extra: Mapping[str, Any]) -> dict[str, _Given]:
+    values: dict[str, Any] = {}
+    for key, value in extra.items():
+        name = key.removeprefix("kvbm.")
+        if name in values:
+            raise ConfigError(name, f"it is given twice, as {name} and kvbm.{name}", source="extra config")
+        values[name] = value
+    return _from_mapping(values, "extra config")
+
+
+def _from_environment(environ: Mapping[str, str], notes: list[str]) -> dict[str, _Given]:
+    """Ours last, so that it wins. An empty variable counts as unset."""
+    ours = {f"KVBM_{name.upper()}": name for name in Settings.model_fields}
+    upstream: dict[str, _Given] = {}
+    own: dict[str, _Given] = {}
+    for variable, value in sorted(environ.items()):
+        if not variable.startswith(("KVBM_", "DYN_KVBM_")) or not value or variable in _ELSEWHERE:
+            continue
+        if variable in ours:
+            own[ours[variable]] = _Given(value, f"environment {variable}")
+        elif variable in UPSTREAM:
+            # Upstream reads a count of 0 blocks as "not set".
+            if not (UPSTREAM[variable] == "g2_blocks" and value.strip() == "0"):
+                upstream[UPSTREAM[variable]] = _Given(value, f"environment {variable}")
+        elif reason := _without_effect(variable):
+            notes.append(f"{variable} has no effect: {reason}.")
+        elif not _is_service_link(variable, value):
+            raise _unknown(variable, f"environment {variable}", [*ours, *UPSTREAM, *_ELSEWHERE])
+    return upstream | own
+
+
+def _without_effect(variable: str) -> str | None:
+    name = variable.removeprefix("DYN_KVBM_") if variable.startswith("DYN_") else ""
+    return next((reason for pattern, reason in _WITHOUT_EFFECT.items() if re.fullmatch(pattern, name)), None)
+
+
+def _is_service_link(variable: str, value: str) -> bool:
+    """Kubernetes puts KVBM_SERVICE_HOST, KVBM_PORT_80_TCP ... into pods beside a Service called "kvbm"."""
+    return bool(re.search(r"_SERVICE_(HOST|PORT)|_PORT_\d+_(TCP|UDP|SCTP)", variable)) or "://" in value
+
+
+def _unknown(name: str, source: str, known: Iterable[str]) -> ConfigError:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    remedy = f"Did you mean {near[0]}?" if near else "`kvbm config` lists the settings."
+    return ConfigError(name, "there is no such setting", source=source, remedy=remedy)
+
+
+def _validated(given: Mapping[str, _Given], environ: Mapping[str, str]) -> Settings:
+    for name, entry in given.items():
+        # Pydantic would take true for the number 1.
+        if isinstance(entry.value, bool) and Settings.model_fields[name].annotation is not bool:
+            raise _bad(name, entry)
+    values = {"run_dir": _run_dir(environ)} | {name: entry.value for name, entry in given.items()}
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        raise _bad(name, given[name]) from None
+
+
+def _bad(name: str, entry: _Given) -> ConfigError:
+    return ConfigError(name, f"{entry.value!r} is not allowed, it must be {allowed(name)}", source=entry.source)
+
+
+def allowed(name: str) -> str:
+    """The values setting `name` takes, in words."""
+    field = Settings.model_fields[name]
+    annotation, constraints = field.annotation, list(field.metadata)
+    if type(None) in get_args(annotation):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+    if get_origin(annotation) is Annotated:
+        annotation, *fields = get_args(annotation)
+        constraints += [constraint for part in fields for constraint in part.metadata]
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(repr, get_args(annotation)))
+    if annotation is bool:
+        return "true or false"
+    if annotation is Path:
+        return "a path"
+    if annotation is str:
+        return "module:function?query" if name == "transport_wrapper" else "a text that is not empty"
+    bounds = []
+    for constraint in constraints:
+        if isinstance(constraint, at.Gt):
+            bounds.append(f"more than {constraint.gt:,}")
+        elif isinstance(constraint, at.Ge):
+            bounds.append(f"at least {constraint.ge:,}")
+        elif isinstance(constraint, at.Le):
+            bounds.append(f"at most {constraint.le:,}")
+    return f"a {'whole number' if annotation is int else 'number'}, " + " and ".join(bounds)
+
+
+def _run_dir(environ: Mapping[str, str]) -> Path:
+    runtime = environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime, "kvbm") if runtime else Path(f"/tmp/kvbm-{os.getuid()}")

@@ -1,0 +1,39 @@
+"""Errors that people see.
+
+    KvbmError
+    ├── ConfigError      a setting is wrong: ends the start, names the setting and where it came from
+    ├── Unsupported      the engine, model or mode cannot be served correctly: refused at start
+    ├── Misuse           a caller broke a contract (consumed handle, wrong state): nothing was changed
+    └── Broken           something outside failed (worker gone, memory refused): the tier degrades
+"""
+
+from __future__ import annotations
+
+
+class KvbmError(Exception):
+    """Base of every error KVBM raises on purpose."""
+
+
+class ConfigError(KvbmError):
+    """A setting is wrong.
+
+    Says which setting, what was given, where it came from and what to do, in one line.
+    """
+
+    def __init__(self, setting: str, problem: str, *, source: str = "", remedy: str = "") -> None:
+        self.setting, self.problem, self.source, self.remedy = setting, problem, source, remedy
+        where = f" (from {source})" if source else ""
+        what_to_do = f" {remedy}" if remedy else ""
+        super().__init__(f"setting {setting}{where}: {problem}.{what_to_do}")
+
+
+class Unsupported(KvbmError):
+    """What the engine was asked to run cannot be served correctly yet, so it is refused at start."""
+
+
+class Misuse(KvbmError, RuntimeError):
+    """A caller broke a contract. Nothing was changed."""
+
+
+class Broken(KvbmError):
+    """Something KVBM depends on failed. The engine goes on without the part that needed it."""

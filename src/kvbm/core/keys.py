@@ -1,0 +1,52 @@
+"""What makes a hit exact: the key of a block and the namespace it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+FORMAT_VERSION = 1
+"""Part of every fingerprint: changes when the meaning of stored bytes changes."""
+
+_HEADER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """Everything that decides a block's bytes besides its tokens.
+
+    `facts` are what the engine says (model, dtypes, block size, layers, heads, layout, shard ...), `weights` what
+    :func:`weights_digest` read from disk. Two engines may share a block only if their fingerprints are equal.
+    """
+
+    facts: Mapping[str, object]
+    weights: str
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        text = json.dumps([FORMAT_VERSION, dict(self.facts), self.weights], sort_keys=True, default=str)
+        object.__setattr__(self, "fingerprint", hashlib.sha256(text.encode()).hexdigest())
+
+
+def weights_digest(folder: Path) -> str:
+    """A digest that changes when the weights in `folder` do: of every regular file the name, size, modification time
+    and first MiB (for safetensors that is the header). Symbolic links are followed: a hub snapshot's target names its
+    content. Reads no whole weight file. Raises OSError if the folder cannot be read."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            continue
+        digest.update(f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_HEADER_BYTES))
+    return digest.hexdigest()
+
+
+def variant_keys(keys: Sequence[bytes], variant: bytes) -> list[bytes]:
+    """Keys of the same blocks under something the engine's hash does not cover (an adapter's weights, say)."""
+    return [hashlib.sha256(variant + key).digest() for key in keys]

@@ -1,0 +1,205 @@
+"""Composition roots: the only places that choose concrete parts and wire them together."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import select
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import cast
+
+from kvbm import __version__
+from kvbm.abc.transport import Transport
+from kvbm.blocks import Pool
+from kvbm.core.config import Resolved, Settings
+from kvbm.core.errors import Broken, ConfigError
+from kvbm.core.keys import Namespace
+from kvbm.core.region import Region
+from kvbm.manager.channel import Link, listen, socket_path
+from kvbm.manager.control import About, Control
+from kvbm.manager.leader import Leader
+from kvbm.manager.wire import Allot, Hello, Ready, Refused
+from kvbm.manager.worker import Worker
+from kvbm.observe import prometheus
+from kvbm.observe.totals import Totals
+from kvbm.policy.lru import LRU
+from kvbm.stores.available import available_memory
+from kvbm.transfer.executor import Executor
+from kvbm.transfer.memcpy import MemcpyTransport
+
+log = logging.getLogger(__name__)
+
+_RESERVE = 1 << 30
+"""Bytes of available memory that G2 never takes: the engine itself still grows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this engine stands: its id, its tensor-parallel ranks, its place among the data-parallel engines here."""
+
+    engine: str
+    ranks: int
+    dp_rank: int = 0
+    dp_local: int = 1
+
+
+@dataclass(slots=True)
+class LeaderSide:
+    """Everything that lives beside the scheduler."""
+
+    leader: Leader
+    totals: Totals
+    control: Control
+    stop_metrics: object
+
+    def close(self) -> None:
+        """Stops threads and says goodbye to the workers."""
+        self.control.close()
+        if callable(self.stop_metrics):
+            self.stop_metrics()
+        self.leader.close()
+
+
+def channel_path(settings: Settings, engine: str) -> Path:
+    """Where leader and workers of an engine meet."""
+    return socket_path(settings.run_dir, engine, ".chan")
+
+
+def build_worker(settings: Settings, place: Place, namespace: Namespace, g1: Region, rank: int) -> Worker:
+    """The worker of one rank. Returns at once; its arena is made when the leader says how large."""
+
+    def make_executor() -> Executor:
+        threads = settings.copy_threads or max(1, min(4, (os.cpu_count() or 1) // place.ranks))
+        transport: Transport = MemcpyTransport(threads)
+        if settings.transport_wrapper:
+            transport = _wrap(settings.transport_wrapper, transport, rank)
+        return Executor([transport])
+
+    return Worker(
+        settings,
+        g1,
+        rank=rank,
+        world=place.ranks,
+        fingerprint=namespace.fingerprint,
+        address=channel_path(settings, place.engine),
+        make_executor=make_executor,
+    )
+
+
+def _wrap(spec: str, transport: Transport, rank: int) -> Transport:
+    target, _, query = spec.partition("?")
+    module, _, name = target.partition(":")
+    try:
+        return cast(Transport, getattr(importlib.import_module(module), name)(transport, rank, query))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError("transport_wrapper", f"{spec!r} cannot be used: {error}") from error
+
+
+def build_leader(
+    resolved: Resolved, place: Place, namespace: Namespace, *, block_tokens: int, shares_device_blocks: bool
+) -> LeaderSide:
+    """The leader, once every rank's worker has its arena. Raises ConfigError for a size that cannot be, Broken if a
+    worker does not come or cannot get its memory."""
+    settings = resolved.settings
+    for note in resolved.notes:
+        log.warning("KVBM: %s", note)
+    links, slot_bytes = _gather(settings, place, namespace)
+    slots, why = _size(resolved, place, slot_bytes * place.ranks)
+    log.info(
+        "KVBM: G2 holds %d blocks of %d tokens, %.2f GB over %d rank(s): %s",
+        slots, block_tokens, slots * slot_bytes * place.ranks / 1e9, place.ranks, why,
+    )  # fmt: skip
+    _allot(settings, links, slots)
+    totals = Totals()
+    pool = Pool(slots, order=LRU(slots), tier="g2")
+    leader = Leader(
+        settings,
+        pool,
+        links,
+        slot_bytes=slot_bytes * place.ranks,
+        shares_device_blocks=shares_device_blocks,
+        observers=[totals],
+    )
+    about = About(
+        place.engine, __version__, namespace.fingerprint, place.ranks, slot_bytes * place.ranks, block_tokens
+    )
+    control = Control(leader, totals, about, settings.run_dir)
+    stop = None
+    if settings.metrics:
+        stop = prometheus.serve(
+            settings.metrics_host,
+            settings.metrics_port + place.dp_rank,
+            totals,
+            lambda: asdict(pool.statistics()),
+            lambda: not leader.problems,
+        )
+    return LeaderSide(leader, totals, control, stop)
+
+
+def _gather(settings: Settings, place: Place, namespace: Namespace) -> tuple[dict[int, Link], int]:
+    """Waits until every rank's worker has connected and said the same as the leader knows."""
+    path = channel_path(settings, place.engine)
+    links: dict[int, Link] = {}
+    sizes: set[int] = set()
+    deadline = time.monotonic() + settings.init_timeout_s
+    with listen(path) as sock:
+        while len(links) < place.ranks:
+            if not select.select([sock], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise Broken(f"only {len(links)} of {place.ranks} workers came within {settings.init_timeout_s:.0f} s")
+            link = Link(sock.accept()[0])
+            hello = link.wait(10.0)
+            if not isinstance(hello, Hello):
+                link.close()
+                continue
+            if (hello.fingerprint, hello.world) != (namespace.fingerprint, place.ranks):
+                raise Broken(f"the worker of rank {hello.rank} runs another configuration than the scheduler")
+            links[hello.rank] = link
+            sizes.add(hello.slot_bytes)
+    path.unlink(missing_ok=True)
+    if len(sizes) != 1:
+        raise Broken(f"ranks hold blocks of different sizes ({sorted(sizes)} bytes): not supported")
+    return links, sizes.pop()
+
+
+def _size(resolved: Resolved, place: Place, block_bytes: int) -> tuple[int, str]:
+    """How many blocks G2 gets, and why."""
+    settings, sources = resolved.settings, resolved.sources
+    free = available_memory() - _RESERVE
+    if settings.g2_blocks is not None:
+        name, slots, why = "g2_blocks", settings.g2_blocks, f"{sources['g2_blocks']}"
+    elif settings.g2_gb is not None:
+        name, slots = "g2_gb", int(settings.g2_gb * 1e9) // block_bytes
+        why = f"{sources['g2_gb']}, {settings.g2_gb:g} GB"
+    else:
+        name, slots = "g2_share", int(max(0, free) * settings.g2_share / place.dp_local) // block_bytes
+        why = f"{settings.g2_share:.0%} of {free / 1e9:.1f} GB that are available, for {place.dp_local} engine(s)"
+    if slots < 1:
+        raise ConfigError(
+            name, f"G2 would be smaller than one block of {block_bytes} bytes", source=sources[name],
+            remedy=f"Give it at least {block_bytes / 1e9:.3g} GB.",
+        )  # fmt: skip
+    if slots * block_bytes > free:
+        raise ConfigError(
+            name,
+            f"G2 of {slots} blocks takes {slots * block_bytes / 1e9:.2f} GB, but only {max(0, free) / 1e9:.2f} GB of "
+            "memory are available (1.07 GB kept for the engine)",
+            source=sources[name], remedy="Make it smaller.",
+        )  # fmt: skip
+    return slots, why
+
+
+def _allot(settings: Settings, links: dict[int, Link], slots: int) -> None:
+    for link in links.values():
+        link.send(Allot(slots))
+    deadline = time.monotonic() + settings.init_timeout_s
+    for rank, link in links.items():
+        match link.wait(max(0.0, deadline - time.monotonic())):
+            case Ready():
+                pass
+            case Refused(problem=problem):
+                raise Broken(f"rank {rank} cannot get its host memory: {problem}")
+            case message:
+                raise Broken(f"rank {rank} did not prepare its host memory in time ({message!r})")

@@ -1,0 +1,144 @@
+"""The local channel between the leader and its workers: length-prefixed msgpack over Unix sockets.
+
+The engine stops stepping when its last request is done, so results must not wait for a step: workers send them here
+the moment they are known, and the leader takes them before it matches. The socket lies in a folder only its owner can
+enter; there is one per engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kvbm.core.errors import Broken, ConfigError
+from kvbm.manager.wire import Message, decode_message, encode
+
+_HEAD = struct.Struct("<I")
+_MAX_FRAME = 16 << 20
+_SUN_PATH = 107
+
+
+class Link:
+    """One connected socket. `send` may be called from any thread; the receiving methods from one at a time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = bytearray()
+        self._lock = threading.Lock()
+        self.open = True
+
+    def send(self, message: Message) -> None:
+        """Sends all of it. Raises Broken when the other side is gone."""
+        body = encode(message)
+        try:
+            with self._lock:
+                self._sock.sendall(_HEAD.pack(len(body)) + body)
+        except OSError as error:
+            self.open = False
+            raise Broken(f"the channel between leader and worker broke: {error}") from error
+
+    def take(self) -> list[Message]:
+        """What has arrived, without waiting. Sets `open` to False when the other side is gone."""
+        while self.open:
+            try:
+                piece = self._sock.recv(1 << 18, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            except OSError:
+                piece = b""
+            if not piece:
+                self.open = False
+                break
+            self._buffer += piece
+            if len(piece) < 1 << 18:
+                break
+        return self._frames()
+
+    def wait(self, timeout: float) -> Message | None:
+        """The next message; None after `timeout` seconds. Raises Broken when the other side is gone."""
+        deadline = time.monotonic() + timeout
+        while True:
+            if frames := self._frames(1):
+                return frames[0]
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            if select.select([self._sock], [], [], left)[0]:
+                piece = self._sock.recv(1 << 16)
+                if not piece:
+                    self.open = False
+                    raise Broken("the other side of the channel between leader and worker is gone")
+                self._buffer += piece
+
+    def close(self) -> None:
+        self.open = False
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+    def _frames(self, most: int = 1 << 30) -> list[Message]:
+        messages: list[Message] = []
+        at = 0
+        while len(messages) < most and len(self._buffer) - at >= _HEAD.size:
+            (size,) = _HEAD.unpack_from(self._buffer, at)
+            if size > _MAX_FRAME:
+                self.open = False
+                raise Broken(f"a message of {size} bytes came over the channel: the other side is not a KVBM process")
+            if len(self._buffer) - at - _HEAD.size < size:
+                break
+            messages.append(decode_message(self._buffer[at + _HEAD.size : at + _HEAD.size + size]))
+            at += _HEAD.size + size
+        del self._buffer[:at]
+        return messages
+
+
+def socket_path(run_dir: Path, engine: str, suffix: str) -> Path:
+    """Where an engine's socket lies. Raises ConfigError if the path is too long for a Unix socket."""
+    path = run_dir / f"{engine}{suffix}"
+    if len(os.fsencode(path)) > _SUN_PATH:
+        raise ConfigError("run_dir", f"{path} is longer than {_SUN_PATH} bytes", remedy="Choose a shorter folder.")
+    return path
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening socket at `path` (mode 0600, in a folder of mode 0700). What a dead engine left there is replaced.
+    Raises ConfigError if the socket cannot be made, Broken if a living engine listens there."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.exists():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                if probe.connect_ex(os.fspath(path)) == 0:
+                    raise Broken(f"another engine already listens at {path}: give each engine its own engine_id")
+            path.unlink()
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.bind(os.fspath(path))
+        path.chmod(0o600)
+        sock.listen(64)
+    except OSError as error:
+        raise ConfigError(
+            "run_dir", f"no socket can be made at {path}: {error}", remedy="Choose a folder you can write."
+        ) from error
+    return sock
+
+
+def connect(path: Path, timeout: float, stop: Callable[[], bool] = lambda: False) -> Link:
+    """Connects to a leader that may not be there yet. Raises Broken after `timeout` seconds or when `stop()`."""
+    deadline = time.monotonic() + timeout
+    while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.connect(os.fspath(path))
+        except OSError as error:
+            sock.close()
+            if stop() or time.monotonic() > deadline:
+                raise Broken(f"no leader answered at {path} within {timeout:.0f} s: {error}") from error
+            time.sleep(0.02)
+        else:
+            return Link(sock)

@@ -1,0 +1,180 @@
+"""The engine's control socket: `kvbm status`, `explain`, `pause`, `resume`, and the leader's housekeeping.
+
+One JSON object per line in, one out. The thread also calls `Leader.tick`, so results are taken and silent workers
+noticed while the engine sleeps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvbm.core.errors import Broken, ConfigError
+from kvbm.manager.channel import listen, socket_path
+from kvbm.manager.leader import Leader
+from kvbm.observe.totals import Copies, Totals
+
+log = logging.getLogger(__name__)
+
+_TICK = 0.25
+_CLIENT_TIMEOUT = 2.0
+_MAX_REQUEST = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class About:
+    """What does not change while the engine runs."""
+
+    engine: str
+    version: str
+    fingerprint: str
+    ranks: int
+    slot_bytes: int
+    """Of one block, over all ranks."""
+    block_tokens: int
+
+
+class Control:
+    """Answers on `<run_dir>/<engine>.sock`. A socket that cannot be made is logged; the engine goes on without."""
+
+    def __init__(self, leader: Leader, totals: Totals, about: About, run_dir: Path) -> None:
+        self._leader, self._totals, self._about = leader, totals, about
+        self._started = time.monotonic()
+        self._stop = threading.Event()
+        self._sock: socket.socket | None = None
+        self.path: Path | None = None
+        try:
+            self.path = socket_path(run_dir, about.engine, ".sock")
+            self._sock = listen(self.path)
+        except (ConfigError, Broken) as error:
+            log.error("KVBM: no control socket, kvbm status and pause will not reach this engine: %s", error)
+        self._thread = threading.Thread(target=self._run, name="kvbm-control", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stops answering and removes the socket."""
+        self._stop.set()
+        self._thread.join(_TICK + _CLIENT_TIMEOUT + 1)
+        if self._sock is not None and self.path is not None:
+            self._sock.close()
+            self.path.unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                if self._sock is None:
+                    self._stop.wait(_TICK)
+                elif select.select([self._sock], [], [], _TICK)[0]:
+                    self._serve(self._sock.accept()[0])
+                self._leader.tick()
+            except OSError as error:
+                log.warning("KVBM: control socket: %s", error)
+            except Exception:
+                log.exception("KVBM: the control thread goes on after an error")
+
+    def _serve(self, client: socket.socket) -> None:
+        with client:
+            client.settimeout(_CLIENT_TIMEOUT)
+            line = b""
+            while not line.endswith(b"\n") and len(line) < _MAX_REQUEST:
+                piece = client.recv(4096)
+                if not piece:
+                    return
+                line += piece
+            client.sendall(json.dumps(self._answer(line)).encode() + b"\n")
+
+    def _answer(self, line: bytes) -> dict[str, Any]:
+        try:
+            request = json.loads(line)
+            command = self._commands()[request["command"]]
+        except (ValueError, KeyError, TypeError):
+            return {"ok": False, "error": f"not a request; commands are {', '.join(sorted(self._commands()))}"}
+        try:
+            return {"ok": True, "result": command(request)}
+        except LookupError as error:
+            return {"ok": False, "error": str(error.args[0])}
+
+    def _commands(self) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+        return {
+            "status": lambda _: self.status(),
+            "health": lambda _: self.health(),
+            "explain": lambda request: self.explain(str(request.get("request_id", ""))),
+            "pause": lambda _: self._switch(self._leader.pause),
+            "resume": lambda _: self._switch(self._leader.resume),
+        }
+
+    def _switch(self, action: Callable[[], None]) -> dict[str, Any]:
+        action()
+        return {"engine": self._about.engine, "paused": self._leader.paused}
+
+    def health(self) -> dict[str, Any]:
+        """Whether KVBM works, and if not why."""
+        problems = list(self._leader.problems)
+        return {"engine": self._about.engine, "healthy": not problems, "problems": problems}
+
+    def status(self) -> dict[str, Any]:
+        """Everything live, in one snapshot."""
+        leader, totals, about = self._leader, self._totals, self._about
+        leader.tick()
+        pool = leader.pool.statistics()
+        stores, loads = leader.in_flight()
+        tier = {name: getattr(pool, name) for name in ("total", "free", "active", "inactive", "staged")}
+        return {
+            **self.health(),
+            "version": about.version,
+            "pid": os.getpid(),
+            "fingerprint": about.fingerprint,
+            "uptime_s": time.monotonic() - self._started,
+            "paused": leader.paused,
+            "generation": pool.generation,
+            "ranks": about.ranks,
+            "block_bytes": about.slot_bytes,
+            "block_tokens": about.block_tokens,
+            "tiers": [{"name": "g2", **tier, "bytes": pool.total * about.slot_bytes}],
+            "requests": totals.requests,
+            "living_requests": len(leader.requests),
+            "tokens": {"prompt": totals.prompt_tokens, "device": totals.device_tokens, "g2": totals.g2_tokens},
+            "hit_rate": {"g2": totals.hit_rate()},
+            "offload": {**_copies(totals.offload), "in_flight": stores, "skipped": leader.deferred},
+            "onboard": {**_copies(totals.onboard), "in_flight": loads},
+            "evictions": pool.evictions,
+        }
+
+    def explain(self, request_id: str) -> dict[str, Any]:
+        """What happened to one of the last requests. An engine may have added to the id its clients know, so a unique
+        part of it is enough. Raises LookupError with a sentence."""
+        records = self._leader.records
+        names = [request_id] if request_id in records else [name for name in list(records) if request_id in name]
+        if not request_id or not names:
+            raise LookupError(f"no request {request_id!r} among the last {len(records)}")
+        if len(names) > 1:
+            raise LookupError(f"{len(names)} requests contain {request_id!r}: {', '.join(names[:8])}")
+        record, tokens = records[names[0]], self._about.block_tokens
+        return {
+            "engine": self._about.engine,
+            "request_id": record.request_id,
+            "when": record.when,
+            "prompt_tokens": record.prompt_tokens,
+            "block_tokens": tokens,
+            "device_tokens": record.device_blocks * tokens,
+            "matched": {"g2": record.matched},
+            "loaded_blocks": record.loaded,
+            "load": record.load,
+            "load_ms": record.load_ms,
+            "outcome": record.outcome,
+            "offloaded_blocks": record.offloaded,
+            "why": list(record.why),
+        }
+
+
+def _copies(copies: Copies) -> dict[str, int]:
+    return {"blocks": copies.blocks, "bytes": copies.nbytes, "failed": copies.failed}

@@ -1,0 +1,424 @@
+"""The leader: which block is where, who holds it, what moves next. Runs beside the engine's scheduler.
+
+It speaks of requests, keys and block numbers only; an adapter in `connect` turns an engine's calls into these. One
+engine step looks like this: any number of `match` and `place` calls, `advance` for each request that will compute
+something, then `seal`, whose `Step` goes to every worker.
+
+Threads: `match`, `place`, `advance`, `seal`, `finish` belong to the engine's scheduler thread; `tick`, `status`,
+`explain`, `pause`, `resume`, `reset` may come from any. One lock covers all of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvbm.abc.observer import Observer
+from kvbm.blocks import Pinned, Pool, Staged
+from kvbm.core.config import Settings
+from kvbm.core.errors import Broken
+from kvbm.core.events import Admitted, Event, Offloaded, Onboarded
+from kvbm.manager.channel import Link
+from kvbm.manager.jobs import Job
+from kvbm.manager.requests import Record, Request, RequestParams
+from kvbm.manager.wire import Bye, Copy, Result, Sick, Step
+
+log = logging.getLogger(__name__)
+
+_GRACE = 5.0
+"""Seconds past a copy's own deadline after which a silent worker counts as broken."""
+
+
+class Leader:
+    """See the module. `links` are the connected workers by rank; `shares_device_blocks` says whether a request can use
+    blocks another one has just loaded (the engine's own prefix cache is on)."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        pool: Pool,
+        links: dict[int, Link],
+        *,
+        slot_bytes: int,
+        shares_device_blocks: bool,
+        observers: Iterable[Observer] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.pool = pool
+        self.problems: list[str] = []
+        self.paused = not settings.enabled
+        self.requests: dict[str, Request] = {}
+        self.records: OrderedDict[str, Record] = OrderedDict()
+        self.deferred = 0
+        """Times that blocks were not offloaded at once, because copies in flight or holds had filled their share."""
+        self._settings, self._links, self._clock = settings, links, clock
+        self._slot_bytes, self._shares = slot_bytes, shares_device_blocks
+        self._observers = list(observers)
+        self._lock = threading.RLock()
+        self._jobs: dict[int, Job] = {}
+        self._next_job = 0
+        self._sources: dict[int, int] = {}
+        """G1 block that is being copied from -> its store job."""
+        self._loading: dict[bytes, str] = {}
+        self._total = pool.statistics().total
+        self._held = 0
+        self._ending = False
+        """The engine is shutting down its workers in good order."""
+        self._step = _Draft()
+        self._waiting: list[Request] = []
+        """Requests that hold a match made in this step and may not get their blocks."""
+
+    # ------------------------------------------------------------------ a request arrives
+
+    def begin(self, request_id: str, keys: Sequence[bytes], params: RequestParams, prompt_tokens: int) -> None:
+        """A request exists from now on. `keys` is a view: it may grow while the request generates."""
+        with self._lock:
+            record = Record(request_id, prompt_tokens)
+            self.records[request_id] = record
+            while len(self.records) > self._settings.explain_requests:
+                self.records.popitem(last=False)
+            self.requests[request_id] = Request(request_id, keys, params, record)
+
+    def match(self, request_id: str, computed: int, limit: int) -> int | None:
+        """How many blocks after the first `computed` can be loaded, at most up to block `limit`; None: ask again.
+
+        What is found is held until `seal`; `place` turns it into a load. May be called any number of times.
+        """
+        with self._lock:
+            self._drain()
+            request = self.requests.get(request_id)
+            if request is None:
+                return 0
+            self._release(request)
+            record = request.record
+            record.device_blocks = computed
+            if (reason := self._no_load(request)) is not None:
+                record.note(reason)
+                return 0
+            keys = request.keys[:limit]
+            if computed >= len(keys):
+                record.note("nothing to load: the engine itself holds all but the block of the last token")
+                return 0
+            owner = self._loading.get(keys[computed])
+            if self._shares and owner is not None and owner != request_id:
+                record.note(f"waited for request {owner}, which loads the same blocks")
+                return None
+            return self._hold(request, keys, computed)
+
+    def _hold(self, request: Request, keys: Sequence[bytes], computed: int) -> int | None:
+        room = max(1, int(self._total * self._settings.held_share))
+        if self._held >= room:
+            request.record.note("waited: loads of other requests hold their share of G2")
+            return None
+        hold = self.pool.match(keys, computed)
+        found = len(hold)
+        if found > room - self._held:
+            request.record.note(f"loaded only {room - self._held} of {found} blocks: holds of G2 are bounded")
+            hold.narrow(room - self._held)
+        request.record.matched = found
+        if not len(hold):
+            hold.drop()
+            request.record.note("G2 did not hold the next block")
+            return 0
+        request.hold = hold
+        self._held += len(hold)
+        self._waiting.append(request)
+        return len(hold)
+
+    def _no_load(self, request: Request) -> str | None:
+        if (reason := self._standing_aside()) is not None:
+            return reason
+        return None if request.params.load else "the request opted out of loading"
+
+    def _standing_aside(self) -> str | None:
+        if self.problems:
+            return f"KVBM is not healthy: {self.problems[0]}"
+        if self._ending:
+            return "the engine is shutting down"
+        return "KVBM is paused" if self.paused else None
+
+    def place(self, request_id: str, g1: Sequence[int], count: int, tokens: Admitted) -> None:
+        """The engine gave the request its blocks `g1` and wants the first `count` blocks of its match loaded.
+
+        `count` may be 0: whatever was matched is let go. `tokens` is counted the first time a request is placed.
+        """
+        with self._lock:
+            request = self.requests.get(request_id)
+            if request is None:
+                return
+            self._end_loading(request)
+            request.g1 = list(g1)
+            hold = request.hold
+            if count == 0 or hold is None:
+                self._release(request)
+                self._admit(request, tokens)
+                return
+            request.hold = None
+            self._held -= len(hold)
+            if count < len(hold):
+                hold.narrow(count)
+            self._held += len(hold)
+            record = request.record
+            record.load, record.outcome = self._settings.onboard, "loading"
+            request.loading = hold.keys[0]
+            self._loading[request.loading] = request_id
+            first = request.record.device_blocks
+            targets = np.asarray(request.g1[first : first + len(hold)], np.int64)
+            self._step.reused.update(targets.tolist())
+            job = self._start(request, hold, targets, self._settings.load_deadline_s)
+            self._step.loads.append(Copy.of(job.id, request_id, targets, hold.slots))
+            self._admit(request, tokens)
+
+    def _admit(self, request: Request, tokens: Admitted) -> None:
+        """Counts a prompt once, however often the request is preempted and placed again."""
+        if not request.admitted:
+            request.admitted = True
+            self._emit(tokens)
+
+    # ------------------------------------------------------------------ the engine steps
+
+    def grow(self, request_id: str, g1: Sequence[int], *, replace: bool) -> None:
+        """The engine gave a request more blocks, or (`replace`) a new table after a preemption."""
+        if (request := self.requests.get(request_id)) is not None:
+            if replace:
+                request.g1 = list(g1)
+            else:
+                request.g1.extend(g1)
+
+    def reuse(self, g1: Iterable[int]) -> None:
+        """This step may overwrite these blocks of the engine."""
+        self._step.reused.update(g1)
+
+    def advance(self, request_id: str, complete: int) -> None:
+        """After this step's forward pass the request's first `complete` blocks are final and may be offloaded."""
+        request = self.requests.get(request_id)
+        if request is None or complete <= request.offered:
+            return
+        with self._lock:
+            self._end_loading(request)
+            if request.record.outcome == "waiting":
+                request.record.outcome = "computing"
+            self._offer(request, complete)
+
+    def seal(self, *, idle: bool) -> Step:
+        """Ends the description of a step. Matches that got no blocks are let go."""
+        with self._lock:
+            self._drain()
+            for request in self._waiting:
+                self._release(request)
+            self._waiting.clear()
+            draft, self._step = self._step, _Draft()
+            own = {copy.job for copy in draft.stores}
+            fence = {self._sources[block] for block in draft.reused & self._sources.keys()} - own
+            return Step(
+                loads=draft.loads,
+                stores=draft.stores,
+                fence=sorted(fence),
+                finishing=draft.finishing,
+                idle=idle,
+                sync=self._settings.onboard == "sync" and bool(draft.loads),
+            )
+
+    def finish(self, request_id: str, g1: Sequence[int], complete: int) -> bool:
+        """The request is over. Offers its last blocks, unless it still waits for a load (then what the engine calls
+        computed may never have arrived). True: the engine must keep its blocks until the workers say that it may have
+        them back."""
+        with self._lock:
+            self._drain()
+            request = self.requests.pop(request_id, None)
+            if request is None:
+                return False
+            self._release(request)
+            loading = request.loading is not None
+            self._end_loading(request)
+            request.g1 = list(g1)
+            if complete > request.offered and not loading:
+                self._offer(request, min(complete, len(request.g1)))
+            request.record.outcome = "finished"
+            jobs = {self._sources[block] for block in self._sources.keys() & set(g1)}
+            if jobs:
+                self._step.finishing[request_id] = sorted(jobs)
+            return bool(jobs)
+
+    def _offer(self, request: Request, complete: int) -> None:
+        """Starts offloading what G2 does not have of blocks [offered, complete)."""
+        record = request.record
+        if (reason := self._no_store(request)) is not None:
+            record.note(f"not offloaded: {reason}")
+            request.offered = complete
+            return
+        keys = request.keys[request.offered : complete]
+        absent = self.pool.absent(keys)
+        if len(absent) < len(keys):
+            self.pool.touch(keys)
+        wanted = len(absent)
+        budget = self._settings.store_inflight_mb * 1_000_000 // self._slot_bytes - len(self._sources)
+        pool = self.pool.statistics()
+        absent = absent[: max(0, min(budget, pool.free + pool.inactive))]
+        slots = self.pool.allocate(len(absent)) if absent else None
+        if slots is None and wanted:
+            self.deferred += 1
+            record.note("some blocks were not offloaded at once: copies in flight or holds filled their share")
+            return
+        if slots is not None:
+            chosen = [keys[i] for i in absent]
+            sources = np.asarray([request.g1[request.offered + i] for i in absent], np.int64)
+            parent = request.keys[request.offered + absent[0] - 1] if request.offered + absent[0] else None
+            params = request.params
+            staged = slots.stage(chosen, parent=parent, priority=params.priority, ttl=params.ttl)
+            job = self._start(request, staged, sources, self._settings.store_deadline_s)
+            self._sources.update(dict.fromkeys(sources.tolist(), job.id))
+            self._step.stores.append(Copy.of(job.id, request.id, sources, staged.slots))
+        request.offered += absent[-1] + 1 if len(absent) < wanted else len(keys)
+
+    def _no_store(self, request: Request) -> str | None:
+        if (reason := self._standing_aside()) is not None:
+            return reason
+        if not request.params.save:
+            return "the request opted out of saving"
+        return "the cache was reset while it ran" if request.stale else None
+
+    # ------------------------------------------------------------------ copies end
+
+    def _start(self, request: Request, lease: Pinned | Staged, g1: Any, deadline_s: float) -> Job:
+        self._next_job += 1
+        job = Job(self._next_job, request, lease, g1, set(self._links), self._clock() + deadline_s + _GRACE)
+        self._jobs[job.id] = job
+        return job
+
+    def _drain(self) -> None:
+        for rank, link in self._links.items():
+            try:
+                messages = link.take()
+            except Broken as error:
+                messages = []
+                self._sick(f"rank {rank}: {error}")
+            for message in messages:
+                match message:
+                    case Result():
+                        self._answer(message)
+                    case Sick(rank=sick, problem=problem):
+                        self._sick(f"rank {sick}: {problem}")
+                    case Bye():
+                        self._ending = True
+                    case _:
+                        log.warning("KVBM: unexpected %s from rank %d", type(message).__name__, rank)
+            if not link.open and not self._ending:
+                self._sick(f"the worker of rank {rank} is gone")
+
+    def _answer(self, result: Result) -> None:
+        job = self._jobs.get(result.job)
+        if job is None or not job.answer(result):
+            return
+        del self._jobs[job.id]
+        failed = int((~job.done).sum())
+        record = job.request.record
+        if isinstance(job.lease, Staged):
+            for block in job.g1.tolist():
+                if self._sources.get(block) == job.id:
+                    del self._sources[block]
+            job.lease.register(job.done).drop()
+            record.offloaded += len(job.g1) - failed
+            self._emit(Offloaded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
+        else:
+            self._held -= len(job.lease)
+            if failed:
+                self.pool.discard(key for key, good in zip(job.lease.keys, job.done.tolist(), strict=True) if not good)
+            job.lease.drop()
+            record.loaded = len(job.g1) - failed
+            record.load_ms = job.seconds * 1e3
+            record.outcome = "computing" if not failed else "load failed, computed instead"
+            self._emit(Onboarded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
+        if failed:
+            record.note(f"{failed} blocks failed to copy: {job.error}")
+            log.warning("KVBM: %d blocks of request %s failed to copy: %s", failed, job.request.id, job.error)
+
+    def _release(self, request: Request) -> None:
+        if request.hold is not None:
+            self._held -= len(request.hold)
+            request.hold.drop()
+            request.hold = None
+
+    def _end_loading(self, request: Request) -> None:
+        if request.loading is not None:
+            if self._loading.get(request.loading) == request.id:
+                del self._loading[request.loading]
+            request.loading = None
+
+    def _sick(self, problem: str) -> None:
+        """KVBM stops matching and offloading; the engine goes on by computing."""
+        if problem not in self.problems:
+            self.problems.append(problem)
+            log.error("KVBM is unhealthy and stands aside, the engine goes on without it: %s", problem)
+
+    def _emit(self, event: Event) -> None:
+        for observer in tuple(self._observers):
+            try:
+                observer.on_event(event)
+            except Exception:
+                log.exception("KVBM: an observer failed and is removed")
+                self._observers.remove(observer)
+
+    # ------------------------------------------------------------------ operators
+
+    def tick(self) -> None:
+        """Housekeeping, a few times a second, also while the engine sleeps: takes results, notices silent workers."""
+        with self._lock:
+            self._drain()
+            now = self._clock()
+            for job in self._jobs.values():
+                if now > job.deadline:
+                    self._sick(f"no answer about a copy from rank {min(job.ranks)} within its deadline")
+                    break
+
+    def reset(self) -> None:
+        """A new generation: nothing stored so far is ever matched again. Requests that live now may carry KV of the old
+        one (other weights), so none of their blocks is offloaded any more."""
+        with self._lock:
+            self._drain()
+            self.pool.clear()
+            for request in self.requests.values():
+                request.stale = True
+
+    def pause(self) -> None:
+        """From now on the engine works as if KVBM were not there. Copies in flight end."""
+        with self._lock:
+            self.paused = True
+
+    def resume(self) -> None:
+        """Undoes `pause`."""
+        with self._lock:
+            self.paused = False
+
+    def in_flight(self) -> tuple[int, int]:
+        """(store, load) jobs that some rank has not answered."""
+        with self._lock:
+            stores = sum(job.is_store for job in self._jobs.values())
+            return stores, len(self._jobs) - stores
+
+    def close(self) -> None:
+        """Says goodbye to the workers. Blocks stay where they are; the process is about to end."""
+        with self._lock:
+            for link in self._links.values():
+                if link.open:
+                    try:
+                        link.send(Bye())
+                    except Broken as error:
+                        log.debug("KVBM: %s", error)
+                link.close()
+
+
+class _Draft:
+    """The step being described."""
+
+    def __init__(self) -> None:
+        self.loads: list[Copy] = []
+        self.stores: list[Copy] = []
+        self.finishing: dict[str, list[int]] = {}
+        self.reused: set[int] = set()

@@ -1,0 +1,90 @@
+"""What the leader remembers of a request: while it lives, and of the last thousand for `kvbm explain`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvbm.blocks import Pinned
+
+PARAMS_KEY = "kvbm"
+"""Under this name a request's `kv_transfer_params` may carry our parameters."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestParams:
+    """What a request may ask for: `{"kvbm": {"load": false, "save": false, "priority": 0..100, "ttl": seconds}}`.
+
+    load: whether its prompt may come from KVBM. save: whether its blocks may be kept. priority: blocks of lower
+    priority are evicted first. ttl: seconds after which its blocks are no longer matched.
+    """
+
+    load: bool = True
+    save: bool = True
+    priority: int = 0
+    ttl: float | None = None
+
+    @classmethod
+    def parse(cls, params: Mapping[str, Any] | None) -> tuple[RequestParams, list[str]]:
+        """The parameters, and a sentence for each that is wrong and therefore ignored (a request is never failed)."""
+        ours = (params or {}).get(PARAMS_KEY)
+        if ours is None:
+            return cls(), []
+        if not isinstance(ours, Mapping):
+            return cls(), [f'kv_transfer_params["{PARAMS_KEY}"] must be an object, not {ours!r}: ignored']
+        good: dict[str, Any] = {}
+        wrong: list[str] = []
+        for name, value in ours.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            match name:
+                case "load" | "save" if isinstance(value, bool):
+                    good[name] = value
+                case "priority" if isinstance(value, int) and number and 0 <= value <= 100:
+                    good[name] = value
+                case "ttl" if number and 0 < value < float("inf"):
+                    good[name] = float(value)
+                case _:
+                    wrong.append(f'kv_transfer_params["{PARAMS_KEY}"]["{name}"] = {value!r} is not understood: ignored')
+        return cls(**good), wrong
+
+
+@dataclass(slots=True)
+class Record:
+    """What `kvbm explain` tells."""
+
+    request_id: str
+    prompt_tokens: int
+    when: float = field(default_factory=time.time)
+    device_blocks: int = 0
+    matched: int = 0
+    loaded: int = 0
+    load: str = "none"
+    load_ms: float | None = None
+    outcome: str = "waiting"
+    offloaded: int = 0
+    why: list[str] = field(default_factory=list)
+
+    def note(self, sentence: str) -> None:
+        """Adds a sentence once; a request that retries every step must not grow its record."""
+        if sentence not in self.why and len(self.why) < 32:
+            self.why.append(sentence)
+
+
+@dataclass(slots=True)
+class Request:
+    """A living request. `keys` grows as blocks fill; `g1` are its blocks in the engine, in order."""
+
+    id: str
+    keys: Sequence[bytes]
+    params: RequestParams
+    record: Record
+    g1: list[int] = field(default_factory=list)
+    offered: int = 0
+    hold: Pinned | None = None
+    admitted: bool = False
+    stale: bool = False
+    """It began before a reset: its KV may belong to the old generation."""
+    loading: bytes | None = None
+    """First key of the load it started and has not been scheduled with yet; others that want it wait."""

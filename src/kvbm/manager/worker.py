@@ -1,0 +1,246 @@
+"""The worker: memory and copies of one rank. Runs beside the engine's model runner.
+
+Per engine step: `before_step` (fence, asynchronous loads), `before_forward` (loads this forward pass needs),
+`after_forward` (offload what it wrote), `collect` (what ended). These belong to the engine's worker thread. Copies run
+on the transport's threads and report to the leader themselves, over the channel, the moment they end.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from kvbm.abc.transport import Completion, Plan
+from kvbm.core.config import Settings
+from kvbm.core.errors import Broken
+from kvbm.core.outcome import Outcome
+from kvbm.core.region import Region
+from kvbm.manager.channel import Link, connect
+from kvbm.manager.wire import Allot, Bye, Copy, Hello, Ready, Refused, Result, Sick, Step
+from kvbm.stores.memory import Arena
+from kvbm.transfer.executor import Executor
+
+log = logging.getLogger(__name__)
+
+_TOUCH_REPORT = 2.0
+
+
+@dataclass(slots=True)
+class Collected:
+    """What ended since the last step, on this rank."""
+
+    released: set[str] = field(default_factory=set)
+    """Finished requests whose blocks the engine may have back."""
+    loaded: set[str] = field(default_factory=set)
+    """Requests whose asynchronous load ended, well or not."""
+    failed: set[str] = field(default_factory=set)
+    """Those of `loaded` that must be computed instead."""
+
+
+class Worker:
+    """See the module. `g1` is the engine's KV cache of this rank; `make_executor` builds the copy machinery."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        g1: Region,
+        *,
+        rank: int,
+        world: int,
+        fingerprint: str,
+        address: Path,
+        make_executor: Callable[[], Executor],
+    ) -> None:
+        self._settings, self._g1, self._rank = settings, g1, rank
+        self._hello = Hello(rank, world, fingerprint, g1.slot_bytes)
+        self._address = address
+        self._executor = make_executor()
+        self._arena: Arena | None = None
+        self._g2: Region | None = None
+        self._link: Link | None = None
+        self._closing = threading.Event()
+        self._ended = threading.Condition()
+        self._loads: dict[str, int] = {}
+        """Request -> its asynchronous load that has not been collected."""
+        self._finishing: dict[str, set[int]] = {}
+        self._live: set[int] = set()
+        """Jobs submitted and not ended. Guarded by `_ended`, as is `_bad`."""
+        self._bad: dict[int, Completion] = {}
+        """Loads that ended badly and have not been collected."""
+        self._bad_blocks: set[int] = set()
+        self._spoiled = False
+        self._sick = False
+        self._thread = threading.Thread(target=self._run, name="kvbm-worker", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------ one engine step
+
+    def before_step(self, step: Step) -> None:
+        """Before anything of this step is overwritten: waits for the copies that still read what it will overwrite,
+        then starts asynchronous loads (their blocks are nobody else's, so they run beside the forward pass)."""
+        if step.fence and not self._executor.wait(step.fence, self._settings.store_deadline_s):
+            log.error("KVBM: copies %s did not end in time; what they copied is given up", step.fence)
+            self._executor.cancel(step.fence)
+        self._executor.expire()
+        if not step.sync:
+            for copy in step.loads:
+                self._loads[copy.request] = copy.job
+                self._submit(copy, is_load=True)
+
+    def before_forward(self, step: Step) -> None:
+        """Loads that this step's forward pass needs: returns when they ended, well or not."""
+        if not step.sync:
+            return
+        for copy in step.loads:
+            self._submit(copy, is_load=True)
+        jobs = [copy.job for copy in step.loads]
+        if not self._executor.wait(jobs, self._settings.load_deadline_s):
+            self._executor.cancel(jobs)
+        with self._ended:
+            for copy in step.loads:
+                if (completion := self._bad.pop(copy.job, None)) is not None:
+                    self._bad_blocks.update(copy.g1_slots()[completion.outcomes != Outcome.DONE].tolist())
+        self._spoiled = bool(self._bad_blocks)
+
+    def after_forward(self, step: Step) -> None:
+        """Starts to offload what this step's forward pass completed. If it ran on a failed load, what it computed is
+        not the KV of these keys, and none of it is stored."""
+        for copy in step.stores:
+            if self._spoiled:
+                outcomes = np.full(len(copy.g1_slots()), Outcome.FAILED, np.uint8)
+                self._report(copy.job, Completion(copy.job, outcomes, "computed from a load that failed", 0.0, 0))
+            else:
+                self._submit(copy, is_load=False)
+        self._spoiled = False
+        for request, jobs in step.finishing.items():
+            self._finishing[request] = set(jobs)
+
+    def collect(self, *, idle: bool) -> Collected:
+        """What ended. An idle step waits a moment for the next copy to end, instead of letting the engine spin."""
+        if not self._executor.alive() and not self._sick:
+            self._sick = True
+            self._tell(Sick(self._rank, "a copy thread died"))
+        out = Collected()
+        with self._ended:
+            self._gather(out)
+            if idle and not (out.loaded or out.released) and (self._loads or self._finishing):
+                self._ended.wait(self._settings.idle_wait_ms / 1e3)
+                self._gather(out)
+        return out
+
+    def _gather(self, out: Collected) -> None:
+        for request, job in list(self._loads.items()):
+            if job not in self._live:
+                del self._loads[request]
+                out.loaded.add(request)
+                if self._bad.pop(job, None) is not None:
+                    out.failed.add(request)
+        for request, jobs in list(self._finishing.items()):
+            if not jobs & self._live:
+                del self._finishing[request]
+                out.released.add(request)
+
+    def take_bad_blocks(self) -> set[int]:
+        """Engine blocks whose synchronous load failed in this step."""
+        bad, self._bad_blocks = self._bad_blocks, set()
+        return bad
+
+    # ------------------------------------------------------------------ copies
+
+    def _submit(self, copy: Copy, *, is_load: bool) -> None:
+        assert self._g2 is not None, "the engine stepped before KVBM's arena was ready"
+        with self._ended:
+            self._live.add(copy.job)
+        g1, g2 = copy.g1_slots(), copy.g2_slots()
+        if is_load:
+            plan = Plan(self._g2, g2, self._g1, g1, urgent=True, label="load")
+        else:
+            plan = Plan(self._g1, g1, self._g2, g2, urgent=False, label="store")
+        deadline = self._settings.load_deadline_s if is_load else self._settings.store_deadline_s
+        self._executor.submit(copy.job, plan, deadline, self._load_ended if is_load else self._store_ended)
+
+    def _load_ended(self, job: int, completion: Completion) -> None:
+        self._report(job, completion)
+        with self._ended:
+            if completion.outcomes.any():
+                self._bad[job] = completion
+            self._live.discard(job)
+            self._ended.notify_all()
+
+    def _store_ended(self, job: int, completion: Completion) -> None:
+        self._report(job, completion)
+        with self._ended:
+            self._live.discard(job)
+            self._ended.notify_all()
+
+    def _report(self, job: int, completion: Completion) -> None:
+        outcomes = completion.outcomes.astype(np.uint8).tobytes()
+        self._tell(Result(job, self._rank, outcomes, completion.nbytes, completion.seconds, completion.error))
+
+    def _tell(self, message: Result | Sick | Bye) -> None:
+        try:
+            if self._link is not None:
+                self._link.send(message)
+        except Broken as error:
+            if not self._closing.is_set():
+                log.error("KVBM: rank %d: %s", self._rank, error)
+
+    # ------------------------------------------------------------------ the channel
+
+    def _run(self) -> None:
+        try:
+            link = connect(self._address, self._settings.init_timeout_s, self._closing.is_set)
+            link.send(self._hello)
+            while not self._closing.is_set():
+                match link.wait(1.0):
+                    case Allot(num_slots=slots):
+                        self._allot(link, slots)
+                    case Bye():
+                        break
+                    case None:
+                        pass
+                    case message:
+                        log.warning("KVBM: unexpected %s from the leader", type(message).__name__)
+        except (Broken, OSError) as error:
+            if not self._closing.is_set():
+                log.warning("KVBM: rank %d lost its leader: %s", self._rank, error)
+
+    def _allot(self, link: Link, slots: int) -> None:
+        """Makes the arena and touches all of it, so that first copies are not slower than later ones and a lack of
+        memory shows now."""
+        last = time.monotonic()
+
+        def progress(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last > _TOUCH_REPORT:
+                last = time.monotonic()
+                log.info("KVBM: rank %d prepared %.1f of %.1f GB of host memory", self._rank, done / 1e9, total / 1e9)
+
+        try:
+            arena = Arena(slots * self._g1.slot_bytes)
+            arena.touch(progress)
+        except Broken as error:
+            link.send(Refused(self._rank, str(error)))
+            return
+        self._arena = arena
+        self._g2 = arena.region([plane.row_bytes for plane in self._g1.planes], slots)
+        self._link = link
+        link.send(Ready(self._rank))
+
+    def close(self) -> None:
+        """Waits briefly for copies in flight and gives the memory back. The engine must not step any more."""
+        self._closing.set()
+        self._executor.close(5.0)
+        if self._link is not None:
+            self._tell(Bye())
+            self._link.close()
+        self._thread.join(2.0)
+        if self._arena is not None:
+            self._arena.close()
+

@@ -1,0 +1,102 @@
+"""Prometheus metrics under the names NVIDIA's KVBM uses where they exist, plus time and byte histograms.
+
+The counters of its first version have no `_total` suffix, so they are exposed as untyped samples of exactly those
+names. Everything is read when it is scraped; nothing is counted here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvbm.observe.totals import Histogram, Totals
+
+log = logging.getLogger(__name__)
+
+POOL_COUNTERS = {
+    "allocations": ("kvbm_allocations", "slots given out"),
+    "evictions": ("kvbm_evictions", "blocks that made room for others"),
+    "registrations": ("kvbm_registrations", "blocks that became matchable"),
+    "duplicates": ("kvbm_duplicate_blocks", "blocks that were already there when they were registered"),
+    "requested": ("kvbm_match_hashes_requested", "keys asked for in matches"),
+    "returned": ("kvbm_match_blocks_returned", "blocks found by matches"),
+}
+POOL_GAUGES = {
+    "total": ("kvbm_pool_size", "slots of the tier"),
+    "free": ("kvbm_reset_pool_size", "slots that hold nothing"),
+    "inactive": ("kvbm_inactive_pool_size", "blocks that can be matched and that nobody holds"),
+    "active": ("kvbm_inflight_immutable", "blocks that are held"),
+    "staged": ("kvbm_inflight_mutable", "slots that are being written"),
+}
+
+
+class _Collector(Collector):
+    def __init__(self, totals: Totals, pool: Callable[[], Mapping[str, int]], healthy: Callable[[], bool]) -> None:
+        self._totals, self._pool, self._healthy = totals, pool, healthy
+
+    def collect(self) -> Iterator[Metric]:
+        totals, pool = self._totals, self._pool()
+        for name, value, text in (
+            ("kvbm_offload_blocks_d2h", totals.offload.blocks, "blocks copied from the engine to host memory"),
+            ("kvbm_onboard_blocks_h2d", totals.onboard.blocks, "blocks copied from host memory to the engine"),
+            ("kvbm_matched_tokens", totals.g2_tokens, "prompt tokens promised from host memory"),
+        ):
+            metric = Metric(name, text, "unknown")
+            metric.add_sample(name, {}, value)
+            yield metric
+        yield GaugeMetricFamily("kvbm_host_cache_hit_rate", "of the last 1000 requests", totals.hit_rate())
+        yield GaugeMetricFamily("kvbm_healthy", "1 unless KVBM stands aside", float(self._healthy()))
+        yield CounterMetricFamily("kvbm_requests", "requests that got their blocks", totals.requests)
+        yield CounterMetricFamily("kvbm_requested_tokens", "prompt tokens of those requests", totals.prompt_tokens)
+        yield CounterMetricFamily("kvbm_device_tokens", "of those, held by the engine itself", totals.device_tokens)
+        for copies, way in ((totals.offload, "offload"), (totals.onboard, "onboard")):
+            yield CounterMetricFamily(f"kvbm_{way}_failed_blocks", "blocks whose copy failed", copies.failed)
+            yield CounterMetricFamily(f"kvbm_{way}_bytes", "bytes copied, over all ranks", copies.nbytes)
+            yield _histogram(f"kvbm_{way}_seconds", "time of one copy on the slowest rank", copies.seconds)
+            yield _histogram(f"kvbm_{way}_copy_bytes", "size of one copy, over all ranks", copies.sizes)
+        for key, (name, text) in POOL_COUNTERS.items():
+            counter = CounterMetricFamily(name, text, labels=["pool"])
+            counter.add_metric(["g2"], pool[key])
+            yield counter
+        for key, (name, text) in POOL_GAUGES.items():
+            gauge = GaugeMetricFamily(name, text, labels=["pool"])
+            gauge.add_metric(["g2"], pool[key])
+            yield gauge
+
+
+def _histogram(name: str, text: str, histogram: Histogram) -> HistogramMetricFamily:
+    buckets, running = [], 0
+    for bound, count in zip((*map(str, histogram.bounds), "+Inf"), histogram.counts, strict=True):
+        running += count
+        buckets.append((bound, running))
+    return HistogramMetricFamily(name, text, buckets=buckets, sum_value=histogram.total)
+
+
+def serve(
+    host: str,
+    port: int,
+    totals: Totals,
+    pool: Callable[[], Mapping[str, int]],
+    healthy: Callable[[], bool],
+) -> Callable[[], None] | None:
+    """Serves `/metrics` from a thread of its own; returns what stops it. A port that is taken is logged and None comes
+    back: metrics are not worth an engine."""
+    registry = CollectorRegistry()
+    registry.register(_Collector(totals, pool, healthy))
+    try:
+        server, thread = start_http_server(port, host, registry)
+    except OSError as error:
+        log.error("KVBM: no metrics: %s:%d cannot be served (%s); set metrics_port to a free one", host, port, error)
+        return None
+    log.info("KVBM: metrics on http://%s:%d/metrics", host, port)
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join(5)
+
+    return stop

@@ -1,0 +1,78 @@
+"""What happened so far, in numbers. One place feeds `kvbm status`, Prometheus and the engine's own metrics."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from dataclasses import dataclass, field
+
+from kvbm.core.events import Admitted, Event, Offloaded, Onboarded
+
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+BYTES = tuple(float(1 << shift) for shift in range(16, 34, 2))
+_WINDOW = 1000
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Counts per upper bound (not cumulative), the last one above all bounds."""
+
+    bounds: tuple[float, ...]
+    counts: list[int] = field(default_factory=list)
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    def add(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+@dataclass(slots=True)
+class Copies:
+    """Copies of one direction, counted when they ended on every rank."""
+
+    blocks: int = 0
+    failed: int = 0
+    nbytes: int = 0
+    seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+    sizes: Histogram = field(default_factory=lambda: Histogram(BYTES))
+
+    def add(self, event: Offloaded | Onboarded) -> None:
+        self.blocks += event.blocks
+        self.failed += event.failed
+        self.nbytes += event.nbytes
+        self.seconds.add(event.seconds)
+        self.sizes.add(event.nbytes)
+
+
+class Totals:
+    """An observer. Written by the leader under its lock; readers see numbers that are at most a moment apart."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.prompt_tokens = 0
+        self.device_tokens = 0
+        self.g2_tokens = 0
+        self.offload, self.onboard = Copies(), Copies()
+        self._recent: deque[tuple[int, int]] = deque(maxlen=_WINDOW)
+
+    def on_event(self, event: Event) -> None:
+        match event:
+            case Admitted(prompt_tokens, device_tokens, g2_tokens):
+                self.requests += 1
+                self.prompt_tokens += prompt_tokens
+                self.device_tokens += device_tokens
+                self.g2_tokens += g2_tokens
+                self._recent.append((prompt_tokens - device_tokens, g2_tokens))
+            case Offloaded():
+                self.offload.add(event)
+            case Onboarded():
+                self.onboard.add(event)
+
+    def hit_rate(self) -> float:
+        """Of the last thousand requests: tokens promised from host memory per token the engine itself did not hold."""
+        recent = list(self._recent)
+        wanted = sum(asked for asked, _ in recent)
+        return sum(hit for _, hit in recent) / wanted if wanted else 0.0

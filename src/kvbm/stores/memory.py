@@ -1,0 +1,89 @@
+"""G2's memory: one arena per rank that other processes can map."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Final
+
+from kvbm.core.errors import Broken, Misuse
+from kvbm.core.region import Region, packed
+from kvbm.native import touch
+from kvbm.stores.available import available_memory
+
+SLICE_BYTES: Final = 64 << 20
+"""What `Arena.touch` faults in between two looks at what is left."""
+
+
+class Arena:
+    """`size` bytes of zeroed shared memory (a memfd, private to this process until `fd` is passed on).
+
+    Nothing is really allocated before `touch`. Threads: any; `close` only after every transport that may use the
+    memory is closed, since it is unmapped.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise ValueError(f"an arena needs at least one byte, not {size}")
+        self.size = size
+        self.fd = os.memfd_create("kvbm-arena", os.MFD_CLOEXEC)
+        self._close_fd = weakref.finalize(self, os.close, self.fd)
+        try:
+            os.ftruncate(self.fd, size)
+            self._map = mmap.mmap(self.fd, size, mmap.MAP_SHARED)
+        except (OSError, OverflowError) as error:
+            self._close_fd()
+            raise Broken(f"cannot map {_gib(size)} of shared memory: {error}") from error
+        with suppress(OSError):  # a kernel without huge pages for shared memory
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    def touch(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Allocate every page now, so that no copy waits for the kernel, or dies, later. Keeps what is written.
+
+        Runs without the GIL, in slices; `progress(bytes done, total)` after each. What other processes take meanwhile
+        is seen, as far as that is possible without a lock on the machine.
+
+        Raises:
+            Broken: the memory is not there. What was allocated stays so until `close`.
+        """
+        for start in range(0, self.size, SLICE_BYTES):
+            length = min(SLICE_BYTES, self.size - start)
+            missing = self.size - os.fstat(self.fd).st_blocks * 512
+            available = available_memory()
+            if missing > available:
+                raise Broken(
+                    f"host memory for the KV arena: {_gib(missing)} of {_gib(self.size)} are still to be allocated, "
+                    f"{_gib(available)} are available to this process. Use a smaller arena or give it more memory."
+                )
+            try:
+                # Reserved first: a page that is refused here is an error, one refused to a write is SIGBUS.
+                os.posix_fallocate(self.fd, start, length)
+            except OSError as error:
+                raise Broken(f"host memory for the KV arena: the kernel refused {_gib(self.size)}: {error}") from error
+            touch(self.address + start, length)
+            if progress is not None:
+                progress(start + length, self.size)
+
+    def region(self, row_bytes: Sequence[int], num_slots: int, *, name: str = "G2", offset: int = 0) -> Region:
+        """The part of the arena from `offset` as `num_slots` slots of one extent each. It keeps the arena alive.
+
+        Raises:
+            Misuse: it does not fit.
+        """
+        if offset < 0 or offset + sum(row_bytes) * num_slots > self.size:
+            raise Misuse(f"{num_slots} slots of {sum(row_bytes)} B from {offset} on do not fit into {self.size} B")
+        return packed(name, self.address + offset, row_bytes, num_slots, owner=self)
+
+    def close(self) -> None:
+        """Unmap and give the memory back, unless another process maps it too. May be called again."""
+        self._map.close()
+        self._close_fd()
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / (1 << 30):.2f} GiB"

@@ -1,0 +1,218 @@
+"""A transport that goes wrong on purpose."""
+
+from __future__ import annotations
+
+import ctypes
+import heapq
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final
+from urllib.parse import parse_qsl
+
+import numpy as np
+
+from kvbm.abc.transport import Completion, Plan, Quiet, Transport
+from kvbm.core.errors import Misuse
+from kvbm.core.outcome import Outcome
+from kvbm.core.region import Region
+from kvbm.transfer.plan import checked_slots
+
+FAULTS: Final = ("delay", "fail", "flip", "die_after")
+PREFIXES: Final = ("", "load_", "store_")
+OPTIONS: Final = frozenset({"serial", "seed", *(prefix + fault for prefix in PREFIXES for fault in FAULTS)})
+
+
+def build(inner: Transport, rank: int, query: str) -> Transport:
+    """`inner` wrapped as a query string says, e.g. ``store_delay=0.2&fail=0.1&rank=1``; as it is on other ranks.
+
+    Raises:
+        ValueError: an unknown option, one given twice, or a value that is not a number; `inner` is untouched.
+    """
+    options: dict[str, float] = {}
+    for name, value in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):
+        if name in options:
+            raise ValueError(f"fault option {name!r} is given twice")
+        try:
+            options[name] = float(value)
+        except ValueError:
+            raise ValueError(f"fault option {name}={value!r} is not a number") from None
+    only = options.pop("rank", rank)
+    _check(options)
+    return FaultTransport(inner, **options) if only == rank else inner
+
+
+def _check(options: dict[str, float]) -> None:
+    """Raise `ValueError` naming the first option that `FaultTransport` does not have or cannot use."""
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise ValueError(f"unknown fault option {name!r}; there are {', '.join(sorted(OPTIONS | {'rank'}))}")
+        if value < 0 or (name.endswith(("fail", "flip")) and value > 1):
+            raise ValueError(f"fault option {name}={value:g} is out of range")
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A plan on its way. `error`: why it has to fail. `inner`: the wrapped transport's ticket once it has one."""
+
+    plan: Plan
+    done: Callable[[Completion], None]
+    error: str | None
+    flip: bool
+    inner: int | None = None
+
+
+class FaultTransport(Transport):
+    """Wraps `inner`, which it then owns. What is not made to fail is passed on.
+
+    Options, each also as ``load_…`` and ``store_…`` for plans with that label (which then wins):
+
+    - `delay`: seconds before the copy starts, so that the source is really read later. Delayed plans overlap, unless
+      `serial` is 1: then the delay of each begins when that of the one before is over.
+    - `fail`: probability that a plan ends `FAILED` with "injected", uncopied.
+    - `flip`: probability that, after the copy, one bit in each of the plan's blocks is flipped in the destination
+      (host memory), and the outcome is still `DONE`.
+    - `die_after`: the N-th plan kills the transport: `alive()` is False, that plan, those that run and all
+      later ones fail.
+
+    `seed` starts the dice. Threads: as any transport; delays and injected failures run on one timer thread.
+    """
+
+    def __init__(self, inner: Transport, **options: float) -> None:
+        _check(options)
+        self._inner = inner
+        self._options = options
+        self._random = random.Random(int(options.get("seed", 0)))
+        self._due = threading.Condition()
+        self._timers: list[tuple[float, int]] = []
+        self._last_due = 0.0
+        self._jobs: dict[int, _Job] = {}
+        self._seen: Counter[str] = Counter()
+        self._dead: str | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="kvbm-faults", daemon=True)
+        self._thread.start()
+
+    def reaches(self, source: Region, destination: Region) -> bool:
+        return self._inner.reaches(source, destination)
+
+    def submit(self, plan: Plan, done: Callable[[Completion], None]) -> int:
+        if not self.reaches(plan.source, plan.destination):
+            raise Misuse(f"no way from region {plan.source.name!r} to {plan.destination.name!r}")
+        checked_slots(plan)
+        running: list[int] = []
+        with self._due:
+            if self._closed:
+                raise Misuse("this transport is closed")
+            self._seen.update(("", f"{plan.label}_"))
+            if any(self._options.get(f"{of}die_after") == self._seen[of] for of in ("", f"{plan.label}_")):
+                self._dead = "the transport died (injected)"
+                running = self._fail_all(self._dead)
+            fail = self._random.random() < self._option("fail", plan)
+            flip = self._random.random() < self._option("flip", plan)
+            ticket = self._seen[""]
+            self._jobs[ticket] = job = _Job(plan, done, self._dead or ("injected" if fail else None), flip)
+            now = time.monotonic()
+            begin = max(now, self._last_due) if self._options.get("serial") else now
+            self._last_due = begin + self._option("delay", plan)
+            if job.error is None and self._last_due <= now:
+                self._pass_on(ticket, job)
+            if job.inner is None:
+                self._set_timer(0.0 if self._dead else self._last_due, ticket)
+        for inner in running:
+            self._inner.cancel(inner)
+        return ticket
+
+    def cancel(self, ticket: int) -> Quiet:
+        with self._due:
+            job = self._jobs.get(ticket)
+            if job is None:
+                return Quiet.QUIESCED
+            if job.inner is None:
+                job.error = job.error or "cancelled"
+                self._set_timer(0.0, ticket)
+                return Quiet.QUIESCED
+        return self._inner.cancel(job.inner)
+
+    def alive(self) -> bool:
+        return not self._closed and self._dead is None and self._inner.alive()
+
+    def close(self) -> None:
+        with self._due:
+            self._closed = True
+            self._fail_all("the transport was closed", running=False)
+            self._due.notify()
+        self._thread.join()
+        self._inner.close()
+
+    def _run(self) -> None:
+        while True:
+            with self._due:
+                if not self._timers:
+                    if self._closed:
+                        return
+                    self._due.wait()
+                    continue
+                due, ticket = self._timers[0]
+                if due > (now := time.monotonic()):
+                    self._due.wait(due - now)
+                    continue
+                heapq.heappop(self._timers)
+                job = self._jobs.get(ticket)
+                if job is None or job.inner is not None:
+                    continue  # its timer was brought forward
+                if job.error is None:
+                    self._pass_on(ticket, job)
+                if job.error is None:
+                    continue
+                del self._jobs[ticket]
+            job.done(_failed(ticket, job))
+
+    def _pass_on(self, ticket: int, job: _Job) -> None:
+        """Lock held, so that a cancel finds the job either here or there."""
+        try:
+            job.inner = self._inner.submit(job.plan, partial(self._finish, ticket))
+        except Misuse as error:
+            job.error = str(error)
+
+    def _finish(self, ticket: int, completion: Completion) -> None:
+        """On a thread of the wrapped transport."""
+        with self._due:
+            job = self._jobs.pop(ticket)
+            if job.flip and job.error is None and job.plan.destination.kind == "host":
+                for slot in job.plan.destination_slots[completion.outcomes == Outcome.DONE]:
+                    self._flip(job.plan.destination, int(slot))
+        job.done(replace(completion, ticket=ticket) if job.error is None else _failed(ticket, job))
+
+    def _flip(self, region: Region, slot: int) -> None:
+        plane = self._random.choice(region.planes)
+        address = plane.address + slot * plane.stride + self._random.randrange(plane.row_bytes)
+        ctypes.c_uint8.from_address(address).value ^= 1 << self._random.randrange(8)
+
+    def _fail_all(self, reason: str, *, running: bool = True) -> list[int]:
+        """Lock held. Returns the wrapped transport's tickets that are left to cancel, without the lock."""
+        inner = []
+        for ticket, job in self._jobs.items():
+            if job.inner is None:
+                job.error = job.error or reason
+                self._set_timer(0.0, ticket)
+            elif running:
+                job.error = reason
+                inner.append(job.inner)
+        return inner
+
+    def _set_timer(self, due: float, ticket: int) -> None:
+        heapq.heappush(self._timers, (due, ticket))
+        self._due.notify()
+
+    def _option(self, fault: str, plan: Plan) -> float:
+        return self._options.get(f"{plan.label}_{fault}", self._options.get(fault, 0.0))
+
+
+def _failed(ticket: int, job: _Job) -> Completion:
+    outcomes = np.full(len(job.plan.destination_slots), Outcome.FAILED, dtype=np.uint8)
+    return Completion(ticket, outcomes, job.error, 0.0, 0)

@@ -1,0 +1,350 @@
+"""Handles: every transition, every misuse, and slots that always come back."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvbm.blocks import Pinned, Pool, Staged, Writable
+from kvbm.blocks.slots import FREE
+from kvbm.core.errors import Misuse
+from kvbm.policy import LRU
+
+A, B, C, D, E, F, G, H = KEYS = [bytes([letter]) * 32 for letter in b"ABCDEFGH"]
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    """Eight slots; whatever a test does, they are all free when everything is cleared."""
+    pool = Pool(8, order=LRU(8))
+    yield pool
+    pool.check()
+    pool.clear()
+    assert pool.statistics().free == 8
+
+
+def writable(pool: Pool, n: int = 2) -> Writable:
+    got = pool.allocate(n)
+    assert got is not None
+    return got
+
+
+def store(pool: Pool, *keys: bytes, priority: int = 0) -> None:
+    writable(pool, len(keys)).stage(keys, priority=priority).register().drop()
+
+
+def test_a_block_lives(pool: Pool) -> None:
+    with writable(pool).stage([A, B]) as staged:
+        assert pool.absent([A, C]) == [1]
+        assert len(pool.match([A])) == 0
+        pinned = staged.register()
+    assert pinned.keys == (A, B)
+    assert pool.statistics().active == 2
+    pinned.drop()
+    assert pool.statistics().inactive == 2
+    with pool.match([A, B, C]) as again:
+        assert (len(again), again.keys) == (2, (A, B))
+        assert pool.peek([A, B, C]) == 2
+
+
+def test_match_starts_where_told(pool: Pool) -> None:
+    store(pool, B, C)
+    with pool.match([A, B, C, D], start=1) as pinned:
+        assert pinned.keys == (B, C)
+    assert pool.peek([A, B], start=1) == 1
+    assert len(pool.match([A, B], start=5)) == 0
+    assert (pool.statistics().requested, pool.statistics().returned) == (3, 2)
+
+
+def test_scan_finds_any_subset(pool: Pool) -> None:
+    store(pool, A, C)
+    pinned, positions = pool.scan([A, B, C, D])
+    with pinned:
+        assert positions == [0, 2]
+        assert pinned.keys == (A, C)
+
+
+def test_all_or_nothing(pool: Pool) -> None:
+    store(pool, A, B, C)
+    with pool.match([A]), writable(pool, 4):
+        assert pool.allocate(4) is None
+        assert pool.peek([A, B, C]) == 3
+        with writable(pool, 3):
+            assert pool.peek([A, B, C]) == 1
+    assert pool.statistics().evictions == 2
+    assert pool.allocate(9) is None
+
+
+def test_an_order_that_gives_too_few_loses_nothing() -> None:
+    class Stingy(LRU):
+        def victims(self, n: int) -> np.ndarray:
+            return super().victims(n - 1)
+
+    pool = Pool(4, order=Stingy(4))
+    store(pool, A, B, C, D)
+    assert pool.allocate(2) is None
+    pool.check()
+    assert pool.peek([A, B, C, D]) == 4
+
+
+def test_leaf_is_evicted_before_root(pool: Pool) -> None:
+    store(pool, A, B, C, D)
+    store(pool, E, F, G, H)
+    with writable(pool, 3):
+        assert pool.peek([A, B, C, D]) == 1
+        assert pool.peek([E, F, G, H]) == 4
+
+
+def test_touch_puts_a_prompt_let_go_in_parts_in_order(pool: Pool) -> None:
+    store(pool, A, B)
+    store(pool, C, D)
+    store(pool, E, F, G, H)
+    with pool.match([E]):
+        pool.touch([A, B, C, D, E, b"unknown", A])
+    with writable(pool, 5):
+        assert pool.peek([A, B, C, D]) == 2
+        assert pool.peek([E]) == 1
+
+
+def test_only_done_blocks_are_published(pool: Pool) -> None:
+    pinned = writable(pool, 3).stage([A, B, C]).register(np.array([True, False, True]))
+    assert pinned.keys == (A, C)
+    assert pool.absent([A, B, C]) == [1]
+    assert pool.statistics().free == 6
+    pinned.drop()
+    assert len(writable(pool, 1).stage([D]).register(np.array([False]))) == 0
+
+
+def test_the_existing_block_wins(pool: Pool) -> None:
+    store(pool, A)
+    with pool.match([A]) as first, writable(pool).stage([A, B]).register() as second:
+        assert second.slots[0] == first.slots[0]
+        assert pool.statistics().free == 6
+    assert pool.statistics().duplicates == 1
+
+
+def test_two_may_stage_one_key(pool: Pool) -> None:
+    one, two = writable(pool, 1).stage([A]), writable(pool, 1).stage([A])
+    one.drop()
+    assert pool.absent([A]) == []
+    two.drop()
+    assert pool.absent([A]) == [0]
+
+
+def test_narrow_lets_the_rest_go(pool: Pool) -> None:
+    store(pool, A, B, C)
+    with pool.match([A, B, C]) as pinned:
+        pinned.narrow(1)
+        assert (len(pinned), pinned.keys) == (1, (A,))
+        assert (pool.statistics().active, pool.statistics().inactive) == (1, 2)
+        with pytest.raises(Misuse):
+            pinned.narrow(2)
+        pinned.narrow(0)
+        assert pool.statistics().active == 0
+
+
+def test_discarded_blocks_stay_until_let_go(pool: Pool) -> None:
+    store(pool, A, B, C)
+    pinned, other = pool.match([A, B]), pool.match([A])
+    assert pool.discard([B, C, B, D]) == 2
+    assert pool.statistics().orphaned == 1
+    assert pool.peek([A, B]) == 1
+    store(pool, B)
+    with pool.match([A, B]) as again:
+        assert again.slots[1] != pinned.slots[1]
+    pinned.drop()
+    assert (pool.statistics().orphaned, pool.statistics().free) == (0, 6)
+    other.drop()
+
+
+def test_a_weak_reference_lives_as_long_as_its_block(pool: Pool) -> None:
+    store(pool, A, B)
+    with pool.match([A, B]) as pinned:
+        weak = pinned.weak()
+    again = weak.upgrade()
+    assert again is not None
+    with again:
+        assert again.keys == (A, B)
+    pool.discard([B])
+    assert weak.upgrade() is None
+
+
+def test_clear_begins_a_new_generation(pool: Pool) -> None:
+    store(pool, A, B)
+    pinned, raw, staged = pool.match([A]), writable(pool, 1), writable(pool, 1).stage([C])
+    weak = pinned.weak()
+    pool.clear()
+    assert pool.statistics().generation == 1
+    assert pool.absent([A, C]) == [0, 1]
+    late = raw.stage([D])
+    assert pool.absent([D]) == [0]
+    fresh = writable(pool, 1).stage([C])
+    assert len(staged.register()) == 0
+    assert pool.absent([C]) == []
+    late.drop()
+    fresh.drop()
+    pinned.drop()
+    for _ in range(8):
+        store(pool, A)
+        assert weak.upgrade() is None
+        pool.discard([A])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda pool: pool.allocate(0),
+        lambda pool: pool.allocate(-1),
+        lambda pool: pool.match([A], start=-1),
+        lambda pool: pool.peek([A], start=-1),
+        lambda pool: pool.match([A, A]),
+        lambda pool: pool.scan([B, B]),
+        lambda pool: Pool(0, order=LRU(1)),
+    ],
+)
+def test_misuse_of_the_pool_changes_nothing(pool: Pool, wrong: Callable[[Pool], object]) -> None:
+    store(pool, A)
+    before = pool.statistics()
+    with pytest.raises(Misuse):
+        wrong(pool)
+    assert pool.statistics() == before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda w: w.stage([A]),
+        lambda w: w.stage([A, B, C]),
+        lambda w: w.stage([A, A]),
+        lambda w: w.stage([A, B], priority=-1),
+        lambda w: w.stage([A, B], priority=101),
+        lambda w: w.stage([A, B], priority=0.5),
+        lambda w: w.stage([A, B], ttl=0.0),
+        lambda w: w.stage([A, B], ttl=float("nan")),
+    ],
+)
+def test_wrong_arguments_take_nothing_from_a_writable(pool: Pool, wrong: Callable[[Writable], object]) -> None:
+    with writable(pool) as raw:
+        with pytest.raises(Misuse):
+            wrong(raw)
+        with raw.stage([A, B]) as staged:
+            assert staged.keys == (A, B)
+
+
+@pytest.mark.parametrize("done", [np.array([True]), np.array([0, 1]), np.array([[True, True]])])
+def test_wrong_arguments_take_nothing_from_a_staged(pool: Pool, done: np.ndarray) -> None:
+    with writable(pool).stage([A, B]) as staged:
+        with pytest.raises(Misuse):
+            staged.register(done)
+        assert pool.statistics().staged == 2
+
+
+CONSUMED: list[Callable[[Writable, Staged, Pinned], object]] = [
+    lambda w, s, p: w.slots,
+    lambda w, s, p: w.drop(),
+    lambda w, s, p: w.stage([C, D]),
+    lambda w, s, p: s.slots,
+    lambda w, s, p: s.keys,
+    lambda w, s, p: s.drop(),
+    lambda w, s, p: s.register(),
+    lambda w, s, p: s.register(np.array([True, True])),
+    lambda w, s, p: p.slots,
+    lambda w, s, p: p.keys,
+    lambda w, s, p: len(p),
+    lambda w, s, p: p.drop(),
+    lambda w, s, p: p.narrow(0),
+    lambda w, s, p: p.weak(),
+]
+
+
+@pytest.mark.parametrize("use", CONSUMED)
+def test_a_consumed_handle_is_refused(pool: Pool, use: Callable[[Writable, Staged, Pinned], object]) -> None:
+    raw = writable(pool)
+    staged = raw.stage([A, B])
+    pinned = staged.register()
+    pinned.drop()
+    before = pool.statistics()
+    with pytest.raises(Misuse, match="already used or dropped"):
+        use(raw, staged, pinned)
+    assert pool.statistics() == before
+    assert "consumed" in repr(raw)
+
+
+def test_a_handle_leaves_its_block_dropped(pool: Pool) -> None:
+    with writable(pool) as raw:
+        assert repr(raw) == "<Writable of 2 blocks>"
+        assert pool.statistics().writable == 2
+    with writable(pool).stage([A, B]):
+        assert pool.statistics().staged == 2
+    assert pool.statistics().free == 8
+    with pytest.raises(Misuse):
+        raw.drop()
+
+
+@pytest.mark.parametrize("last", ["Writable", "Staged", "Pinned"])
+def test_a_forgotten_handle_gives_back_first_and_then_warns(pool: Pool, last: str) -> None:
+    handle: Writable | Staged | Pinned | None = writable(pool)
+    if isinstance(handle, Writable) and last != "Writable":
+        handle = handle.stage([A, B])
+    if isinstance(handle, Staged) and last == "Pinned":
+        handle = handle.register()
+    free_at_warning = []
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda *_, **__: free_at_warning.append(
+            pool.statistics().free + pool.statistics().inactive
+        )
+        warnings.simplefilter("always")
+        handle = None
+        gc.collect()
+    assert free_at_warning == [8]
+
+
+def test_a_handle_forgotten_while_the_lock_is_held_comes_back_later(pool: Pool) -> None:
+    raw = writable(pool)
+    with pytest.warns(ResourceWarning, match="Writable over 2 blocks"), pool._ledger._lock:
+        del raw
+    assert pool.statistics().free == 8
+
+
+def test_an_empty_handle_holds_nothing_to_forget(pool: Pool) -> None:
+    assert len(pool.match([A])) == 0
+
+
+def test_slots_are_read_only(pool: Pool) -> None:
+    with writable(pool) as raw, pytest.raises(ValueError, match="read-only"):
+        raw.slots[0] = 7
+
+
+@pytest.mark.parametrize(
+    ("broken", "text"),
+    [
+        (lambda ledger: ledger._table._state.__setitem__(7, FREE), "slots per state"),
+        (lambda ledger: ledger._table._state.__setitem__(0, -9), "no state"),
+        (lambda ledger: ledger._table._free.__setitem__(0, 1), "twice"),
+        (lambda ledger: ledger._table._free.__setitem__(0, 7), "not free"),
+        (lambda ledger: ledger._table.key.fill(None), "no key"),
+        (lambda ledger: ledger._table.expiry.__setitem__(0, 1.0), "can expire"),
+        (lambda ledger: ledger._table.expiry.fill(1.0), "before the pool looks"),
+        (lambda ledger: ledger._index._slot.pop(A), "index"),
+        (lambda ledger: ledger._table.priority.fill(0), "can be evicted"),
+    ],
+)
+def test_check_says_what_is_wrong(broken: Callable[[Any], object], text: str) -> None:
+    pool = Pool(8, order=LRU(8))
+    store(pool, A, B, priority=3)
+    pool.check()
+    broken(pool._ledger)
+    with pytest.raises(AssertionError, match=text):
+        pool.check()
+
+
+def test_slots_of_a_prompt_stay_neighbours(pool: Pool) -> None:
+    store(pool, *KEYS)
+    with writable(pool, 8) as raw:
+        assert raw.slots.tolist() == list(range(8))
+        assert raw.slots.flags.c_contiguous

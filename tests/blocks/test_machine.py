@@ -1,0 +1,296 @@
+"""The pool against a naive model: dicts and lists, one entry per block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+
+from kvbm.blocks import Pinned, Pool, Staged, Weak, Writable
+from kvbm.core.events import Cleared, Event, Removed, Stored
+from kvbm.policy import LRU
+from kvbm.testing.clock import ManualClock
+
+SLOTS = 8
+NEVER = float("inf")
+KEYS = [bytes([number]) * 32 for number in range(10)]
+some = st.lists(st.sampled_from(KEYS), min_size=1, max_size=6, unique=True)
+prompts = st.builds(lambda start, n: KEYS[start : start + n], st.integers(0, 5), st.integers(1, 6))
+runs = prompts | prompts | some
+priorities = st.sampled_from([0, 0, 50, 100])
+ttls = st.sampled_from([None, None, 1.0, 5.0])
+
+
+@dataclass(eq=False)
+class Block:
+    slot: int
+    priority: int
+    expiry: float
+    holds: int = 1
+
+
+@dataclass(eq=False)
+class Model:
+    """What is registered, and who holds which slots."""
+
+    blocks: dict[bytes, Block] = field(default_factory=dict)
+    orphans: list[Block] = field(default_factory=list)
+    generation: int = 0
+
+    def alive(self, key: bytes, now: float) -> bool:
+        return key in self.blocks and self.blocks[key].expiry > now
+
+    def forget(self, key: bytes) -> None:
+        block = self.blocks.pop(key)
+        if block.holds:
+            self.orphans.append(block)
+
+    def prefix(self, keys: Sequence[bytes], now: float) -> int:
+        misses = [at for at, key in enumerate(keys) if not self.alive(key, now)]
+        return misses[0] if misses else len(keys)
+
+
+@dataclass(eq=False)
+class Held:
+    """A handle and what the model knows about it."""
+
+    handle: Writable | Staged | Pinned
+    blocks: list[Block] = field(default_factory=list)
+    generation: int = 0
+    priority: int = 0
+    ttl: float | None = None
+
+
+class PoolMachine(RuleBasedStateMachine):
+    writables = Bundle("writables")
+    stageds = Bundle("stageds")
+    pins = Bundle("pins")
+    weaks = Bundle("weaks")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = ManualClock()
+        self.model = Model()
+        self.heard: set[bytes] = set()
+        self.pool = Pool(SLOTS, order=LRU(SLOTS), clock=self.clock, observers=[self])
+        self.live: list[Held] = []
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, Cleared):
+            self.heard.clear()
+        elif isinstance(event, Stored):
+            assert self.heard.isdisjoint(event.keys)
+            self.heard.update(event.keys)
+        elif isinstance(event, Removed):
+            assert self.heard.issuperset(event.keys)
+            self.heard.difference_update(event.keys)
+
+    def keep(self, held: Held) -> Held:
+        self.live.append(held)
+        return held
+
+    def pin(self, handle: Pinned) -> Held:
+        """The model's view of blocks that were held just now."""
+        assert handle.slots.tolist() == [self.model.blocks[key].slot for key in handle.keys]
+        blocks = [self.model.blocks[key] for key in handle.keys]
+        for block in blocks:
+            block.holds += 1
+        return self.keep(Held(handle, blocks))
+
+    def settle(self) -> None:
+        """Follow what the pool removed; nothing that is held may be evicted, nothing alive may vanish silently."""
+        for key in [key for key in self.model.blocks if key not in self.heard]:
+            block = self.model.blocks[key]
+            assert block.holds == 0 or block.expiry <= self.clock()
+            self.model.forget(key)
+
+    # -- writing --
+
+    @rule(target=writables, n=st.integers(1, 6))
+    def allocate(self, n: int) -> object:
+        before = {key: block for key, block in self.model.blocks.items() if not block.holds}
+        free = self.pool.statistics().free
+        handle = self.pool.allocate(n)
+        gone = [before[key] for key in before if key not in self.heard]
+        stayed = [before[key] for key in before if key in self.heard]
+        self.settle()
+        if handle is None:
+            assert free + len(before) < n
+            return multiple()
+        live_victims = [block for block in gone if block.expiry > self.clock()]
+        if live_victims:  # the lowest priorities go, and none while an expired block still has a slot
+            assert all(block.expiry > self.clock() for block in stayed)
+            assert max(b.priority for b in live_victims) <= min((b.priority for b in stayed), default=100)
+            assert free + len(gone) == n
+        return self.keep(Held(handle, generation=self.model.generation))
+
+    @rule(
+        target=stageds,
+        held=consumes(writables),
+        start=st.integers(0, 4),
+        priority=priorities,
+        ttl=ttls,
+    )
+    def stage(self, held: Held, start: int, priority: int, ttl: float | None) -> Held:
+        assert isinstance(held.handle, Writable)
+        keys = KEYS[start : start + len(held.handle.slots)]
+        staged = held.handle.stage(keys, priority=priority, ttl=ttl)
+        self.live.remove(held)
+        return self.keep(Held(staged, generation=held.generation, priority=priority, ttl=ttl))
+
+    @rule(target=pins, held=consumes(stageds), done=st.none() | st.lists(st.booleans(), min_size=6, max_size=6))
+    def register(self, held: Held, done: list[bool] | None) -> Held:
+        assert isinstance(held.handle, Staged)
+        slots, keys = held.handle.slots.tolist(), held.handle.keys
+        mask = None if done is None else np.array(done[: len(keys)])
+        pinned = held.handle.register(mask)
+        self.live.remove(held)
+        now = self.clock()
+        expiry = NEVER if held.ttl is None else now + held.ttl
+        published = [key for at, key in enumerate(keys) if mask is None or mask[at]]
+        if held.generation != self.model.generation:
+            published = []
+        assert list(pinned.keys) == published
+        for key in [key for key in self.model.blocks if not self.model.alive(key, now) and key in keys]:
+            self.model.forget(key)
+        for key in published:
+            if key in self.model.blocks:
+                block = self.model.blocks[key]
+                block.priority, block.expiry = max(block.priority, held.priority), max(block.expiry, expiry)
+            else:
+                self.model.blocks[key] = Block(slots[keys.index(key)], held.priority, expiry, holds=0)
+        return self.pin(pinned)
+
+    @rule(keys=prompts, priority=priorities, ttl=ttls)
+    def store(self, keys: list[bytes], priority: int, ttl: float | None) -> None:
+        """All at once: without it few runs get as far as an eviction."""
+        raw = self.allocate(len(keys))
+        if isinstance(raw, Held):
+            self.drop(self.register(self.stage(raw, KEYS.index(keys[0]), priority, ttl), None))
+
+    # -- reading --
+
+    @rule(target=pins, keys=runs, start=st.integers(0, 3))
+    def match(self, keys: list[bytes], start: int) -> Held:
+        expected = self.model.prefix(keys[start:], self.clock())
+        assert self.pool.peek(keys, start) == expected
+        pinned = self.pool.match(keys, start)
+        self.settle()
+        assert list(pinned.keys) == keys[start : start + expected]
+        return self.pin(pinned)
+
+    @rule(target=pins, keys=runs)
+    def scan(self, keys: list[bytes]) -> Held:
+        expected = [at for at, key in enumerate(keys) if self.model.alive(key, self.clock())]
+        pinned, positions = self.pool.scan(keys)
+        self.settle()
+        assert positions == expected
+        assert list(pinned.keys) == [keys[at] for at in positions]
+        return self.pin(pinned)
+
+    @rule(keys=runs)
+    def absent(self, keys: list[bytes]) -> None:
+        staged = {
+            key
+            for held in self.live
+            if isinstance(held.handle, Staged) and held.generation == self.model.generation
+            for key in held.handle.keys
+        }
+        known = {key for key in keys if self.model.alive(key, self.clock())} | staged
+        assert self.pool.absent(keys) == [at for at, key in enumerate(keys) if key not in known]
+        self.settle()
+
+    @rule(keys=runs)
+    def touch(self, keys: list[bytes]) -> None:
+        self.pool.touch(keys)
+        self.settle()
+
+    @rule(held=pins, n=st.integers(0, 6))
+    def narrow(self, held: Held, n: int) -> None:
+        if held in self.live and isinstance(held.handle, Pinned):
+            n = min(n, len(held.handle))
+            held.handle.narrow(n)
+            self.let_go(held.blocks[n:])
+            del held.blocks[n:]
+
+    # -- letting go --
+
+    def let_go(self, blocks: list[Block]) -> None:
+        for block in blocks:
+            block.holds -= 1
+        self.model.orphans = [block for block in self.model.orphans if block.holds]
+
+    @rule(held=st.one_of(consumes(writables), consumes(stageds), consumes(pins)))
+    def drop(self, held: Held) -> None:
+        held.handle.drop()
+        self.live.remove(held)
+        self.let_go(held.blocks)
+
+    @rule(target=weaks, held=pins)
+    def weaken(self, held: Held) -> object:
+        assert isinstance(held.handle, Pinned)
+        return (held.handle.weak(), held.handle.keys, list(held.blocks))
+
+    @rule(target=pins, remembered=weaks)
+    def upgrade(self, remembered: tuple[Weak, tuple[bytes, ...], list[Block]]) -> object:
+        weak, keys, blocks = remembered
+        pinned = weak.upgrade()
+        now = self.clock()
+        same = all(self.model.alive(key, now) for key in keys) and blocks == [self.model.blocks[key] for key in keys]
+        if pinned is None:
+            assert not same or not keys
+            return multiple()
+        assert all(self.model.alive(key, now) for key in keys)
+        return self.pin(pinned)
+
+    # -- un-publishing --
+
+    @rule(keys=runs)
+    def discard(self, keys: list[bytes]) -> None:
+        registered = [key for key in keys if key in self.model.blocks]
+        assert self.pool.discard(keys) == len(registered)
+        for key in registered:
+            self.model.forget(key)
+
+    @rule()
+    def clear(self) -> None:
+        self.pool.clear()
+        self.model.generation += 1
+        for key in list(self.model.blocks):
+            self.model.forget(key)
+
+    @rule(seconds=st.sampled_from([0.5, 1.0, 4.0]))
+    def wait(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    # -- always --
+
+    @invariant()
+    def consistent(self) -> None:
+        self.pool.check()
+        seen, model = self.pool.statistics(), self.model
+        assert self.heard == set(model.blocks)
+        assert seen.registered == len(model.blocks)
+        assert seen.orphaned == len(model.orphans)
+        assert seen.active == sum(block.holds > 0 for block in model.blocks.values())
+        assert seen.writable == sum(len(h.handle.slots) for h in self.live if isinstance(h.handle, Writable))
+        assert seen.staged == sum(len(h.handle.slots) for h in self.live if isinstance(h.handle, Staged))
+        used = [block.slot for block in (*model.blocks.values(), *model.orphans)]
+        for held in self.live:
+            if not isinstance(held.handle, Pinned):
+                used += held.handle.slots.tolist()
+        assert len(set(used)) == len(used) == SLOTS - seen.free
+
+    def teardown(self) -> None:
+        for held in self.live:
+            held.handle.drop()
+        self.pool.clear()
+        assert self.pool.statistics().free == SLOTS
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)

@@ -1,0 +1,47 @@
+"""Engines and models for the end-to-end tests."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.engine import Done, Engine, write_tiny
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+            # vLLM and what it imports warn about many things; ours are still errors in the tests without an engine.
+            item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def plain(tiny: Path) -> Iterator[Callable[..., list[Done]]]:
+    """vLLM without KVBM: the outputs that every run must have. float32, so batching changes nothing."""
+    engine = Engine(tiny, num_gpu_blocks_override=256)
+
+    def run(prompts: Sequence[Sequence[int]], tokens: int = 8, **options: object) -> list[Done]:
+        results = engine.run(prompts, tokens, **options)
+        engine.forget_device()
+        return results
+
+    yield run
+    engine.close()
+
+
+@pytest.fixture
+def dice(request: pytest.FixtureRequest) -> random.Random:
+    return random.Random(request.node.name)
+
+
+def prompt_of(dice: random.Random, length: int) -> list[int]:
+    return [dice.randrange(3, 1000) for _ in range(length)]

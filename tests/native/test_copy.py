@@ -1,0 +1,187 @@
+import builtins
+import importlib
+import sys
+import threading
+from array import array
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+import kvbm.native
+from kvbm.native import copy_rows, touch
+
+Layout = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def oracle(source: Layout, destination: Layout, rows: np.ndarray, pairs: list[tuple[int, int]]) -> None:
+    """The same, row by row, on the arrays that the addresses point into."""
+    for s, d in pairs:
+        for plane, n in enumerate(rows):
+            here = source[1][plane] + s * source[2][plane]
+            there = destination[1][plane] + d * destination[2][plane]
+            destination[0][there : there + n] = source[0][here : here + n]
+
+
+def addresses(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    memory, offset, stride = layout
+    return memory.ctypes.data + offset, stride
+
+
+@st.composite
+def layouts(draw: st.DrawFn, rows: list[int], slots: int) -> Layout:
+    """Planes one after the other with any gaps, or all rows of a slot in one extent."""
+    if draw(st.booleans()):
+        pad = draw(st.integers(0, 70))
+        slot = sum(rows) + pad
+        offset = pad + np.concatenate(([0], np.cumsum(rows)[:-1]))
+        stride, size = np.full(len(rows), slot), pad + slots * slot
+    else:
+        strides = [n + draw(st.integers(0, 70)) for n in rows]
+        gaps = [draw(st.integers(0, 70)) for _ in rows]
+        starts = np.cumsum([gap + slots * stride for gap, stride in zip(gaps, strides, strict=True)])
+        offset = starts - slots * np.array(strides)
+        stride, size = np.array(strides), int(starts[-1])
+        if draw(st.booleans()):  # backwards
+            offset, stride = offset + (slots - 1) * stride, -stride
+    return np.zeros(size, np.uint8), offset.astype(np.int64), stride.astype(np.int64)
+
+
+@st.composite
+def copies(draw: st.DrawFn) -> tuple[Layout, Layout, np.ndarray, list[tuple[int, int]]]:
+    row = st.one_of(st.integers(0, 130), st.integers(500, 530), st.integers(4000, 4200))
+    rows = draw(st.lists(row, min_size=1, max_size=5))
+    slots = draw(st.integers(1, 6))
+    numbers = st.integers(0, slots - 1)
+    destinations = draw(st.lists(numbers, unique=True))
+    pairs = [(draw(numbers), d) for d in destinations]
+    return draw(layouts(rows, slots)), draw(layouts(rows, slots)), np.array(rows, np.int64), pairs
+
+
+@settings(max_examples=150, deadline=None)
+@given(copies(), st.integers(0, 7))
+def test_copies_what_the_oracle_copies(
+    copy: tuple[Layout, Layout, np.ndarray, list[tuple[int, int]]], chunk: int
+) -> None:
+    source, destination, rows, pairs = copy
+    random = np.random.default_rng(0)
+    source[0][:] = random.integers(0, 256, len(source[0]))
+    destination[0][:] = random.integers(0, 256, len(destination[0]))
+    before, expected = source[0].copy(), destination[0].copy()
+    oracle(source, (expected, *destination[1:]), rows, pairs)
+    slots = np.array(pairs, np.int64).reshape(-1, 2)
+    arguments = (*addresses(source), *addresses(destination), rows, slots[:, 0].copy(), slots[:, 1].copy())
+    shared = (np.zeros(2, np.int64), chunk) if chunk else ()
+    assert copy_rows(*arguments, *shared) == int(rows.sum()) * len(pairs)
+    assert (destination[0] == expected).all()
+    assert (source[0] == before).all()
+
+
+def one_plane(slots: int, row: int = 64) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    source = np.arange(slots * row, dtype=np.uint64).astype(np.uint8)
+    destination = np.zeros_like(source)
+    plane = [np.array([value], np.int64) for value in (source.ctypes.data, row, destination.ctypes.data, row, row)]
+    numbers = np.arange(slots, dtype=np.int64)
+    return source, destination, [*plane, numbers, numbers]
+
+
+def test_threads_share_a_copy_and_every_block_is_copied_by_one_of_them() -> None:
+    source, destination, arguments = one_plane(3000, 1000)
+    control = np.zeros(2, np.int64)
+    copied: list[int] = []
+    threads = [threading.Thread(target=lambda: copied.append(copy_rows(*arguments, control, 7))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(copied) == len(source)
+    assert (source == destination).all()
+
+
+def test_a_stopped_copy_can_be_resumed() -> None:
+    source, destination, arguments = one_plane(10)
+    control = np.array([4, 1], np.int64)
+    assert copy_rows(*arguments, control, 3) == 0
+    assert not destination.any()
+    control[1] = 0
+    assert copy_rows(*arguments, control, 3) == 6 * 64
+    assert (destination[4 * 64 :] == source[4 * 64 :]).all()
+    assert not destination[: 4 * 64].any()
+    assert control[0] >= 10
+
+
+def test_any_contiguous_int64_buffer_will_do() -> None:
+    source, destination, arguments = one_plane(3)
+    assert copy_rows(*(array("q", argument.tolist()) for argument in arguments)) == len(source)
+    assert (source == destination).all()
+
+
+BAD = {
+    "int32": np.zeros(1, np.int32),
+    "uint64": np.zeros(1, np.uint64),
+    "float": np.zeros(1, np.float64),
+    "other endian": np.zeros(1, ">i8"),
+    "two-dimensional": np.zeros((1, 1), np.int64),
+    "strided": np.zeros((2, 2), np.int64)[:, 0],
+    "bytes": b"12345678",
+    "no buffer": [0],
+    "too long": np.zeros(3, np.int64),
+}
+
+
+@pytest.mark.parametrize("position", range(7))
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
+def test_a_bad_buffer_is_refused_before_anything_is_copied(position: int, bad: object) -> None:
+    _, destination, arguments = one_plane(1)
+    arguments[position] = bad  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="int64|entries"):
+        copy_rows(*arguments)
+    assert not destination.any()
+
+
+def test_negative_rows_and_bad_controls_are_refused() -> None:
+    _, destination, arguments = one_plane(1)
+    readonly = np.zeros(2, np.int64)
+    readonly.flags.writeable = False
+    for control, chunk in (
+        (np.zeros(2, np.int64), 0),
+        (np.zeros(3, np.int64), 1),
+        (np.array([-1, 0]), 1),
+        (readonly, 1),
+    ):
+        with pytest.raises(ValueError, match="control"):
+            copy_rows(*arguments, control, chunk)
+    with pytest.raises(ValueError, match="negative"):
+        copy_rows(*arguments[:4], np.array([-1]), *arguments[5:])
+    with pytest.raises(TypeError):
+        copy_rows(*arguments, np.zeros(2, np.int64))
+    with pytest.raises(TypeError):
+        copy_rows(*arguments, np.zeros(2, np.int64), "3")
+    assert not destination.any()
+
+
+def test_touch_keeps_what_is_there() -> None:
+    memory = np.arange(20_000, dtype=np.uint32).view(np.uint8)
+    before = memory.copy()
+    touch(memory.ctypes.data + 5, len(memory) - 5)
+    touch(memory.ctypes.data, 0)
+    assert (memory == before).all()
+    with pytest.raises(ValueError, match="negative"):
+        touch(memory.ctypes.data, -1)
+
+
+def test_a_missing_extension_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def missing(name: str, *rest: object) -> object:
+        if name == "kvbm.native._copy":
+            raise ImportError("no such file")
+        return real(name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    monkeypatch.delitem(sys.modules, "kvbm.native")
+    with pytest.raises(ImportError, match=r"C compiler.*pip install -e \."):
+        importlib.import_module("kvbm.native")
+    monkeypatch.undo()
+    assert sys.modules["kvbm.native"] is kvbm.native

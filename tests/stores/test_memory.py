@@ -1,0 +1,103 @@
+import errno
+import mmap
+import os
+
+import numpy as np
+import pytest
+
+from kvbm.core.errors import Broken, Misuse
+from kvbm.stores import memory
+from kvbm.stores.memory import Arena
+
+PAGE = mmap.PAGESIZE
+
+
+@pytest.fixture
+def slices(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(memory, "SLICE_BYTES", 4 * PAGE)
+    return 4 * PAGE
+
+
+def test_touch_allocates_everything_in_slices_and_keeps_what_is_there(slices: int) -> None:
+    arena, seen = Arena(10 * PAGE - 7), []
+    os.pwrite(arena.fd, b"kept", 100)
+    assert os.fstat(arena.fd).st_blocks * 512 <= PAGE
+    arena.touch(lambda done, total: seen.append((done, total)))
+    size = arena.size
+    assert seen == [(slices, size), (2 * slices, size), (size, size)]
+    assert os.fstat(arena.fd).st_blocks * 512 == 10 * PAGE
+    assert os.pread(arena.fd, 10 * PAGE, 0) == bytes(100) + b"kept" + bytes(size - 104)
+    arena.touch()
+    arena.close()
+
+
+def test_other_mappings_of_the_fd_see_the_same_bytes() -> None:
+    arena = Arena(3 * PAGE)
+    region = arena.region([100, 28], 5)
+    assert region.planes[1].address == arena.address + 100
+    assert (region.num_slots, region.slot_bytes, region.kind, region.name) == (5, 128, "host", "G2")
+    assert region.owner is arena
+    assert not os.get_inheritable(arena.fd)
+    with mmap.mmap(arena.fd, arena.size) as other:
+        other[130] = 7
+        there = (np.ctypeslib.ctypes.c_uint8 * arena.size).from_address(arena.address)
+        assert there[130] == 7
+    arena.close()
+    arena.close()
+
+
+def test_a_region_can_begin_anywhere_but_has_to_fit() -> None:
+    arena = Arena(1000)
+    assert arena.region([10], 90, name="tail", offset=100).planes[0].address == arena.address + 100
+    for rows, slots, offset in (([10], 101, 0), ([10], 91, 100), ([10], 1, -1)):
+        with pytest.raises(Misuse, match="do not fit"):
+            arena.region(rows, slots, offset=offset)
+    arena.close()
+
+
+def test_a_dropped_arena_closes_its_fd() -> None:
+    arena = Arena(PAGE)
+    fd = arena.fd
+    del arena
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+def test_memory_that_is_not_there_is_said_before_it_is_taken(monkeypatch: pytest.MonkeyPatch, slices: int) -> None:
+    left = iter([20 * PAGE, 3 * PAGE])  # somebody else takes some meanwhile
+    monkeypatch.setattr(memory, "available_memory", lambda: next(left))
+    arena = Arena(10 * PAGE)
+    with pytest.raises(Broken, match=r"still to be allocated, 0.00 GiB are available"):
+        arena.touch()
+    assert os.fstat(arena.fd).st_blocks * 512 == slices
+    arena.close()
+
+
+def test_what_is_allocated_already_needs_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = Arena(10 * PAGE)
+    arena.touch()
+    monkeypatch.setattr(memory, "available_memory", lambda: 0)
+    arena.touch()
+    arena.close()
+
+
+def test_a_refusal_of_the_kernel_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    arena = Arena(PAGE)
+    with pytest.raises(Broken, match="No space left"):
+        arena.touch()
+    arena.close()
+
+
+@pytest.mark.parametrize("size", [1 << 62, 1 << 80])
+def test_a_size_that_cannot_be_mapped_is_an_error(size: int) -> None:
+    with pytest.raises(Broken, match="cannot map"):
+        Arena(size)
+
+
+def test_a_size_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one byte"):
+        Arena(0)
