@@ -54,8 +54,8 @@ def test_slow_copies_do_not_slow_steps(engine: Engine, dice: random.Random) -> N
     engine.leader.resume()
     assert busy > 50, "no copy was in flight while the engine stepped: this shows nothing"
     assert idle == 0
-    # A step that waited for a copy takes at least the delay, and there were seven copies; a busy machine may make others
-    # slow, but not the typical one.
+    # A step that waited for a copy takes at least the delay, and there were seven copies; a busy machine may make
+    # others slow, but not the typical one.
     assert sum(seconds >= DELAY for seconds in with_copies) <= 2
     assert statistics.median(with_copies) < 1.5 * statistics.median(without)
 

@@ -135,7 +135,7 @@ BAD = {
 def test_a_bad_buffer_is_refused_before_anything_is_copied(position: int, bad: object) -> None:
     _, destination, arguments = one_plane(1)
     arguments[position] = bad  # type: ignore[call-overload]
-    with pytest.raises(ValueError, match="int64|entries"):
+    with pytest.raises(ValueError, match=r"int64|entries"):
         copy_rows(*arguments)
     assert not destination.any()
 

@@ -22,7 +22,7 @@ class Machine:
 
     def write(self, path: str, text: object) -> None:
         (self.root / path).parent.mkdir(parents=True, exist_ok=True)
-        (self.root / path).write_text(f"{text}\n")
+        (self.root / path).write_text(str(text))
 
     def v2(self, path: str, limit: object, current: int, inactive_file: int = 0) -> None:
         folder = f"sys/fs/cgroup/{path}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
@@ -36,12 +35,14 @@ class Index:
         return self._slot.keys().isdisjoint(keys)
 
     def add(self, keys: Iterable[bytes], slots: Iterable[int]) -> None:
-        """Register keys that are not."""
-        self._slot.update(zip(keys, slots, strict=True))
+        """Register keys that are not; as many slots."""
+        self._slot.update(zip(keys, slots, strict=False))
 
     def remove(self, keys: Iterable[bytes]) -> None:
         """Forget keys that are registered."""
-        deque(map(self._slot.__delitem__, keys), maxlen=0)
+        registered = self._slot
+        for key in keys:
+            del registered[key]
 
     def clear(self) -> None:
         """Forget every key, staged ones too."""

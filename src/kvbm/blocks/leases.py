@@ -39,8 +39,9 @@ class _Lease:
     def slots(self) -> Slots:
         """Slot numbers in the order of the keys; read-only."""
         self._check()
-        self._box[0].flags.writeable = False
-        return self._box[0]
+        slots = self._box[0]
+        slots.flags.writeable = False  # here because most handles are never looked into
+        return slots
 
     def drop(self) -> None:
         """Give the slots back."""
@@ -94,9 +95,10 @@ class Writable(_Lease):
         `parent` is the key before the first, `priority` 0 (goes first) to 100, `ttl` the seconds a block can be
         matched once it is registered.
         """
-        names = tuple(keys)
-        if len(names) != len(self.slots) or len(set(names)) != len(names):
-            raise Misuse(f"{len(self.slots)} slots need as many distinct keys, got {len(set(names))} of {len(names)}")
+        self._check()
+        names, needed = tuple(keys), len(self._box[0])
+        if len(names) != needed or len(set(names)) != needed:
+            raise Misuse(f"{needed} slots need as many distinct keys, got {len(set(names))} in {len(names)}")
         if priority not in _PRIORITIES:
             raise Misuse(f"priority {priority} is not in 0..100")
         if ttl is not None and not ttl > 0:

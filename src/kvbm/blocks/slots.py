@@ -62,7 +62,7 @@ class SlotTable:
     def publish(self, slots: Slots, keys: Sequence[bytes], priority: int, expiry: float) -> None:
         """Staged to registered, held once."""
         self._move(slots, STAGED, REGISTERED, holds=1)
-        self.key[slots] = keys
+        self.key[slots] = np.array(keys, object)
         if priority or self._ranked:
             self._ranked = True
             self.priority[slots] = priority

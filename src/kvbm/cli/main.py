@@ -18,9 +18,9 @@ from kvbm.core.errors import KvbmError
 class _Group(TyperGroup):
     """Errors that are meant for people are shown as one sentence, without a traceback."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            return super().invoke(*args, **kwargs)
         except KvbmError as error:
             print(f"kvbm: {error}", file=sys.stderr)
             raise typer.Exit(1) from None

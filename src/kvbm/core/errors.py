@@ -1,10 +1,10 @@
 """Errors that people see.
 
-    KvbmError
-    ├── ConfigError      a setting is wrong: ends the start, names the setting and where it came from
-    ├── Unsupported      the engine, model or mode cannot be served correctly: refused at start
-    ├── Misuse           a caller broke a contract (consumed handle, wrong state): nothing was changed
-    └── Broken           something outside failed (worker gone, memory refused): the tier degrades
+KvbmError
+├── ConfigError      a setting is wrong: ends the start, names the setting and where it came from
+├── Unsupported      the engine, model or mode cannot be served correctly: refused at start
+├── Misuse           a caller broke a contract (consumed handle, wrong state): nothing was changed
+└── Broken           something outside failed (worker gone, memory refused): the tier degrades
 """
 
 from __future__ import annotations

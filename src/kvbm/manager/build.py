@@ -123,9 +123,7 @@ def build_leader(
         shares_device_blocks=shares_device_blocks,
         observers=[totals],
     )
-    about = About(
-        place.engine, __version__, namespace.fingerprint, place.ranks, slot_bytes * place.ranks, block_tokens
-    )
+    about = About(place.engine, __version__, namespace.fingerprint, place.ranks, slot_bytes * place.ranks, block_tokens)
     control = Control(leader, totals, about, settings.run_dir)
     stop = None
     if settings.metrics:

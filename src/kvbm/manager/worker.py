@@ -243,4 +243,3 @@ class Worker:
         self._thread.join(2.0)
         if self._arena is not None:
             self._arena.close()
-

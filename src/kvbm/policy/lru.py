@@ -31,7 +31,7 @@ class LRU(EvictionOrder):
         if self._tail + count > len(self._log):
             self._squeeze(count)
         here = slice(self._tail, self._tail + count)
-        self._log[here] = leaf_first = slots[::-1]
+        self._log[here] = leaf_first = slots[::-1].copy()
         self._place[leaf_first] = self._numbers[here]
         self._tail += count
         self._live += count

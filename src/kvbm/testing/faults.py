@@ -152,9 +152,9 @@ class FaultTransport(Transport):
     def _run(self) -> None:
         while True:
             with self._due:
+                if self._closed and all(job.inner is not None for job in self._jobs.values()):
+                    return
                 if not self._timers:
-                    if self._closed:
-                        return
                     self._due.wait()
                     continue
                 due, ticket = self._timers[0]

@@ -55,17 +55,17 @@ class Executor:
                 executor. Nothing was started and `done` is not called.
         """
         transport = self._transport(plan.source, plan.destination)
-        if isinstance(transport, str):
-            outcomes = np.full(len(plan.destination_slots), Outcome.FAILED, dtype=np.uint8)
-            self._call(done, job_id, Completion(NO_TICKET, outcomes, transport, 0.0, 0))
-            return
-        job = _Job(done, self._clock() + deadline_s, transport)
         with self._changed:
             if self._closed:
                 raise Misuse("this executor is closed")
             if job_id in self._jobs:
                 raise Misuse(f"job {job_id} is still pending")
-            self._jobs[job_id] = job
+            if isinstance(transport, Transport):
+                self._jobs[job_id] = job = _Job(done, self._clock() + deadline_s, transport)
+        if isinstance(transport, str):
+            outcomes = np.full(len(plan.destination_slots), Outcome.FAILED, dtype=np.uint8)
+            self._call(done, job_id, Completion(NO_TICKET, outcomes, transport, 0.0, 0))
+            return
         try:
             ticket = transport.submit(plan, lambda completion: self._finish(job_id, job, completion))
         except BaseException:

