@@ -26,9 +26,9 @@ from kvbm.transfer.plan import coalesce
 
 PLANES = 30
 BATCH = 384 << 20
-"""Bytes per copy: so many that the baseline's memcpy streams too (glibc does from some hundred MiB on, and is
-half as fast below). And beside a busy thread every copy, however small, waits up to 5 ms to get the GIL back: that is
-in the figures, but they should show the copy."""
+"""Bytes per copy: so many that the baseline's memcpy streams too (glibc's does from some hundred MiB on, and is half as
+fast below). And beside a busy thread every copy, however small, waits up to 5 ms to get the GIL back: that is in the
+figures, but they should show the copy."""
 ROUNDS = 15
 BARS = {4 << 10: 0.5, 32 << 10: 0.85, 256 << 10: 0.85}
 BUSY_BAR = 1.3

@@ -75,10 +75,16 @@ class Bench:
 
 
 def medians(rounds: int, cases: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """The median seconds of each case. Rounds are interleaved, so that a slow moment of the machine hits all cases."""
+    """The median seconds of each case.
+
+    Rounds are interleaved, so that a slow moment of the machine hits all cases, and each begins with another case, so
+    that none always follows the same one.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
+    order = list(cases.items())
     for _ in range(rounds):
-        for name, case in cases.items():
+        order.append(order.pop(0))
+        for name, case in order:
             begin = time.perf_counter()
             case()
             seconds[name].append(time.perf_counter() - begin)

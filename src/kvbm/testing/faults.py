@@ -22,7 +22,7 @@ from kvbm.core.outcome import Outcome
 from kvbm.core.region import Region
 from kvbm.transfer.plan import checked_slots
 
-FAULTS: Final = ("delay", "fail", "flip", "die_after")
+FAULTS: Final = ("delay", "fail", "flip", "garble", "die_after")
 PREFIXES: Final = ("", "load_", "store_")
 OPTIONS: Final = frozenset({"serial", "seed", *(prefix + fault for prefix in PREFIXES for fault in FAULTS)})
 
@@ -51,7 +51,7 @@ def _check(options: dict[str, float]) -> None:
     for name, value in options.items():
         if name not in OPTIONS:
             raise ValueError(f"unknown fault option {name!r}; there are {', '.join(sorted(OPTIONS | {'rank'}))}")
-        if value < 0 or (name.endswith(("fail", "flip")) and value > 1):
+        if value < 0 or (name.endswith(("fail", "flip", "garble")) and value > 1):
             raise ValueError(f"fault option {name}={value:g} is out of range")
 
 
@@ -63,6 +63,7 @@ class _Job:
     done: Callable[[Completion], None]
     error: str | None
     flip: bool
+    garble: bool = False
     inner: int | None = None
 
 
@@ -76,6 +77,7 @@ class FaultTransport(Transport):
     - `fail`: probability that a plan ends `FAILED` with "injected", uncopied.
     - `flip`: probability that, after the copy, one bit in each of the plan's blocks is flipped in the destination
       (host memory), and the outcome is still `DONE`.
+    - `garble`: the same, and all bytes of the blocks are overwritten.
     - `die_after`: the N-th plan kills the transport: `alive()` is False, that plan, those that run and all
       later ones fail.
 
@@ -115,7 +117,10 @@ class FaultTransport(Transport):
             fail = self._random.random() < self._option("fail", plan)
             flip = self._random.random() < self._option("flip", plan)
             ticket = self._seen[""]
-            self._jobs[ticket] = job = _Job(plan, done, self._dead or ("injected" if fail else None), flip)
+            # No throw unless asked for, so that a seed means the same faults with and without this option.
+            garble = (odds := self._option("garble", plan)) > 0 and self._random.random() < odds
+            error = self._dead or ("injected" if fail else None)
+            self._jobs[ticket] = job = _Job(plan, done, error, flip, garble)
             now = time.monotonic()
             begin = max(now, self._last_due) if self._options.get("serial") else now
             self._last_due = begin + self._option("delay", plan)
@@ -183,10 +188,15 @@ class FaultTransport(Transport):
         """On a thread of the wrapped transport."""
         with self._due:
             job = self._jobs.pop(ticket)
-            if job.flip and job.error is None and job.plan.destination.kind == "host":
+            if (job.flip or job.garble) and job.error is None and job.plan.destination.kind == "host":
                 for slot in job.plan.destination_slots[completion.outcomes == Outcome.DONE]:
-                    self._flip(job.plan.destination, int(slot))
+                    (self._flip if job.flip else self._garble)(job.plan.destination, int(slot))
         job.done(replace(completion, ticket=ticket) if job.error is None else _failed(ticket, job))
+
+    @staticmethod
+    def _garble(region: Region, slot: int) -> None:
+        for plane in region.planes:
+            ctypes.memset(plane.address + slot * plane.stride, 0x3F, plane.row_bytes)
 
     def _flip(self, region: Region, slot: int) -> None:
         plane = self._random.choice(region.planes)
