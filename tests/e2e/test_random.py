@@ -21,13 +21,11 @@ MODES = {
     "failing": {
         "kvbm": {"transport_wrapper": "kvbm.testing.faults:build?load_fail=0.1&store_fail=0.1&delay=0.01&seed=1"}
     },
-    "no-prefix-cache": {"kvbm": {}, "enable_prefix_caching": False},
     "async-scheduling": {"kvbm": {}, "async_scheduling": True},
     "ngram": {
         "kvbm": {},
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4},
     },
-    "priority": {"kvbm": {}, "scheduling_policy": "priority"},
 }
 
 
