@@ -102,9 +102,13 @@ class Worker:
         jobs = [copy.job for copy in step.loads]
         if not self._executor.wait(jobs, self._settings.load_deadline_s):
             self._executor.cancel(jobs)
+            # Cancelled copies are quiet, but their completions may still be on their way.
+            self._executor.wait(jobs, self._settings.load_deadline_s)
         with self._ended:
             for copy in step.loads:
-                if (completion := self._bad.pop(copy.job, None)) is not None:
+                if copy.job in self._live:
+                    self._bad_blocks.update(copy.g1_slots().tolist())
+                elif (completion := self._bad.pop(copy.job, None)) is not None:
                     self._bad_blocks.update(copy.g1_slots()[completion.outcomes != Outcome.DONE].tolist())
         self._spoiled = bool(self._bad_blocks)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -62,7 +64,7 @@ class Plan:
             "--max-model-len": self.max_model_len,
             "--block-size": BLOCK_TOKENS,
             "--num-gpu-blocks-override": self.device_blocks,
-            "--dtype": "bfloat16",
+            "--dtype": "bfloat16" if serve.engine_build() == "gpu" else serve.fast_dtype(),
             "--seed": 0,
             "--port": serve.free_port("127.0.0.1", 0),
         }
@@ -78,6 +80,8 @@ def demo(
     output: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("build/demo.json"),
 ) -> None:
     """Compare vLLM alone with vLLM and KVBM: the same users, conversations and engine settings, a few minutes."""
+    # As an exception, so that the engines are ended with the demo.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     cache_dir = config.load().settings.cache_dir
     output.parent.mkdir(parents=True, exist_ok=True)
     plan = Plan(users, turns, document_tokens, answer_tokens)
