@@ -48,6 +48,8 @@ def write_tiny(folder: Path, seed: int = 0) -> Path:
 @dataclass
 class Done:
     tokens: list[int] = field(default_factory=list)
+    answers: dict[int, list[int]] = field(default_factory=dict)
+    """Where a request asked for several, by index."""
     cached: int = 0
     reason: str = ""
 
@@ -152,7 +154,8 @@ class Engine:
         for output in self.vllm.step():
             done = self.results[output.request_id]
             done.cached = output.num_cached_tokens or 0
-            done.tokens = [token for out in output.outputs for token in out.token_ids]
+            done.tokens = list(output.outputs[0].token_ids)
+            done.answers |= {out.index: list(out.token_ids) for out in output.outputs}
             if output.finished:
                 done.reason = output.outputs[0].finish_reason or ""
 

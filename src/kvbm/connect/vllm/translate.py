@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorTransferResults
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from kvbm.connect.vllm import geometry
 from kvbm.connect.vllm.stats import KvbmStats
@@ -179,11 +180,12 @@ class SchedulerSide:
             match event:
                 case Stored(keys=keys, parent=parent, group=group):
                     yield BlockStored(
-                        block_hashes=list(keys), parent_block_hash=parent, token_ids=[], block_size=self._block,
-                        lora_id=None, medium=MEDIUM, lora_name=None, group_idx=group,
+                        block_hashes=_external(keys), parent_block_hash=_external([parent])[0] if parent else None,
+                        token_ids=[], block_size=self._block, lora_id=None, medium=MEDIUM, lora_name=None,
+                        group_idx=group,
                     )  # fmt: skip
                 case Removed(keys=keys, group=group):
-                    yield BlockRemoved(block_hashes=list(keys), medium=MEDIUM, group_idx=group)
+                    yield BlockRemoved(block_hashes=_external(keys), medium=MEDIUM, group_idx=group)
                 case Cleared():
                     yield AllBlocksCleared()
 
@@ -198,6 +200,11 @@ class SchedulerSide:
 
     def close(self) -> None:
         self.side.close()
+
+
+def _external(keys: Iterable[bytes]) -> list[Any]:
+    """Keys as vLLM writes block hashes in its events (64-bit numbers unless told otherwise)."""
+    return [maybe_convert_block_hash(key) for key in keys]
 
 
 class WorkerSide:
