@@ -21,6 +21,8 @@ MODES = {
     "failing": {
         "kvbm": {"transport_wrapper": "kvbm.testing.faults:build?load_fail=0.1&store_fail=0.1&delay=0.01&seed=1"}
     },
+    "no-prefix-cache": {"kvbm": {}, "enable_prefix_caching": False},
+    "priority": {"kvbm": {}, "scheduling_policy": "priority"},
     "async-scheduling": {"kvbm": {}, "async_scheduling": True},
     "ngram": {
         "kvbm": {},
