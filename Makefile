@@ -8,8 +8,11 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --progress-bar off
 demo: .venv/engine
 	$(BIN)/kvbm demo
 
+# Small, so that it starts fast: compiling (what --enforce-eager leaves out) would take longer than it saves a model of
+# this size, the device cache holds two conversations of full length, and 2 GB of host memory are touched at once.
 serve: .venv/engine
-	$(BIN)/kvbm serve smollm2
+	KVBM_G2_GB=$${KVBM_G2_GB:-2} $(BIN)/kvbm serve smollm2 --max-model-len 4096 --num-gpu-blocks-override 257 \
+	  --enforce-eager $(ARGS)
 
 test: check .venv/engine
 	$(BIN)/python -m pytest
@@ -25,7 +28,7 @@ check: .venv/dev
 
 bench: .venv/engine
 	for file in bench/*.py; do name=$$(basename $$file .py); \
-	  case $$name in __init__|harness) ;; *) $(BIN)/python -m bench.$$name || exit 1;; esac; done
+	  case $$name in __init__|harness|model) ;; *) $(BIN)/python -m bench.$$name || exit 1;; esac; done
 
 bench-%: .venv/engine
 	$(BIN)/python -m bench.$*

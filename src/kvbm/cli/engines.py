@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 
 from kvbm.cli import render
 from kvbm.cli.control import Answer, ask_all
@@ -69,7 +70,7 @@ def _apply(folder: Path, command: str, done: str, engine: str) -> None:
     answers = ask_all(folder, command, engine=engine)
     for answer in answers:
         if answer.error is None:
-            _out.print(f"{answer.engine} {done}", markup=False, highlight=False)
+            _out.print(f"{answer.engine} {done}", markup=False, highlight=False, soft_wrap=True)
     if len(answers) > 1:
         _out.print(f"{command} went to all {len(answers)} engines; --engine PREFIX chooses.", markup=False)
     _exit_if_any_failed(answers)
@@ -92,7 +93,7 @@ def _watch(folder: Path, engine: str, as_json: bool) -> None:
 def _picture(answers: list[Answer]) -> Group:
     return Group(
         *(
-            f"[red]{_sentence(answer)}[/]" if answer.result is None else render.status(answer.result)
+            f"[red]{escape(_sentence(answer))}[/]" if answer.result is None else render.status(answer.result)
             for answer in answers
         )
     )
@@ -110,7 +111,7 @@ def _exit_if_any_failed(answers: list[Answer], *, silent: bool = False) -> None:
     failed = [answer for answer in answers if answer.error is not None]
     for answer in failed:
         if not silent:
-            _err.print(_sentence(answer), markup=False, highlight=False)
+            _err.print(_sentence(answer), markup=False, highlight=False, soft_wrap=True)
     if failed:
         raise typer.Exit(1)
 

@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import IO, Self
+from uuid import uuid4
 
 CONNECTOR_FLAG = "--kv-transfer-config"
 CONNECTOR = {"kv_connector": "KvbmConnector", "kv_connector_module_path": "kvbm.connect.vllm", "kv_role": "kv_both"}
@@ -30,12 +31,15 @@ class Launch:
     port: int
     served_name: str
     environment: dict[str, str]
+    engine: str = field(default_factory=lambda: str(uuid4()))
+    """Its id; vLLM adds the rank of each data-parallel engine."""
 
     @property
     def command(self) -> list[str]:
         # The module, because vLLM's own console script does not run from its CPU distribution.
         server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model, *self.arguments]
-        return [*server, CONNECTOR_FLAG, json.dumps(CONNECTOR)] if self.with_kvbm else server
+        connector = CONNECTOR | {"engine_id": self.engine}
+        return [*server, CONNECTOR_FLAG, json.dumps(connector)] if self.with_kvbm else server
 
     @property
     def reachable_host(self) -> str:

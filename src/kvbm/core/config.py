@@ -38,11 +38,11 @@ class Settings(BaseSettings):
     g2_share: Annotated[float, Field(gt=0, le=0.9)] = 0.3
     """Share of the memory available at start that G2 takes when neither g2_gb nor g2_blocks is set."""
     onboard: Literal["async", "sync"] = "async"
-    """When blocks come back: between engine steps (async) or inside the step, layer by layer (sync)."""
+    """When blocks come back: between engine steps (async) or inside the step, before its forward pass (sync)."""
     enabled: bool = True
     """Whether KVBM does anything; false leaves the connector in place and the engine on its own."""
     strict: bool = False
-    """Whether trouble from outside (memory refused, port taken, helper dead) ends the engine instead of degrading."""
+    """Whether trouble at start (memory refused, a worker does not come) ends the engine, or it runs without KVBM."""
     metrics: bool = False
     """Whether to serve Prometheus metrics over HTTP."""
     metrics_port: Port = 6880

@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -106,13 +107,15 @@ def build_leader(
     settings = resolved.settings
     for note in resolved.notes:
         log.warning("KVBM: %s", note)
-    links, slot_bytes = _gather(settings, place, namespace)
-    slots, why = _size(resolved, place, slot_bytes * place.ranks)
-    log.info(
-        "KVBM: G2 holds %d blocks of %d tokens, %.2f GB over %d rank(s): %s",
-        slots, block_tokens, slots * slot_bytes * place.ranks / 1e9, place.ranks, why,
-    )  # fmt: skip
-    _allot(settings, links, slots)
+    with ExitStack() as undo:
+        links, slot_bytes = _gather(settings, place, namespace, undo)
+        slots, why = _size(resolved, place, slot_bytes * place.ranks)
+        log.info(
+            "KVBM: G2 holds %d blocks of %d tokens, %.2f GB over %d rank(s): %s",
+            slots, block_tokens, slots * slot_bytes * place.ranks / 1e9, place.ranks, why,
+        )  # fmt: skip
+        _allot(settings, links, slots)
+        undo.pop_all()
     totals = Totals()
     pool = Pool(slots, order=LRU(slots), tier="g2")
     leader = Leader(
@@ -137,18 +140,25 @@ def build_leader(
     return LeaderSide(leader, totals, control, stop)
 
 
-def _gather(settings: Settings, place: Place, namespace: Namespace) -> tuple[dict[int, Link], int]:
-    """Waits until every rank's worker has connected and said the same as the leader knows."""
+def _gather(settings: Settings, place: Place, namespace: Namespace, undo: ExitStack) -> tuple[dict[int, Link], int]:
+    """Waits until every rank's worker has connected and said the same as the leader knows. If the start fails after
+    all, `undo` closes the links."""
     path = channel_path(settings, place.engine)
     links: dict[int, Link] = {}
     sizes: set[int] = set()
     deadline = time.monotonic() + settings.init_timeout_s
     with listen(path) as sock:
+        undo.callback(path.unlink, missing_ok=True)
         while len(links) < place.ranks:
             if not select.select([sock], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 raise Broken(f"only {len(links)} of {place.ranks} workers came within {settings.init_timeout_s:.0f} s")
             link = Link(sock.accept()[0])
-            hello = link.wait(10.0)
+            undo.callback(link.close)
+            try:
+                hello = link.wait(10.0)
+            except Broken as error:  # an engine with the same id that looks whether this one lives, say
+                log.debug("KVBM: %s", error)
+                hello = None
             if not isinstance(hello, Hello):
                 link.close()
                 continue

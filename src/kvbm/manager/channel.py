@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.manager.wire import Message, decode_message, encode
 
@@ -70,12 +72,17 @@ class Link:
             left = deadline - time.monotonic()
             if left <= 0:
                 return None
-            if select.select([self._sock], [], [], left)[0]:
-                piece = self._sock.recv(1 << 16)
-                if not piece:
-                    self.open = False
-                    raise Broken("the other side of the channel between leader and worker is gone")
+            try:
+                ready = select.select([self._sock], [], [], left)[0]
+                piece = self._sock.recv(1 << 16) if ready else None
+            except (OSError, ValueError) as error:  # ValueError: another thread closed it
+                self.open = False
+                raise Broken(f"the channel between leader and worker broke: {error}") from error
+            if piece:
                 self._buffer += piece
+            elif piece is not None:
+                self.open = False
+                raise Broken("the other side of the channel between leader and worker is gone")
 
     def close(self) -> None:
         self.open = False
@@ -93,7 +100,11 @@ class Link:
                 raise Broken(f"a message of {size} bytes came over the channel: the other side is not a KVBM process")
             if len(self._buffer) - at - _HEAD.size < size:
                 break
-            messages.append(decode_message(self._buffer[at + _HEAD.size : at + _HEAD.size + size]))
+            try:
+                messages.append(decode_message(self._buffer[at + _HEAD.size : at + _HEAD.size + size]))
+            except msgspec.MsgspecError as error:
+                self.open = False
+                raise Broken(f"a message came over the channel that is not KVBM's: {error}") from error
             at += _HEAD.size + size
         del self._buffer[:at]
         return messages

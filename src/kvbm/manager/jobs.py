@@ -16,14 +16,16 @@ from kvbm.manager.wire import Result
 
 @dataclass(slots=True)
 class Job:
-    """`lease` holds the host slots until every rank is done: staged ones for a store, pinned ones for a load."""
+    """`lease` holds the host slots until every rank is done: staged ones for a store, pinned ones for a load. A rank
+    that has said nothing at `due`, `patience` seconds after it began, counts as broken."""
 
     id: int
     request: Request
     lease: Staged | Pinned
     g1: Slots
     ranks: set[int]
-    deadline: float
+    patience: float
+    due: float | None = None
     outcomes: npt.NDArray[np.uint8] = field(init=False)
     nbytes: int = 0
     seconds: float = 0.0

@@ -63,6 +63,8 @@ class Leader:
         self._lock = threading.RLock()
         self._jobs: dict[int, Job] = {}
         self._next_job = 0
+        self._sealed = (0, 0)
+        """The last job of the step before the last, and of the last."""
         self._sources: dict[int, int] = {}
         """G1 block that is being copied from -> its store job."""
         self._loading: dict[bytes, str] = {}
@@ -113,7 +115,7 @@ class Leader:
 
     def _hold(self, request: Request, keys: Sequence[bytes], computed: int) -> int | None:
         room = max(1, int(self._total * self._settings.held_share))
-        if self._held >= room:
+        if self._held >= room and self.pool.peek(keys[: computed + 1], computed):
             request.record.note("waited: loads of other requests hold their share of G2")
             return None
         hold = self.pool.match(keys, computed)
@@ -170,7 +172,7 @@ class Leader:
             self._loading[request.loading] = request_id
             first = request.record.device_blocks
             targets = np.asarray(request.g1[first : first + len(hold)], np.int64)
-            self._step.reused.update(targets.tolist())
+            self.reuse(targets.tolist())
             job = self._start(request, hold, targets, self._settings.load_deadline_s)
             self._step.loads.append(Copy.of(job.id, request_id, targets, hold.slots))
             self._admit(request, tokens)
@@ -192,19 +194,24 @@ class Leader:
                 request.g1.extend(g1)
 
     def reuse(self, g1: Iterable[int]) -> None:
-        """This step may overwrite these blocks of the engine."""
-        self._step.reused.update(g1)
+        """This step may overwrite these blocks of the engine: copies that still read them are waited for first."""
+        with self._lock:
+            # Now, not in `seal`: a block may become the source of another copy in this very step.
+            self._step.fence.update(self._sources[block] for block in self._sources.keys() & set(g1))
 
     def advance(self, request_id: str, complete: int) -> None:
         """After this step's forward pass the request's first `complete` blocks are final and may be offloaded."""
         request = self.requests.get(request_id)
-        if request is None or complete <= request.offered:
+        if request is None:
+            return
+        if request.record.outcome == "waiting":
+            request.record.outcome = "computing"
+        if request.loading is None and complete <= request.offered:
             return
         with self._lock:
             self._end_loading(request)
-            if request.record.outcome == "waiting":
-                request.record.outcome = "computing"
-            self._offer(request, complete)
+            if complete > request.offered:
+                self._offer(request, complete)
 
     def seal(self, *, idle: bool) -> Step:
         """Ends the description of a step. Matches that got no blocks are let go."""
@@ -213,13 +220,12 @@ class Leader:
             for request in self._waiting:
                 self._release(request)
             self._waiting.clear()
+            self._arm()
             draft, self._step = self._step, _Draft()
-            own = {copy.job for copy in draft.stores}
-            fence = {self._sources[block] for block in draft.reused & self._sources.keys()} - own
             return Step(
                 loads=draft.loads,
                 stores=draft.stores,
-                fence=sorted(fence),
+                fence=sorted(draft.fence & self._jobs.keys()),
                 finishing=draft.finishing,
                 idle=idle,
                 sync=self._settings.onboard == "sync" and bool(draft.loads),
@@ -228,7 +234,8 @@ class Leader:
     def finish(self, request_id: str, g1: Sequence[int], complete: int) -> bool:
         """The request is over. Offers its last blocks, unless it still waits for a load (then what the engine calls
         computed may never have arrived). True: the engine must keep its blocks until the workers say that it may have
-        them back."""
+        them back. Never while it loads: then the engine keeps them until the load ended, and would be told twice; a
+        copy of others that still reads them is fenced when they are reused."""
         with self._lock:
             self._drain()
             request = self.requests.pop(request_id, None)
@@ -242,9 +249,10 @@ class Leader:
                 self._offer(request, min(complete, len(request.g1)))
             request.record.outcome = "finished"
             jobs = {self._sources[block] for block in self._sources.keys() & set(g1)}
-            if jobs:
-                self._step.finishing[request_id] = sorted(jobs)
-            return bool(jobs)
+            if loading or not jobs:
+                return False
+            self._step.finishing[request_id] = sorted(jobs)
+            return True
 
     def _offer(self, request: Request, complete: int) -> None:
         """Starts offloading what G2 does not have of blocks [offered, complete)."""
@@ -258,9 +266,9 @@ class Leader:
         if len(absent) < len(keys):
             self.pool.touch(keys)
         wanted = len(absent)
-        budget = self._settings.store_inflight_mb * 1_000_000 // self._slot_bytes - len(self._sources)
+        most = max(1, self._settings.store_inflight_mb * 1_000_000 // self._slot_bytes)
         pool = self.pool.statistics()
-        absent = absent[: max(0, min(budget, pool.free + pool.inactive))]
+        absent = absent[: max(0, min(most - len(self._sources), pool.free + pool.inactive))]
         slots = self.pool.allocate(len(absent)) if absent else None
         if slots is None and wanted:
             self.deferred += 1
@@ -288,9 +296,17 @@ class Leader:
 
     def _start(self, request: Request, lease: Pinned | Staged, g1: Any, deadline_s: float) -> Job:
         self._next_job += 1
-        job = Job(self._next_job, request, lease, g1, set(self._links), self._clock() + deadline_s + _GRACE)
+        job = Job(self._next_job, request, lease, g1, set(self._links), deadline_s + _GRACE)
         self._jobs[job.id] = job
         return job
+
+    def _arm(self) -> None:
+        """Starts the clock of copies that every worker has begun. They begin after the forward pass of their step, and
+        however long that takes, it is over when the step after the next is sealed (the engine may be one ahead)."""
+        begun, self._sealed = self._sealed[0], (self._sealed[1], self._next_job)
+        for job in self._jobs.values():
+            if job.id <= begun and job.due is None:
+                job.due = self._clock() + job.patience
 
     def _drain(self) -> None:
         for rank, link in self._links.items():
@@ -333,7 +349,8 @@ class Leader:
             job.lease.drop()
             record.loaded = len(job.g1) - failed
             record.load_ms = job.seconds * 1e3
-            record.outcome = "computing" if not failed else "load failed, computed instead"
+            if record.outcome == "loading":
+                record.outcome = "computing" if not failed else "load failed, computed instead"
             self._emit(Onboarded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
         if failed:
             record.note(f"{failed} blocks failed to copy: {job.error}")
@@ -373,7 +390,7 @@ class Leader:
             self._drain()
             now = self._clock()
             for job in self._jobs.values():
-                if now > job.deadline:
+                if job.due is not None and now > job.due:
                     self._sick(f"no answer about a copy from rank {min(job.ranks)} within its deadline")
                     break
 
@@ -405,6 +422,7 @@ class Leader:
     def close(self) -> None:
         """Says goodbye to the workers. Blocks stay where they are; the process is about to end."""
         with self._lock:
+            self._ending = True
             for link in self._links.values():
                 if link.open:
                     try:
@@ -421,4 +439,4 @@ class _Draft:
         self.loads: list[Copy] = []
         self.stores: list[Copy] = []
         self.finishing: dict[str, list[int]] = {}
-        self.reused: set[int] = set()
+        self.fence: set[int] = set()

@@ -12,6 +12,8 @@ from kvbm.blocks import Pinned
 PARAMS_KEY = "kvbm"
 """Under this name a request's `kv_transfer_params` may carry our parameters."""
 
+_LONGEST_TTL = 1e9
+
 
 @dataclass(frozen=True, slots=True)
 class RequestParams:
@@ -43,7 +45,7 @@ class RequestParams:
                     good[name] = value
                 case "priority" if isinstance(value, int) and number and 0 <= value <= 100:
                     good[name] = value
-                case "ttl" if number and 0 < value < float("inf"):
+                case "ttl" if number and 0 < value <= _LONGEST_TTL:
                     good[name] = float(value)
                 case _:
                     wrong.append(f'kv_transfer_params["{PARAMS_KEY}"]["{name}"] = {value!r} is not understood: ignored')

@@ -198,6 +198,7 @@ class Worker:
     # ------------------------------------------------------------------ the channel
 
     def _run(self) -> None:
+        link: Link | None = None
         try:
             link = connect(self._address, self._settings.init_timeout_s, self._closing.is_set)
             link.send(self._hello)
@@ -214,6 +215,9 @@ class Worker:
         except (Broken, OSError) as error:
             if not self._closing.is_set():
                 log.warning("KVBM: rank %d lost its leader: %s", self._rank, error)
+        finally:
+            if link is not None and link is not self._link:
+                link.close()
 
     def _allot(self, link: Link, slots: int) -> None:
         """Makes the arena and touches all of it, so that first copies are not slower than later ones and a lack of

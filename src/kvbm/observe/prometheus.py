@@ -89,7 +89,7 @@ def serve(
     registry.register(_Collector(totals, pool, healthy))
     try:
         server, thread = start_http_server(port, host, registry)
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # OverflowError: past 65535, for a high data-parallel rank
         log.error("KVBM: no metrics: %s:%d cannot be served (%s); set metrics_port to a free one", host, port, error)
         return None
     log.info("KVBM: metrics on http://%s:%d/metrics", host, port)

@@ -41,7 +41,7 @@ class Conversation:
 def conversations(users: int, turns: int, tokens: int, count: CountTokens) -> list[Conversation]:
     """`users` conversations of `turns` turns, each about a text of about `tokens` tokens, as `count` counts them.
 
-    No two share text. Raises KvbmError when there is not enough of it.
+    No two begin alike, so that no user finds another's blocks. Raises KvbmError when there is not enough of it.
     """
     slices = list(itertools.islice(_slices(tokens * _CHARACTERS_PER_TOKEN), users))
     if len(slices) < users:

@@ -1,0 +1,20 @@
+"""The engine that the benchmarks measure: SmolLM2, its scheduler in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from tests.e2e.engine import Engine, environment
+
+from kvbm.cli import models, serve
+from kvbm.core import config
+
+
+def engine(kvbm: Mapping[str, Any] | None, **options: Any) -> Engine:
+    """`kvbm` None: vLLM alone. In the dtype that this processor is fast in."""
+    folder = Path(models.resolve("smollm2", config.load().settings.cache_dir, Console(stderr=True)))
+    with environment(VLLM_CPU_NUM_OF_RESERVED_CPU="0"):
+        return Engine(folder, kvbm, dtype=serve.fast_dtype(), max_num_batched_tokens=4096, **options)

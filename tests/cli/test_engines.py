@@ -1,0 +1,158 @@
+"""status, explain, pause and resume against engines that are not there."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+from kvbm.cli import control
+from tests.cli.conftest import Engine, good, healthy
+
+Kvbm = Callable[..., Result]
+Start = Callable[..., Engine]
+
+EXPLAINED: dict[str, Any] = {
+    "engine": "one",
+    "request_id": "cmpl-1-0-ab",
+    "when": 1_700_000_000.0,
+    "prompt_tokens": 575,
+    "block_tokens": 32,
+    "device_tokens": 0,
+    "matched": {"g2": 17},
+    "loaded_blocks": 16,
+    "load": "async",
+    "load_ms": 4.5,
+    "outcome": "finished",
+    "offloaded_blocks": 1,
+    "why": ["1 blocks failed to copy: [/dev/shm] is gone"],
+}
+
+
+def refused(request: dict[str, Any]) -> dict[str, Any]:
+    return {"ok": False, "error": f"no request {request.get('request_id')!r} among the last 3 of [/this] engine"}
+
+
+def test_status_shows_every_engine(kvbm: Kvbm, engine: Start) -> None:
+    engine("one", healthy("one"))
+    engine("two", healthy("two", healthy=False, problems=["rank 0: [/red] died"], paused=True))
+    shown = kvbm("status")
+    assert shown.exit_code == 0
+    for text in ("one KVBM 0.1.0", "healthy, up 1 h 2 min, generation 2", "678", "12%", "544", "47.3%", "4 in flight"):
+        assert text in shown.stdout
+    for text in ("two KVBM", "unhealthy, paused", "rank 0: [/red] died"):
+        assert text in shown.stdout
+
+
+def test_status_for_programs(kvbm: Kvbm, engine: Start) -> None:
+    engine("one", healthy("one"))
+    engine("two", healthy("two"))
+    answers = json.loads(kvbm("status", "--json").stdout)
+    assert [answer["engine"] for answer in answers] == ["one", "two"]
+    assert answers[0]["tiers"][0]["total"] == 678
+
+
+def test_prefix_chooses_the_engine(kvbm: Kvbm, engine: Start) -> None:
+    one, two = engine("one", healthy("one")), engine("two", healthy("two"))
+    assert [answer["engine"] for answer in json.loads(kvbm("status", "--json", "--engine", "tw").stdout)] == ["two"]
+    assert (len(one.heard), len(two.heard)) == (0, 1)
+    missed = kvbm("pause", "--engine", "x")
+    assert missed.exit_code == 1
+    assert missed.stderr == "kvbm: no running engine's id starts with 'x'. There are: one, two\n"
+
+
+@pytest.mark.parametrize("command", [("status",), ("explain", "cmpl-1"), ("pause",), ("resume",), ("status", "--json")])
+def test_without_an_engine(kvbm: Kvbm, run_dir: Path, command: tuple[str, ...]) -> None:
+    result = kvbm(*command)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"kvbm: no engine with KVBM is running here: nothing answers in {run_dir}.")
+    assert result.stderr.count("\n") == 1
+
+
+def test_run_dir_that_does_not_exist(kvbm: Kvbm, run_dir: Path) -> None:
+    result = kvbm("status", "--run-dir", str(run_dir / "other"))
+    assert result.exit_code == 1
+    assert str(run_dir / "other") in result.stderr
+
+
+def test_socket_of_an_engine_that_died(kvbm: Kvbm, engine: Start, run_dir: Path) -> None:
+    dead = Engine(run_dir / "dead.sock", healthy("dead"))
+    dead.close()
+    assert kvbm("status").exit_code == 1
+    engine("one", healthy("one"))
+    assert [answer["engine"] for answer in json.loads(kvbm("status", "--json").stdout)] == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        ({"ok": False, "error": "[/no] such thing"}, "[/no] such thing"),
+        ({"ok": False}, "it gave no reason"),
+        (b"", "it did not answer: the connection ended early"),
+        (b"hello\n", "it did not answer: the answer is not KVBM's"),
+        (b"[1]\n", "it did not answer: the answer is not KVBM's"),
+        ({"ok": "yes"}, "it did not answer: the answer is not KVBM's"),
+    ],
+)
+def test_engine_that_answers_with_an_error(kvbm: Kvbm, engine: Start, answer: Any, sentence: str) -> None:
+    engine("one", lambda _: answer)
+    shown = kvbm("status")
+    assert shown.exit_code == 1
+    assert f"engine one: {sentence}" in shown.stdout
+    plain = kvbm("status", "--json")
+    assert (plain.exit_code, json.loads(plain.stdout)) == (1, [{"engine": "one", "error": sentence}])
+    paused = kvbm("pause")
+    assert (paused.exit_code, paused.stderr) == (1, f"engine one: {sentence}\n")
+
+
+def test_engine_that_does_not_answer(kvbm: Kvbm, engine: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = threading.Event()
+    monkeypatch.setattr(control, "TIMEOUT_S", 0.05)
+    engine("one", lambda _: late.wait(10) and b"")
+    result = kvbm("pause")
+    late.set()
+    assert (result.exit_code, result.stderr) == (1, "engine one: it did not answer within 0.05 seconds\n")
+
+
+def test_pause_and_resume_reach_all(kvbm: Kvbm, engine: Start) -> None:
+    engines = [engine(name, healthy(name)) for name in ("one", "two")]
+    assert kvbm("pause").stdout.splitlines() == [
+        "one paused: it goes on without KVBM",
+        "two paused: it goes on without KVBM",
+        "pause went to all 2 engines; --engine PREFIX chooses.",
+    ]
+    assert kvbm("resume", "--engine", "one").stdout == "one resumed\n"
+    assert [[request["command"] for request in each.heard] for each in engines] == [["pause", "resume"], ["pause"]]
+
+
+def test_one_of_two_cannot_be_paused(kvbm: Kvbm, engine: Start) -> None:
+    engine("one", healthy("one"))
+    engine("two", refused)
+    result = kvbm("pause")
+    assert result.exit_code == 1
+    assert "one paused" in result.stdout
+    assert result.stderr.startswith("engine two: ")
+
+
+def test_explain_asks_all_and_shows_who_knows(kvbm: Kvbm, engine: Start) -> None:
+    one = engine("one", lambda _: good(**EXPLAINED))
+    engine("two", refused)
+    shown = kvbm("explain", "cmpl-1")
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    assert one.heard == [{"command": "explain", "request_id": "cmpl-1"}]
+    for text in ("cmpl-1-0-ab", "17 blocks = 544 tokens", "16 blocks (async) in 4.5 ms", "[/dev/shm] is gone"):
+        assert text in shown.stdout
+    assert json.loads(kvbm("explain", "cmpl-1", "--json").stdout) == [EXPLAINED]
+
+
+def test_explain_of_a_request_nobody_knows(kvbm: Kvbm, engine: Start) -> None:
+    engine("one" * 20, refused)
+    result = kvbm("explain", "cmpl-9")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"engine {'one' * 20}: no request 'cmpl-9' among the last 3 of [/this] engine\n"

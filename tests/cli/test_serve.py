@@ -1,0 +1,241 @@
+"""What `kvbm serve` and `kvbm demo` start: arguments, environment, and the end of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+from kvbm.cli import launch, serve
+from kvbm.cli.demo.run import Plan
+from kvbm.core.errors import KvbmError
+
+
+@pytest.fixture(autouse=True)
+def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with the CPU build of vLLM, a compiler and an old processor, whatever is here."""
+    monkeypatch.setattr(serve, "engine_build", lambda: "cpu")
+    monkeypatch.setattr(serve, "fast_dtype", lambda: "float32")
+    monkeypatch.setattr(serve.shutil, "which", lambda _: "/usr/bin/c++")
+    monkeypatch.setattr(serve, "free_port", lambda _host, first, _tries=100: first + 7)
+
+
+def test_defaults(tmp_path: Path) -> None:
+    planned = serve.plan("smollm2", [], str(tmp_path))
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path)]
+    own = "--host 127.0.0.1 --port 8007 --served-model-name smollm2 --block-size 32 --dtype float32"
+    assert planned.command[:-1] == [*server, *own.split(), "--kv-transfer-config"]
+    assert json.loads(planned.command[-1]) == launch.CONNECTOR | {"engine_id": planned.engine}
+    assert planned.url == "http://127.0.0.1:8007"
+    assert planned.environment["HF_HUB_OFFLINE"] == "1"
+    assert planned.environment["VLLM_CPU_KVCACHE_SPACE"] == "4"
+
+
+def test_on_a_gpu_the_engine_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "engine_build", lambda: "gpu")
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    planned = serve.plan("org/model", ["--tensor-parallel-size", "2"], "org/model")
+    expected = "--host 127.0.0.1 --port 8007 --tensor-parallel-size 2"
+    assert planned.arguments == expected.split()
+    assert "VLLM_CPU_KVCACHE_SPACE" not in planned.environment
+    assert planned.served_name == "org/model"
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve.shutil, "which", lambda _: None)
+    assert "--enforce-eager" in serve.plan("m", [], "m").arguments
+    assert serve.plan("m", ["--enforce-eager"], "m").arguments.count("--enforce-eager") == 1
+    assert "--enforce-eager" not in serve.plan("m", ["--compilation-config.mode", "0"], "m").arguments
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--host 0.0.0.0 --port 9000 --dtype bfloat16 --block-size 64 --served-model-name a b",
+        "--host=0.0.0.0 --port=9000 --dtype=bfloat16 --block_size=64 --served_model_name=a",
+        "--host 1.2.3.4 --port 1 --dtype half --block_size 96 --served-model-name a --host 0.0.0.0 --port 9000",
+    ],
+)
+def test_what_the_user_gave_is_left_alone(given: str) -> None:
+    planned = serve.plan("smollm2", given.split(), "/models/smollm2")
+    assert planned.arguments == given.split()
+    assert (planned.host, planned.port, planned.served_name) == ("0.0.0.0", 9000, "a")
+    assert planned.url == "http://127.0.0.1:9000"
+
+
+def test_what_stands_in_vllms_own_file_counts_as_given(tmp_path: Path) -> None:
+    file = tmp_path / "vllm.yaml"
+    file.write_text("host: 0.0.0.0\nport: 9000\nblock_size: 64\nenforce-eager: true\n")
+    planned = serve.plan("smollm2", ["--config", str(file), "--port", "9001"], "/m")
+    own = "--served-model-name smollm2 --dtype float32"
+    assert planned.arguments == [*own.split(), "--config", str(file), "--port", "9001"]
+    assert (planned.host, planned.port) == ("0.0.0.0", 9001)
+    file.write_text("kv_transfer_config: {kv_connector: Other}")
+    with pytest.raises(KvbmError, match="kv-transfer-config"):
+        serve.plan("m", ["--config", str(file)], "m")
+    file.write_text("[")
+    for wrong in (file, tmp_path / "missing"):
+        with pytest.raises(KvbmError, match="cannot be read"):
+            serve.plan("m", ["--config", str(wrong)], "m")
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["--kv-transfer-config {}", "--kv-transfer-config={}", "--kv_transfer_config {}", "--kv-transfer-config.kv_role x"],
+)
+def test_a_connector_of_the_users_own_is_refused(kvbm: Callable[..., Result], given: str) -> None:
+    result = kvbm("serve", "org/model", *given.split())
+    assert result.exit_code == 1
+    assert result.stderr.startswith("kvbm: --kv-transfer-config is what `kvbm serve` sets itself.")
+
+
+def test_port_that_is_none(kvbm: Callable[..., Result]) -> None:
+    result = kvbm("serve", "org/model", "--port", "http")
+    assert (result.exit_code, result.stderr) == (1, "kvbm: --port must be a number, not 'http'\n")
+
+
+def test_wrong_setting_ends_before_the_engine_starts(
+    kvbm: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVBM_G2_GB", "-1")
+    result = kvbm("serve", "org/model")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("kvbm: setting g2_gb (from environment KVBM_G2_GB): '-1' is not allowed")
+
+
+def test_environment_of_the_user_wins_over_defaults_and_the_demos_over_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "9")
+    assert serve.plan("m", [], "m").environment["VLLM_CPU_KVCACHE_SPACE"] == "9"
+    forced = serve.plan("m", [], "m", environment={"VLLM_CPU_KVCACHE_SPACE": "1"})
+    assert forced.environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
+
+
+def test_the_demos_two_engines_differ_in_the_connector_only() -> None:
+    arguments = Plan(users=4, turns=3, document_tokens=1400, answer_tokens=24).arguments()
+    alone = serve.plan("smollm2", arguments, "/m", with_kvbm=False).command
+    assert serve.plan("smollm2", arguments, "/m").command[:-2] == alone
+    assert alone[alone.index("--host") + 1] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("users", [2, 4, 8])
+def test_the_demos_device_cache_holds_one_conversation(users: int) -> None:
+    plan = Plan(users=users, turns=3, document_tokens=1400, answer_tokens=24)
+    assert plan.max_model_len % 32 == 0
+    assert plan.max_model_len == (plan.device_blocks - 1) * 32
+    assert plan.max_model_len > 1400 + 3 * 24
+
+
+def test_ipv6_is_written_as_urls_want_it() -> None:
+    assert serve.plan("m", ["--host", "::", "--port", "1"], "m").url == "http://[::1]:1"
+
+
+@pytest.mark.parametrize(("chats", "path"), [(True, "/v1/chat/completions"), (False, "/v1/completions")])
+def test_curl_line_is_one_command(monkeypatch: pytest.MonkeyPatch, chats: bool, path: str) -> None:
+    monkeypatch.setattr(serve, "_chats", lambda *_: chats)
+    planned = serve.plan("it's", ["--api-key", "secret"], "m")
+    words = shlex.split(serve.curl(planned))
+    assert words[:2] == ["curl", f"http://127.0.0.1:8007{path}"]
+    assert json.loads(words[-1])["model"] == "it's"
+    assert "secret" not in serve.curl(planned)
+
+
+def test_sockets_of_a_killed_engine_are_removed(
+    kvbm: Callable[..., Result], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = run_dir / "other.sock"
+    other.touch()
+
+    def run(planned: launch.Launch) -> int:
+        for name in (planned.engine, f"{planned.engine}_dp1"):
+            (run_dir / f"{name}.sock").touch()
+        return 5
+
+    monkeypatch.setattr(serve, "run", run)
+    assert kvbm("serve", "org/model").exit_code == 5
+    assert list(run_dir.iterdir()) == [other]
+
+
+def test_next_free_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert port < serve.free_port("127.0.0.1", port) <= port + 100
+        with pytest.raises(KvbmError, match=f"no free port on 127.0.0.1 from {port} to {port}"):
+            serve.free_port("127.0.0.1", port, tries=1)
+
+
+STUBBORN = "import signal, subprocess, sys, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); "
+PARENT = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, '-c', {STUBBORN + "time.sleep(60)"!r}])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_nothing_of_the_group_outlives_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.Launch, "command", property(lambda _: [sys.executable, "-c", PARENT]))
+    log = tmp_path / "log"
+    with log.open("wb") as file, launch.Server(serve.plan("m", [], "m"), file) as server:
+        while len(log.read_text().split()) < 2:
+            time.sleep(0.01)
+        assert server.exit_code() is None
+        assert not server.is_healthy()
+        server.stop(patience_s=0.3)
+        assert server.exit_code() == 128 + signal.SIGTERM
+    child = int(next(word for word in log.read_text().split() if word.isdigit()))
+    assert _gone(child)
+
+
+def _gone(pid: int) -> bool:
+    """Dead, or a zombie that nobody has waited for."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+RUNNING = '''
+import sys
+from kvbm.cli import launch, serve
+launch.Server.is_healthy = lambda _: sys.argv[1] == "up"
+serve.curl = lambda _: "curl"
+server = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+print("up", flush=True)
+time.sleep(60)
+"""
+launch.Launch.command = property(lambda _: [sys.executable, "-c", server])
+sys.exit(serve.run(serve.plan("m", [], "m")))
+'''
+
+
+@pytest.mark.parametrize("state", ["up", "starting"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_end_the_server_too(number: signal.Signals, state: str) -> None:
+    kvbm = subprocess.Popen([sys.executable, "-c", RUNNING, state], stdout=subprocess.PIPE, text=True)
+    assert kvbm.stdout is not None
+    with kvbm:
+        missing = {"up\n", "  curl\n"} if state == "up" else {"up\n"}
+        while missing:
+            missing.discard(kvbm.stdout.readline())
+        os.kill(kvbm.pid, number)
+        handed_on = number == signal.SIGTERM and state == "up"
+        assert kvbm.wait(20) == (3 if handed_on else 128 + number)

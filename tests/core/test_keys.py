@@ -1,0 +1,100 @@
+"""Fingerprints change with everything that changes a block's bytes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kvbm.core import keys
+from kvbm.core.keys import Namespace, variant_keys, weights_digest
+
+FACTS: dict[str, object] = {
+    "architecture": ["LlamaForCausalLM"],
+    "dtype": "bfloat16",
+    "quantization": None,
+    "block": 32,
+    "layers": ["layers.0", "layers.1"],
+    "tensor_parallel": 1,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "model.safetensors").write_bytes(b"weights" * 100)
+    (tmp_path / "sub" / "config.json").write_text("{}")
+    for path in (tmp_path / "model.safetensors", tmp_path / "sub" / "config.json"):
+        os.utime(path, ns=(1, 1))
+    return tmp_path
+
+
+def test_equal_configurations_share_a_fingerprint() -> None:
+    namespace = Namespace(FACTS, "w")
+    assert len(namespace.fingerprint) == 64
+    assert namespace.fingerprint == Namespace(dict(reversed(FACTS.items())), "w").fingerprint
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_every_fact_counts(name: str) -> None:
+    fingerprint = Namespace(FACTS, "w").fingerprint
+    assert Namespace(FACTS | {name: "other"}, "w").fingerprint != fingerprint
+    assert Namespace(FACTS | {name: str(FACTS[name])}, "w").fingerprint != fingerprint or isinstance(FACTS[name], str)
+    assert Namespace({n: fact for n, fact in FACTS.items() if n != name}, "w").fingerprint != fingerprint
+
+
+def test_weights_and_format_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    fingerprint = Namespace(FACTS, "w").fingerprint
+    assert Namespace(FACTS, "v").fingerprint != fingerprint
+    monkeypatch.setattr(keys, "FORMAT_VERSION", keys.FORMAT_VERSION + 1)
+    assert Namespace(FACTS, "w").fingerprint != fingerprint
+
+
+def test_the_digest_follows_size_time_content_and_names(folder: Path) -> None:
+    weights, seen = folder / "model.safetensors", [weights_digest(folder)]
+    assert weights_digest(folder) == seen[0]
+    weights.write_bytes(b"Weights" * 100)
+    os.utime(weights, ns=(1, 1))
+    seen.append(weights_digest(folder))
+    os.utime(weights, ns=(1, 2))
+    seen.append(weights_digest(folder))
+    with weights.open("ab") as file:
+        file.truncate(1 << 21)
+    os.utime(weights, ns=(1, 2))
+    seen.append(weights_digest(folder))
+    weights.rename(folder / "other.safetensors")
+    seen.append(weights_digest(folder))
+    (folder / "sub" / "config.json").rename(folder / "config.json")
+    seen.append(weights_digest(folder))
+    (folder / "adapter").touch()
+    seen.append(weights_digest(folder))
+    assert len(set(seen)) == len(seen)
+
+
+def test_links_are_followed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    snapshot = tmp_path_factory.mktemp("snapshot")
+    link = snapshot / "model.safetensors"
+    link.symlink_to(folder / "model.safetensors")
+    before = weights_digest(snapshot)
+    (folder / "model.safetensors").write_bytes(b"retrained")
+    assert weights_digest(snapshot) != before
+
+
+def test_no_weight_file_is_read_to_its_end(folder: Path) -> None:
+    with (folder / "model.safetensors").open("wb") as file:
+        file.truncate(1 << 42)  # four terabytes, none of them on disk
+    assert weights_digest(folder)
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OSError, match="No such file"):
+        weights_digest(tmp_path)
+
+
+def test_variants_of_keys() -> None:
+    plain = [b"a", b"b"]
+    first, second = variant_keys(plain, b"1 adapter"), variant_keys(plain, b"2 adapter")
+    assert len({*plain, *first, *second}) == 6
+    assert first == variant_keys(plain, b"1 adapter")

@@ -1,0 +1,112 @@
+"""Leader and workers find each other, in one process; G2 gets its size, or the start says why not."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvbm.core.config import load
+from kvbm.core.errors import Broken, ConfigError
+from kvbm.core.keys import Namespace
+from kvbm.manager import build
+from kvbm.manager.build import LeaderSide, Place, build_leader, build_worker
+from kvbm.testing.transport import HostMemory
+
+ROWS = (4096, 4096)
+NAMESPACE = Namespace({"model": "m"}, "w")
+
+
+def start(run_dir: Path, *, ranks: int = 1, other: int | None = None, **settings: Any) -> LeaderSide:
+    """A leader and its workers, all closed again; rank `other` runs another configuration."""
+    resolved = load(environ={}, extra={"run_dir": str(run_dir), "init_timeout_s": 30, **settings})
+    place = Place("e", ranks)
+    with ExitStack() as stack:
+        for rank in range(ranks):
+            names = Namespace({"model": "other"}, "w") if rank == other else NAMESPACE
+            memory = HostMemory(ROWS, 4)
+            stack.enter_context(closing(build_worker(resolved.settings, place, names, memory.region, rank)))
+        side = build_leader(resolved, place, NAMESPACE, block_tokens=32, shares_device_blocks=True)
+        side.close()
+    return side
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_size_is_the_total_over_ranks(tmp_path: Path, ranks: int) -> None:
+    side = start(tmp_path, ranks=ranks, g2_gb=0.001)
+    assert side.leader.pool.statistics().total == 1_000_000 // (8192 * ranks)
+    assert side.leader.problems == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_win(tmp_path: Path) -> None:
+    assert start(tmp_path, g2_gb=0.001, g2_blocks=3).leader.pool.statistics().total == 3
+
+
+def test_a_share_of_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "available_memory", lambda: (1 << 30) + 819_200)
+    assert start(tmp_path, g2_share=0.5).leader.pool.statistics().total == 50
+
+
+@pytest.mark.parametrize(
+    ("settings", "free", "problem"),
+    [
+        ({"g2_gb": 1e-6}, 1 << 40, r"g2_gb \(from extra config\): G2 would be smaller than one block of 8192 bytes"),
+        ({}, 1 << 30, r"g2_share \(from default\): G2 would be smaller than one block"),
+        ({"g2_blocks": 3}, (1 << 30) + 8192, r"g2_blocks \(from extra config\): G2 of 3 blocks takes .* but only"),
+    ],
+)
+def test_sizes_that_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], free: int, problem: str
+) -> None:
+    monkeypatch.setattr(build, "available_memory", lambda: free)
+    with pytest.raises(ConfigError, match=problem):
+        start(tmp_path, **settings)
+
+
+def test_a_worker_of_another_configuration(tmp_path: Path) -> None:
+    with pytest.raises(Broken, match="the worker of rank 0 runs another configuration than the scheduler"):
+        start(tmp_path, other=0, g2_blocks=3)
+
+
+def test_a_worker_that_does_not_come(tmp_path: Path) -> None:
+    resolved = load(environ={}, extra={"run_dir": str(tmp_path), "init_timeout_s": 0.05})
+    with pytest.raises(Broken, match="only 0 of 1 workers came"):
+        build_leader(resolved, Place("e", 1), NAMESPACE, block_tokens=32, shares_device_blocks=True)
+
+
+def test_a_stranger_at_the_channel_is_sent_away(tmp_path: Path) -> None:
+    """Another engine with this id looks whether the socket is alive, connects and leaves."""
+    path = build.channel_path(load(environ={}, extra={"run_dir": str(tmp_path)}).settings, "e")
+    gone = threading.Event()
+
+    def knock() -> None:
+        while not gone.is_set():
+            with socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(str(path)) == 0:
+                    gone.set()
+
+    thread = threading.Thread(target=knock)
+    thread.start()
+    resolved = load(environ={}, extra={"run_dir": str(tmp_path), "init_timeout_s": 30, "g2_blocks": 3})
+    place, sides = Place("e", 1), list[LeaderSide]()
+    leader = threading.Thread(
+        target=lambda: sides.append(
+            build_leader(resolved, place, NAMESPACE, block_tokens=32, shares_device_blocks=True)
+        )
+    )
+    leader.start()
+    assert gone.wait(30)
+    thread.join(30)
+    with closing(build_worker(resolved.settings, place, NAMESPACE, HostMemory(ROWS, 4).region, 0)):
+        leader.join(60)
+        sides[0].close()
+
+
+def test_a_wrapper_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"transport_wrapper.*cannot be used"):
+        start(tmp_path, transport_wrapper="kvbm.testing.faults:nothing")

@@ -1,0 +1,167 @@
+"""The control socket in front of a real leader."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvbm.manager.control import About, Control
+from kvbm.observe.totals import Totals
+from tests.manager.roles import BLOCK_BYTES, BLOCK_TOKENS, Stage, keys_of
+
+ABOUT = About("engine-1", "0.0", "f" * 64, 1, BLOCK_BYTES, BLOCK_TOKENS)
+
+
+def send(path: Path, line: bytes) -> Any:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(30)
+        client.connect(str(path))
+        client.sendall(line)
+        with client.makefile("rb") as lines:
+            return json.loads(lines.readline())
+
+
+def ask(control: Control, command: str, **arguments: str) -> Any:
+    assert control.path is not None
+    reply = send(control.path, json.dumps({"command": command, **arguments}).encode() + b"\n")
+    return reply["result"] if reply["ok"] else reply["error"]
+
+
+@pytest.fixture
+def control(stage: Stage, tmp_path: Path) -> Iterator[Control]:
+    totals = Totals()
+    stage.leader._observers.append(totals)
+    control = Control(stage.leader, totals, ABOUT, tmp_path)
+    yield control
+    control.close()
+    assert not (tmp_path / "engine-1.sock").exists()
+
+
+def test_only_the_owner_gets_in(control: Control, tmp_path: Path) -> None:
+    assert control.path == tmp_path / "engine-1.sock"
+    assert control.path.stat().st_mode & 0o777 == 0o600
+
+
+def test_status(control: Control, stage: Stage) -> None:
+    stage.keep("a", keys_of("a", 3))
+    (store,) = stage.compute("b", keys_of("b", 2), [1, 2]).stores
+    stage.load("c", keys_of("a", 3), [3, 4, 5])
+    status = ask(control, "status")
+    assert status.pop("uptime_s") >= 0
+    assert status == {
+        "engine": "engine-1",
+        "healthy": True,
+        "problems": [],
+        "version": "0.0",
+        "pid": os.getpid(),
+        "fingerprint": "f" * 64,
+        "paused": False,
+        "generation": 0,
+        "ranks": 1,
+        "block_bytes": BLOCK_BYTES,
+        "block_tokens": BLOCK_TOKENS,
+        "tiers": [
+            {"name": "g2", "total": 64, "free": 59, "active": 3, "inactive": 0, "staged": 2, "bytes": 64 * BLOCK_BYTES}
+        ],
+        "requests": 3,
+        "living_requests": 2,
+        "tokens": {"prompt": 256, "device": 0, "g2": 96},
+        "hit_rate": {"g2": 96 / 256},
+        "offload": {"blocks": 3, "bytes": 3 * BLOCK_BYTES, "failed": 0, "in_flight": 1, "skipped": 0},
+        "onboard": {"blocks": 0, "bytes": 0, "failed": 0, "in_flight": 1},
+        "evictions": 0,
+    }
+    stage.answer(store)
+    assert ask(control, "status")["offload"]["blocks"] == 5
+
+
+def test_pause_and_resume(control: Control, stage: Stage) -> None:
+    assert ask(control, "pause") == {"engine": "engine-1", "paused": True}
+    assert stage.leader.paused
+    assert ask(control, "status")["paused"]
+    assert ask(control, "resume") == {"engine": "engine-1", "paused": False}
+    assert not stage.leader.paused
+
+
+def test_health(control: Control, stage: Stage) -> None:
+    assert ask(control, "health") == {"engine": "engine-1", "healthy": True, "problems": []}
+    stage.workers[0].close()
+    problem = ["the worker of rank 0 is gone"]
+    assert ask(control, "status")["problems"] == problem
+    assert ask(control, "health") == {"engine": "engine-1", "healthy": False, "problems": problem}
+
+
+def test_explain(control: Control, stage: Stage) -> None:
+    keys = keys_of("a", 4)
+    stage.keep("first", keys[:2])
+    stage.answer(stage.load("cmpl-77-0", keys, [1, 2, 3, 4]))
+    stage.place("cmpl-77-0", [1, 2, 3, 4])
+    (store,) = stage.step({"cmpl-77-0": 4}).stores
+    stage.answer(store)
+    assert not stage.leader.finish("cmpl-77-0", [1, 2, 3, 4], 4)
+    explained = ask(control, "explain", request_id="cmpl-77")
+    assert explained.pop("when") > 0
+    assert explained == {
+        "engine": "engine-1",
+        "request_id": "cmpl-77-0",
+        "prompt_tokens": 128,
+        "block_tokens": BLOCK_TOKENS,
+        "device_tokens": 0,
+        "matched": {"g2": 2},
+        "loaded_blocks": 2,
+        "load": "async",
+        "load_ms": 1.0,
+        "outcome": "finished",
+        "offloaded_blocks": 2,
+        "why": [],
+    }
+
+
+def test_explain_unknown_ambiguous_and_exact(control: Control, stage: Stage) -> None:
+    for name in ("r1", "r10", "r11"):
+        stage.begin(name, [])
+    assert ask(control, "explain", request_id="x") == "no request 'x' among the last 3"
+    assert ask(control, "explain") == "no request '' among the last 3"
+    assert ask(control, "explain", request_id="r") == "3 requests contain 'r': r1, r10, r11"
+    assert ask(control, "explain", request_id="r1")["request_id"] == "r1"
+
+
+@pytest.mark.parametrize(
+    "line", [b"\n", b"{\n", b"[]\n", b"3\n", b"\xff\n", b'{"command":"drop"}\n', b'{"command":[]}\n', b"x" * (1 << 16)]
+)
+def test_what_is_not_a_request(control: Control, line: bytes) -> None:
+    assert control.path is not None
+    reply = send(control.path, line)
+    assert reply == {"ok": False, "error": "not a request; commands are explain, health, pause, resume, status"}
+    assert ask(control, "health")["healthy"]
+
+
+def test_a_client_that_says_nothing(control: Control) -> None:
+    assert control.path is not None
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(control.path))
+    assert ask(control, "health")["healthy"]
+
+
+def test_results_are_taken_while_the_engine_sleeps(control: Control, stage: Stage) -> None:
+    keys = keys_of("a", 2)
+    (store,) = stage.compute("a", keys, [1, 2]).stores
+    stage.answer(store)
+    ask(control, "health")  # any answer is followed by a tick
+    ask(control, "health")
+    assert stage.pool.peek(keys) == 2
+
+
+def test_a_socket_that_is_taken_does_not_end_the_start(
+    control: Control, make_stage: Callable[..., Stage], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = Control(make_stage().leader, Totals(), ABOUT, tmp_path)
+    assert "no control socket" in caplog.text
+    other.close()
+    assert ask(control, "health")["healthy"]

@@ -1,0 +1,104 @@
+"""The metrics as a scraper sees them."""
+
+from __future__ import annotations
+
+import socket
+import urllib.request
+from collections.abc import Callable
+from dataclasses import asdict
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from kvbm.blocks import Pool
+from kvbm.core.events import Admitted, Offloaded, Onboarded
+from kvbm.observe import prometheus
+from kvbm.observe.totals import Totals
+from kvbm.policy.lru import LRU
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def serve(port: int, totals: Totals, pool: Pool, *, healthy: bool = True) -> Callable[[], None] | None:
+    return prometheus.serve("127.0.0.1", port, totals, lambda: asdict(pool.statistics()), lambda: healthy)
+
+
+def scrape(port: int) -> dict[str, float]:
+    """Every sample by name and labels."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as reply:
+        text = reply.read().decode()
+    return {
+        sample.name + "".join(f"|{label}={value}" for label, value in sample.labels.items()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_every_metric() -> None:
+    totals, pool, port = Totals(), Pool(10, order=LRU(10)), free_port()
+    totals.on_event(Offloaded(3, 1, 300_000, 0.002))
+    totals.on_event(Onboarded(5, 2, 70_000, 0.0004))
+    totals.on_event(Admitted(100, 20, 60))
+    slots = pool.allocate(2)
+    assert slots is not None
+    slots.stage([b"a", b"b"]).register().drop()
+    pool.match([b"a", b"b", b"c"]).drop()
+    stop = serve(port, totals, pool)
+    assert stop is not None
+    samples = scrape(port)
+    stop()
+    assert {
+        "kvbm_offload_blocks_d2h": 3,
+        "kvbm_onboard_blocks_h2d": 5,
+        "kvbm_matched_tokens": 60,
+        "kvbm_host_cache_hit_rate": 0.75,
+        "kvbm_healthy": 1,
+        "kvbm_requests_total": 1,
+        "kvbm_requested_tokens_total": 100,
+        "kvbm_device_tokens_total": 20,
+        "kvbm_offload_failed_blocks_total": 1,
+        "kvbm_onboard_failed_blocks_total": 2,
+        "kvbm_offload_bytes_total": 300_000,
+        "kvbm_onboard_bytes_total": 70_000,
+        "kvbm_offload_seconds_bucket|le=0.001": 0,
+        "kvbm_offload_seconds_bucket|le=0.0025": 1,
+        "kvbm_offload_seconds_bucket|le=+Inf": 1,
+        "kvbm_offload_seconds_count": 1,
+        "kvbm_offload_seconds_sum": 0.002,
+        "kvbm_onboard_seconds_bucket|le=0.0005": 1,
+        "kvbm_offload_copy_bytes_bucket|le=262144.0": 0,
+        "kvbm_offload_copy_bytes_bucket|le=1048576.0": 1,
+        "kvbm_onboard_copy_bytes_count": 1,
+        "kvbm_allocations_total|pool=g2": 2,
+        "kvbm_evictions_total|pool=g2": 0,
+        "kvbm_registrations_total|pool=g2": 2,
+        "kvbm_duplicate_blocks_total|pool=g2": 0,
+        "kvbm_match_hashes_requested_total|pool=g2": 3,
+        "kvbm_match_blocks_returned_total|pool=g2": 2,
+        "kvbm_pool_size|pool=g2": 10,
+        "kvbm_reset_pool_size|pool=g2": 8,
+        "kvbm_inactive_pool_size|pool=g2": 2,
+        "kvbm_inflight_immutable|pool=g2": 0,
+        "kvbm_inflight_mutable|pool=g2": 0,
+    }.items() <= samples.items()
+    assert all(name.startswith("kvbm_") for name in samples)
+
+
+def test_health_is_read_when_scraped() -> None:
+    port = free_port()
+    stop = serve(port, Totals(), Pool(1, order=LRU(1)), healthy=False)
+    assert stop is not None
+    assert scrape(port)["kvbm_healthy"] == 0
+    stop()
+    with pytest.raises(OSError):  # noqa: PT011
+        scrape(port)
+
+
+def test_a_port_that_is_taken_is_not_worth_an_engine(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        assert serve(sock.getsockname()[1], Totals(), Pool(1, order=LRU(1))) is None
+    assert serve(65_536, Totals(), Pool(1, order=LRU(1))) is None
+    assert caplog.text.count("set metrics_port to a free one") == 2
