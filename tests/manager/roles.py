@@ -111,9 +111,9 @@ class Stage:
 
     def close(self) -> None:
         """Proves that nothing but copies in flight held a block."""
-        for job in self.leader._jobs.values():
+        for job in self.leader._copies._jobs.values():
             job.lease.drop()
-        self.leader._jobs.clear()
+        self.leader._copies._jobs.clear()
         self.leader.seal(idle=True)
         self.leader.close()
         for link in self.workers.values():

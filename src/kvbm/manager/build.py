@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import logging
 import os
 import select
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -109,12 +111,13 @@ def build_leader(
         log.warning("KVBM: %s", note)
     with ExitStack() as undo:
         links, slot_bytes = _gather(settings, place, namespace, undo)
-        slots, why = _size(resolved, place, slot_bytes * place.ranks)
-        log.info(
-            "KVBM: G2 holds %d blocks of %d tokens, %.2f GB over %d rank(s): %s",
-            slots, block_tokens, slots * slot_bytes * place.ranks / 1e9, place.ranks, why,
-        )  # fmt: skip
-        _allot(settings, links, slots)
+        with _one_at_a_time(settings):
+            slots, why = _size(resolved, place, slot_bytes * place.ranks)
+            log.info(
+                "KVBM: G2 holds %d blocks of %d tokens, %.2f GB over %d rank(s): %s",
+                slots, block_tokens, slots * slot_bytes * place.ranks / 1e9, place.ranks, why,
+            )  # fmt: skip
+            _allot(settings, links, slots)
         undo.pop_all()
     totals = Totals()
     pool = Pool(slots, order=LRU(slots), tier="g2")
@@ -170,6 +173,23 @@ def _gather(settings: Settings, place: Place, namespace: Namespace, undo: ExitSt
     if len(sizes) != 1:
         raise Broken(f"ranks hold blocks of different sizes ({sorted(sizes)} bytes): not supported")
     return links, sizes.pop()
+
+
+@contextmanager
+def _one_at_a_time(settings: Settings) -> Iterator[None]:
+    """Engines that start together size and touch their memory one after the other: the second sees what the first took.
+    (A data-parallel engine of a dense model is not even told how many there are.) The lock dies with its holder."""
+    with (settings.run_dir / "start.lock").open("w") as lock:
+        deadline = time.monotonic() + settings.init_timeout_s
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise Broken(f"another engine has held {lock.name} for {settings.init_timeout_s:.0f} s") from None
+                time.sleep(0.05)
+        yield
 
 
 def _size(resolved: Resolved, place: Place, block_bytes: int) -> tuple[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -56,3 +57,68 @@ class Job:
     def done(self) -> npt.NDArray[np.bool_]:
         done: npt.NDArray[np.bool_] = self.outcomes == Outcome.DONE
         return done
+
+
+class InFlight:
+    """The jobs that some rank has not answered, and which engine blocks stores still read. Under the leader's lock."""
+
+    def __init__(self, ranks: Iterable[int], clock: Callable[[], float]) -> None:
+        self._ranks, self._clock = frozenset(ranks), clock
+        self._jobs: dict[int, Job] = {}
+        self._sources: dict[int, int] = {}
+        """G1 block that is being copied from -> the latest store job that reads it."""
+        self._last = 0
+        self._sealed = (0, 0)
+        """The last job of the step before the last, and of the last."""
+
+    def start(self, request: Request, lease: Staged | Pinned, g1: Slots, patience: float) -> Job:
+        """A job that every rank will answer."""
+        self._last += 1
+        job = self._jobs[self._last] = Job(self._last, request, lease, g1, set(self._ranks), patience)
+        if job.is_store:
+            self._sources.update(dict.fromkeys(g1.tolist(), job.id))
+        return job
+
+    def answer(self, result: Result) -> Job | None:
+        """Takes one rank's result; the job if that was the last one it waited for."""
+        job = self._jobs.get(result.job)
+        if job is None or not job.answer(result):
+            return None
+        del self._jobs[job.id]
+        if job.is_store:
+            for block in job.g1.tolist():
+                if self._sources.get(block) == job.id:
+                    del self._sources[block]
+        return job
+
+    def reading(self, g1: Iterable[int]) -> set[int]:
+        """Store jobs that still read any of these blocks."""
+        return {self._sources[block] for block in self._sources.keys() & set(g1)}
+
+    def still(self, jobs: set[int]) -> list[int]:
+        """Those of `jobs` that have not ended, in order."""
+        return sorted(jobs & self._jobs.keys())
+
+    def seal(self) -> None:
+        """A step is complete. Starts the clock of copies that every worker has begun: they begin after the forward pass
+        of their step, and however long that takes, it is over when the step after the next is sealed (the engine may be
+        one ahead)."""
+        begun, self._sealed = self._sealed[0], (self._sealed[1], self._last)
+        for job in self._jobs.values():
+            if job.id <= begun and job.due is None:
+                job.due = self._clock() + job.patience
+
+    def overdue(self) -> Job | None:
+        """A job whose ranks have been silent for too long."""
+        now = self._clock()
+        return next((job for job in self._jobs.values() if job.due is not None and now > job.due), None)
+
+    @property
+    def blocks_read(self) -> int:
+        """Engine blocks that stores still read."""
+        return len(self._sources)
+
+    def count(self) -> tuple[int, int]:
+        """(stores, loads)."""
+        stores = sum(job.is_store for job in self._jobs.values())
+        return stores, len(self._jobs) - stores

@@ -15,17 +15,16 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
 from kvbm.abc.observer import Observer
-from kvbm.blocks import Pinned, Pool, Staged
+from kvbm.blocks import Pool, Staged
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken
 from kvbm.core.events import Admitted, Event, Offloaded, Onboarded
 from kvbm.manager.channel import Link
-from kvbm.manager.jobs import Job
+from kvbm.manager.jobs import InFlight
 from kvbm.manager.requests import Record, Request, RequestParams
 from kvbm.manager.wire import Bye, Copy, Result, Sick, Step
 
@@ -57,16 +56,11 @@ class Leader:
         self.records: OrderedDict[str, Record] = OrderedDict()
         self.deferred = 0
         """Times that blocks were not offloaded at once, because copies in flight or holds had filled their share."""
-        self._settings, self._links, self._clock = settings, links, clock
+        self._settings, self._links = settings, links
         self._slot_bytes, self._shares = slot_bytes, shares_device_blocks
         self._observers = list(observers)
         self._lock = threading.RLock()
-        self._jobs: dict[int, Job] = {}
-        self._next_job = 0
-        self._sealed = (0, 0)
-        """The last job of the step before the last, and of the last."""
-        self._sources: dict[int, int] = {}
-        """G1 block that is being copied from -> its store job."""
+        self._copies = InFlight(links, clock)
         self._loading: dict[bytes, str] = {}
         self._total = pool.statistics().total
         self._held = 0
@@ -173,7 +167,7 @@ class Leader:
             first = request.record.device_blocks
             targets = np.asarray(request.g1[first : first + len(hold)], np.int64)
             self.reuse(targets.tolist())
-            job = self._start(request, hold, targets, self._settings.load_deadline_s)
+            job = self._copies.start(request, hold, targets, self._settings.load_deadline_s + _GRACE)
             self._step.loads.append(Copy.of(job.id, request_id, targets, hold.slots))
             self._admit(request, tokens)
 
@@ -197,7 +191,7 @@ class Leader:
         """This step may overwrite these blocks of the engine: copies that still read them are waited for first."""
         with self._lock:
             # Now, not in `seal`: a block may become the source of another copy in this very step.
-            self._step.fence.update(self._sources[block] for block in self._sources.keys() & set(g1))
+            self._step.fence |= self._copies.reading(g1)
 
     def advance(self, request_id: str, complete: int) -> None:
         """After this step's forward pass the request's first `complete` blocks are final and may be offloaded."""
@@ -220,12 +214,12 @@ class Leader:
             for request in self._waiting:
                 self._release(request)
             self._waiting.clear()
-            self._arm()
+            self._copies.seal()
             draft, self._step = self._step, _Draft()
             return Step(
                 loads=draft.loads,
                 stores=draft.stores,
-                fence=sorted(draft.fence & self._jobs.keys()),
+                fence=self._copies.still(draft.fence),
                 finishing=draft.finishing,
                 idle=idle,
                 sync=self._settings.onboard == "sync" and bool(draft.loads),
@@ -248,7 +242,9 @@ class Leader:
             if complete > request.offered and not loading:
                 self._offer(request, min(complete, len(request.g1)))
             request.record.outcome = "finished"
-            jobs = {self._sources[block] for block in self._sources.keys() & set(g1)}
+            # Its blocks became idle run by run, the first run first; together, its leaf goes before its root.
+            self.pool.touch(request.keys[: request.offered])
+            jobs = self._copies.reading(g1)
             if loading or not jobs:
                 return False
             self._step.finishing[request_id] = sorted(jobs)
@@ -268,7 +264,7 @@ class Leader:
         wanted = len(absent)
         most = max(1, self._settings.store_inflight_mb * 1_000_000 // self._slot_bytes)
         pool = self.pool.statistics()
-        absent = absent[: max(0, min(most - len(self._sources), pool.free + pool.inactive))]
+        absent = absent[: max(0, min(most - self._copies.blocks_read, pool.free + pool.inactive))]
         slots = self.pool.allocate(len(absent)) if absent else None
         if slots is None and wanted:
             self.deferred += 1
@@ -280,8 +276,7 @@ class Leader:
             parent = request.keys[request.offered + absent[0] - 1] if request.offered + absent[0] else None
             params = request.params
             staged = slots.stage(chosen, parent=parent, priority=params.priority, ttl=params.ttl)
-            job = self._start(request, staged, sources, self._settings.store_deadline_s)
-            self._sources.update(dict.fromkeys(sources.tolist(), job.id))
+            job = self._copies.start(request, staged, sources, self._settings.store_deadline_s + _GRACE)
             self._step.stores.append(Copy.of(job.id, request.id, sources, staged.slots))
         request.offered += absent[-1] + 1 if len(absent) < wanted else len(keys)
 
@@ -293,20 +288,6 @@ class Leader:
         return "the cache was reset while it ran" if request.stale else None
 
     # ------------------------------------------------------------------ copies end
-
-    def _start(self, request: Request, lease: Pinned | Staged, g1: Any, deadline_s: float) -> Job:
-        self._next_job += 1
-        job = Job(self._next_job, request, lease, g1, set(self._links), deadline_s + _GRACE)
-        self._jobs[job.id] = job
-        return job
-
-    def _arm(self) -> None:
-        """Starts the clock of copies that every worker has begun. They begin after the forward pass of their step, and
-        however long that takes, it is over when the step after the next is sealed (the engine may be one ahead)."""
-        begun, self._sealed = self._sealed[0], (self._sealed[1], self._next_job)
-        for job in self._jobs.values():
-            if job.id <= begun and job.due is None:
-                job.due = self._clock() + job.patience
 
     def _drain(self) -> None:
         for rank, link in self._links.items():
@@ -329,16 +310,12 @@ class Leader:
                 self._sick(f"the worker of rank {rank} is gone")
 
     def _answer(self, result: Result) -> None:
-        job = self._jobs.get(result.job)
-        if job is None or not job.answer(result):
+        job = self._copies.answer(result)
+        if job is None:
             return
-        del self._jobs[job.id]
         failed = int((~job.done).sum())
         record = job.request.record
         if isinstance(job.lease, Staged):
-            for block in job.g1.tolist():
-                if self._sources.get(block) == job.id:
-                    del self._sources[block]
             job.lease.register(job.done).drop()
             record.offloaded += len(job.g1) - failed
             self._emit(Offloaded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
@@ -388,11 +365,8 @@ class Leader:
         """Housekeeping, a few times a second, also while the engine sleeps: takes results, notices silent workers."""
         with self._lock:
             self._drain()
-            now = self._clock()
-            for job in self._jobs.values():
-                if job.due is not None and now > job.due:
-                    self._sick(f"no answer about a copy from rank {min(job.ranks)} within its deadline")
-                    break
+            if (job := self._copies.overdue()) is not None:
+                self._sick(f"no answer about a copy from rank {min(job.ranks)} within its deadline")
 
     def reset(self) -> None:
         """A new generation: nothing stored so far is ever matched again. Requests that live now may carry KV of the old
@@ -416,8 +390,7 @@ class Leader:
     def in_flight(self) -> tuple[int, int]:
         """(store, load) jobs that some rank has not answered."""
         with self._lock:
-            stores = sum(job.is_store for job in self._jobs.values())
-            return stores, len(self._jobs) - stores
+            return self._copies.count()
 
     def close(self) -> None:
         """Says goodbye to the workers. Blocks stay where they are; the process is about to end."""

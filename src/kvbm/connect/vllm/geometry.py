@@ -79,7 +79,8 @@ def place(config: VllmConfig) -> Place:
     return Place(
         engine=transfer.engine_id,
         ranks=parallel.tensor_parallel_size,
-        dp_rank=parallel.data_parallel_rank,
+        # vLLM resets data_parallel_rank for dense models, whose engines are independent of each other.
+        dp_rank=parallel.data_parallel_index,
         dp_local=max(1, parallel.data_parallel_size_local),
     )
 
