@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -184,3 +186,21 @@ def test_a_leader_that_does_not_come(tmp_path: Path) -> None:
         connect(tmp_path / "e.chan", 0)
     with pytest.raises(Broken, match="no leader answered"):
         connect(tmp_path / "e.chan", 600, lambda: True)
+
+
+def test_a_folder_others_may_write_in_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with pytest.raises(ConfigError, match="others may write"):
+        listen(tmp_path / "e.sock")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_engines_left_is_removed(tmp_path: Path) -> None:
+    for name, age in (("old.sock", 3600), ("old.chan", 3600), ("young.sock", 0)):
+        listen(tmp_path / name).close()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    with listen(tmp_path / "mine.sock") as living:
+        os.utime(tmp_path / "mine.sock", (0, 0))
+        with listen(tmp_path / "other.sock"):
+            assert {path.name for path in tmp_path.iterdir()} == {"young.sock", "mine.sock", "other.sock"}
+        assert living.fileno() > 0

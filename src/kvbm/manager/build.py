@@ -179,17 +179,20 @@ def _gather(settings: Settings, place: Place, namespace: Namespace, undo: ExitSt
 def _one_at_a_time(settings: Settings) -> Iterator[None]:
     """Engines that start together size and touch their memory one after the other: the second sees what the first took.
     (A data-parallel engine of a dense model is not even told how many there are.) The lock dies with its holder."""
-    with (settings.run_dir / "start.lock").open("w") as lock:
+    folder = os.open(settings.run_dir, os.O_RDONLY | os.O_CLOEXEC)
+    try:
         deadline = time.monotonic() + settings.init_timeout_s
         while True:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise Broken(f"another engine has held {lock.name} for {settings.init_timeout_s:.0f} s") from None
+                    raise Broken(f"another engine has been starting for {settings.init_timeout_s:.0f} s") from None
                 time.sleep(0.05)
         yield
+    finally:
+        os.close(folder)
 
 
 def _size(resolved: Resolved, place: Place, block_bytes: int) -> tuple[int, str]:

@@ -8,6 +8,7 @@ enter; there is one per engine.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -25,6 +26,7 @@ from kvbm.manager.wire import Message, decode_message, encode
 _HEAD = struct.Struct("<I")
 _MAX_FRAME = 16 << 20
 _SUN_PATH = 107
+_YOUNG = 60.0
 
 
 class Link:
@@ -123,6 +125,8 @@ def listen(path: Path) -> socket.socket:
     Raises ConfigError if the socket cannot be made, Broken if a living engine listens there."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _private(path.parent)
+        _sweep(path.parent)
         if path.exists():
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                 if probe.connect_ex(os.fspath(path)) == 0:
@@ -137,6 +141,26 @@ def listen(path: Path) -> socket.socket:
             "run_dir", f"no socket can be made at {path}: {error}", remedy="Choose a folder you can write."
         ) from error
     return sock
+
+
+def _private(folder: Path) -> None:
+    """Raises ConfigError for a folder in which somebody else could put sockets of theirs."""
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise ConfigError(
+            "run_dir",
+            f"{folder} belongs to another user or others may write in it",
+            remedy="Choose a folder of your own.",
+        )
+
+
+def _sweep(folder: Path) -> None:
+    """Removes sockets that killed engines left behind; young ones may be just about to listen."""
+    for path in [*folder.glob("*.sock"), *folder.glob("*.chan")]:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            old = time.time() - path.stat().st_mtime > _YOUNG
+            if old and probe.connect_ex(os.fspath(path)) == errno.ECONNREFUSED:
+                path.unlink()
 
 
 def connect(path: Path, timeout: float, stop: Callable[[], bool] = lambda: False) -> Link:

@@ -18,7 +18,7 @@ from kvbm.connect.vllm import geometry
 from kvbm.connect.vllm.stats import KvbmPromMetrics, KvbmStats
 from kvbm.connect.vllm.translate import KvbmMetadata, SchedulerSide, WorkerSide
 from kvbm.core.config import load
-from kvbm.core.errors import Broken
+from kvbm.core.errors import Broken, KvbmError
 from kvbm.core.identity import clash
 from kvbm.observe.log import configure
 
@@ -51,6 +51,14 @@ class KvbmConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._kv_transfer_config.kv_load_failure_policy = "recompute"
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        try:
+            self._build(vllm_config, role, kv_cache_config)
+        except KvbmError as error:
+            # vLLM buries what ends its start in stack traces of several processes.
+            log.error("KVBM ends the start: %s", error)
+            raise
+
+    def _build(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         resolved = load(extra=self._kv_transfer_config.kv_connector_extra_config)
         if not resolved.settings.enabled:
             log.warning("KVBM is switched off (%s): the engine runs without it", resolved.sources["enabled"])
