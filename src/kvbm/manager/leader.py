@@ -109,15 +109,15 @@ class Leader:
 
     def _hold(self, request: Request, keys: Sequence[bytes], computed: int) -> int | None:
         room = max(1, int(self._total * self._settings.held_share))
-        if self._held >= room and self.pool.peek(keys[: computed + 1], computed):
-            request.record.note("waited: loads of other requests hold their share of G2")
-            return None
         hold = self.pool.match(keys, computed)
-        found = len(hold)
-        if found > room - self._held:
-            request.record.note(f"loaded only {room - self._held} of {found} blocks: holds of G2 are bounded")
-            hold.narrow(room - self._held)
-        request.record.matched = found
+        found = request.record.matched = len(hold)
+        if found > max(0, room - self._held):
+            if self._held:
+                hold.drop()
+                request.record.note("waited: loads of other requests hold their share of G2")
+                return None
+            request.record.note(f"loaded only {room} of {found} blocks: holds of G2 are bounded")
+            hold.narrow(room)
         if not len(hold):
             hold.drop()
             request.record.note("G2 did not hold the next block")

@@ -77,6 +77,8 @@ class SchedulerSide:
         self._per_block = self._block // geometry.hash_block_tokens(config, kv)
         self._async = resolved.settings.onboard == "async"
         self._requests: dict[str, Request] = {}
+        self._computed: dict[str, int] = {}
+        """Request -> tokens that the engine itself held when it asked last."""
         self._adapters: dict[tuple[Any, ...], bytes] = {}
         self.side = build_leader(
             resolved,
@@ -123,6 +125,7 @@ class SchedulerSide:
 
     def match(self, request: Request, computed_tokens: int) -> tuple[int | None, bool]:
         """vLLM's get_num_new_matched_tokens. The block of the last token is always left to the engine."""
+        self._computed[request.request_id] = computed_tokens
         if request.skip_reading_prefix_cache or computed_tokens % self._block:
             return 0, False
         blocks = self._leader.match(
@@ -134,8 +137,7 @@ class SchedulerSide:
 
     def place(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
         """vLLM's update_state_after_alloc."""
-        record = self._leader.records.get(request.request_id)
-        device = record.device_blocks * self._block if record is not None else 0
+        device = self._computed.get(request.request_id, 0)
         self._leader.place(
             request.request_id,
             blocks.get_block_ids()[0],
@@ -170,6 +172,7 @@ class SchedulerSide:
     def finish(self, request: Request, blocks: list[int]) -> bool:
         """vLLM's request_finished."""
         self._requests.pop(request.request_id, None)
+        self._computed.pop(request.request_id, None)
         tokens = min(request.num_computed_tokens, request.num_tokens)
         complete = min(tokens // self._block, len(request.block_hashes) // self._per_block, len(blocks))
         return self._leader.finish(request.request_id, blocks, complete)
