@@ -1,0 +1,131 @@
+"""Models that are served although the engine could do more with them, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvbm.core.config import load
+from kvbm.core.errors import ConfigError, Unsupported
+from tests.e2e.conftest import prompt_of
+from tests.e2e.engine import BLOCK, TINY, Engine, environment
+
+
+def _gemma(folder: Path) -> Path:
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        **(TINY | {"num_hidden_layers": 6, "tie_word_embeddings": True}),
+        sliding_window=64, query_pre_attn_scalar=32, pad_token_id=0,
+    )  # fmt: skip
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_sliding_window_model_is_served_with_all_of_its_blocks(tmp_path: Path, dice: random.Random) -> None:
+    """KVBM does not say that it knows several groups, so vLLM keeps one, in which no block leaves the window."""
+    model = _gemma(tmp_path / "gemma")
+    prompts = [prompt_of(dice, length) for length in (100, 300, 500)]
+    with closing(Engine(model, None, num_gpu_blocks_override=256)) as plain:
+        expected = [done.tokens for done in plain.run(prompts, 24)]
+    with closing(Engine(model, {}, num_gpu_blocks_override=256)) as engine:
+        assert [done.tokens for done in engine.run(prompts, 24)] == expected
+        engine.settle()
+        engine.forget_device()
+        again = engine.run(prompts, 24)
+        assert [done.tokens for done in again] == expected
+        assert [done.cached for done in again] == [96, 288, 480]
+        assert engine.status()["onboard"]["blocks"] == 27
+
+
+@pytest.fixture(scope="module")
+def served(tiny: Path) -> tuple[Any, Any]:
+    """A configuration that is served, and its KV caches."""
+    import torch
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+
+    with environment(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1"):
+        config = EngineArgs(
+            model=str(tiny), skip_tokenizer_init=True, block_size=BLOCK, enforce_eager=True, dtype="float32"
+        ).create_engine_config()
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    return config, KVCacheConfig(64, [], [KVCacheGroupSpec(["model.layers.0"], spec)])
+
+
+Change = Callable[[Any, Any], None]
+
+
+def _set(path: str, value: Any) -> Change:
+    def change(config: Any, _: Any) -> None:
+        part, name = path.split(".")
+        setattr(config, part, copy.copy(getattr(config, part)))
+        object.__setattr__(getattr(config, part), name, value)
+
+    return change
+
+
+def _groups(*names: str) -> Change:
+    """As many groups, each with a specification of that class."""
+
+    def change(_: Any, kv: Any) -> None:
+        group = kv.kv_cache_groups[0]
+        kv.kv_cache_groups = []
+        for name in names:
+            spec = type(name, (), {})()
+            spec.block_size = group.kv_cache_spec.block_size
+            kv.kv_cache_groups.append(type(group)(["layer"], spec))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (_groups("FullAttentionSpec", "SlidingWindowSpec"), "2 KV-cache groups"),
+        (_groups("SlidingWindowSpec"), "SlidingWindowSpec"),
+        (_groups("MambaSpec"), "MambaSpec"),
+        (_groups("ChunkedLocalAttentionSpec"), "ChunkedLocalAttentionSpec"),
+        (_set("parallel_config.pipeline_parallel_size", 2), "pipeline parallelism"),
+        (_set("parallel_config.decode_context_parallel_size", 2), "decode context parallelism"),
+        (_set("parallel_config.prefill_context_parallel_size", 2), "prefill context parallelism"),
+        (_set("parallel_config.nnodes", 2), "several nodes"),
+        (_set("device_config.device_type", "cuda"), "cuda memory"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(served: tuple[Any, Any], change: Change, sentence: str) -> None:
+    from kvbm.connect.vllm import geometry
+
+    config, kv = copy.copy(served[0]), copy.copy(served[1])
+    geometry.check(config, kv, load(environ={}))
+    change(config, kv)
+    with pytest.raises(Unsupported, match=sentence):
+        geometry.check(config, kv, load(environ={}))
+
+
+def test_hashes_that_differ_between_processes_are_refused(served: tuple[Any, Any]) -> None:
+    from kvbm.connect.vllm import geometry
+
+    config = copy.copy(served[0])
+    _set("cache_config.prefix_caching_hash_algo", "xxhash")(config, None)
+    with pytest.raises(ConfigError, match=r"prefix_caching_hash_algo.*xxhash"):
+        geometry.check(config, served[1], load(environ={}))
+
+
+def test_loading_inside_the_step_is_refused_where_it_cannot_fail_safely(served: tuple[Any, Any]) -> None:
+    from kvbm.connect.vllm import geometry
+
+    config = copy.copy(served[0])
+    resolved = load(environ={"KVBM_ONBOARD": "sync"})
+    geometry.check(config, served[1], resolved)
+    _set("scheduler_config.async_scheduling", True)(config, None)
+    with pytest.raises(ConfigError, match=r"onboard.*environment KVBM_ONBOARD"):
+        geometry.check(config, served[1], resolved)
