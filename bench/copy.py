@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from itertools import cycle
 
 import numpy as np
-from bench.harness import Bench, medians
 
+from bench.harness import Bench, medians
 from kvbm.abc.transport import Completion, Plan
 from kvbm.core.region import Plane, Region
 from kvbm.native import copy_rows

@@ -7,12 +7,12 @@ import sys
 import time
 
 import numpy as np
-from tests.e2e.engine import Engine
 
 from bench.harness import Bench
 from bench.model import engine
+from tests.e2e.engine import Engine
 
-LENGTH, HITS, EVERY, ROUNDS = 992, 5, 10, 6
+LENGTH, HITS, EVERY, ROUNDS = 992, 5, 10, 14
 """Tokens of a hitting prompt, such prompts per phase, steps between two of them, rounds."""
 
 

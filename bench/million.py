@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from tests.e2e.engine import TINY, Engine
 
 from bench.harness import Bench
+from tests.e2e.engine import TINY, Engine
 
 BLOCKS, SLICE, ROUNDS = 1_000_000, 1000, 3
 SMALL = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from tests.e2e.engine import Engine, environment
 
 from kvbm.cli import models, serve
 from kvbm.core import config
+from tests.e2e.engine import Engine, environment
 
 
 def engine(kvbm: Mapping[str, Any] | None, **options: Any) -> Engine:

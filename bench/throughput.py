@@ -7,10 +7,9 @@ import statistics
 import sys
 import time
 
-from tests.e2e.engine import Engine
-
 from bench.harness import Bench
 from bench.model import engine
+from tests.e2e.engine import Engine
 
 ROUNDS = 5
 REQUESTS, PROMPT, ANSWER = 8, 256, 48

@@ -8,10 +8,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from tests.e2e.engine import Engine
-
 from bench.harness import Bench
 from bench.model import engine
+from tests.e2e.engine import Engine
 
 LENGTHS = (1000, 2000, 3000)
 PROMPTS = 3
