@@ -1,7 +1,7 @@
 # Everything sets itself up in .venv. A machine needs Python 3.11, make and gcc.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/pip --disable-pip-version-check install --quiet --progress-bar off
+PIP := $(BIN)/pip --disable-pip-version-check install
 
 .PHONY: demo serve test test-fast check bench clean
 
