@@ -211,7 +211,9 @@ def _gone(pid: int) -> bool:
 
 
 RUNNING = '''
-import sys
+import signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)  # a shell may have made us ignore some, and what is ignored stays so
 from kvbm.cli import launch, serve
 launch.Server.is_healthy = lambda _: sys.argv[1] == "up"
 serve.curl = lambda _: "curl"
