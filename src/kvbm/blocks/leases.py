@@ -172,6 +172,10 @@ class Pinned(_Lease):
         self._box.append(slots[:n])
         self._ledger.give_back(self._state, slots[n:])
 
+    def evict(self) -> int:
+        """Let go, and un-publish the blocks that nobody else holds; their slots are free. Returns how many."""
+        return self._ledger.evict(self._take())
+
     def weak(self) -> Weak:
         """A reference that does not stop eviction."""
         return Weak(self._ledger, self.slots, self._keys, self._generation)

@@ -151,7 +151,29 @@ class Ledger:
                 return True
             return False
 
+    def candidates(self, n: int) -> tuple[Slots, tuple[bytes, ...], int]:
+        """Hold up to `n` blocks that would be evicted next, the first to go first; slots, keys and the generation."""
+        with self._lock:
+            self._reclaim()
+            if self._due != NEVER:
+                self._sweep()
+            slots = self._ranks.victims(min(n, len(self._ranks)))
+            self._table.hold(slots)
+            keys = tuple(self._table.key[slots].tolist())
+            generation = self._generation
+        self._feed.deliver()
+        return slots, keys, generation
+
     # -- giving back, un-publishing --
+
+    def evict(self, slots: Slots) -> int:
+        """Let go of registered slots and un-publish those nobody else holds; returns how many."""
+        with self._lock:
+            idle = self._table.release(slots)
+            self._withdraw(self._table.unpublish(idle))
+            self._counted["evictions"] += len(idle)
+        self._feed.deliver()
+        return len(idle)
 
     def give_back(self, state: int, slots: Slots, terms: Terms | None = None) -> None:
         """A handle lets go of slots in `state`; `terms` where they are staged."""

@@ -65,6 +65,16 @@ class Pool:
         _check_start(start)
         return self._ledger.peek(keys, start)
 
+    def candidates(self, n: int) -> Pinned:
+        """Hold up to `n` of the blocks that would be evicted next, the first to go first.
+
+        For a tier that moves blocks down before it gives up their slots: copy them, then `Pinned.evict`.
+        """
+        if n < 0:
+            raise Misuse(f"cannot hold {n} blocks")
+        slots, keys, generation = self._ledger.candidates(n)
+        return Pinned(self._ledger, slots, keys, generation)
+
     def absent(self, keys: Sequence[bytes]) -> list[int]:
         """Positions of keys that are neither registered nor staged right now: what a store would have to copy."""
         return self._ledger.absent(keys)

@@ -64,6 +64,9 @@ class LRU(EvictionOrder):
     def fresh(self) -> LRU:
         return LRU(len(self._place))
 
+    def resize(self, num_slots: int) -> None:
+        self._place = np.resize(self._place, num_slots)
+
     def _squeeze(self, room: int) -> None:
         """Move what is live to the front of a log at least half of which is then free, with `room` for a run."""
         window = self._log[self._head : self._tail]
