@@ -37,7 +37,7 @@ clean:
 	rm -rf build dist .venv src/*.egg-info src/kvbm/native/*.so
 
 # Stamps: set up once, and again when pyproject.toml or the C helper changes.
-.venv/dev: pyproject.toml src/kvbm/native/copy.c
+.venv/dev: pyproject.toml $(wildcard src/kvbm/native/*.c)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing kvbm and its development tools ..."
 	$(PIP) -e ".[dev]"

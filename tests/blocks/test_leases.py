@@ -202,9 +202,15 @@ def test_clear_begins_a_new_generation(pool: Pool) -> None:
         lambda pool: pool.allocate(-1),
         lambda pool: pool.match([A], start=-1),
         lambda pool: pool.peek([A], start=-1),
-        lambda pool: pool.match([A, A]),
         lambda pool: pool.scan([B, B]),
         lambda pool: Pool(0, order=LRU(1)),
+        lambda pool: Pool(8, order=LRU(8), duplicates="both"),
+        lambda pool: Pool(8, order=LRU(8), max_pinned=1.1),
+        lambda pool: pool.resize(0),
+        lambda pool: pool.candidates(-1),
+        lambda pool: pool.pin([A], owner="me", ttl=0),
+        lambda pool: pool.pin([A], owner="me", ttl=float("inf")),
+        lambda pool: pool.pin([A], owner="me", ttl=float("nan")),
     ],
 )
 def test_misuse_of_the_pool_changes_nothing(pool: Pool, wrong: Callable[[Pool], object]) -> None:
@@ -320,25 +326,37 @@ def test_slots_are_read_only(pool: Pool) -> None:
         raw.slots[0] = 7
 
 
+def run(*slots: int) -> bytes:
+    return np.array(slots, np.int64).tobytes()
+
+
+def states_with(pool: Pool, slot: int, state: int) -> bytes:
+    states = np.frombuffer(pool._ledger._table.states(), np.int32).copy()
+    states[slot] = state
+    return states.tobytes()
+
+
 @pytest.mark.parametrize(
-    ("broken", "text"),
+    ("lies", "text"),
     [
-        (lambda ledger: ledger._table._state.__setitem__(7, FREE), "slots per state"),
-        (lambda ledger: ledger._table._state.__setitem__(0, -9), "no state"),
-        (lambda ledger: ledger._table._free.__setitem__(0, 1), "twice"),
-        (lambda ledger: ledger._table._free.__setitem__(0, 7), "not free"),
-        (lambda ledger: ledger._table.key.fill(None), "no key"),
-        (lambda ledger: ledger._table.expiry.__setitem__(0, 1.0), "can expire"),
-        (lambda ledger: ledger._table.expiry.fill(1.0), "before the pool looks"),
-        (lambda ledger: ledger._index._slot.pop(A), "index"),
-        (lambda ledger: ledger._table.priority.fill(0), "can be evicted"),
+        (lambda pool: {"states": states_with(pool, 7, FREE)}, "slots per state"),
+        (lambda pool: {"states": states_with(pool, 0, -9)}, "no state"),
+        (lambda pool: {"free_slots": run(0, 1, 2, 3, 4, 4)}, "twice"),
+        (lambda pool: {"free_slots": run(0, 1, 2, 3, 4, 7)}, "not free"),
+        (lambda pool: {"keys": (None, None)}, "no key"),
+        (lambda pool: {"find": run(7, 6)}, "does not lead"),
+        (lambda pool: pool._ledger._table.expiry.__setitem__(0, 1.0), "can expire"),
+        (lambda pool: pool._ledger._table.expiry.fill(1.0), "before the pool looks"),
+        (lambda pool: pool._ledger._table.priority.fill(0), "can be evicted"),
     ],
 )
-def test_check_says_what_is_wrong(broken: Callable[[Any], object], text: str) -> None:
+def test_check_says_what_is_wrong(lies: Callable[[Pool], dict[str, object] | None], text: str) -> None:
     pool = Pool(8, order=LRU(8))
     store(pool, A, B, priority=3)
     pool.check()
-    broken(pool._ledger)
+    table, answers = pool._ledger._table, lies(pool) or {}
+    liar = type("Liar", (SlotTable,), {name: lambda *_, said=said: said for name, said in answers.items()})
+    table.__class__ = liar
     with pytest.raises(AssertionError, match=text):
         pool.check()
 

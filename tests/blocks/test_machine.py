@@ -1,18 +1,33 @@
-"""The pool against a naive model: dicts and lists, one entry per block."""
+"""The pool against a naive model: dicts and lists, one entry per block.
+
+`python -m tests.blocks.test_machine STEPS` is the long run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
 
 from kvbm.blocks import Pinned, Pool, Staged, Weak, Writable
-from kvbm.core.events import Cleared, Event, Removed, Stored
-from kvbm.policy import LRU
+from kvbm.core.events import Cleared, Event, Moved, Removed, Stored
+from kvbm.policy import EVICTION_ORDERS, eviction_order
 from kvbm.testing.clock import ManualClock
 
 SLOTS = 8
@@ -23,6 +38,8 @@ prompts = st.builds(lambda start, n: KEYS[start : start + n], st.integers(0, 5),
 runs = prompts | prompts | some
 priorities = st.sampled_from([0, 0, 50, 100])
 ttls = st.sampled_from([None, None, 1.0, 5.0])
+REFUSES = {"lineage"}
+"""Orders that do not give every block they have."""
 
 
 @dataclass(eq=False)
@@ -39,6 +56,7 @@ class Model:
 
     blocks: dict[bytes, Block] = field(default_factory=dict)
     orphans: list[Block] = field(default_factory=list)
+    pins: list[tuple[str, list[Block], float]] = field(default_factory=list)
     generation: int = 0
 
     def alive(self, key: bytes, now: float) -> bool:
@@ -48,6 +66,10 @@ class Model:
         block = self.blocks.pop(key)
         if block.holds:
             self.orphans.append(block)
+
+    @property
+    def pinned(self) -> int:
+        return sum(len(blocks) for _, blocks, _ in self.pins)
 
     def prefix(self, keys: Sequence[bytes], now: float) -> int:
         misses = [at for at, key in enumerate(keys) if not self.alive(key, now)]
@@ -76,8 +98,21 @@ class PoolMachine(RuleBasedStateMachine):
         self.clock = ManualClock()
         self.model = Model()
         self.heard: set[bytes] = set()
-        self.pool = Pool(SLOTS, order=LRU(SLOTS), clock=self.clock, observers=[self])
+        self.states: dict[int, str] = {}
+        self.total = SLOTS
         self.live: list[Held] = []
+
+    @initialize(policy=st.sampled_from(sorted(EVICTION_ORDERS)), keep=st.booleans())
+    def make(self, policy: str, keep: bool) -> None:
+        self.policy, self.keep_duplicates = policy, keep
+        self.pool = Pool(
+            SLOTS,
+            order=eviction_order(policy, SLOTS),
+            clock=self.clock,
+            observers=[self],
+            duplicates="keep" if keep else "share",
+        )
+        self.pool.add_observer(Follower(self.states), transitions=True)
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, Cleared):
@@ -93,10 +128,11 @@ class PoolMachine(RuleBasedStateMachine):
         self.live.append(held)
         return held
 
-    def pin(self, handle: Pinned) -> Held:
+    def hold(self, handle: Pinned, blocks: list[Block] | None = None) -> Held:
         """The model's view of blocks that were held just now."""
-        assert handle.slots.tolist() == [self.model.blocks[key].slot for key in handle.keys]
-        blocks = [self.model.blocks[key] for key in handle.keys]
+        if blocks is None:
+            blocks = [self.model.blocks[key] for key in handle.keys]
+        assert handle.slots.tolist() == [block.slot for block in blocks]
         for block in blocks:
             block.holds += 1
         return self.keep(Held(handle, blocks))
@@ -119,10 +155,10 @@ class PoolMachine(RuleBasedStateMachine):
         stayed = [before[key] for key in before if key in self.heard]
         self.settle()
         if handle is None:
-            assert free + len(before) < n
+            assert free + len(before) < n or self.policy in REFUSES
             return multiple()
         live_victims = [block for block in gone if block.expiry > self.clock()]
-        if live_victims:  # the lowest priorities go, and none while an expired block still has a slot
+        if live_victims and self.policy not in REFUSES:  # the lowest priorities go, and none while an expired block still has a slot
             assert all(block.expiry > self.clock() for block in stayed)
             assert max(b.priority for b in live_victims) <= min((b.priority for b in stayed), default=100)
             assert free + len(gone) == n
@@ -157,13 +193,20 @@ class PoolMachine(RuleBasedStateMachine):
         assert list(pinned.keys) == published
         for key in [key for key in self.model.blocks if not self.model.alive(key, now) and key in keys]:
             self.model.forget(key)
+        blocks = []
         for key in published:
+            slot = slots[keys.index(key)]
+            if key in self.model.blocks and self.keep_duplicates:
+                blocks.append(Block(slot, 0, NEVER, holds=0))
+                self.model.orphans.append(blocks[-1])
+                continue
             if key in self.model.blocks:
                 block = self.model.blocks[key]
                 block.priority, block.expiry = max(block.priority, held.priority), max(block.expiry, expiry)
             else:
-                self.model.blocks[key] = Block(slots[keys.index(key)], held.priority, expiry, holds=0)
-        return self.pin(pinned)
+                self.model.blocks[key] = Block(slot, held.priority, expiry, holds=0)
+            blocks.append(self.model.blocks[key])
+        return self.hold(pinned, blocks)
 
     @rule(keys=prompts, priority=priorities, ttl=ttls)
     def store(self, keys: list[bytes], priority: int, ttl: float | None) -> None:
@@ -181,7 +224,7 @@ class PoolMachine(RuleBasedStateMachine):
         pinned = self.pool.match(keys, start)
         self.settle()
         assert list(pinned.keys) == keys[start : start + expected]
-        return self.pin(pinned)
+        return self.hold(pinned)
 
     @rule(target=pins, keys=runs)
     def scan(self, keys: list[bytes]) -> Held:
@@ -190,7 +233,68 @@ class PoolMachine(RuleBasedStateMachine):
         self.settle()
         assert positions == expected
         assert list(pinned.keys) == [keys[at] for at in positions]
-        return self.pin(pinned)
+        return self.hold(pinned)
+
+    @rule(target=pins, n=st.integers(0, 6))
+    def candidates(self, n: int) -> Held:
+        pinned = self.pool.candidates(n)
+        self.settle()
+        assert len(pinned) <= n
+        assert all(self.model.blocks[key].holds == 0 for key in pinned.keys)
+        return self.hold(pinned)
+
+    @rule(held=consumes(pins))
+    def evict(self, held: Held) -> None:
+        assert isinstance(held.handle, Pinned)
+        last = {
+            key: block for key, block in self.model.blocks.items() if block in held.blocks and block.holds == 1
+        }
+        assert held.handle.evict() == len(last)
+        self.live.remove(held)
+        self.let_go(held.blocks)
+        for key in last:
+            del self.model.blocks[key]
+
+    @rule(keys=prompts, owner=st.sampled_from(["a", "b"]), ttl=st.sampled_from([1.0, 5.0]))
+    def pin(self, keys: list[bytes], owner: str, ttl: float) -> None:
+        allowed = max(0, self.total // 2 - self.model.pinned)
+        expected = min(self.model.prefix(keys, self.clock()), allowed)
+        assert self.pool.pin(keys, owner=owner, ttl=ttl) == expected
+        self.settle()
+        blocks = [self.model.blocks[key] for key in keys[:expected]]
+        for block in blocks:
+            block.holds += 1
+        if blocks:
+            self.model.pins.append((owner, blocks, self.clock() + ttl))
+
+    @rule(owner=st.sampled_from(["a", "b"]))
+    def unpin(self, owner: str) -> None:
+        held = sum(len(blocks) for name, blocks, _ in self.model.pins if name == owner)
+        assert self.pool.pins().get(owner, 0) == held
+        assert self.pool.unpin(owner) == held
+        self.end_pins(lambda name, _: name == owner)
+
+    def end_pins(self, over: Callable[[str, float], bool]) -> None:
+        ended = [pin for pin in self.model.pins if over(pin[0], pin[2])]
+        self.model.pins = [pin for pin in self.model.pins if not over(pin[0], pin[2])]
+        for _, blocks, _ in ended:
+            self.let_go(blocks)
+
+    @rule(num_slots=st.integers(1, 2 * SLOTS))
+    def resize(self, num_slots: int) -> None:
+        before = self.pool.statistics()
+        inactive = {key for key, block in self.model.blocks.items() if not block.holds}
+        total = self.pool.resize(num_slots)
+        gone = inactive - self.heard
+        self.settle()
+        self.total = total
+        if total != num_slots:
+            assert num_slots < total
+            assert self.pool.statistics().free == 0
+            assert not inactive & self.heard or self.policy in REFUSES
+        elif all(self.model.alive(key, self.clock()) for key in inactive & self.heard):
+            expired = self.pool.statistics().expired - before.expired
+            assert len(gone) == max(expired, before.total - total - before.free)
 
     @rule(keys=runs)
     def absent(self, keys: list[bytes]) -> None:
@@ -245,7 +349,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert not same or not keys
             return multiple()
         assert all(self.model.alive(key, now) for key in keys)
-        return self.pin(pinned)
+        return self.hold(pinned)
 
     # -- un-publishing --
 
@@ -259,6 +363,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule()
     def clear(self) -> None:
         self.pool.clear()
+        self.end_pins(lambda *_: True)
         self.model.generation += 1
         for key in list(self.model.blocks):
             self.model.forget(key)
@@ -266,13 +371,18 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.5, 1.0, 4.0]))
     def wait(self, seconds: float) -> None:
         self.clock.advance(seconds)
+        self.end_pins(lambda _, until: until <= self.clock())
 
     # -- always --
 
     @invariant()
     def consistent(self) -> None:
-        self.pool.check()
         seen, model = self.pool.statistics(), self.model
+        self.pool.check()
+        self.settle()
+        assert seen.total == self.total
+        assert seen.pinned == model.pinned
+        assert seen.free + seen.writable + seen.staged + seen.registered + seen.orphaned == seen.total
         assert self.heard == set(model.blocks)
         assert seen.registered == len(model.blocks)
         assert seen.orphaned == len(model.orphans)
@@ -283,14 +393,58 @@ class PoolMachine(RuleBasedStateMachine):
         for held in self.live:
             if not isinstance(held.handle, Pinned):
                 used += held.handle.slots.tolist()
-        assert len(set(used)) == len(used) == SLOTS - seen.free
+        assert len(set(used)) == len(used) == self.total - seen.free
+        followed = Counter(self.states.values())
+        assert followed["active"] == seen.active
+        assert followed["inactive"] == seen.inactive
+        assert followed["writable"] == seen.writable
+        assert followed["staged"] == seen.staged
+        assert followed["orphaned"] == seen.orphaned
+        for key, block in model.blocks.items():
+            found = self.pool.look(key) if model.alive(key, self.clock()) else None
+            assert found is None or (found.slot, found.holds, found.priority) == (
+                block.slot,
+                block.holds,
+                block.priority,
+            )
 
     def teardown(self) -> None:
         for held in self.live:
             held.handle.drop()
         self.pool.clear()
-        assert self.pool.statistics().free == SLOTS
+        assert self.pool.statistics().free == self.total
+        assert set(self.states.values()) <= {"free"}
+
+
+class Follower:
+    """Knows the state of every slot from events alone."""
+
+    def __init__(self, states: dict[int, str]) -> None:
+        self.states = states
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, Moved):
+            for slot in event.slots:
+                assert self.states.get(slot, "free") == event.source
+                self.states[slot] = event.target
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+TestPool.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+def long_run(steps: int) -> None:
+    """As many steps, in runs of 200; fails like the test does."""
+    started = time.monotonic()
+    checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+    run_state_machine_as_test(
+        PoolMachine,
+        settings=settings(
+            max_examples=steps // 200, stateful_step_count=200, deadline=None, database=None, suppress_health_check=checks
+        ),
+    )
+    print(f"{steps:,} steps, every order, no difference from the model: {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    long_run(int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000)

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from kvbm.blocks.leases import Pinned, Staged, Weak, Writable
 from kvbm.blocks.pool import Pool
-from kvbm.blocks.statistics import PoolStatistics
+from kvbm.blocks.statistics import Block, PoolStatistics
 
-__all__ = ["Pinned", "Pool", "PoolStatistics", "Staged", "Weak", "Writable"]
+__all__ = ["Block", "Pinned", "Pool", "PoolStatistics", "Staged", "Weak", "Writable"]

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from kvbm.abc.observer import Observer
-from kvbm.core.events import Event
+from kvbm.core.events import Event, Moved
 
 _logger = logging.getLogger(__name__)
 
@@ -23,31 +23,39 @@ class Feed:
     def __init__(self, observers: Iterable[Observer]) -> None:
         self.observers: tuple[Observer, ...] = tuple(observers)
         """Whoever would `put` looks here first, and does not make an event nobody hears."""
-        self._queue: deque[Event] = deque()
+        self.watchers: tuple[Observer, ...] = ()
+        """Those observers that hear `Moved` too."""
+        self.queue: deque[Event] = deque()
+        """Not to be delivered yet; whoever let go of the pool's lock looks here first."""
         self._delivering = threading.Lock()
 
-    def subscribe(self, observer: Observer) -> None:
-        """From now on `observer` hears events. Under the pool's lock."""
+    def subscribe(self, observer: Observer, *, transitions: bool) -> None:
+        """From now on `observer` hears events, and with `transitions` every one. Under the pool's lock."""
         self.observers = (*self.observers, observer)
+        if transitions:
+            self.watchers = (*self.watchers, observer)
 
     def put(self, event: Event) -> None:
         """Queue an event. Under the pool's lock."""
-        self._queue.append(event)
+        self.queue.append(event)
 
     def deliver(self) -> None:
         """Hand out what is queued, unless another thread is at it. Outside the pool's lock."""
         # Looking again after the release catches what was queued by a thread that found the lock taken.
-        while self._queue and self._delivering.acquire(blocking=False):
+        queue = self.queue
+        while queue and self._delivering.acquire(blocking=False):
             try:
-                while self._queue:
-                    self._hand_out(self._queue.popleft())
+                while queue:
+                    event = queue.popleft()
+                    for observer in self.watchers if type(event) is Moved else self.observers:
+                        try:
+                            observer.on_event(event)
+                        except Exception:  # noqa: BLE001  whatever it raised
+                            self._remove(observer)
             finally:
                 self._delivering.release()
 
-    def _hand_out(self, event: Event) -> None:
-        for observer in self.observers:
-            try:
-                observer.on_event(event)
-            except Exception:
-                _logger.exception("observer %r raised and is removed", observer)
-                self.observers = tuple(other for other in self.observers if other is not observer)
+    def _remove(self, observer: Observer) -> None:
+        _logger.exception("observer %r raised and is removed", observer)
+        self.observers = tuple(other for other in self.observers if other is not observer)
+        self.watchers = tuple(other for other in self.watchers if other is not observer)

@@ -17,8 +17,9 @@ from typing import ClassVar, Self, final
 
 import numpy as np
 
-from kvbm.blocks.ledger import Ledger, Mask, Terms
-from kvbm.blocks.slots import REGISTERED, STAGED, WRITABLE
+from kvbm.abc.policy import Mask
+from kvbm.blocks.ledger import SLOT_BYTES, Ledger, Terms
+from kvbm.blocks.slots import REGISTERED, STAGED, WRITABLE, as_array
 from kvbm.core.errors import Misuse
 from kvbm.core.region import Slots
 
@@ -30,35 +31,37 @@ class _Lease:
 
     __slots__ = ("_box", "_ledger")
     _state: ClassVar[int]
-
-    def __init__(self, ledger: Ledger, slots: Slots) -> None:
-        self._ledger = ledger
-        self._box = [slots]  # emptied by whoever takes the slots: list.pop is atomic, so only one can
+    _ledger: Ledger
+    _box: list[bytes]
+    """Emptied by whoever takes the slots: list.pop is atomic, so only one can."""
 
     @property
     def slots(self) -> Slots:
         """Slot numbers in the order of the keys; read-only."""
         self._check()
-        slots = self._box[0]
-        slots.flags.writeable = False  # here because most handles are never looked into
-        return slots
+        return as_array(self._box[0])
 
     def drop(self) -> None:
         """Give the slots back."""
-        self._ledger.give_back(self._state, self._take(), self._terms_now())
+        try:
+            slots = self._box.pop()
+        except IndexError:
+            raise self._consumed() from None
+        if slots:
+            self._ledger.give_back(self._state, slots)
 
-    def _take(self) -> Slots:
+    def _take(self) -> bytes:
         try:
             return self._box.pop()
         except IndexError:
-            raise Misuse(f"this {type(self).__name__} was already used or dropped") from None
-
-    def _terms_now(self) -> Terms | None:
-        return None
+            raise self._consumed() from None
 
     def _check(self) -> None:
         if not self._box:
-            raise Misuse(f"this {type(self).__name__} was already used or dropped")
+            raise self._consumed()
+
+    def _consumed(self) -> Misuse:
+        return Misuse(f"this {type(self).__name__} was already used or dropped")
 
     def __enter__(self) -> Self:
         return self
@@ -68,12 +71,17 @@ class _Lease:
             self.drop()
 
     def __del__(self) -> None:
-        if self._box and len(slots := self._box.pop()):
-            self._ledger.abandon(self._state, slots, self._terms_now())
-            warnings.warn(f"a {type(self).__name__} over {len(slots)} blocks was never dropped", ResourceWarning, 2)
+        if self._box and (slots := self._box.pop()):
+            self._ledger.abandon(self._state, slots)
+            blocks = len(slots) // SLOT_BYTES
+            warnings.warn(f"a {type(self).__name__} over {blocks} blocks was never dropped", ResourceWarning, 2)
+
+    def __len__(self) -> int:
+        self._check()
+        return len(self._box[0]) // SLOT_BYTES
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {f'of {len(self._box[0])} blocks' if self._box else 'consumed'}>"
+        return f"<{type(self).__name__} {f'of {len(self)} blocks' if self._box else 'consumed'}>"
 
 
 @final
@@ -83,9 +91,8 @@ class Writable(_Lease):
     __slots__ = ("_generation",)
     _state = WRITABLE
 
-    def __init__(self, ledger: Ledger, slots: Slots, generation: int) -> None:
-        super().__init__(ledger, slots)
-        self._generation = generation
+    def __init__(self, ledger: Ledger, slots: bytes, generation: int) -> None:
+        self._ledger, self._box, self._generation = ledger, [slots], generation
 
     def stage(
         self, keys: Sequence[bytes], *, parent: bytes | None = None, priority: int = 0, ttl: float | None = None
@@ -95,16 +102,19 @@ class Writable(_Lease):
         `parent` is the key before the first, `priority` 0 (goes first) to 100, `ttl` the seconds a block can be
         matched once it is registered.
         """
-        self._check()
-        names, needed = tuple(keys), len(self._box[0])
-        if len(names) != needed or len(set(names)) != needed:
-            raise Misuse(f"{needed} slots need as many distinct keys, got {len(set(names))} in {len(names)}")
         if priority not in _PRIORITIES:
             raise Misuse(f"priority {priority} is not in 0..100")
         if ttl is not None and not ttl > 0:
             raise Misuse(f"ttl {ttl} is not positive")
-        slots, terms = self._take(), Terms(names, parent, priority, ttl, self._generation)
-        self._ledger.stage(slots, terms)
+        terms, slots = Terms(tuple(keys), parent, priority, ttl, self._generation), self._take()
+        try:
+            self._ledger.stage(slots, terms)
+        except (TypeError, ValueError):
+            self._box.append(slots)
+            needed, names = len(slots) // SLOT_BYTES, terms.keys
+            raise Misuse(
+                f"{needed} slots need as many distinct keys of bytes, got {len(set(names))} in {len(names)}"
+            ) from None
         return Staged(self._ledger, slots, terms)
 
 
@@ -115,9 +125,8 @@ class Staged(_Lease):
     __slots__ = ("_terms",)
     _state = STAGED
 
-    def __init__(self, ledger: Ledger, slots: Slots, terms: Terms) -> None:
-        super().__init__(ledger, slots)
-        self._terms = terms
+    def __init__(self, ledger: Ledger, slots: bytes, terms: Terms) -> None:
+        self._ledger, self._box, self._terms = ledger, [slots], terms
 
     @property
     def keys(self) -> tuple[bytes, ...]:
@@ -129,17 +138,14 @@ class Staged(_Lease):
         """Publish the blocks whose bytes are in place: those where `done` is true, all of them where it is None.
 
         The others' slots go back. Where a key is registered already that block stays, with the larger priority and the
-        later end of life, and the new slot goes back. Returns the published and existing blocks, held, in order; none
-        where the pool was cleared after the slots were allocated.
+        later end of life, and the new slot goes back (or, in a pool that keeps duplicates, is this handle's until it
+        is dropped). Returns the published and existing blocks, held, in order; none where the pool was cleared after
+        the slots were allocated.
         """
-        if done is not None and (done.dtype != np.bool_ or done.shape != self.slots.shape):
-            raise Misuse(f"done must be {len(self.slots)} booleans, got {done.dtype} of shape {done.shape}")
-        ledger, generation = self._ledger, self._terms.generation
-        slots, keys = ledger.register(self._take(), self._terms, done)
-        return Pinned(ledger, slots, keys, generation)
-
-    def _terms_now(self) -> Terms | None:
-        return self._terms
+        if done is not None and (done.dtype != np.bool_ or done.shape != (len(self),)):
+            raise Misuse(f"done must be {len(self)} booleans, got {done.dtype} of shape {done.shape}")
+        slots, keys = self._ledger.register(self._take(), self._terms, done)
+        return Pinned(self._ledger, slots, keys, self._terms.generation)
 
 
 @final
@@ -149,10 +155,8 @@ class Pinned(_Lease):
     __slots__ = ("_generation", "_keys")
     _state = REGISTERED
 
-    def __init__(self, ledger: Ledger, slots: Slots, keys: tuple[bytes, ...], generation: int) -> None:
-        super().__init__(ledger, slots)
-        self._keys = keys
-        self._generation = generation
+    def __init__(self, ledger: Ledger, slots: bytes, keys: tuple[bytes, ...], generation: int) -> None:
+        self._ledger, self._box, self._keys, self._generation = ledger, [slots], keys, generation
 
     @property
     def keys(self) -> tuple[bytes, ...]:
@@ -160,17 +164,14 @@ class Pinned(_Lease):
         self._check()
         return self._keys
 
-    def __len__(self) -> int:
-        return len(self.slots)
-
     def narrow(self, n: int) -> None:
         """Keep the first `n` blocks and let go of the others."""
         if not 0 <= n <= len(self):
             raise Misuse(f"cannot keep {n} of {len(self)} blocks")
         slots = self._take()
         self._keys = self._keys[:n]
-        self._box.append(slots[:n])
-        self._ledger.give_back(self._state, slots[n:])
+        self._box.append(slots[: n * SLOT_BYTES])
+        self._ledger.give_back(self._state, slots[n * SLOT_BYTES :])
 
     def evict(self) -> int:
         """Let go, and un-publish the blocks that nobody else holds; their slots are free. Returns how many."""
@@ -178,7 +179,8 @@ class Pinned(_Lease):
 
     def weak(self) -> Weak:
         """A reference that does not stop eviction."""
-        return Weak(self._ledger, self.slots, self._keys, self._generation)
+        self._check()
+        return Weak(self._ledger, self._box[0], self._keys, self._generation)
 
 
 @final
@@ -187,7 +189,7 @@ class Weak:
 
     __slots__ = ("_generation", "_keys", "_ledger", "_slots")
 
-    def __init__(self, ledger: Ledger, slots: Slots, keys: tuple[bytes, ...], generation: int) -> None:
+    def __init__(self, ledger: Ledger, slots: bytes, keys: tuple[bytes, ...], generation: int) -> None:
         self._ledger, self._slots, self._keys, self._generation = ledger, slots, keys, generation
 
     def upgrade(self) -> Pinned | None:

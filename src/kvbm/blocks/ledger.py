@@ -6,26 +6,27 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import compress, pairwise
-from typing import NamedTuple
+from typing import Final, Literal
 
+import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from kvbm.abc.observer import Observer
-from kvbm.abc.policy import EvictionOrder
+from kvbm.abc.policy import EvictionOrder, Mask
 from kvbm.blocks.feed import Feed
-from kvbm.blocks.index import Index
+from kvbm.blocks.pins import Hold, Pins
 from kvbm.blocks.ranks import Ranks
-from kvbm.blocks.slots import FREE, NEVER, ORPHANED, REGISTERED, STAGED, WRITABLE, SlotTable
-from kvbm.blocks.statistics import PoolStatistics
-from kvbm.core.errors import Misuse
-from kvbm.core.events import Cleared, Removed, Stored
-from kvbm.core.region import Slots
+from kvbm.blocks.slots import FREE, NEVER, REGISTERED, STAGED, WRITABLE, SlotTable, as_array
+from kvbm.blocks.statistics import Block, PoolStatistics
+from kvbm.core.events import Cleared, Moved, Removed, Stored
 
-Mask = npt.NDArray[np.bool_]
+SLOT_BYTES: Final = 8
+"""A run of slots is bytes of int64: immutable, and cheaper to make and to pass on than an array."""
+
+Duplicates = Literal["share", "keep"]
 
 
-class Terms(NamedTuple):
+class Terms(msgspec.Struct, frozen=True):
     """How a staged run is to be published."""
 
     keys: tuple[bytes, ...]
@@ -38,8 +39,8 @@ class Terms(NamedTuple):
 class Ledger:
     """What `Pool` and the handles share: state and transitions, no handles.
 
-    Any thread. Methods come in pairs: the public one takes the lock and afterwards delivers events, the private one
-    runs under the lock. Arguments are the handles' and the pool's to check, before they take anything.
+    Any thread. The methods without underscore take the lock, and deliver events after it. Arguments are the handles'
+    and the pool's to check, before they take anything.
     """
 
     def __init__(
@@ -47,210 +48,319 @@ class Ledger:
         num_slots: int,
         order: EvictionOrder,
         tier: str,
+        group: int,
+        duplicates: Duplicates,
+        max_pinned: float,
         clock: Callable[[], float],
         observers: Iterable[Observer],
     ) -> None:
         self._lock = threading.Lock()
         self._table = SlotTable(num_slots)
-        self._index = Index()
-        self._ranks = Ranks(order, self._table.priority)
+        self._ranks = Ranks(order, self._table)
         self._feed = Feed(observers)
+        self._queue = self._feed.queue
+        self._pins = Pins()
         self._clock = clock
-        self._tier = tier
+        self._tier, self._group = tier, group
+        self._keep = duplicates == "keep"
+        self._max_pinned = max_pinned
         self._generation = 0
         self._due = NEVER  # no registered block expires before
         self._next_sweep = -NEVER
+        # What most pools never have, and then do not pay for: blocks with terms of their own, and blocks or pins that end.
+        self._special = self._ends = False
         self._counted = dict.fromkeys(_COUNTERS, 0)
-        self._abandoned: deque[tuple[int, Slots, Terms | None]] = deque()
+        self._abandoned: deque[tuple[int, bytes]] = deque()
 
     # -- writing --
 
-    def allocate(self, n: int) -> tuple[Slots, int] | None:
+    def allocate(self, n: int) -> tuple[bytes, int] | None:
         """`n` writable slots and the generation they belong to, or None and nothing changed."""
         with self._lock:
-            self._reclaim()
-            slots = self._allocate(n)
+            if self._abandoned or self._ends:
+                self._settle_debts()
+            free = self._table.free
+            if n <= free:
+                slots: bytes | None = self._table.take(n)
+            elif (slots := self._evict(n - free)) is not None and free:
+                slots = self._table.take(free) + slots
+            if slots is not None:
+                self._counted["allocations"] += n
+                if self._feed.watchers:
+                    self._moved(slots[: free * SLOT_BYTES], "free", "writable")
             generation = self._generation
-        self._feed.deliver()
+        if self._queue:
+            self._feed.deliver()
         return None if slots is None else (slots, generation)
 
-    def stage(self, slots: Slots, terms: Terms) -> None:
+    def stage(self, slots: bytes, terms: Terms) -> None:
         """Writable to staged."""
         with self._lock:
-            self._table.stage(slots)
-            if terms.generation == self._generation:
-                self._index.stage(terms.keys)
+            # What was allocated before a clear is never published, so nobody may wait for it either.
+            current = terms.generation == self._generation
+            self._table.stage(slots, terms.keys if current else None, terms.parent)
+            if self._feed.watchers:
+                self._moved(slots, "writable", "staged")
+        if self._queue:
+            self._feed.deliver()
 
-    def register(self, slots: Slots, terms: Terms, done: Mask | None) -> tuple[Slots, tuple[bytes, ...]]:
+    def register(self, slots: bytes, terms: Terms, done: Mask | None) -> tuple[bytes, tuple[bytes, ...]]:
         """Publish; returns what is now held, in the order of the keys."""
         with self._lock:
+            if self._ends:
+                self._expire_among(terms.keys)  # an expired block must not win over its successor
             held = self._register(slots, terms, done)
-        self._feed.deliver()
+        if self._queue:
+            self._feed.deliver()
         return held
 
     # -- reading --
 
-    def match(self, keys: Sequence[bytes], start: int) -> tuple[Slots, int]:
+    def match(self, keys: Sequence[bytes], start: int) -> tuple[bytes, int]:
         """Hold the longest registered prefix of `keys[start:]`; its slots and the generation."""
         with self._lock:
-            found = self._index.prefix(keys, start)
-            if len(set(found)) != len(found):
-                raise Misuse("a key is twice among the keys")
-            slots = np.array(found, np.int64)
-            late = self._late(slots)
-            if late is not None:
-                self._expire(slots[late])
-                slots = slots[: int(late.argmax())]
-            self._hold(slots)
+            if self._ends:
+                self._expire_among(keys)
+            slots, idle = self._table.match(keys, start)
+            if slots:
+                self._found(slots, idle)
+                self._counted["returned"] += len(slots) // SLOT_BYTES
             self._counted["requested"] += max(0, len(keys) - start)
-            self._counted["returned"] += len(slots)
             generation = self._generation
-        self._feed.deliver()
+        if self._queue:
+            self._feed.deliver()
         return slots, generation
 
-    def scan(self, keys: Sequence[bytes]) -> tuple[Slots, list[int], int]:
+    def scan(self, keys: Sequence[bytes]) -> tuple[bytes, list[int], int]:
         """Hold whatever is registered among distinct `keys`; slots, positions and the generation."""
         with self._lock:
+            self._expire_among(keys)
             slots, positions = self._present(keys)
-            self._hold(slots)
+            self._found(slots, self._table.hold(slots))
             generation = self._generation
-        self._feed.deliver()
+        if self._queue:
+            self._feed.deliver()
         return slots, positions, generation
 
-    def peek(self, keys: Sequence[bytes], start: int) -> int:
-        """Length of what `match` would hold."""
-        with self._lock:
-            slots = self._index.prefix(keys, start)
-            late = None if self._due == NEVER else self._late(np.array(slots, np.int64))
-            return len(slots) if late is None else int(late.argmax())
-
-    def absent(self, keys: Sequence[bytes]) -> list[int]:
-        """Positions neither registered nor staged."""
-        with self._lock:
-            _, present = self._present(keys)
-            known, staged = set(present), self._index.is_staged
-            missing = [at for at, key in enumerate(keys) if at not in known and not staged(key)]
-        self._feed.deliver()
-        return missing
-
-    def touch(self, keys: Sequence[bytes]) -> None:
-        """Make what nobody holds most recent."""
-        with self._lock:
-            slots, _ = self._present(list(dict.fromkeys(keys)))
-            idle = self._table.idle(slots)
-            self._ranks.discard(idle)
-            self._ranks.add(idle)
-        self._feed.deliver()
-
-    def rehold(self, slots: Slots, keys: tuple[bytes, ...], generation: int) -> bool:
+    def rehold(self, slots: bytes, keys: tuple[bytes, ...], generation: int) -> bool:
         """Hold these again if every one is still the registered block of its key."""
         with self._lock:
-            alive = generation == self._generation and self._index.find(keys) == slots.tolist()
-            if alive and self._late(slots) is None:
-                self._hold(slots)
-                return True
-            return False
+            self._expire_among(keys)
+            alive = generation == self._generation and self._table.find(keys) == slots
+            if alive:
+                self._found(slots, self._table.hold(slots))
+        if self._queue:
+            self._feed.deliver()
+        return alive
 
-    def candidates(self, n: int) -> tuple[Slots, tuple[bytes, ...], int]:
+    def candidates(self, n: int) -> tuple[bytes, tuple[bytes, ...], int]:
         """Hold up to `n` blocks that would be evicted next, the first to go first; slots, keys and the generation."""
         with self._lock:
-            self._reclaim()
-            if self._due != NEVER:
-                self._sweep()
+            self._settle_debts()
             slots = self._ranks.victims(min(n, len(self._ranks)))
             self._table.hold(slots)
-            keys = tuple(self._table.key[slots].tolist())
-            generation = self._generation
-        self._feed.deliver()
+            self._moved(slots, "inactive", "active")
+            keys, generation = self._table.keys(slots), self._generation
+        if self._queue:
+            self._feed.deliver()
         return slots, keys, generation
 
-    # -- giving back, un-publishing --
-
-    def evict(self, slots: Slots) -> int:
-        """Let go of registered slots and un-publish those nobody else holds; returns how many."""
+    def pin(self, keys: Sequence[bytes], owner: str, ttl: float) -> int:
+        """Hold a prefix of `keys` in the name of `owner`."""
         with self._lock:
-            idle = self._table.release(slots)
-            self._withdraw(self._table.unpublish(idle))
-            self._counted["evictions"] += len(idle)
-        self._feed.deliver()
-        return len(idle)
+            self._settle_debts()
+            self._expire_among(keys)
+            most = int(self._max_pinned * self._total()) - self._pins.blocks
+            slots, idle = self._table.match(keys[: max(0, most)], 0)
+            self._ranks.discard(idle)
+            self._moved(idle, "inactive", "active")
+            if slots:
+                self._ends = True
+                self._pins.add(Hold(owner, slots, self._clock() + ttl))
+        if self._queue:
+            self._feed.deliver()
+        return len(slots) // SLOT_BYTES
 
-    def give_back(self, state: int, slots: Slots, terms: Terms | None = None) -> None:
-        """A handle lets go of slots in `state`; `terms` where they are staged."""
+    # -- letting go, un-publishing --
+
+    def give_back(self, state: int, slots: bytes) -> None:
+        """A handle lets go of slots in `state`."""
         with self._lock:
-            self._give_back(state, slots, terms)
+            self._give_back(state, slots)
+        if self._queue:
+            self._feed.deliver()
 
-    def abandon(self, state: int, slots: Slots, terms: Terms | None) -> None:
+    def abandon(self, state: int, slots: bytes) -> None:
         """`give_back` for handles that nobody dropped.
 
         The garbage collector may call this inside any allocation, so also inside a locked part of this very thread:
-        it must not wait for the lock. What it cannot return at once, the next `allocate`, `statistics`, `check` or
-        `clear` returns first.
+        it must not wait for the lock. What it cannot return at once, the next call that needs slots returns first.
         """
-        self._abandoned.append((state, slots, terms))
+        self._abandoned.append((state, slots))
         if self._lock.acquire(blocking=False):
             try:
                 self._reclaim()
             finally:
                 self._lock.release()
 
+    def evict(self, slots: bytes) -> int:
+        """Let go of registered slots and un-publish those nobody else holds; returns how many."""
+        with self._lock:
+            idle = self._table.release(slots)
+            self._moved(idle, "active", "inactive")
+            self._withdraw(idle)
+            self._counted["evictions"] += len(idle) // SLOT_BYTES
+        if self._queue:
+            self._feed.deliver()
+        return len(idle) // SLOT_BYTES
+
+    def unpin(self, owner: str) -> int:
+        """Let go of what is held in the name of `owner`; returns how many blocks."""
+        with self._lock:
+            ended = self._unpin(lambda hold: hold.owner == owner)
+        if self._queue:
+            self._feed.deliver()
+        return ended
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Make what nobody holds most recent."""
+        with self._lock:
+            self._expire_among(keys)
+            slots, _ = self._present(list(dict.fromkeys(keys)))
+            idle = self._table.idle(slots)
+            self._ranks.discard(idle)
+            self._ranks.add(idle)
+        if self._queue:
+            self._feed.deliver()
+
     def discard(self, keys: Iterable[bytes]) -> int:
         """Un-publish what is registered among `keys`."""
-        wanted = list(dict.fromkeys(keys))
         with self._lock:
-            slots = np.array([slot for slot in self._index.find(wanted) if slot is not None], np.int64)
+            slots, _ = self._present(list(dict.fromkeys(keys)))
             self._unpublish(slots)
-        self._feed.deliver()
-        return len(slots)
+        if self._queue:
+            self._feed.deliver()
+        return len(slots) // SLOT_BYTES
 
     def clear(self) -> None:
         """Un-publish everything and begin a new generation."""
         with self._lock:
             self._reclaim()
-            slots = self._table.registered()
-            self._ranks.discard(self._table.idle(slots))
-            self._table.unpublish(slots)
-            self._index.clear()
+            self._unpin(lambda _: True)
+            slots = self._table.registered_slots()
+            idle = self._table.idle(slots)
+            self._ranks.discard(idle)
+            self._ranks.forget(slots)
+            self._table.immortal(slots)
+            if self._feed.watchers:
+                self._moved(idle, "inactive", "free")
+                held = np.setdiff1d(as_array(slots), as_array(idle))
+                self._moved(held.tobytes(), "active", "orphaned")
+            self._table.clear()
             self._due = NEVER
             self._generation += 1
             if self._feed.observers:
-                self._feed.put(Cleared(self._tier, self._generation))
-        self._feed.deliver()
+                self._feed.put(Cleared(self._tier, self._generation, self._group))
+        if self._queue:
+            self._feed.deliver()
+
+    def resize(self, num_slots: int) -> int:
+        """As many slots, or as few as are in use; returns how many."""
+        with self._lock:
+            self._settle_debts()
+            self._resize(num_slots)
+            total = self._total()
+        if self._queue:
+            self._feed.deliver()
+        return total
 
     # -- looking --
 
-    def subscribe(self, observer: Observer) -> None:
+    def peek(self, keys: Sequence[bytes], start: int) -> int:
+        """Length of what `match` would hold."""
+        with self._lock:
+            self._expire_among(keys)
+            length = self._table.peek(keys, start)
+        if self._queue:
+            self._feed.deliver()
+        return length
+
+    def absent(self, keys: Sequence[bytes]) -> list[int]:
+        """Positions neither registered nor staged."""
+        with self._lock:
+            self._expire_among(keys)
+            missing = self._table.absent(keys)
+        if self._queue:
+            self._feed.deliver()
+        return missing
+
+    def look(self, key: bytes) -> Block | None:
+        """What is known of a registered block."""
+        with self._lock:
+            self._expire_among([key])
+            found = self._table.find([key])
+            slot = int(as_array(found)[0])
+            block = None
+            if slot >= 0:
+                expiry = float(self._table.expiry[slot])
+                block = Block(
+                    key=key,
+                    slot=slot,
+                    parent=self._table.parents(found)[0],
+                    holds=self._table.state(slot) - REGISTERED,
+                    priority=int(self._table.priority[slot]),
+                    expires=None if expiry == NEVER else expiry,
+                )
+        if self._queue:
+            self._feed.deliver()
+        return block
+
+    def pins(self) -> dict[str, int]:
+        """How many blocks are held in whose name."""
+        with self._lock:
+            self._end_pins()
+            held: dict[str, int] = {}
+            for hold in self._pins:
+                held[hold.owner] = held.get(hold.owner, 0) + len(hold.slots) // SLOT_BYTES
+        if self._queue:
+            self._feed.deliver()
+        return held
+
+    def subscribe(self, observer: Observer, *, transitions: bool) -> None:
         """Add an observer."""
         with self._lock:
-            self._feed.subscribe(observer)
+            self._feed.subscribe(observer, transitions=transitions)
 
     def statistics(self) -> PoolStatistics:
         """A consistent snapshot."""
         with self._lock:
             self._reclaim()
-            count, inactive = self._table.count, len(self._ranks)
-            return PoolStatistics(
-                total=sum(count.values()),
-                free=count[FREE],
-                writable=count[WRITABLE],
-                staged=count[STAGED],
-                registered=count[REGISTERED],
-                active=count[REGISTERED] - inactive,
-                inactive=inactive,
-                orphaned=count[ORPHANED],
+            self._end_pins()
+            table = self._table
+            statistics = PoolStatistics(
+                total=self._total(),
+                free=table.free,
+                writable=table.writable,
+                staged=table.staged,
+                registered=table.registered,
+                active=table.active,
+                inactive=table.registered - table.active,
+                orphaned=table.orphaned,
+                pinned=self._pins.blocks,
                 generation=self._generation,
                 **self._counted,
             )
+        if self._queue:
+            self._feed.deliver()
+        return statistics
 
     def check(self) -> None:
         """Prove the invariants over all slots; raises AssertionError with everything that is wrong."""
         with self._lock:
             self._reclaim()
             table, problems = self._table, self._table.problems()
-            registered = table.registered()
-            if dict(self._index.items()) != dict(zip(table.key[registered], registered.tolist(), strict=True)):
-                problems.append("the index and the slots' keys differ")
-            idle = table.priority[table.idle(registered)]
+            registered = as_array(table.registered_slots())
+            idle = table.priority[as_array(table.idle(registered.tobytes()))]
             for priority, size in self._ranks.sizes().items():
                 if size != (expected := int((idle == priority).sum())):
                     problems.append(f"{size} blocks of priority {priority} can be evicted, {expected} are inactive")
@@ -261,137 +371,198 @@ class Ledger:
 
     # -- under the lock --
 
-    def _allocate(self, n: int) -> Slots | None:
-        if self._due != NEVER:
-            self._sweep()
-        free = self._table.count[FREE]
-        if n > free:
-            victims = self._evict(n - free)
-            if victims is None:
-                return None
-            slots = np.concatenate((self._table.take(free), victims)) if free else victims.copy()
-        else:
-            slots = self._table.take(n)
-        self._counted["allocations"] += n
-        return slots
+    def _total(self) -> int:
+        return self._table.capacity - self._table.retired
 
-    def _evict(self, n: int) -> Slots | None:
+    def _evict(self, n: int) -> bytes | None:
         """`n` writable slots from the eviction order, a prompt's in its order; or None and nothing changed."""
         if n > len(self._ranks):
             return None
         victims = self._ranks.victims(n)
-        root_first = victims[::-1]
-        if len(victims) < n:
-            self._ranks.add(root_first)
+        if len(victims) < n * SLOT_BYTES:
+            self._ranks.add(as_array(victims)[::-1].tobytes())
             return None
-        self._withdraw(self._table.evict(victims))
+        if self._ranks.forgets:
+            self._ranks.forget(victims)
+        if self._ends:
+            self._table.immortal(victims)
+        keys, root_first = self._table.evict(victims)
         self._counted["evictions"] += n
+        if self._feed.observers:
+            if self._feed.watchers:
+                self._moved(victims, "inactive", "writable")
+            self._feed.put(Removed(self._tier, keys, self._group))
         return root_first
 
-    def _register(self, slots: Slots, terms: Terms, done: Mask | None) -> tuple[Slots, tuple[bytes, ...]]:
+    def _register(self, slots: bytes, terms: Terms, done: Mask | None) -> tuple[bytes, tuple[bytes, ...]]:
         if terms.generation != self._generation:
-            self._table.free(slots, STAGED)
-            return np.empty(0, np.int64), ()
+            self._table.give_back(slots)
+            self._moved(slots, "staged", "free")
+            return b"", ()
         keys = terms.keys
-        self._index.unstage(keys)
-        if self._due != NEVER:
-            self._present(keys)  # an expired block must not win over its successor
-        if done is None and self._index.none_of(keys):
-            self._publish(slots, terms, range(len(keys)))
-            return slots, keys
-        existing = np.array([-1 if slot is None else slot for slot in self._index.find(keys)], np.int64)
-        wanted = np.ones(len(keys), np.bool_) if done is None else done
-        new, old = wanted & (existing < 0), wanted & (existing >= 0)
-        self._table.free(slots[~new], STAGED)
-        self._publish(slots[new], terms, new.nonzero()[0].tolist())
-        self._renew(existing[old], terms)
-        return np.where(new, slots, existing)[wanted], tuple(compress(keys, wanted))
+        wanted = None if done is None else done.tobytes()
+        held, fresh, twins, idle = self._table.register(slots, wanted, self._keep)
+        if fresh is None:
+            self._publish(slots, terms, [(0, len(keys))])
+            return held, keys
+        numbers = as_array(slots)
+        self._publish(numbers[fresh].tobytes(), terms, _runs(fresh))
+        self._renew(twins, idle, terms)
+        self._counted["duplicates"] += (len(keys) if done is None else int(done.sum())) - len(fresh)
+        if self._feed.watchers:
+            new = np.isin(numbers, numbers[fresh])
+            kept = np.isin(numbers, as_array(held)) & ~new
+            self._moved(numbers[kept].tobytes(), "staged", "orphaned")
+            self._moved(numbers[~new & ~kept].tobytes(), "staged", "free")
+        return held, keys if done is None else tuple(compress(keys, done.tolist()))
 
-    def _publish(self, slots: Slots, terms: Terms, positions: Sequence[int]) -> None:
-        """Make the keys at `positions` of a staged run matchable, held once."""
-        expiry = self._open(terms)
-        keys = terms.keys if len(positions) == len(terms.keys) else [terms.keys[at] for at in positions]
-        self._table.publish(slots, keys, terms.priority, expiry)
-        self._index.add(keys, slots.tolist())
-        self._counted["registrations"] += len(keys)
+    def _publish(self, slots: bytes, terms: Terms, runs: Iterable[tuple[int, int]]) -> None:
+        """The slots of the keys in `runs` (first and end) of a staged run were registered."""
+        if self._special or terms.priority or terms.ttl:
+            self._special = True
+            self._table.set_terms(slots, terms.priority, self._open(terms))
+        if self._ranks.admits:
+            self._ranks.admit(slots)
+        self._counted["registrations"] += len(slots) // SLOT_BYTES
         if self._feed.observers:
-            for first, end in _runs(positions):
+            if self._feed.watchers:
+                self._moved(slots, "staged", "active")
+            for first, end in runs:
                 parent = terms.keys[first - 1] if first else terms.parent
-                self._feed.put(Stored(self._tier, terms.keys[first:end], parent))
+                self._feed.put(Stored(self._tier, terms.keys[first:end], parent, self._group))
 
-    def _renew(self, slots: Slots, terms: Terms) -> None:
-        """Hold blocks that are registered already, on the better of both terms."""
-        self._hold(slots)
-        self._table.improve(slots, terms.priority, self._open(terms))
-        self._counted["duplicates"] += len(slots)
+    def _renew(self, twins: bytes, idle: bytes, terms: Terms) -> None:
+        """Blocks that were there already get the better of both terms; `idle` nobody had held."""
+        self._found(twins, idle)
+        expiry = self._open(terms)
+        table, better = self._table, self._table.outranked(twins, terms.priority)
+        self._ranks.forget(better)
+        table.promote(better, terms.priority)
+        self._ranks.admit(better)
+        table.prolong(twins, expiry)
 
     def _open(self, terms: Terms) -> float:
         """Prepare for blocks on these terms; returns when they expire."""
-        self._ranks.open(terms.priority)
+        if terms.priority:
+            self._ranks.open(terms.priority)
         if terms.ttl is None:
             return NEVER
+        self._ends = True
         expiry = self._clock() + terms.ttl
         self._due = min(self._due, expiry)
         return expiry
 
-    def _hold(self, slots: Slots) -> None:
-        self._ranks.discard(self._table.hold(slots))
+    def _found(self, slots: bytes, idle: bytes) -> None:
+        """Somebody holds these now; `idle` nobody had held."""
+        if idle:
+            self._ranks.discard(idle)
+        if self._ranks.uses:
+            self._ranks.use(slots)
+        if self._feed.watchers:
+            self._moved(idle, "inactive", "active")
 
-    def _present(self, keys: Sequence[bytes]) -> tuple[Slots, list[int]]:
-        """Slots and positions of the registered blocks among distinct `keys`; expired ones are removed."""
-        found = self._index.find(keys)
-        positions = [at for at, slot in enumerate(found) if slot is not None]
-        slots = np.array([slot for slot in found if slot is not None], np.int64)
-        late = self._late(slots)
-        if late is None:
-            return slots, positions
-        self._expire(np.unique(slots[late]))
-        return slots[~late], list(compress(positions, ~late))
+    def _present(self, keys: Sequence[bytes]) -> tuple[bytes, list[int]]:
+        """Slots and positions of the registered blocks among distinct `keys`."""
+        found = as_array(self._table.find(keys))
+        positions = (found >= 0).nonzero()[0]
+        return found[positions].tobytes(), positions.tolist()
 
-    def _late(self, slots: Slots) -> Mask | None:
-        """Which of these are past their time; None where none is."""
-        if self._due == NEVER or self._due > (now := self._clock()):
-            return None
-        late: Mask = self._table.expiry[slots] <= now
-        return late if late.any() else None
+    def _expire_among(self, keys: Sequence[bytes]) -> None:
+        """Remove those of `keys` whose time is over: whatever is looked up must not meet them."""
+        if self._due != NEVER and self._due <= (now := self._clock()):
+            slots, _ = self._present(list(dict.fromkeys(keys)))
+            self._expire(self._table.expired(now, as_array(slots)))
 
     def _sweep(self) -> None:
         """Remove every expired block. Looks at all slots, so it is spaced to cost a thousandth of the time."""
         now = self._clock()
         if now < self._due or now < self._next_sweep:
             return
-        expiry = self._table.expiry
-        self._expire(np.flatnonzero(expiry <= now))
-        self._due = float(expiry.min())
-        self._next_sweep = now + len(expiry) * 1e-6
+        self._expire(self._table.expired(now))
+        self._due = float(self._table.expiry.min())
+        self._next_sweep = now + self._table.capacity * 1e-6
 
-    def _expire(self, slots: Slots) -> None:
+    def _expire(self, slots: bytes) -> None:
         self._unpublish(slots)
-        self._counted["expired"] += len(slots)
+        self._counted["expired"] += len(slots) // SLOT_BYTES
 
-    def _unpublish(self, slots: Slots) -> None:
+    def _unpublish(self, slots: bytes) -> None:
         """Registered blocks, held or not, can no longer be matched."""
         self._ranks.discard(self._table.idle(slots))
-        self._withdraw(self._table.unpublish(slots))
+        self._withdraw(slots)
 
-    def _withdraw(self, keys: list[bytes]) -> None:
-        self._index.remove(keys)
+    def _withdraw(self, slots: bytes) -> None:
+        """Registered blocks that are in no order can no longer be matched."""
+        self._ranks.forget(slots)
+        self._table.immortal(slots)
+        if self._feed.watchers:
+            idle = self._table.idle(slots)
+            held = np.setdiff1d(as_array(slots), as_array(idle), assume_unique=True)
+            self._moved(idle, "inactive", "free")
+            self._moved(held.tobytes(), "active", "orphaned")
+        self._removed(self._table.unpublish(slots))
+
+    def _removed(self, keys: tuple[bytes, ...]) -> None:
         if keys and self._feed.observers:
-            self._feed.put(Removed(self._tier, tuple(keys)))
+            self._feed.put(Removed(self._tier, keys, self._group))
 
-    def _give_back(self, state: int, slots: Slots, terms: Terms | None) -> None:
-        if state == REGISTERED:
-            self._ranks.add(self._table.release(slots))
+    def _moved(self, slots: bytes, source: str, target: str) -> None:
+        if slots and self._feed.watchers:
+            self._feed.put(Moved(self._tier, tuple(as_array(slots).tolist()), source, target, self._group))
+
+    def _give_back(self, state: int, slots: bytes) -> None:
+        if state != REGISTERED:
+            self._moved(slots, _NAMES[state], "free")
+            self._table.give_back(slots)
             return
-        self._table.free(slots, state)
-        if terms is not None and terms.generation == self._generation:
-            self._index.unstage(terms.keys)
+        idle = self._table.release(slots)
+        if idle:
+            self._ranks.add(idle)
+        if self._feed.watchers:
+            self._moved(idle, "active", "inactive")
+            freed = [slot for slot in dict.fromkeys(as_array(slots).tolist()) if self._table.state(slot) == FREE]
+            self._moved(np.array(freed, np.int64).tobytes(), "orphaned", "free")
+
+    def _unpin(self, over: Callable[[Hold], bool]) -> int:
+        ended = self._pins.take(over)
+        for hold in ended:
+            self._give_back(REGISTERED, hold.slots)
+        return sum(len(hold.slots) for hold in ended) // SLOT_BYTES
+
+    def _resize(self, num_slots: int) -> None:
+        table, total = self._table, self._total()
+        if num_slots > total:
+            back = min(table.retired, num_slots - total)
+            table.restore(back)
+            if num_slots > total + back:
+                table.grow(table.capacity + num_slots - total - back)
+                self._ranks.resize(table.capacity)
+            return
+        excess = min(total - num_slots, table.free + len(self._ranks))
+        if excess > table.free:
+            victims = self._evict(excess - table.free)
+            if victims is not None:
+                table.give_back(victims)
+                self._moved(victims, "writable", "free")
+        table.retire(min(excess, table.free))
+
+    def _settle_debts(self) -> None:
+        """What is over ends before anybody looks for slots: forgotten handles, pins, blocks."""
+        self._reclaim()
+        self._end_pins()
+        self._sweep()
+
+    def _end_pins(self) -> None:
+        now = self._clock()
+        if self._pins.due <= now:
+            self._unpin(lambda hold: hold.until <= now)
 
     def _reclaim(self) -> None:
         while self._abandoned:
             self._give_back(*self._abandoned.popleft())
 
 
+_NAMES = {WRITABLE: "writable", STAGED: "staged"}
 _COUNTERS = ("allocations", "evictions", "registrations", "duplicates", "requested", "returned", "expired")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import get_args
 
 from kvbm.abc.observer import Observer
 from kvbm.abc.policy import EvictionOrder
 from kvbm.blocks.leases import Pinned, Writable
-from kvbm.blocks.ledger import Ledger
-from kvbm.blocks.statistics import PoolStatistics
+from kvbm.blocks.ledger import SLOT_BYTES, Duplicates, Ledger
+from kvbm.blocks.statistics import Block, PoolStatistics
 from kvbm.core.errors import Misuse
 
 
@@ -20,8 +21,13 @@ class Pool:
          ^                    |                        |                                                   |
          +---- dropped -------+------- dropped --------+--------------------- evicted ---------------------+
 
-    free + writable + staged + registered + un-published but held = all slots, always; `check` proves it. Any thread;
-    every method is one step under one lock. `order` belongs to the pool from now on. Misuse changes nothing.
+    free + writable + staged + registered + orphaned (held, not to be matched) = all slots, always; `check` proves it.
+    Any thread; every method is one step under one lock. Misuse raises and changes nothing.
+
+    `order` belongs to the pool from now on. `tier` and `group` (of layers that are cached together) label the events.
+    `duplicates` says what becomes of a slot whose key is registered already: with "share" it goes back and the handle
+    holds the existing block, with "keep" the handle keeps its own, which nobody else can find. `max_pinned` is the
+    share of the slots that `pin` may hold. `clock` counts seconds.
     """
 
     def __init__(
@@ -30,12 +36,18 @@ class Pool:
         *,
         order: EvictionOrder,
         tier: str = "g2",
+        group: int = 0,
+        duplicates: Duplicates = "share",
+        max_pinned: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
         observers: Iterable[Observer] = (),
     ) -> None:
-        if num_slots < 1:
-            raise Misuse(f"a pool needs at least one slot, got {num_slots}")
-        self._ledger = Ledger(num_slots, order, tier, clock, observers)
+        _check_size(num_slots)
+        if duplicates not in get_args(Duplicates):
+            raise Misuse(f"duplicates must be one of {get_args(Duplicates)}, got {duplicates!r}")
+        if not 0 <= max_pinned <= 1:
+            raise Misuse(f"max_pinned must be in 0..1, got {max_pinned}")
+        self._ledger = Ledger(num_slots, order, tier, group, duplicates, max_pinned, clock, observers)
 
     def allocate(self, n: int) -> Writable | None:
         """`n` slots to write: free ones first, then those of the blocks that should go first; None if there are less.
@@ -48,10 +60,10 @@ class Pool:
         return None if taken is None else Writable(self._ledger, *taken)
 
     def match(self, keys: Sequence[bytes], start: int = 0) -> Pinned:
-        """Hold the longest prefix of the distinct `keys[start:]` that is registered; may be empty."""
+        """Hold the longest prefix of `keys[start:]` that is registered; may be empty."""
         _check_start(start)
         slots, generation = self._ledger.match(keys, start)
-        return Pinned(self._ledger, slots, tuple(keys[start : start + len(slots)]), generation)
+        return Pinned(self._ledger, slots, tuple(keys[start : start + len(slots) // SLOT_BYTES]), generation)
 
     def scan(self, keys: Sequence[bytes]) -> tuple[Pinned, list[int]]:
         """Hold those of the distinct `keys` that are registered, and say at which positions they are."""
@@ -61,7 +73,7 @@ class Pool:
         return Pinned(self._ledger, slots, tuple(keys[at] for at in positions), generation), positions
 
     def peek(self, keys: Sequence[bytes], start: int = 0) -> int:
-        """How many blocks `match` would hold; holds and changes nothing."""
+        """How many blocks `match` would hold; holds nothing."""
         _check_start(start)
         return self._ledger.peek(keys, start)
 
@@ -78,6 +90,24 @@ class Pool:
     def absent(self, keys: Sequence[bytes]) -> list[int]:
         """Positions of keys that are neither registered nor staged right now: what a store would have to copy."""
         return self._ledger.absent(keys)
+
+    def pin(self, keys: Sequence[bytes], *, owner: str, ttl: float) -> int:
+        """Keep the longest registered prefix of `keys` for `ttl` seconds, or until `unpin(owner)`.
+
+        Nobody has a handle: for promises to others, and for prompts that are to stay. Returns how many blocks that is,
+        fewer than are registered where `max_pinned` is reached. An owner may pin several times; a clear ends all pins.
+        """
+        if not 0 < ttl < float("inf"):
+            raise Misuse(f"a pin must end: ttl {ttl} is not positive and finite")
+        return self._ledger.pin(keys, owner, ttl)
+
+    def unpin(self, owner: str) -> int:
+        """Let go of all that `owner` pinned; returns how many blocks, 0 where the time was over."""
+        return self._ledger.unpin(owner)
+
+    def pins(self) -> dict[str, int]:
+        """Owners and how many blocks each has pinned; a block that is pinned twice counts twice."""
+        return self._ledger.pins()
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """Make the registered blocks among `keys` (in prompt order) that nobody holds the most recent ones.
@@ -98,9 +128,22 @@ class Pool:
         """Un-publish everything and begin a new generation: what is writable or staged now is never published."""
         self._ledger.clear()
 
-    def add_observer(self, observer: Observer) -> None:
-        """`observer` hears the events of every transition from now on."""
-        self._ledger.subscribe(observer)
+    def resize(self, num_slots: int) -> int:
+        """Have `num_slots` slots from now on, or as few as are in use; returns how many.
+
+        Blocks that nobody holds are evicted as needed. Slot numbers stay below the largest size the pool ever had; the
+        highest that are free are given up first.
+        """
+        _check_size(num_slots)
+        return self._ledger.resize(num_slots)
+
+    def look(self, key: bytes) -> Block | None:
+        """What is known of a registered block; None where there is none. Holds nothing."""
+        return self._ledger.look(key)
+
+    def add_observer(self, observer: Observer, *, transitions: bool = False) -> None:
+        """`observer` hears `Stored`, `Removed` and `Cleared` from now on, with `transitions` also every `Moved`."""
+        self._ledger.subscribe(observer, transitions=transitions)
 
     def statistics(self) -> PoolStatistics:
         """A consistent snapshot."""
@@ -114,3 +157,8 @@ class Pool:
 def _check_start(start: int) -> None:
     if start < 0:
         raise Misuse(f"start {start} is negative")
+
+
+def _check_size(num_slots: int) -> None:
+    if not 1 <= num_slots <= 1 << 29:
+        raise Misuse(f"a pool has 1 to {1 << 29} slots, not {num_slots}")

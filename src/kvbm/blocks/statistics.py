@@ -1,4 +1,4 @@
-"""What a pool looks like at one instant."""
+"""What a pool and a block look like at one instant."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ class PoolStatistics:
     inactive: int
     """Registered and held by nobody: what can be evicted."""
     orphaned: int
-    """Un-published but still held; free when the last holder lets go."""
+    """Held, but not or no longer to be matched; free when the last holder lets go."""
+    pinned: int
+    """Held in somebody's name (`Pool.pin`); a block that is held twice counts twice."""
     generation: int
 
     allocations: int
@@ -35,3 +37,18 @@ class PoolStatistics:
     """Blocks `match` gave."""
     expired: int
     """Removed because their time was over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A registered block."""
+
+    key: bytes
+    slot: int
+    parent: bytes | None
+    """The key before it in its prompt, if its writer said so."""
+    holds: int
+    """Nobody can evict it while this is not 0."""
+    priority: int
+    expires: float | None
+    """When, on the pool's clock."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(msgspec.Struct, frozen=True):
     """Blocks became matchable in `tier`. `parent` is the key before `keys[0]` in its prompt, if known."""
 
     tier: str
@@ -15,8 +14,7 @@ class Stored:
     group: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Removed:
+class Removed(msgspec.Struct, frozen=True):
     """Blocks can no longer be matched in `tier` (evicted, un-published or expired)."""
 
     tier: str
@@ -24,16 +22,29 @@ class Removed:
     group: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Cleared:
-    """Everything in `tier` is gone: a new `generation` begins."""
+class Cleared(msgspec.Struct, frozen=True):
+    """Everything of layer group `group` in `tier` is gone: a new `generation` begins."""
 
     tier: str
     generation: int
+    group: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Offloaded:
+class Moved(msgspec.Struct, frozen=True):
+    """Slots went from one state to another. Only for observers that ask for every transition.
+
+    States: free, writable, staged, active (registered and held), inactive, orphaned (held, cannot be matched), retired.
+    A `Stored` or `Removed` of the same transition comes after it.
+    """
+
+    tier: str
+    slots: tuple[int, ...]
+    source: str
+    target: str
+    group: int = 0
+
+
+class Offloaded(msgspec.Struct, frozen=True):
     """A copy from the engine's memory to host memory ended on every rank; bytes and seconds of the slowest rank."""
 
     blocks: int
@@ -42,8 +53,7 @@ class Offloaded:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Onboarded:
+class Onboarded(msgspec.Struct, frozen=True):
     """A copy from host memory to the engine's memory ended on every rank; bytes and seconds of the slowest rank."""
 
     blocks: int
@@ -52,8 +62,7 @@ class Onboarded:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(msgspec.Struct, frozen=True):
     """A request got its blocks: so many tokens of its prompt, held by the engine itself, promised from host memory."""
 
     prompt_tokens: int
@@ -61,4 +70,4 @@ class Admitted:
     g2_tokens: int
 
 
-Event = Stored | Removed | Cleared | Offloaded | Onboarded | Admitted
+Event = Stored | Removed | Cleared | Moved | Offloaded | Onboarded | Admitted
