@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 
 from kvbm.blocks import Pinned, Pool, Staged, Writable
-from kvbm.blocks.slots import FREE
+from kvbm.blocks.slots import FREE, SlotTable
 from kvbm.core.errors import Misuse
 from kvbm.policy import LRU
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from kvbm.blocks import Pool
 from kvbm.core.events import Cleared, Event, Removed, Stored
+from kvbm.native import Table
 from kvbm.policy import LRU
 
 
@@ -95,5 +96,5 @@ def test_memory_and_garbage_collection_do_not_follow_the_number_of_blocks() -> N
     assert used / count < 350
     gc.collect()
     assert len(gc.get_objects()) - before < 1000
-    assert not gc.is_tracked(pool._ledger._index._slot)
+    assert not gc.is_tracked(Table(1))
     pool.check()

@@ -158,7 +158,9 @@ class PoolMachine(RuleBasedStateMachine):
             assert free + len(before) < n or self.policy in REFUSES
             return multiple()
         live_victims = [block for block in gone if block.expiry > self.clock()]
-        if live_victims and self.policy not in REFUSES:  # the lowest priorities go, and none while an expired block still has a slot
+        if (
+            live_victims and self.policy not in REFUSES
+        ):  # the lowest priorities go, and none while an expired block still has a slot
             assert all(block.expiry > self.clock() for block in stayed)
             assert max(b.priority for b in live_victims) <= min((b.priority for b in stayed), default=100)
             assert free + len(gone) == n
@@ -246,9 +248,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(held=consumes(pins))
     def evict(self, held: Held) -> None:
         assert isinstance(held.handle, Pinned)
-        last = {
-            key: block for key, block in self.model.blocks.items() if block in held.blocks and block.holds == 1
-        }
+        last = {key: block for key, block in self.model.blocks.items() if block in held.blocks and block.holds == 1}
         assert held.handle.evict() == len(last)
         self.live.remove(held)
         self.let_go(held.blocks)
@@ -440,7 +440,11 @@ def long_run(steps: int) -> None:
     run_state_machine_as_test(
         PoolMachine,
         settings=settings(
-            max_examples=steps // 200, stateful_step_count=200, deadline=None, database=None, suppress_health_check=checks
+            max_examples=steps // 200,
+            stateful_step_count=200,
+            deadline=None,
+            database=None,
+            suppress_health_check=checks,
         ),
     )
     print(f"{steps:,} steps, every order, no difference from the model: {time.monotonic() - started:.0f} s")

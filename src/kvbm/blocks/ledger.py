@@ -67,7 +67,7 @@ class Ledger:
         self._generation = 0
         self._due = NEVER  # no registered block expires before
         self._next_sweep = -NEVER
-        # What most pools never have, and then do not pay for: blocks with terms of their own, and blocks or pins that end.
+        # What most pools never have and do not pay for: blocks with terms of their own; blocks or pins that end.
         self._special = self._ends = False
         self._counted = dict.fromkeys(_COUNTERS, 0)
         self._abandoned: deque[tuple[int, bytes]] = deque()
@@ -206,8 +206,7 @@ class Ledger:
     def evict(self, slots: bytes) -> int:
         """Let go of registered slots and un-publish those nobody else holds; returns how many."""
         with self._lock:
-            idle = self._table.release(slots)
-            self._moved(idle, "active", "inactive")
+            idle = self._release(slots)
             self._withdraw(idle)
             self._counted["evictions"] += len(idle) // SLOT_BYTES
         if self._queue:
@@ -515,13 +514,17 @@ class Ledger:
             self._moved(slots, _NAMES[state], "free")
             self._table.give_back(slots)
             return
-        idle = self._table.release(slots)
-        if idle:
+        if idle := self._release(slots):
             self._ranks.add(idle)
+
+    def _release(self, slots: bytes) -> bytes:
+        """One hold less; returns those of the blocks that nobody holds now."""
+        idle = self._table.release(slots)
         if self._feed.watchers:
             self._moved(idle, "active", "inactive")
             freed = [slot for slot in dict.fromkeys(as_array(slots).tolist()) if self._table.state(slot) == FREE]
             self._moved(np.array(freed, np.int64).tobytes(), "orphaned", "free")
+        return idle
 
     def _unpin(self, over: Callable[[Hold], bool]) -> int:
         ended = self._pins.take(over)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 try:
     from kvbm.native._copy import copy_rows, touch
+    from kvbm.native._lists import Lists
+    from kvbm.native._sketch import Ghosts, Sketch
     from kvbm.native._slots import Table
 except ImportError as missing:
 
@@ -16,4 +18,4 @@ except ImportError as missing:
         "`pip install --force-reinstall pykvbm`."
     ) from missing
 
-__all__ = ["Table", "copy_rows", "touch"]
+__all__ = ["Ghosts", "Lists", "Sketch", "Table", "copy_rows", "touch"]
