@@ -163,7 +163,9 @@ def numbers(data: bytes) -> list[int]:
     return np.frombuffer(data, np.int64).tolist()
 
 
-def both(native: Callable[[], Any], oracle: Callable[[], Any], read: Callable[[Any], Any] = lambda result: result) -> None:
+def both(
+    native: Callable[[], Any], oracle: Callable[[], Any], read: Callable[[Any], Any] = lambda result: result
+) -> None:
     """The same result, or both refuse."""
     try:
         expected = oracle()
@@ -264,7 +266,8 @@ def test_slots_come_in_any_int64_buffer() -> None:
 
 
 @pytest.mark.parametrize(
-    "slots", [np.zeros(2), np.zeros(2, np.int32), np.zeros((2, 2), np.int64), run(1, 2, 3, 4)[::2], b"1234567", [1], None]
+    "slots",
+    [np.zeros(2), np.zeros(2, np.int32), np.zeros((2, 2), np.int64), run(1, 2, 3, 4)[::2], b"1234567", [1], None],
 )
 def test_other_arguments_are_refused(slots: Any) -> None:
     lists = Lists(9)
