@@ -76,7 +76,7 @@ class Caller:
     def victims(self, n: int) -> list[int]:
         """Take out up to `n`."""
         result = self.order.victims(n)
-        assert (result.ndim, result.dtype) == (1, np.int64), "victims are a one-dimensional array of int64"
+        assert (result.ndim, result.dtype) == (1, np.dtype(np.int64)), "victims are a one-dimensional array of int64"
         chosen: list[int] = result.tolist()
         assert len(set(chosen)) == len(chosen), f"a slot is given twice: {chosen}"
         assert set(chosen) <= self.idle, f"slots are given that are not in the order: {set(chosen) - self.idle}"
@@ -287,7 +287,7 @@ class AdmissionTests:
         """`admit`, with what can be checked of any."""
         owned, there = np.array(tags, np.int64), np.array(present, np.bool_)
         mask = admission.admit(_read_only(owned), _read_only(there))
-        assert (mask.dtype, mask.shape) == (np.bool_, (len(tags),)), "the answer is one bool per block"
+        assert (mask.dtype, mask.shape) == (np.dtype(np.bool_), (len(tags),)), "the answer is one bool per block"
         assert (owned.tolist(), there.tolist()) == (list(tags), list(present)), "an argument was changed"
         answer: list[bool] = mask.tolist()
         owned[:], there[:] = SCRIBBLE, True
