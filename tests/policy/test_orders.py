@@ -228,6 +228,19 @@ def test_s3_fifo_gives_in_bounded_time_what_is_all_used() -> None:
     assert len(caller.evict(20_000)) == 13_995
 
 
+def test_s3_fifo_takes_what_comes_first_where_all_of_the_main_queue_is_used() -> None:
+    caller = Caller(S3FIFO(6000), 6000)
+    everything = list(range(6000))
+    caller.admit(everything, tags=everything)
+    caller.add(everything)
+    caller.evict(6000)
+    caller.admit(everything, tags=everything)  # ghosts, but for the few that were displaced
+    for _ in range(3):
+        caller.use(everything)
+    caller.add(everything)
+    assert len(caller.evict(5)) == 5
+
+
 def test_s3_fifo_forgets_a_ghost_that_was_un_published() -> None:
     caller = Caller(S3FIFO(10), 10)
     caller.admit([1], tags=[5])

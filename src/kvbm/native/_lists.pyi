@@ -73,4 +73,4 @@ class Lists:
         """Every level becomes half of itself: a list is joined to the tail of the one half as high. Looks at all."""
 
     def resize(self, num_slots: int, /) -> None:
-        """More slots, in no list. Copies what is known of all; raises MemoryError and changes nothing."""
+        """More slots, in no list, which may copy what is known of all; raises MemoryError and changes nothing."""

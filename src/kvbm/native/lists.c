@@ -385,27 +385,21 @@ static Py_ssize_t length(Lists *l) { return l->linked; }
 /* -- life of the object -- */
 
 static int grow(Lists *l, Py_ssize_t num_slots) {
-    size_t before = l->nodes ? (size_t)(l->num_slots + l->num_lists + 1) : 0;
-    size_t after = (size_t)(num_slots + l->num_lists + 1);
-    /* calloc first: pages of it that nobody touches are never there, and growing is rare. */
-    Node *nodes = calloc(after, sizeof(Node));
-    uint8_t *level = calloc((size_t)num_slots + 1, 1);
-    if (!nodes || !level) {
-        free(nodes);
-        free(level);
-        PyErr_NoMemory();
-        return -1;
+    size_t before = (size_t)(l->num_slots + l->num_lists + 1), after = (size_t)(num_slots + l->num_lists + 1);
+    Node *nodes = realloc(l->nodes, after * sizeof(Node)); /* large ones move by their page tables, not by copying */
+    if (nodes) {
+        l->nodes = nodes;
+        uint8_t *level = realloc(l->level, (size_t)num_slots + 1);
+        if (level) {
+            l->level = level;
+            memset(nodes + before, 0, (after - before) * sizeof(Node));
+            memset(level + l->num_slots, 0, (size_t)(num_slots - l->num_slots));
+            l->num_slots = num_slots;
+            return 0;
+        }
     }
-    if (before) {
-        memcpy(nodes, l->nodes, before * sizeof(Node));
-        memcpy(level, l->level, (size_t)l->num_slots);
-    }
-    free(l->nodes);
-    free(l->level);
-    l->nodes = nodes;
-    l->level = level;
-    l->num_slots = num_slots;
-    return 0;
+    PyErr_NoMemory();
+    return -1;
 }
 
 static PyObject *resize(Lists *l, PyObject *argument) {
@@ -430,9 +424,12 @@ static PyObject *new_lists(PyTypeObject *type, PyObject *args, PyObject *Py_UNUS
         return NULL;
     }
     l->num_lists = num_lists;
-    if (grow(l, num_slots) < 0) {
+    l->num_slots = num_slots;
+    l->nodes = calloc((size_t)(num_slots + num_lists + 1), sizeof(Node));
+    l->level = calloc((size_t)num_slots + 1, 1);
+    if (!l->nodes || !l->level) {
         Py_DECREF(l);
-        return NULL;
+        return PyErr_NoMemory();
     }
     for (Py_ssize_t list = 0; list < num_lists; list++) {
         l->nodes[sentinel(list)].prev = l->nodes[sentinel(list)].next = sentinel(list);

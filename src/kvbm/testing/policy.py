@@ -16,6 +16,7 @@ from kvbm.abc.policy import Admission, Drop, EvictionOrder, Keep, Move, Placemen
 from kvbm.core.region import Slots
 
 SCRIBBLE: Final = -77
+INT64: Final = np.dtype(np.int64).str
 
 Step = tuple[str, list[int]]
 STEPS: Final = ("admit", "use", "add", "discard", "victims", "forget", "stay")
