@@ -59,9 +59,20 @@ static int lowest(const Sketch *s, int64_t tag, Counters *c) {
     return count;
 }
 
+/* The lines of a run are far apart: asked for at once, they come at once. */
+static int sketch_open(const Sketch *s, PyObject *tags, Run *run) {
+    if (run_open(tags, "tags", run) < 0) {
+        return -1;
+    }
+    for (Py_ssize_t k = 0; k < run->n; k++) {
+        __builtin_prefetch(s->words + below(mix(run->at[k]), s->lines) * LINE);
+    }
+    return 0;
+}
+
 static PyObject *sketch_add(Sketch *s, PyObject *tags) {
     Run run;
-    if (run_open(tags, "tags", &run) < 0) {
+    if (sketch_open(s, tags, &run) < 0) {
         return NULL;
     }
     for (Py_ssize_t k = 0; k < run.n; k++) {
@@ -87,7 +98,7 @@ static PyObject *sketch_add(Sketch *s, PyObject *tags) {
 
 static PyObject *sketch_estimate(Sketch *s, PyObject *tags) {
     Run run;
-    if (run_open(tags, "tags", &run) < 0) {
+    if (sketch_open(s, tags, &run) < 0) {
         return NULL;
     }
     PyObject *result = PyBytes_FromStringAndSize(NULL, run.n);
@@ -138,9 +149,19 @@ typedef struct {
     uint32_t capacity, places, now;
 } Ghosts;
 
+static int ghosts_open(const Ghosts *g, PyObject *tags, Run *run) {
+    if (run_open(tags, "tags", run) < 0) {
+        return -1;
+    }
+    for (Py_ssize_t k = 0; k < run->n; k++) {
+        __builtin_prefetch(&g->ghosts[below(mix(run->at[k]), g->places)]);
+    }
+    return 0;
+}
+
 static PyObject *ghosts_add(Ghosts *g, PyObject *const *args, Py_ssize_t count) {
     Run run;
-    if (!count_is(count, 2, 2, "add") || run_open(args[0], "tags", &run) < 0) {
+    if (!count_is(count, 2, 2, "add") || ghosts_open(g, args[0], &run) < 0) {
         return NULL;
     }
     const uint8_t *kinds = byte_each(args[1], "kinds", run.n);
@@ -160,7 +181,7 @@ static PyObject *ghosts_add(Ghosts *g, PyObject *const *args, Py_ssize_t count) 
 
 static PyObject *ghosts_take(Ghosts *g, PyObject *tags) {
     Run run;
-    if (run_open(tags, "tags", &run) < 0) {
+    if (ghosts_open(g, tags, &run) < 0) {
         return NULL;
     }
     PyObject *result = PyBytes_FromStringAndSize(NULL, run.n);
