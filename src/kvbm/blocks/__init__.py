@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from kvbm.blocks.groups import LayerGroup, match_groups
 from kvbm.blocks.leases import Pinned, Staged, Weak, Writable
 from kvbm.blocks.pool import Pool
 from kvbm.blocks.statistics import Block, PoolStatistics
 
-__all__ = ["Block", "Pinned", "Pool", "PoolStatistics", "Staged", "Weak", "Writable"]
+__all__ = ["Block", "LayerGroup", "Pinned", "Pool", "PoolStatistics", "Staged", "Weak", "Writable", "match_groups"]

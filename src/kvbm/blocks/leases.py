@@ -173,6 +173,17 @@ class Pinned(_Lease):
         self._box.append(slots[: n * SLOT_BYTES])
         self._ledger.give_back(self._state, slots[n * SLOT_BYTES :])
 
+    def select(self, positions: Sequence[int]) -> Pinned:
+        """Keep the blocks at these distinct positions, in this order, and let go of the others."""
+        if len(set(positions)) != len(positions) or not all(0 <= at < len(self) for at in positions):
+            raise Misuse(f"positions {positions} are not distinct positions of {len(self)} blocks")
+        keys, wanted = self._keys, set(positions)
+        slots = as_array(self._take())
+        others = [at for at in range(len(slots)) if at not in wanted]
+        self._ledger.give_back(self._state, slots[others].tobytes())
+        kept = slots[list(positions)].tobytes()
+        return Pinned(self._ledger, kept, tuple(keys[at] for at in positions), self._generation)
+
     def evict(self) -> int:
         """Let go, and un-publish the blocks that nobody else holds; their slots are free. Returns how many."""
         return self._ledger.evict(self._take())
