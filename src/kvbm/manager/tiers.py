@@ -25,11 +25,11 @@ Fill = Callable[[str, Sequence[bytes], Slots], None]
 
 
 class Stretch(NamedTuple):
-    """`count` consecutive blocks of a prompt, the first of them its block number `first`, in one tier."""
+    """`length` consecutive blocks of a prompt, the first of them its block number `first`, in one tier."""
 
     tier: str
     first: int
-    count: int
+    length: int
 
 
 @final
@@ -48,7 +48,7 @@ class Held:
 
     def __len__(self) -> int:
         """Blocks of the prefix."""
-        return self.prefix[-1].first + self.prefix[-1].count if self.prefix else 0
+        return self.prefix[-1].first + self.prefix[-1].length if self.prefix else 0
 
     def drop(self) -> None:
         """Let go of everything, so that in every tier the prompt's leaf goes before its root."""

@@ -72,7 +72,8 @@ def replay(
 ) -> Result:
     """Every prompt in turn: match it, promote what lies below, store the rest, let go.
 
-    `capacities` in blocks by the name of the tier, the fastest first; `order` makes an eviction order for so many slots.
+    `capacities` in blocks by the name of the tier, the fastest first; `order` makes an eviction order for a
+    number of slots.
     """
     results = tuple(TierResult(*entry) for entry in capacities.items())
     by_name = {result.name: result for result in results}
@@ -90,8 +91,8 @@ def replay(
             tiers.promote(keys, held)
             tiers.store(keys, held)
         seconds[at] = time.perf_counter() - begin
-        for tier, first, count in held.prefix:
-            by_name[tier].hit_blocks += count
-            by_name[tier].hit_tokens += prompt.tokens_of(first, first + count)
+        for tier, first, length in held.prefix:
+            by_name[tier].hit_blocks += length
+            by_name[tier].hit_tokens += prompt.tokens_of(first, first + length)
     cut = sum(len(prompt.blocks) > results[0].capacity for prompt in workload.prompts)
     return Result(policy, results, cut, seconds)

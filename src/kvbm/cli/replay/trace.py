@@ -27,7 +27,7 @@ _LARGEST_BLOCK = 1 << 20
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
-class Line(msgspec.Struct, frozen=True, gc=False):
+class Line(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """One request as it stands in a trace; fields that are not named here are ignored."""
 
     timestamp: Annotated[float, msgspec.Meta(ge=0)]
@@ -109,7 +109,7 @@ def find(name: str, folder: Path | None) -> Path:
     for place in places:
         if place.is_file():
             return place
-    where = f"nor in the folder of traces, {folder}" if folder else "and --traces or KVBM_TRACES names no folder of traces"
+    where = f"nor is it in {folder}" if folder else "and neither --traces nor KVBM_TRACES names a folder of traces"
     raise KvbmError(f"there is no trace {name!r}: it is no file, {where}. {SAMPLE!r} is the one that comes with KVBM")
 
 
@@ -160,12 +160,12 @@ def _decoded(path: Path) -> Iterator[Line | BadLine]:
     try:
         with path.open("rb") as raw:
             zipped = raw.peek(len(_GZIP)).startswith(_GZIP)
-            for number, text in enumerate(gzip.open(raw) if zipped else raw, 1):
+            for number, text in enumerate(gzip.GzipFile(fileobj=raw) if zipped else raw, 1):
                 if not text.isspace():
                     yield _line(decoder, text, path, number)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        early = isinstance(error, EOFError)
-        yield BadLine(path, number + 1, "the gzip file ends too early" if early else f"the gzip data is damaged: {error}")
+        problem = "the gzip file ends too early" if isinstance(error, EOFError) else f"damaged gzip data: {error}"
+        yield BadLine(path, number + 1, problem)
     except OSError as error:
         raise KvbmError(f"cannot read {path}: {error.strerror}") from None
 
