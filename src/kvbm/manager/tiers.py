@@ -13,7 +13,6 @@ from typing import NamedTuple, Self, final
 from kvbm.abc.policy import Drop, Move, Placement
 from kvbm.blocks import Pinned, Pool, Writable
 from kvbm.core.errors import Misuse
-from kvbm.core.events import Cleared, Event, Removed, Stored
 from kvbm.core.region import Slots
 
 Copy = Callable[[str, Slots, str, Slots], None]
@@ -87,17 +86,14 @@ class Tiers:
         self._once = frozenset(tier for tier in names[1:] if isinstance(placement.promote(tier, names), Drop))
         """Tiers that give up their copy of a block that is in the fastest one."""
         self._below: dict[str, str] = {}
-        self._lineage: dict[str, _Lineage] = {}
         for place, tier in enumerate(names):
             if isinstance(fate := placement.evict(tier, names), Move):
                 if fate.tier not in names[place + 1 :]:
                     raise Misuse(f"a block that leaves {tier} cannot go to {fate.tier}: it is no tier below")
                 self._below[tier] = fate.tier
-                self._lineage[tier] = _Lineage()
-                self._pools[tier].add_observer(self._lineage[tier])
 
     def match(self, keys: Sequence[bytes]) -> Held:
-        """Hold the longest prefix of the distinct `keys` of which each block is in some tier, the fastest one first."""
+        """Hold the longest prefix of the distinct `keys` of which each block is in some tier, in the fastest it is in."""
         held, found, at, ended = Held(), [], 0, ""
         try:
             while at < len(keys):
@@ -108,8 +104,13 @@ class Tiers:
                 else:
                     break
                 held._leases.append((at, tier, lease))
-                found.append(Stretch(tier, at, len(lease)))
-                at, ended = at + len(lease), tier
+                reach = self._reach(tier, keys, at, len(lease))
+                ended = tier
+                if reach < len(lease):
+                    ended = ""
+                    lease.narrow(reach)
+                found.append(Stretch(tier, at, reach))
+                at += reach
         except BaseException:
             held.drop()
             raise
@@ -129,7 +130,7 @@ class Tiers:
             if writable is None:
                 break
             with writable:
-                count = len(writable.slots)
+                count = len(writable)
                 if self._copy is not None:
                     self._copy(tier, lease.slots[:count], top, writable.slots)
                 there = self._publish(writable, keys, first)
@@ -161,6 +162,17 @@ class Tiers:
                 for below in self._once.difference(self._stored):
                     self._pools[below].discard(lease.keys)
 
+    def _reach(self, tier: str, keys: Sequence[bytes], at: int, length: int) -> int:
+        """How many of `length` blocks that are in `tier` come before the first that is in a faster one too."""
+        for faster in self._names[: self._names.index(tier)]:
+            pool = self._pools[faster]
+            absent = set(pool.absent(keys[at : at + length]))
+            if len(absent) < length:
+                # What is not absent may be staged only.
+                places = (n for n in range(1, length) if n not in absent and pool.peek([keys[at + n]]))
+                length = next(places, length)
+        return length
+
     def _store(self, tier: str, keys: Sequence[bytes], start: int, held: Held, fill: Fill | None) -> None:
         pool = self._pools[tier]
         gaps = list(_gaps(pool.absent(keys[start:]), start))
@@ -172,7 +184,7 @@ class Tiers:
             writable = self._take(tier, end - first)
             if writable is None:
                 return
-            count = len(writable.slots)
+            count = len(writable)
             with writable:
                 if fill is not None:
                     fill(tier, keys[first : first + count], writable.slots)
@@ -195,59 +207,36 @@ class Tiers:
 
     def _demote(self, tier: str, victims: Pinned) -> None:
         """Copy victims, the first to go first, to the tier below; there too they go in that order."""
-        target = self._below[tier]
-        pool, lineage = self._pools[target], self._lineage[tier]
-        absent = pool.absent(victims.keys)
-        for positions in lineage.chains(victims.keys, absent):
+        target, keys = self._below[tier], victims.keys
+        blocks = map(self._pools[tier].look, keys)
+        parents = [None if block is None else block.parent for block in blocks]
+        for positions in _chains(parents, keys, self._pools[target].absent(keys)):
             writable = self._take(target, len(positions))
             if writable is None:
                 return
-            positions = positions[: len(writable.slots)]
-            chain = [victims.keys[at] for at in positions]
+            chosen = positions[: len(writable)]
             with writable:
                 if self._copy is not None:
-                    self._copy(tier, victims.slots[positions], target, writable.slots)
-                writable.stage(chain, parent=lineage.parent(chain[0])).register().drop()
+                    self._copy(tier, victims.slots[chosen], target, writable.slots)
+                chain = [keys[at] for at in chosen]
+                writable.stage(chain, parent=parents[chosen[0]]).register().drop()
 
     def _publish(self, writable: Writable, keys: Sequence[bytes], first: int) -> Pinned:
         """Register the keys from `first` on in these slots."""
         parent = keys[first - 1] if first else None
-        return writable.stage(keys[first : first + len(writable.slots)], parent=parent).register()
+        return writable.stage(keys[first : first + len(writable)], parent=parent).register()
 
 
-class _Lineage:
-    """The key before each block of a tier in its prompt, as the pool's events tell: what moves down keeps it."""
-
-    def __init__(self) -> None:
-        self._parents: dict[bytes, bytes] = {}
-
-    def on_event(self, event: Event) -> None:
-        match event:
-            case Stored(keys=keys, parent=parent):
-                for key in keys:
-                    if parent is not None:
-                        self._parents[key] = parent
-                    parent = key
-            case Removed(keys=keys):
-                for key in keys:
-                    self._parents.pop(key, None)
-            case Cleared():
-                self._parents.clear()
-
-    def parent(self, key: bytes) -> bytes | None:
-        """None where it is not known."""
-        return self._parents.get(key)
-
-    def chains(self, keys: Sequence[bytes], positions: Sequence[int]) -> Iterator[list[int]]:
-        """Those `positions` of `keys`, where leaves come before roots, as runs that follow each other root first."""
-        chain: list[int] = []
-        for at in positions:
-            if chain and self._parents.get(keys[chain[-1]]) != keys[at]:
-                yield chain[::-1]
-                chain = []
-            chain.append(at)
-        if chain:
+def _chains(parents: Sequence[bytes | None], keys: Sequence[bytes], positions: Sequence[int]) -> Iterator[list[int]]:
+    """Those `positions` of `keys`, where leaves come before roots, as runs that follow each other root first."""
+    chain: list[int] = []
+    for at in positions:
+        if chain and parents[chain[-1]] != keys[at]:
             yield chain[::-1]
+            chain = []
+        chain.append(at)
+    if chain:
+        yield chain[::-1]
 
 
 def _gaps(positions: Sequence[int], offset: int) -> Iterator[tuple[int, int]]:

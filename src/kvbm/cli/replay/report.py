@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from kvbm.cli.replay.bounds import Hits
 from kvbm.cli.replay.run import Result, TierResult
@@ -132,9 +134,9 @@ def _skipped(workload: Workload) -> int:
     return sum(trace.skipped for trace in workload.traces)
 
 
-def table(report: Report) -> Table:
+def table(report: Report) -> Group:
     """The same for people: a group of rows for each choice of tiers, its bound below it."""
-    shown = Table(title=_title(report), title_justify="left", title_style="", box=None, pad_edge=False)
+    shown = Table(box=None, pad_edge=False)
     shown.add_column("")
     for name in ("block\nhits", "token\nhits", "\nevicted", "\nwritten", "blocks\nper s", "p50\nµs", "p99\nµs"):
         shown.add_column(name, justify="right")
@@ -142,7 +144,7 @@ def table(report: Report) -> Table:
     for _, runs in groupby(report.runs, key=lambda run: [(tier.name, tier.capacity) for tier in run.tiers]):
         _group(shown, list(runs), bounds, report.workload)
     shown.add_row("[bold]everything fits[/]", *_shares(report.everything_fits, report.workload))
-    return shown
+    return Group(Text(_title(report)), "", shown)
 
 
 def _title(report: Report) -> str:
@@ -150,12 +152,12 @@ def _title(report: Report) -> str:
     names = " + ".join(trace.name for trace in workload.traces)
     sizes = " and ".join(f"{size}" for size in sorted({trace.block_tokens for trace in workload.traces}))
     title = (
-        f"{escape(names)}: {len(workload.prompts):,} requests, {workload.references:,} blocks of {sizes} tokens,"
+        f"{names}: {len(workload.prompts):,} requests, {workload.references:,} blocks of {sizes} tokens,"
         f" {workload.unique:,} of them different"
     )
     if skipped := _skipped(workload):
         title += f"; {skipped:,} broken {'line' if skipped == 1 else 'lines'} skipped"
-    return title + "\n"
+    return title
 
 
 def _group(shown: Table, runs: list[Result], bounds: Mapping[int, Bound], workload: Workload) -> None:
