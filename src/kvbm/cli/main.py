@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from kvbm.cli import engines, models, serve, settings
 from kvbm.cli.demo import run as demo
+from kvbm.cli.replay import command as replay
 from kvbm.core import config
 from kvbm.core.errors import KvbmError
 
@@ -39,6 +40,7 @@ def model(
 # Options before MODEL would be ours, all after it is the engine's, --help included.
 app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(serve.serve)
 app.command()(demo.demo)
+app.command("replay")(replay.command)
 app.command()(model)
 app.command("config")(settings.show)
 app.command()(engines.status)

@@ -53,6 +53,8 @@ class Settings(BaseSettings):
     """Folder of the control sockets ($XDG_RUNTIME_DIR/kvbm, else /tmp/kvbm-<uid>)."""
     cache_dir: Path = Field(default=Path("~/.cache/kvbm"), validate_default=True)
     """Folder of models that KVBM converted."""
+    traces: Path | None = None
+    """Folder of request traces that `kvbm replay` finds by file name."""
     copy_threads: Annotated[int, Field(ge=0, le=256)] = 0
     """Threads per rank that copy blocks; 0 chooses."""
     store_inflight_mb: Annotated[int, Field(ge=1, le=1_000_000)] = 512
@@ -72,10 +74,10 @@ class Settings(BaseSettings):
     transport_wrapper: Annotated[str, Field(pattern=r"^([\w.]+:\w+(\?.*)?)?$")] = ""
     """For tests: module:function?query that wraps the transport of each worker."""
 
-    @field_validator("run_dir", "cache_dir")
+    @field_validator("run_dir", "cache_dir", "traces")
     @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser().absolute()
 
     @classmethod
     def settings_customise_sources(
@@ -106,7 +108,7 @@ _WITHOUT_EFFECT = {
 }
 """Upstream's other variables (patterns, without DYN_KVBM_) and why they do nothing here."""
 
-_ELSEWHERE = {"KVBM_CONFIG", "KVBM_TRACES"}
+_ELSEWHERE = {"KVBM_CONFIG"}
 
 
 @dataclass(frozen=True, slots=True)
