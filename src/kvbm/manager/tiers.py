@@ -93,7 +93,7 @@ class Tiers:
                 self._below[tier] = fate.tier
 
     def match(self, keys: Sequence[bytes]) -> Held:
-        """Hold the longest prefix of distinct `keys` of which each block is in some tier, in the fastest it is in."""
+        """Hold the longest prefix of the distinct `keys` of which each block is in a tier: in the fastest it is in."""
         held, found, at, ended = Held(), [], 0, ""
         try:
             while at < len(keys):
