@@ -82,6 +82,27 @@ static PyObject *wrong_state(int64_t slot, int32_t state, const char *wanted) {
     return NULL;
 }
 
+/* Whether every slot of a run is in state `low` to `high`, and none is there twice: a marked one is in no such state. */
+static int all_in(Table *t, const Run *run, int32_t low, int32_t high, const char *wanted) {
+    enum { MARK = 1 << 30 };
+    Py_ssize_t i = 0;
+    for (; i < run->n && t->slots[run->at[i]].state >= low && t->slots[run->at[i]].state <= high; i++) {
+        t->slots[run->at[i]].state ^= MARK;
+    }
+    int64_t wrong = i < run->n ? run->at[i] : -1;
+    int twice = 0;
+    for (Py_ssize_t j = 0; j < i; j++) {
+        t->slots[run->at[j]].state ^= MARK;
+        twice |= run->at[j] == wrong;
+    }
+    if (wrong >= 0 && twice) {
+        PyErr_Format(PyExc_ValueError, "slot %lld is twice among the slots", (long long)wrong);
+    } else if (wrong >= 0) {
+        wrong_state(wrong, t->slots[wrong].state, wanted);
+    }
+    return wrong < 0;
+}
+
 static PyObject *new_run(Py_ssize_t n) { return PyBytes_FromStringAndSize(NULL, n * (Py_ssize_t)sizeof(int64_t)); }
 
 static int64_t *slots_in(PyObject *run) { return (int64_t *)PyBytes_AS_STRING(run); }
@@ -259,7 +280,10 @@ METHOD(match) {
     NEEDS(2)
     Py_ssize_t start = PyNumber_AsSsize_t(args[1], PyExc_OverflowError);
     PyObject *keys, *found = NULL, *idle, *result = NULL;
-    if ((start == -1 && PyErr_Occurred()) || !(keys = PySequence_Fast(args[0], "keys must be a sequence"))) {
+    if (start < 0) {
+        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "start %zd is negative", start);
+    }
+    if (!(keys = PySequence_Fast(args[0], "keys must be a sequence"))) {
         return NULL;
     }
     Py_ssize_t n = PySequence_Fast_GET_SIZE(keys) - start;
@@ -280,7 +304,10 @@ METHOD(peek) {
     NEEDS(2)
     Py_ssize_t start = PyNumber_AsSsize_t(args[1], PyExc_OverflowError);
     PyObject *keys;
-    if ((start == -1 && PyErr_Occurred()) || !(keys = PySequence_Fast(args[0], "keys must be a sequence"))) {
+    if (start < 0) {
+        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "start %zd is negative", start);
+    }
+    if (!(keys = PySequence_Fast(args[0], "keys must be a sequence"))) {
         return NULL;
     }
     Py_ssize_t n = PySequence_Fast_GET_SIZE(keys) - start;
@@ -379,14 +406,11 @@ METHOD(stage) {
     if (parent != Py_None && !PyBytes_CheckExact(parent)) {
         return PyErr_Format(PyExc_TypeError, "a parent must be bytes or None, got %R", (PyObject *)Py_TYPE(parent));
     }
-    for (Py_ssize_t i = 0; i < run.n; i++) {
+    if (!all_in(t, &run, WRITABLE, WRITABLE, "writable")) {
+        return NULL;
+    }
+    for (Py_ssize_t i = 0; !nameless && i < run.n; i++) {
         uint32_t hash;
-        if (t->slots[run.at[i]].state != WRITABLE) {
-            return wrong_state(run.at[i], t->slots[run.at[i]].state, "writable");
-        }
-        if (nameless) {
-            continue;
-        }
         if (key_hash(PyTuple_GET_ITEM(args[1], i), &hash) < 0) {
             return NULL;
         }
@@ -422,22 +446,44 @@ static int is_fresh(const Table *t, const Run *run, Py_ssize_t i, const char *do
     return (!done || done[i]) && find_registered(t, slot->key, slot->hash) < 0;
 }
 
+/* Whether the key of slot `i` of the run is that of an earlier one: only where they were staged apart. */
+static int is_repeated(const Table *t, const Run *run, Py_ssize_t i) {
+    const Slot *slot = &t->slots[run->at[i]];
+    for (uint32_t at = slot->hash & t->mask; t->index[at].slot >= 0; at = (at + 1) & t->mask) {
+        int32_t other = t->index[at].slot;
+        if (other != run->at[i] && t->index[at].hash == slot->hash && same_key(t->slots[other].key, slot->key)) {
+            for (Py_ssize_t j = 0; j < i; j++) {
+                if (run->at[j] == other) {
+                    return 1;
+                }
+            }
+        }
+    }
+    return 0;
+}
+
 METHOD(register) {
     NEEDS(3)
     Run run;
     int keep = PyObject_IsTrue(args[2]);
-    if (run_of(t, args[0], &run) < 0) {
+    if (keep < 0 || run_of(t, args[0], &run) < 0) {
         return NULL;
     }
     if (args[1] != Py_None && (!PyBytes_CheckExact(args[1]) || PyBytes_GET_SIZE(args[1]) != run.n)) {
         return PyErr_Format(PyExc_TypeError, "done must be None or %zd bytes", run.n);
     }
     const char *done = args[1] == Py_None ? NULL : PyBytes_AS_STRING(args[1]);
+    if (!all_in(t, &run, STAGED, STAGED, "staged")) {
+        return NULL;
+    }
     Py_ssize_t fresh = 0;
     for (Py_ssize_t i = 0; i < run.n; i++) {
-        const Slot *slot = &t->slots[run.at[i]];
-        if (slot->state != STAGED || !slot->key) {
-            return wrong_state(run.at[i], slot->state, "staged");
+        if (!t->slots[run.at[i]].key) {
+            return wrong_state(run.at[i], STAGED, "staged with a key");
+        }
+        if (is_repeated(t, &run, i)) {
+            PyErr_SetString(PyExc_ValueError, "a key is twice among the keys");
+            return NULL;
         }
         fresh += is_fresh(t, &run, i, done);
     }
@@ -525,13 +571,15 @@ METHOD(release) {
     if (run_of(t, args[0], &run) < 0) {
         return NULL;
     }
-    Py_ssize_t single = 0;
-    for (Py_ssize_t i = 0; i < run.n; i++) {
-        int32_t state = t->slots[run.at[i]].state;
-        if (!is_held(state)) {
-            return wrong_state(run.at[i], state, "held");
-        }
-        single += state == REGISTERED + 1;
+    Py_ssize_t single = 0, checked = 0;
+    for (; checked < run.n && is_held(t->slots[run.at[checked]].state); checked++) {
+        single += t->slots[run.at[checked]].state-- == REGISTERED + 1;
+    }
+    for (Py_ssize_t i = 0; i < checked; i++) { /* so far only a trial: a slot may be there as often as it is held */
+        t->slots[run.at[i]].state++;
+    }
+    if (checked < run.n) {
+        return wrong_state(run.at[checked], t->slots[run.at[checked]].state, "held that often");
     }
     PyObject *idle = single == run.n ? Py_NewRef(args[0]) : new_run(run.n);
     if (!idle) {
@@ -559,11 +607,8 @@ METHOD(give_back) {
     if (run_of(t, args[0], &run) < 0) {
         return NULL;
     }
-    for (Py_ssize_t i = 0; i < run.n; i++) {
-        int32_t state = t->slots[run.at[i]].state;
-        if (state != WRITABLE && state != STAGED) {
-            return wrong_state(run.at[i], state, "writable or staged");
-        }
+    if (!all_in(t, &run, WRITABLE, STAGED, "writable or staged")) {
+        return NULL;
     }
     for (Py_ssize_t i = 0; i < run.n; i++) {
         int32_t slot = (int32_t)run.at[i];
@@ -580,12 +625,12 @@ static PyObject *withdraw(Table *t, PyObject *slots, int to_writable) {
     if (run_of(t, slots, &run) < 0) {
         return NULL;
     }
+    if (!all_in(t, &run, REGISTERED, to_writable ? REGISTERED : ORPHANED - 1,
+                to_writable ? "registered and not held" : "registered")) {
+        return NULL;
+    }
     for (Py_ssize_t i = 0; i < run.n; i++) {
-        const Slot *slot = &t->slots[run.at[i]];
-        if (to_writable ? slot->state != REGISTERED : !is_registered(slot->state)) {
-            return wrong_state(run.at[i], slot->state, to_writable ? "registered and not held" : "registered");
-        }
-        __builtin_prefetch(&t->index[slot->hash & t->mask]);
+        __builtin_prefetch(&t->index[t->slots[run.at[i]].hash & t->mask]);
     }
     PyObject *keys = PyTuple_New(run.n);
     for (Py_ssize_t i = 0; keys && i < run.n; i++) {
@@ -774,7 +819,7 @@ static int grow(Table *t, Py_ssize_t capacity) {
     t->slots = slots ? slots : t->slots;
     int32_t *free_ = PyMem_RawRealloc(t->free, (size_t)capacity * sizeof(int32_t));
     t->free = free_ ? free_ : t->free;
-    Entry *index = t->index && entries == (size_t)t->mask + 1 ? t->index : PyMem_RawMalloc(entries * sizeof(Entry));
+    Entry *index = entries == (size_t)t->mask + 1 ? t->index : PyMem_RawMalloc(entries * sizeof(Entry));
     if (!slots || !free_ || !index) {
         if (index != t->index) {
             PyMem_RawFree(index);
@@ -859,6 +904,20 @@ METHOD(restore) {
 
 /* -- the type -- */
 
+static PyObject *table_new(PyTypeObject *type, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(kwargs)) {
+    Table *t = (Table *)type->tp_alloc(type, 0);
+    /* Whoever forgets __init__ has a table without slots, in which nothing is found. */
+    if (t && !(t->index = PyMem_RawMalloc(8 * sizeof(Entry)))) {
+        Py_CLEAR(t);
+        return PyErr_NoMemory();
+    }
+    if (t) {
+        memset(t->index, 0xff, 8 * sizeof(Entry));
+        t->mask = 7;
+    }
+    return (PyObject *)t;
+}
+
 static int table_init(Table *t, PyObject *args, PyObject *kwargs) {
     Py_ssize_t capacity;
     static char *names[] = {"capacity", NULL};
@@ -932,7 +991,7 @@ static PyTypeObject TableType = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "kvbm.native._slots.Table",
     .tp_basicsize = sizeof(Table),
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
-    .tp_new = PyType_GenericNew,
+    .tp_new = table_new,
     .tp_init = (initproc)table_init,
     .tp_dealloc = (destructor)table_dealloc,
     .tp_methods = methods,
