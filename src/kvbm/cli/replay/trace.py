@@ -210,15 +210,20 @@ def _sentence(problem: str) -> str:
 def _block_tokens(path: Path, lines: Sequence[Line]) -> int:
     """The size that explains how many blocks each prompt has: with its last, partial one, or else without it.
 
-    Of several the smallest power of two, or else the smallest. Raises KvbmError where there is none.
+    Of several a power of two, or else the smallest. Raises KvbmError where there is none.
     """
     lengths = [(line.input_length, len(line.hash_ids)) for line in lines if line.hash_ids]
     with_partial = [(-(-tokens // n), -(-tokens // (n - 1)) - 1 if n > 1 else _LARGEST_BLOCK) for tokens, n in lengths]
     without = [(tokens // (n + 1) + 1, tokens // n) for tokens, n in lengths]
+    possible = []
     for ranges in (with_partial, without):
         smallest = max((least for least, _ in ranges), default=1)
         largest = min((most for _, most in ranges), default=_LARGEST_BLOCK)
         if 1 <= smallest <= largest:
+            possible.append(smallest)
             power = 1 << (smallest - 1).bit_length()
-            return power if power <= largest else smallest
-    raise KvbmError(f"{path}: no block size explains how many blocks each prompt has; give --block-size")
+            if power <= largest:
+                return power
+    if not possible:
+        raise KvbmError(f"{path}: no block size explains how many blocks each prompt has; give --block-size")
+    return possible[0]
