@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
 import re
+import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -82,3 +85,61 @@ def test_commands_and_targets_exist(page: Path) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+# -- code on the pages --
+
+CODE = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RUNNABLE = [ROOT / "README.md", ROOT / "docs" / "tutorial.md"]
+
+
+def run(text: str, folder: Path, name: str) -> int:
+    """Run the code blocks of a page in order, as a reader does who types them; returns how many.
+
+    A block that begins with `# NAME.py` is a file, one of prompts is an interactive session, `sh` is a command.
+    """
+    names: dict[str, object] = {"__name__": name}
+    blocks = 0
+    for blocks, block in enumerate(CODE.finditer(text), 1):
+        language, source, line = block[1], block[2], text.count("\n", 0, block.start(2))
+        if language == "sh":
+            command = [sys.executable if word == "python" else word for word in source.split()]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stdout + done.stderr
+        elif file := re.match(r"# (\w+\.py)\n", source):
+            (folder / file[1]).write_text(source)
+        elif source.startswith(">>> "):
+            session = doctest.DocTestParser().get_doctest(source, {}, name, name, line)
+            session.globs = names
+            doctest.DebugRunner(optionflags=doctest.ELLIPSIS).run(session, clear_globs=False)
+        else:
+            exec(compile("\n" * line + source, name, "exec"), names)
+    return blocks
+
+
+@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
+def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    assert run(page.read_text(), tmp_path, page.name) == page.read_text().count("```python") + page.read_text().count(
+        "```sh\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error"),
+    [
+        ("<Writable of 3 blocks>", "<Writable of 4 blocks>", doctest.DocTestFailure),  # another output
+        ("got 2 in 2", "got 3 in 3", doctest.UnexpectedException),  # another message
+        ("weak.upgrade() is None", "weak.upgrade().oops", doctest.UnexpectedException),  # an error nobody announced
+        ("popitem()[0]", "popitem()[1]", AssertionError),  # a policy that breaks the contract, or its session
+    ],
+)
+def test_wrong_code_is_found(
+    old: str, new: str, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    assert text.count(old) == 1, old
+    with pytest.raises(error):
+        run(text.replace(old, new), tmp_path, "tutorial.md")
