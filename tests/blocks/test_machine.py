@@ -284,6 +284,7 @@ class PoolMachine(RuleBasedStateMachine):
     def resize(self, num_slots: int) -> None:
         before = self.pool.statistics()
         inactive = {key for key, block in self.model.blocks.items() if not block.holds}
+        dead = {key for key in inactive if not self.model.alive(key, self.clock())}
         total = self.pool.resize(num_slots)
         gone = inactive - self.heard
         self.settle()
@@ -293,8 +294,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.pool.statistics().free == 0
             assert not inactive & self.heard or self.policy in REFUSES
         elif all(self.model.alive(key, self.clock()) for key in inactive & self.heard):
-            expired = self.pool.statistics().expired - before.expired
-            assert len(gone) == max(expired, before.total - total - before.free)
+            assert len(gone) == max(len(dead), before.total - total - before.free)
 
     @rule(keys=runs)
     def absent(self, keys: list[bytes]) -> None:
