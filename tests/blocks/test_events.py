@@ -165,6 +165,55 @@ def test_an_expiry(clock: ManualClock) -> None:
     assert ear.told() == [moved("inactive", "free", 3), Removed("t", (A,), 3)]
 
 
+@pytest.mark.parametrize("look", ["peek", "absent", "touch", "upgrade", "match", "scan", "register"])
+def test_whatever_meets_an_expired_block_says_so_at_once(clock: ManualClock, look: str) -> None:
+    pool, ear = watched(clock=clock)
+    raw = pool.allocate(1)
+    assert raw is not None
+    staged = raw.stage([A])
+    store(pool, A, ttl=1.0)
+    with pool.match([A]) as pinned:
+        weak = pinned.weak()
+    ear.told()
+    clock.advance(1.0)
+    match look:
+        case "peek":
+            assert pool.peek([A]) == 0
+        case "absent":
+            assert pool.absent([A, B]) == [1]  # staged
+        case "touch":
+            pool.touch([A])
+        case "upgrade":
+            assert weak.upgrade() is None
+        case "match":
+            assert len(pool.match([A])) == 0
+        case "scan":
+            assert pool.scan([A])[1] == []
+        case "register":
+            staged.register().drop()
+    assert ear.told()[:2] == [moved("inactive", "free", 2), Removed("t", (A,), 3)]
+    if look != "register":
+        staged.drop()
+    assert pool.statistics().expired == 1
+
+
+@pytest.mark.parametrize("look", ["pins", "statistics", "allocate"])
+def test_whatever_ends_a_pin_says_so_at_once(clock: ManualClock, look: str) -> None:
+    pool, ear = watched(clock=clock)
+    store(pool, A)
+    pool.pin([A], owner="me", ttl=1.0)
+    ear.told()
+    clock.advance(1.0)
+    match look:
+        case "pins":
+            assert pool.pins() == {}
+        case "statistics":
+            assert pool.statistics().inactive == 1
+        case "allocate":
+            assert pool.allocate(5) is None
+    assert ear.told() == [moved("active", "inactive", 3)]
+
+
 def test_a_forgotten_handle() -> None:
     pool, ear = watched()
     raw = pool.allocate(1)

