@@ -98,6 +98,19 @@ def test_what_was_only_staged_goes_back() -> None:
     assert ear.told() == [moved("staged", "free", 3)]
 
 
+def test_neighbours_are_one_event() -> None:
+    pool, ear = watched(8)
+    raw = pool.allocate(7)
+    assert raw is not None
+    keys = [bytes([number]) * 32 for number in range(7)]
+    with raw.stage(keys, parent=E).register(np.array([True, True, False, True, False, True, True])):
+        assert [event for event in ear.told() if isinstance(event, Stored)] == [
+            Stored("t", (keys[0], keys[1]), E, 3),
+            Stored("t", (keys[3],), keys[2], 3),
+            Stored("t", (keys[5], keys[6]), keys[4], 3),
+        ]
+
+
 def test_orphans() -> None:
     pool, ear = watched()
     store(pool, A, B)

@@ -172,6 +172,16 @@ def test_a_pin_does_not_prolong_a_block(pool: Pool, clock: ManualClock) -> None:
     assert pool.statistics().orphaned == 1
 
 
+def test_what_expired_since_the_last_search_is_not_pinned(pool: Pool, clock: ManualClock) -> None:
+    store(pool, A, ttl=1.0)
+    store(pool, B, ttl=1.000004)  # the next search is 8 microseconds later
+    clock.advance(1.0)
+    evict(pool, 1)
+    assert pool.statistics().expired == 1
+    clock.advance(0.000005)
+    assert pool.pin([B], owner="me", ttl=1.0) == 0
+
+
 def test_a_pin_and_a_handle_hold_apart(pool: Pool) -> None:
     store(pool, A)
     with pool.match([A]) as pinned:
