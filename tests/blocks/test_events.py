@@ -344,8 +344,10 @@ def test_looking_at_a_block(clock: ManualClock) -> None:
     assert pool.look(D) is None
     raw = pool.allocate(1)
     assert raw is not None
-    with raw.stage([D]):
+    with raw.stage([D]) as staged:
         assert pool.look(D) is None
+        with staged.register():
+            assert pool.look(D) == Block(key=D, slot=0, parent=None, holds=1, priority=0, expires=None)
     clock.advance(5.0)
     assert pool.look(C) is None
     assert pool.statistics().expired == 1
