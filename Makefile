@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install
 
-.PHONY: demo serve test test-fast check bench clean
+.PHONY: demo serve test test-fast check coverage bench clean
 
 demo: .venv/engine
 	$(BIN)/kvbm demo
@@ -25,6 +25,11 @@ check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Of what decides and moves no bytes; the rest is measured by running it.
+coverage: .venv/dev
+	$(BIN)/coverage run -m pytest -q -m "not e2e" tests/core tests/blocks tests/policy tests/native tests/testing
+	$(BIN)/coverage report
 
 bench: .venv/engine
 	for file in bench/*.py; do name=$$(basename $$file .py); \

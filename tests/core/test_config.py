@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvbm.core.config import UPSTREAM, Settings, allowed, load
+from kvbm.core.config import UPSTREAM, Settings, allowed, child_environment, load
 from kvbm.core.errors import ConfigError
 
 
@@ -238,3 +238,11 @@ def test_options_that_were_not_given_do_not_count() -> None:
 
 def test_the_transport_wrapper_takes_a_query() -> None:
     assert resolve(extra={"transport_wrapper": "kvbm.testing.faults:slow?ms=200"}).sources["transport_wrapper"]
+
+
+def test_a_child_gets_this_environment_and_defaults_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONE", "given")
+    monkeypatch.delenv("TWO", raising=False)
+    child = child_environment(ONE="default", TWO="default")
+    assert (child["ONE"], child["TWO"]) == ("given", "default")
+    assert "TWO" not in os.environ

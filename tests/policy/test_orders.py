@@ -398,3 +398,17 @@ def work(order: EvictionOrder, first: int) -> None:
     order.use(run[:5])
     order.add(run[:5])
     order.forget(order.victims(24))
+
+
+def test_s3_fifo_gives_a_block_even_where_all_were_used_too_often_to_look_at() -> None:
+    """More second chances than one call gives: 3 for each of 3000 blocks in the main queue."""
+    order, slots = S3FIFO(3000), np.arange(3000)
+    order.admit(slots, slots, np.full(3000, -1))
+    for _ in range(2):  # the first round is to the main queue
+        for _ in range(3):
+            order.use(slots)
+        order.add(slots)
+        last = order.victims(1)
+        assert len(last) == 1
+        order.add(last)
+        order.discard(slots)
