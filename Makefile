@@ -1,9 +1,10 @@
 # Everything sets itself up in .venv. A machine needs Python 3.11, make and gcc.
 PYTHON ?= python3
+REFERENCE := kvbm.blocks kvbm.policy kvbm.abc kvbm.core kvbm.testing.policy
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install
 
-.PHONY: demo serve test test-fast check coverage bench clean
+.PHONY: demo serve test test-fast check coverage bench docs clean
 
 demo: .venv/engine
 	$(BIN)/kvbm demo
@@ -37,6 +38,9 @@ bench: .venv/engine
 
 bench-%: .venv/engine
 	$(BIN)/python -m bench.$*
+
+docs: .venv/dev
+	$(BIN)/pdoc --output-directory build/docs $(REFERENCE)
 
 clean:
 	rm -rf build dist .venv src/*.egg-info src/kvbm/native/*.so

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import doctest
 import gc
+import importlib
+import inspect
+import pkgutil
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer.main
@@ -118,29 +123,97 @@ def run(text: str, folder: Path, name: str) -> int:
     return len(blocks)
 
 
-@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
-def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a reader saves files and starts Python."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    assert run(page.read_text(), tmp_path, page.name) == page.read_text().count("```python") + page.read_text().count(
-        "```sh\n"
-    )
+    monkeypatch.delitem(sys.modules, "mru", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
+def test_code_runs(page: Path, folder: Path) -> None:
+    text = page.read_text()
+    assert run(text, folder, page.name) == text.count("```python") + text.count("```sh\n") > 0
 
 
 @pytest.mark.parametrize(
     ("old", "new", "error"),
     [
-        ("<Writable of 3 blocks>", "<Writable of 4 blocks>", doctest.DocTestFailure),  # another output
-        ("weak.upgrade() is None", "weak.upgrade().oops", doctest.UnexpectedException),  # an error nobody announced
+        ("\n[4]\n", "\n[3]\n", doctest.DocTestFailure),  # another output
+        (">>> weak.upgrade() is None", ">>> weak.oops", doctest.UnexpectedException),  # an error nobody announced
+        ("there is no 'newest'", "there is no 'oldest'", doctest.DocTestFailure),  # another error
+        ("return MRU(self._num_slots)", "return self", AssertionError),  # a policy that breaks the contract
     ],
 )
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_wrong_code_is_found(
-    old: str, new: str, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
+def test_wrong_code_is_found(old: str, new: str, error: type[Exception], folder: Path) -> None:
     text = (ROOT / "docs" / "tutorial.md").read_text()
     assert text.count(old) == 1, old
     with pytest.raises(error):
-        run(text.replace(old, new), tmp_path, "tutorial.md")
+        run(text.replace(old, new), folder, "tutorial.md")
     gc.collect()  # what the page held when it stopped is forgotten here, where that is expected
+
+
+# -- the reference --
+
+
+def modules(*names: str) -> Iterator[ModuleType]:
+    """These, and what is public in them."""
+    for name in names:
+        module = importlib.import_module(name)
+        yield module
+        for found in pkgutil.iter_modules(getattr(module, "__path__", [])):
+            if not found.name.startswith("_"):
+                yield from modules(f"{name}.{found.name}")
+
+
+def undocumented(module: ModuleType) -> Iterator[str]:
+    """What is public, defined here, and has no docstring, nor overrides anything that has one."""
+    if not module.__doc__:
+        yield module.__name__
+    for name, value in vars(module).items():
+        if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+            continue
+        if inspect.isclass(value):
+            if not value.__dict__.get("__doc__"):
+                yield f"{module.__name__}.{name}"
+            for member, attribute in vars(value).items():
+                described = inspect.isroutine(attribute) or isinstance(attribute, property)
+                if described and not member.startswith("_") and not inspect.getdoc(getattr(value, member)):
+                    yield f"{module.__name__}.{name}.{member}"
+        elif inspect.isfunction(value) and not value.__doc__:
+            yield f"{module.__name__}.{name}"
+
+
+def test_everything_public_has_a_docstring() -> None:
+    found = list(modules("kvbm.blocks", "kvbm.policy", "kvbm.abc.policy"))
+    assert len(found) > 15
+    assert [name for module in found for name in undocumented(module)] == []
+
+
+BARE = """
+class C:
+    def f(self): "says"
+    def g(self): pass
+class D(C):
+    "says"
+    def f(self): pass
+def h(): pass
+"""
+
+
+def test_a_missing_docstring_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("bare")
+    monkeypatch.setitem(sys.modules, "bare", module)
+    exec(BARE, vars(module))
+    assert list(undocumented(module)) == ["bare", "bare.C", "bare.C.g", "bare.h"]
+
+
+def test_the_reference_is_built_without_a_warning(tmp_path: Path) -> None:
+    match = re.search(r"^REFERENCE := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert match
+    command = [sys.executable, "-W", "error", "-m", "pdoc", "--output-directory", str(tmp_path), *match[1].split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert "Hold the longest prefix" in (tmp_path / "kvbm" / "blocks.html").read_text()

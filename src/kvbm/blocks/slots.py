@@ -77,6 +77,7 @@ class SlotTable(Table):
         return among[self.expiry[among] <= now].tobytes()
 
     def grow(self, capacity: int) -> None:
+        """More slots, free."""
         more = capacity - self.capacity
         super().grow(capacity)
         self.priority = np.concatenate((self.priority, np.zeros(more, np.uint8)))
