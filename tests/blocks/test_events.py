@@ -164,9 +164,10 @@ def test_pins_candidates_and_a_resize() -> None:
         moved("inactive", "writable", 2),
         Removed("t", (B,), 3),
         moved("writable", "free", 2),
+        moved("free", "retired", 3, 2, 0),
     ]
     assert pool.resize(4) == 4
-    assert ear.told() == []
+    assert ear.told() == [moved("retired", "free", 0, 2, 3)]
 
 
 def test_an_expiry(clock: ManualClock) -> None:

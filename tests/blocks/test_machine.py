@@ -396,6 +396,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert len(set(used)) == len(used) == self.total - seen.free
         followed = Counter(self.states.values())
         assert followed["active"] == seen.active
+        assert len(self.states) - followed["retired"] <= seen.total
         assert followed["inactive"] == seen.inactive
         assert followed["writable"] == seen.writable
         assert followed["staged"] == seen.staged
@@ -413,7 +414,7 @@ class PoolMachine(RuleBasedStateMachine):
             held.handle.drop()
         self.pool.clear()
         assert self.pool.statistics().free == self.total
-        assert set(self.states.values()) <= {"free"}
+        assert set(self.states.values()) <= {"free", "retired"}
 
 
 class Follower:

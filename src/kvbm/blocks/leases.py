@@ -164,6 +164,12 @@ class Pinned(_Lease):
         self._check()
         return self._keys
 
+    @property
+    def parents(self) -> tuple[bytes | None, ...]:
+        """The key before each block in its prompt, where its writer said so and it can still be matched."""
+        self._check()
+        return self._ledger.parents(self._box[0])
+
     def narrow(self, n: int) -> None:
         """Keep the first `n` blocks and let go of the others."""
         if not 0 <= n <= len(self):

@@ -154,10 +154,11 @@ class Ledger:
         return alive
 
     def candidates(self, n: int) -> tuple[bytes, tuple[bytes, ...], int]:
-        """Hold up to `n` blocks that would be evicted next, the first to go first; slots, keys and the generation."""
+        """Hold up to `n` blocks that would be evicted next, the first to go last; slots, keys and the generation."""
         with self._lock:
             self._settle_debts()
-            slots = self._ranks.victims(min(n, len(self._ranks)))
+            victims = self._ranks.victims(min(n, len(self._ranks)))
+            slots = as_array(victims)[::-1].tobytes()  # prompt order, in which they are let go again
             self._table.hold(slots)
             self._moved(slots, "inactive", "active")
             keys, generation = self._table.keys(slots), self._generation
@@ -313,6 +314,11 @@ class Ledger:
         if self._queue:
             self._feed.deliver()
         return block
+
+    def parents(self, slots: bytes) -> tuple[bytes | None, ...]:
+        """The key before each of these blocks in its prompt."""
+        with self._lock:
+            return self._table.parents(slots)
 
     def pins(self) -> dict[str, int]:
         """How many blocks are held in whose name."""
@@ -536,7 +542,7 @@ class Ledger:
         table, total = self._table, self._total()
         if num_slots > total:
             back = min(table.retired, num_slots - total)
-            table.restore(back)
+            self._moved(table.restore(back), "retired", "free")
             if num_slots > total + back:
                 table.grow(table.capacity + num_slots - total - back)
                 self._ranks.resize(table.capacity)
@@ -547,7 +553,7 @@ class Ledger:
             if victims is not None:
                 table.give_back(victims)
                 self._moved(victims, "writable", "free")
-        table.retire(min(excess, table.free))
+        self._moved(table.retire(min(excess, table.free)), "free", "retired")
 
     def _settle_debts(self) -> None:
         """What is over ends before anybody looks for slots: forgotten handles, pins, blocks."""

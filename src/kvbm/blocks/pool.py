@@ -78,9 +78,10 @@ class Pool:
         return self._ledger.peek(keys, start)
 
     def candidates(self, n: int) -> Pinned:
-        """Hold up to `n` of the blocks that would be evicted next, the first to go first.
+        """Hold up to `n` of the blocks that would be evicted next, in prompt order: the first to go is the last.
 
-        For a tier that moves blocks down before it gives up their slots: copy them, then `Pinned.evict`.
+        For a tier that moves blocks down before it gives up their slots: copy them, then `Pinned.evict`. Those that are
+        dropped instead count as just used.
         """
         if n < 0:
             raise Misuse(f"cannot hold {n} blocks")

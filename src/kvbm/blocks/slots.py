@@ -79,9 +79,10 @@ class SlotTable(Table):
     def grow(self, capacity: int) -> None:
         """More slots, free."""
         more = capacity - self.capacity
-        super().grow(capacity)
-        self.priority = np.concatenate((self.priority, np.zeros(more, np.uint8)))
-        self.expiry = np.concatenate((self.expiry, np.full(more, NEVER)))
+        priority = np.concatenate((self.priority, np.zeros(more, np.uint8)))
+        expiry = np.concatenate((self.expiry, np.full(more, NEVER)))
+        super().grow(capacity)  # last: where memory is short nothing has changed
+        self.priority, self.expiry = priority, expiry
 
     def problems(self) -> list[str]:
         """What is wrong; empty when nothing is. Looks at every slot."""

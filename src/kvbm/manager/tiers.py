@@ -206,11 +206,9 @@ class Tiers:
         return pool.allocate(n) if n else None
 
     def _demote(self, tier: str, victims: Pinned) -> None:
-        """Copy victims, the first to go first, to the tier below; there too they go in that order."""
-        target, keys = self._below[tier], victims.keys
-        blocks = map(self._pools[tier].look, keys)
-        parents = [None if block is None else block.parent for block in blocks]
-        for positions in _chains(parents, keys, self._pools[target].absent(keys)):
+        """Copy victims, the first to go last, to the tier below; there too they go in that order."""
+        target, keys, parents = self._below[tier], victims.keys, victims.parents
+        for positions in reversed(list(_chains(parents, keys, self._pools[target].absent(keys)))):
             writable = self._take(target, len(positions))
             if writable is None:
                 return
@@ -228,15 +226,15 @@ class Tiers:
 
 
 def _chains(parents: Sequence[bytes | None], keys: Sequence[bytes], positions: Sequence[int]) -> Iterator[list[int]]:
-    """Those `positions` of `keys`, where leaves come before roots, as runs that follow each other root first."""
+    """Those `positions` of `keys` as runs that follow each other in a prompt."""
     chain: list[int] = []
     for at in positions:
-        if chain and parents[chain[-1]] != keys[at]:
-            yield chain[::-1]
+        if chain and parents[at] != keys[chain[-1]]:
+            yield chain
             chain = []
         chain.append(at)
     if chain:
-        yield chain[::-1]
+        yield chain
 
 
 def _gaps(positions: Sequence[int], offset: int) -> Iterator[tuple[int, int]]:

@@ -22,7 +22,7 @@ class Table:
 
     def __init__(self, capacity: int) -> None: ...
     def take(self, n: int, /) -> bytes:
-        """`n` free slots, now writable."""
+        """`n` free slots, now writable: those that became free last."""
 
     def stage(self, slots: bytes, keys: tuple[bytes, ...] | None, parent: bytes | None, /) -> None:
         """Writable to staged, as the blocks of `keys`; each one's parent is the key before it, the first's `parent`.
@@ -98,8 +98,8 @@ class Table:
     def grow(self, capacity: int, /) -> None:
         """More slots, free. Raises MemoryError and changes nothing where memory is short."""
 
-    def retire(self, n: int, /) -> None:
-        """`n` free slots, the highest, to retired."""
+    def retire(self, n: int, /) -> bytes:
+        """`n` free slots, the highest, to retired; returns them."""
 
-    def restore(self, n: int, /) -> None:
-        """`n` retired slots, the lowest, to free."""
+    def restore(self, n: int, /) -> bytes:
+        """`n` retired slots, the lowest, to free; returns them."""

@@ -708,32 +708,28 @@ METHOD(idle) {
     return idle ? shorten(idle, used) : NULL;
 }
 
-METHOD(keys) {
-    NEEDS(1)
+/* A tuple with the bytes object that lies `offset` into each slot, None where there is none. */
+static PyObject *objects_at(Table *t, PyObject *slots, size_t offset) {
     Run run;
-    if (run_of(t, args[0], &run) < 0) {
+    if (run_of(t, slots, &run) < 0) {
         return NULL;
     }
-    PyObject *keys = PyTuple_New(run.n);
-    for (Py_ssize_t i = 0; keys && i < run.n; i++) {
-        PyObject *key = t->slots[run.at[i]].key;
-        PyTuple_SET_ITEM(keys, i, Py_NewRef(key ? key : Py_None));
+    PyObject *found = PyTuple_New(run.n);
+    for (Py_ssize_t i = 0; found && i < run.n; i++) {
+        PyObject *object = *(PyObject **)((char *)&t->slots[run.at[i]] + offset);
+        PyTuple_SET_ITEM(found, i, Py_NewRef(object ? object : Py_None));
     }
-    return keys;
+    return found;
+}
+
+METHOD(keys) {
+    NEEDS(1)
+    return objects_at(t, args[0], offsetof(Slot, key));
 }
 
 METHOD(parents) {
     NEEDS(1)
-    Run run;
-    if (run_of(t, args[0], &run) < 0) {
-        return NULL;
-    }
-    PyObject *keys = PyTuple_New(run.n);
-    for (Py_ssize_t i = 0; keys && i < run.n; i++) {
-        PyObject *parent = t->slots[run.at[i]].parent;
-        PyTuple_SET_ITEM(keys, i, Py_NewRef(parent ? parent : Py_None));
-    }
-    return keys;
+    return objects_at(t, args[0], offsetof(Slot, parent));
 }
 
 METHOD(tags) {
@@ -875,15 +871,19 @@ METHOD(retire) {
     if (n < 0 || n > t->count.free) {
         return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "%zd slots of %zd", n, t->count.free);
     }
-    /* The highest numbers go, so that an arena can give back its end; the lowest are left on top of the stack. */
-    qsort(t->free, (size_t)t->count.free, sizeof(int32_t), descending);
-    for (Py_ssize_t i = 0; i < n; i++) {
-        t->slots[t->free[i]].state = RETIRED;
+    PyObject *gone = new_run(n);
+    if (gone && n) {
+        /* The highest numbers go, so that an arena can give back its end; the lowest are left on top of the stack. */
+        qsort(t->free, (size_t)t->count.free, sizeof(int32_t), descending);
+        for (Py_ssize_t i = 0; i < n; i++) {
+            t->slots[t->free[i]].state = RETIRED;
+            slots_in(gone)[i] = t->free[i];
+        }
+        t->count.free -= n;
+        t->count.retired += n;
+        memmove(t->free, t->free + n, (size_t)t->count.free * sizeof(int32_t));
     }
-    t->count.free -= n;
-    t->count.retired += n;
-    memmove(t->free, t->free + n, (size_t)t->count.free * sizeof(int32_t));
-    Py_RETURN_NONE;
+    return gone;
 }
 
 METHOD(restore) {
@@ -892,14 +892,15 @@ METHOD(restore) {
     if (n < 0 || n > t->count.retired) {
         return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "%zd slots of %zd", n, t->count.retired);
     }
-    for (int32_t slot = 0; n; slot++) {
+    PyObject *back = new_run(n);
+    for (int32_t slot = 0, found = 0; back && found < n; slot++) {
         if (t->slots[slot].state == RETIRED) {
             push_free(t, slot);
             t->count.retired--;
-            n--;
+            slots_in(back)[found++] = slot;
         }
     }
-    Py_RETURN_NONE;
+    return back;
 }
 
 /* -- the type -- */
