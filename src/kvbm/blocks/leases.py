@@ -18,8 +18,9 @@ from typing import ClassVar, Self, final
 import numpy as np
 
 from kvbm.abc.policy import Mask
-from kvbm.blocks.ledger import SLOT_BYTES, Ledger, Terms
+from kvbm.blocks.ledger import Ledger
 from kvbm.blocks.slots import REGISTERED, STAGED, WRITABLE, as_array
+from kvbm.blocks.transitions import SLOT_BYTES, Terms
 from kvbm.core.errors import Misuse
 from kvbm.core.region import Slots
 

@@ -9,8 +9,9 @@ from typing import get_args
 from kvbm.abc.observer import Observer
 from kvbm.abc.policy import EvictionOrder
 from kvbm.blocks.leases import Pinned, Writable
-from kvbm.blocks.ledger import SLOT_BYTES, Duplicates, Ledger
+from kvbm.blocks.ledger import Ledger
 from kvbm.blocks.statistics import Block, PoolStatistics
+from kvbm.blocks.transitions import SLOT_BYTES, Duplicates
 from kvbm.core.errors import Misuse
 
 
