@@ -217,7 +217,29 @@ class PoolMachine(RuleBasedStateMachine):
         if isinstance(raw, Held):
             self.drop(self.register(self.stage(raw, KEYS.index(keys[0]), priority, ttl), None))
 
+    @rule(keys=runs, priority=priorities, ttl=ttls, high=st.booleans())
+    def adopt(self, keys: list[bytes], priority: int, ttl: float | None, high: bool) -> None:
+        """Blocks that lie there already."""
+        free = [slot for slot in range(self.total) if self.states.get(slot, "free") == "free"]
+        keys = [key for key in keys if self.pool.absent([key])][: len(free)]
+        self.settle()
+        slots = free[::-1][: len(keys)] if high else free[: len(keys)]
+        self.pool.adopt(
+            np.array(slots, np.int64),
+            keys,
+            [None, *keys[:-1]][: len(keys)],
+            priorities=np.full(len(keys), priority, np.uint8),
+            ttls=None if ttl is None else np.full(len(keys), ttl),
+        )
+        end = NEVER if ttl is None else self.clock() + ttl
+        self.model.blocks |= {key: Block(at, priority, end, 0) for key, at in zip(keys, slots, strict=True)}
+
     # -- reading --
+
+    @rule(keys=runs)
+    def present(self, keys: list[bytes]) -> None:
+        assert self.pool.present(keys).tolist() == [self.model.alive(key, self.clock()) for key in keys]
+        self.settle()
 
     @rule(target=pins, keys=runs, start=st.integers(0, 3))
     def match(self, keys: list[bytes], start: int) -> Held:

@@ -47,6 +47,12 @@ def test_blocks_win(tmp_path: Path) -> None:
     assert start(tmp_path, g2_gb=0.001, g2_blocks=3).leader.pool.statistics().total == 3
 
 
+def test_the_order_of_g2_by_name(tmp_path: Path) -> None:
+    assert start(tmp_path, g2_blocks=3, g2_order="arc").leader.problems == []
+    with pytest.raises(ConfigError, match=r"setting g2_order: there is no 'lruu'; there are fifo, lru"):
+        start(tmp_path, g2_blocks=3, g2_order="lruu")
+
+
 def test_a_share_of_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "available_memory", lambda: (1 << 30) + 819_200)
     assert start(tmp_path, g2_share=0.5).leader.pool.statistics().total == 50

@@ -93,6 +93,16 @@ def test_a_prefix_spans_tiers() -> None:
     assert there(tier_pools["g2"], keys) == list(range(6))
 
 
+def test_who_has_what() -> None:
+    there_are = pools(g2=2, g3=8)
+    tiers, keys = Tiers(there_are, WriteThrough()), prompt("a", 4)
+    serve(tiers, keys)
+    assert {tier: mask.tolist() for tier, mask in tiers.presence([*keys, b"x"]).items()} == {
+        "g2": [True, True, False, False, False],
+        "g3": [True, True, True, True, False],
+    }
+
+
 def test_exclusive_moves_up_and_down() -> None:
     tier_pools = pools(g2=3, g3=6)
     tiers, a, b = Tiers(tier_pools, Exclusive()), prompt("a", 3), prompt("b", 3)

@@ -104,13 +104,21 @@ class Plain:
             self.slots[slot].state = WRITABLE
         return taken
 
-    def stage(self, slots: list[int], keys: tuple[bytes, ...] | None, parent: bytes | None) -> None:
+    def claim(self, slots: list[int]) -> None:
+        for slot in self._all(slots, lambda slot: slot.state == FREE):
+            slot.state = WRITABLE
+        self.stack = [slot for slot in self.stack if slot not in slots]
+
+    def stage(
+        self, slots: list[int], keys: tuple[bytes, ...] | None, parent: bytes | tuple[bytes | None, ...] | None
+    ) -> None:
+        parents = parent if isinstance(parent, tuple) else (parent, *(keys or ())[:-1])
         chosen = self._all(slots, lambda slot: slot.state == WRITABLE)
         require(keys is None or len(set(keys)) == len(keys))
         for at, slot in enumerate(chosen):
             slot.state = STAGED
             if keys is not None:
-                slot.key, slot.parent = keys[at], keys[at - 1] if at else parent
+                slot.key, slot.parent = keys[at], parents[at]
 
     def register(
         self, slots: list[int], done: bytes | None, keep: bool
@@ -244,7 +252,8 @@ def outcome(call: Callable[[], Any]) -> Any:
         return ValueError
 
 
-SLOT_RUNS = {"stage", "register", "hold", "release", "give_back", "evict", "unpublish"}
+STATES = {"claim": (FREE,), "hold": (0, 1), "give_back": (-2, -1), "evict": (0,), "unpublish": (0, 1)}
+SLOT_RUNS = {"claim", "stage", "register", "hold", "release", "give_back", "evict", "unpublish"}
 LOOKS = ("idle", "keys", "parents", "tags", "parent_slots")
 # Of different lengths, and some whose beginnings are the same.
 KEYS = [b"", b"a", b"ab", b"ab\0", bytes(32), bytes(33), *(bytes([at]) * 16 for at in range(1, 8))]
@@ -308,7 +317,9 @@ def test_does_what_the_python_form_does(capacity: int, data: st.DataObject) -> N
             case "match" | "peek":
                 both(name, draw(keys), draw(st.integers(-1, 2)))
             case "stage":
-                chosen, parent = slots(WRITABLE), draw(st.none() | st.sampled_from(KEYS))
+                chosen = slots(WRITABLE)
+                one = st.none() | st.sampled_from(KEYS)
+                parent = draw(one | st.tuples(*[one] * len(chosen)))
                 names = draw(st.lists(st.sampled_from(KEYS), min_size=len(chosen), max_size=len(chosen)))
                 both(name, chosen, tuple(names) if draw(st.integers(0, 9)) else None, parent)
             case "register":
@@ -320,10 +331,10 @@ def test_does_what_the_python_form_does(capacity: int, data: st.DataObject) -> N
             case "clear":
                 both(name)
             case _:
-                both(name, slots(*{"hold": (0, 1), "give_back": (-2, -1), "evict": (0,), "unpublish": (0, 1)}[name]))
+                both(name, slots(*STATES[name]))
 
     names = ["take", "stage", "stage", "register", "register", "match", "peek", "hold", "release", "release"]
-    names += ["give_back", "evict", "unpublish", "grow", "retire", "restore"]
+    names += ["claim", "give_back", "evict", "unpublish", "grow", "retire", "restore"]
     for name in data.draw(st.lists(st.sampled_from([*names, *names, "clear"]), min_size=10, max_size=40)):
         step(name)
 
@@ -400,6 +411,7 @@ def everything(table: Table) -> list[object]:
 
 
 ACCEPTS = {
+    "claim": {0},
     "hold": {3, 4},
     "release": {4, 5},
     "give_back": {1, 2},
@@ -424,7 +436,7 @@ def test_a_slot_in_another_state_is_refused(table: Table, name: str, slot: int) 
                 method(run(*slots), *more)
 
 
-@pytest.mark.parametrize("name", ["release", "give_back", "evict", "unpublish", "stage", "register"])
+@pytest.mark.parametrize("name", ["claim", "release", "give_back", "evict", "unpublish", "stage", "register"])
 def test_a_slot_that_is_twice_is_refused(table: Table, name: str) -> None:
     for slot in ACCEPTS[name]:
         more = ((b"x", b"y"), None) if name == "stage" else MORE.get(name, ())
@@ -476,6 +488,14 @@ def test_what_is_no_key_is_refused(table: Table, key: Any) -> None:
 def test_a_stage_needs_a_tuple_of_as_many_keys(table: Table, keys: Any) -> None:
     with pytest.raises(TypeError, match="needs a tuple of 1 keys or None"):
         table.stage(run(1), keys, None)
+
+
+@pytest.mark.parametrize("parents", [(), (b"x", b"y"), (b"x", None, b"z")])
+def test_a_stage_needs_as_many_parents(table: Table, parents: Any) -> None:
+    with pytest.raises(TypeError, match="needs a tuple of 1 parents"):
+        table.stage(run(1), (b"x",), parents)
+    with pytest.raises(TypeError, match="a parent must be bytes or None"):
+        table.stage(run(1), (b"x",), ("y",))  # type: ignore[arg-type]
 
 
 def test_a_key_twice_in_a_stage_changes_nothing() -> None:
@@ -648,7 +668,7 @@ def test_no_reference_is_lost_or_kept() -> None:
             slots = table.take(4)
             with pytest.raises(ValueError, match="twice"):
                 table.stage(slots, (*keys[:3], keys[0]), parent)
-            table.stage(slots, keys, parent)
+            table.stage(slots, keys, (parent, None, *keys[:2]) if keep else parent)
             table.release(table.register(slots, done, keep)[0])
         table.release(table.match(keys, 0)[0])
         table.find(keys), table.absent([*keys, parent])

@@ -11,7 +11,7 @@ from kvbm.abc.policy import Mask
 from kvbm.blocks.pins import Hold
 from kvbm.blocks.slots import NEVER, REGISTERED, as_array
 from kvbm.blocks.statistics import Block, PoolStatistics
-from kvbm.blocks.transitions import SLOT_BYTES, Terms, Transitions
+from kvbm.blocks.transitions import SLOT_BYTES, Priorities, Seconds, Terms, Transitions
 from kvbm.core.events import Cleared
 
 
@@ -59,6 +59,28 @@ class Ledger(Transitions):
         if self._queue:
             self._feed.deliver()
         return held
+
+    def adopt(
+        self,
+        slots: bytes,
+        keys: tuple[bytes, ...],
+        parents: tuple[bytes | None, ...],
+        priorities: Priorities,
+        ttls: Seconds,
+    ) -> None:
+        """Free to registered and inactive, the first to go first. TypeError or ValueError: nothing was changed."""
+        with self._lock:
+            if len(self._table.absent(keys)) < len(keys):
+                raise ValueError("a key is there already")
+            self._table.claim(slots)
+            try:
+                self._table.stage(slots, keys, parents)
+            except (TypeError, ValueError):
+                self._table.give_back(slots)
+                raise
+            self._adopt(slots, keys, parents, priorities, ttls)
+        if self._queue:
+            self._feed.deliver()
 
     # -- reading --
 
@@ -230,6 +252,15 @@ class Ledger(Transitions):
         if self._queue:
             self._feed.deliver()
         return length
+
+    def present(self, keys: Sequence[bytes]) -> Mask:
+        """Which are registered."""
+        with self._lock:
+            self._expire_among(keys)
+            found: Mask = as_array(self._table.find(keys)) >= 0
+        if self._queue:
+            self._feed.deliver()
+        return found
 
     def absent(self, keys: Sequence[bytes]) -> list[int]:
         """Positions neither registered nor staged."""

@@ -6,13 +6,16 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import get_args
 
+import numpy as np
+
 from kvbm.abc.observer import Observer
-from kvbm.abc.policy import EvictionOrder
+from kvbm.abc.policy import EvictionOrder, Mask
 from kvbm.blocks.leases import Pinned, Writable
 from kvbm.blocks.ledger import Ledger
 from kvbm.blocks.statistics import Block, PoolStatistics
-from kvbm.blocks.transitions import SLOT_BYTES, Duplicates
+from kvbm.blocks.transitions import SLOT_BYTES, Duplicates, Priorities, Seconds
 from kvbm.core.errors import Misuse
+from kvbm.core.region import Slots
 
 
 class Pool:
@@ -89,6 +92,10 @@ class Pool:
         slots, keys, generation = self._ledger.candidates(n)
         return Pinned(self._ledger, slots, keys, generation)
 
+    def present(self, keys: Sequence[bytes]) -> Mask:
+        """Which of `keys` are registered right now; holds nothing."""
+        return self._ledger.present(keys)
+
     def absent(self, keys: Sequence[bytes]) -> list[int]:
         """Positions of keys that are neither registered nor staged right now: what a store would have to copy."""
         return self._ledger.absent(keys)
@@ -129,6 +136,34 @@ class Pool:
     def clear(self) -> None:
         """Un-publish everything and begin a new generation: what is writable or staged now is never published."""
         self._ledger.clear()
+
+    def adopt(
+        self,
+        slots: Slots,
+        keys: Sequence[bytes],
+        parents: Sequence[bytes | None],
+        *,
+        priorities: Priorities | None = None,
+        ttls: Seconds | None = None,
+    ) -> None:
+        """Register blocks whose bytes lie in these free slots already: what a durable tier found at its start.
+
+        One entry per block, the one that should go first first. `parents` has the key before each in its prompt,
+        `priorities` and `ttls` (infinite: never) are as in `Writable.stage`. One step, whatever the number.
+        """
+        priorities = np.zeros(len(slots), np.uint8) if priorities is None else priorities
+        ttls = np.full(len(slots), np.inf) if ttls is None else ttls
+        rows = {len(keys), len(parents), len(priorities), len(ttls)}
+        if rows != {len(slots)}:
+            raise Misuse(f"{len(slots)} slots need as many keys, parents, priorities and ttls, got {sorted(rows)}")
+        if priorities.max(initial=0) > 100:
+            raise Misuse(f"priority {priorities.max()} is not in 0..100")
+        if not (ttls > 0).all():
+            raise Misuse("a ttl is not positive")
+        try:
+            self._ledger.adopt(slots.astype(np.int64).tobytes(), tuple(keys), tuple(parents), priorities, ttls)
+        except (TypeError, ValueError) as error:
+            raise Misuse(f"these blocks cannot be adopted: {error}") from None
 
     def resize(self, num_slots: int) -> int:
         """Have `num_slots` slots from now on, or as few as are in use; returns how many.

@@ -41,10 +41,12 @@ class SlotTable(Table):
         self.mortal = False
         """Whether any block ever had an end."""
 
-    def set_terms(self, slots: bytes, priority: int, expiry: float) -> None:
+    def set_terms(
+        self, slots: bytes, priority: int | npt.NDArray[np.uint8], expiry: float | npt.NDArray[np.float64]
+    ) -> None:
         """How blocks that were just registered are to be kept."""
         self.priority[as_array(slots)] = priority
-        if expiry != NEVER or self.mortal:
+        if self.mortal or np.min(expiry, initial=NEVER) < NEVER:
             self.mortal = True
             self.expiry[as_array(slots)] = expiry
 

@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from kvbm.abc.observer import Observer
 from kvbm.abc.policy import EvictionOrder, Mask
@@ -18,6 +19,9 @@ from kvbm.blocks.pins import Hold, Pins
 from kvbm.blocks.ranks import Ranks
 from kvbm.blocks.slots import FREE, NEVER, REGISTERED, STAGED, WRITABLE, SlotTable, as_array
 from kvbm.core.events import Moved, Removed, Stored
+
+Priorities = npt.NDArray[np.uint8]
+Seconds = npt.NDArray[np.float64]
 
 SLOT_BYTES: Final = 8
 """A run of slots is bytes of int64: immutable, and cheaper to make and to pass on than an array."""
@@ -129,6 +133,33 @@ class Transitions:
             for first, end in runs:
                 parent = terms.keys[first - 1] if first else terms.parent
                 self._feed.put(Stored(self._tier, terms.keys[first:end], parent, self._group))
+
+    def _adopt(
+        self,
+        slots: bytes,
+        keys: tuple[bytes, ...],
+        parents: tuple[bytes | None, ...],
+        priorities: Priorities,
+        ttls: Seconds,
+    ) -> None:
+        """Staged slots, whose keys are new, are registered and held by nobody."""
+        self._table.register(slots, None, False)
+        ends = self._clock() + ttls
+        due = float(ends.min(initial=NEVER))
+        if self._special or priorities.any() or due < NEVER:
+            self._special = True
+            self._ends |= due < NEVER
+            self._due = min(self._due, due)
+            for priority in np.unique(priorities[priorities > 0]).tolist():
+                self._ranks.open(priority)
+            self._table.set_terms(slots, priorities, ends)
+        self._ranks.admit(slots)
+        self._ranks.add(as_array(self._table.release(slots))[::-1].tobytes())
+        self._counted["registrations"] += len(keys)
+        if self._feed.observers:
+            self._moved(slots, "free", "inactive")
+            for key, parent in zip(keys, parents, strict=True):
+                self._feed.put(Stored(self._tier, (key,), parent, self._group))
 
     def _renew(self, twins: bytes, idle: bytes, terms: Terms) -> None:
         """Blocks that were there already get the better of both terms; `idle` nobody had held."""

@@ -37,6 +37,8 @@ class Settings(BaseSettings):
     """Size of G2 in blocks of the engine's block size; wins over g2_gb."""
     g2_share: Annotated[float, Field(gt=0, le=0.9)] = 0.3
     """Share of the memory available at start that G2 takes when neither g2_gb nor g2_blocks is set."""
+    g2_order: Annotated[str, Field(min_length=1)] = "lru"
+    """Which blocks leave G2 first: lru, fifo, lfu, multi-lru, s3-fifo, arc, lineage, or a name of your own."""
     onboard: Literal["async", "sync"] = "async"
     """When blocks come back: between engine steps (async) or inside the step, before its forward pass (sync)."""
     enabled: bool = True

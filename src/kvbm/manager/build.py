@@ -28,7 +28,7 @@ from kvbm.manager.wire import Allot, Hello, Ready, Refused
 from kvbm.manager.worker import Worker
 from kvbm.observe import prometheus
 from kvbm.observe.totals import Totals
-from kvbm.policy.lru import LRU
+from kvbm.policy import eviction_order
 from kvbm.stores.available import available_memory
 from kvbm.transfer.executor import Executor
 from kvbm.transfer.memcpy import MemcpyTransport
@@ -107,6 +107,7 @@ def build_leader(
     """The leader, once every rank's worker has its arena. Raises ConfigError for a size that cannot be, Broken if a
     worker does not come or cannot get its memory."""
     settings = resolved.settings
+    eviction_order(settings.g2_order, 1, "g2_order")  # before anything is waited for
     for note in resolved.notes:
         log.warning("KVBM: %s", note)
     with ExitStack() as undo:
@@ -120,7 +121,7 @@ def build_leader(
             _allot(settings, links, slots)
         undo.pop_all()
     totals = Totals()
-    pool = Pool(slots, order=LRU(slots), tier="g2")
+    pool = Pool(slots, order=eviction_order(settings.g2_order, slots), tier="g2")
     leader = Leader(
         settings,
         pool,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self, final
 
-from kvbm.abc.policy import Drop, Move, Placement
+from kvbm.abc.policy import Drop, Mask, Move, Placement
 from kvbm.blocks import Pinned, Pool, Writable
 from kvbm.core.errors import Misuse
 from kvbm.core.region import Slots
@@ -116,6 +116,10 @@ class Tiers:
             raise
         held.prefix = tuple(found)
         return held
+
+    def presence(self, keys: Sequence[bytes]) -> dict[str, Mask]:
+        """By tier, which of `keys` are there; holds nothing."""
+        return {tier: pool.present(keys) for tier, pool in self._pools.items()}
 
     def promote(self, keys: Sequence[bytes], held: Held) -> int:
         """Copy what was found below the fastest tier up into it, root first, as far as there is room.

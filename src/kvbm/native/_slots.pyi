@@ -24,10 +24,15 @@ class Table:
     def take(self, n: int, /) -> bytes:
         """`n` free slots, now writable: those that became free last."""
 
-    def stage(self, slots: bytes, keys: tuple[bytes, ...] | None, parent: bytes | None, /) -> None:
+    def claim(self, slots: bytes, /) -> None:
+        """These free slots are writable now. Looks at every free slot."""
+
+    def stage(
+        self, slots: bytes, keys: tuple[bytes, ...] | None, parent: bytes | tuple[bytes | None, ...] | None, /
+    ) -> None:
         """Writable to staged, as the blocks of `keys`; each one's parent is the key before it, the first's `parent`.
 
-        Keys are distinct. Without keys they can only be given back.
+        A tuple has the parent of each. Keys are distinct. Without keys they can only be given back.
         """
 
     def register(self, slots: bytes, done: bytes | None, keep: bool, /) -> tuple[bytes, list[int] | None, bytes, bytes]:

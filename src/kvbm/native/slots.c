@@ -376,6 +376,26 @@ METHOD(take) {
     return taken;
 }
 
+METHOD(claim) {
+    NEEDS(1)
+    Run run;
+    if (run_of(t, args[0], &run) < 0 || !all_in(t, &run, FREE, FREE, "free")) {
+        return NULL;
+    }
+    for (Py_ssize_t i = 0; i < run.n; i++) {
+        t->slots[run.at[i]].state = WRITABLE;
+    }
+    Py_ssize_t left = 0;
+    for (Py_ssize_t i = 0; i < t->count.free; i++) {
+        if (t->slots[t->free[i]].state == FREE) {
+            t->free[left++] = t->free[i];
+        }
+    }
+    t->count.free = left;
+    t->count.writable += run.n;
+    Py_RETURN_NONE;
+}
+
 /* Whether the first `i` slots of a run, which are staged, have this key among theirs. */
 static int is_twice(const Table *t, const Run *run, Py_ssize_t i, PyObject *key) {
     uint32_t hash = (uint32_t)PyObject_Hash(key);
@@ -399,12 +419,18 @@ METHOD(stage) {
     if (run_of(t, args[0], &run) < 0) {
         return NULL;
     }
-    int nameless = args[1] == Py_None;
+    int nameless = args[1] == Py_None, each = PyTuple_CheckExact(parent);
     if (!nameless && (!PyTuple_CheckExact(args[1]) || PyTuple_GET_SIZE(args[1]) != run.n)) {
         return PyErr_Format(PyExc_TypeError, "needs a tuple of %zd keys or None", run.n);
     }
-    if (parent != Py_None && !PyBytes_CheckExact(parent)) {
-        return PyErr_Format(PyExc_TypeError, "a parent must be bytes or None, got %R", (PyObject *)Py_TYPE(parent));
+    if (each && PyTuple_GET_SIZE(parent) != run.n) {
+        return PyErr_Format(PyExc_TypeError, "needs a tuple of %zd parents", run.n);
+    }
+    for (Py_ssize_t i = 0; i < (each ? run.n : 1); i++) {
+        PyObject *one = each ? PyTuple_GET_ITEM(parent, i) : parent;
+        if (one != Py_None && !PyBytes_CheckExact(one)) {
+            return PyErr_Format(PyExc_TypeError, "a parent must be bytes or None, got %R", (PyObject *)Py_TYPE(one));
+        }
     }
     if (!all_in(t, &run, WRITABLE, WRITABLE, "writable")) {
         return NULL;
@@ -431,7 +457,8 @@ METHOD(stage) {
             continue;
         }
         slot->key = Py_NewRef(PyTuple_GET_ITEM(args[1], i));
-        slot->parent = i ? Py_NewRef(PyTuple_GET_ITEM(args[1], i - 1)) : parent == Py_None ? NULL : Py_NewRef(parent);
+        PyObject *before = each ? PyTuple_GET_ITEM(parent, i) : i ? PyTuple_GET_ITEM(args[1], i - 1) : parent;
+        slot->parent = before == Py_None ? NULL : Py_NewRef(before);
         slot->hash = (uint32_t)PyObject_Hash(slot->key);
         index_add(t, (int32_t)run.at[i]);
     }
@@ -951,6 +978,7 @@ static PyMethodDef methods[] = {
     FAST(find),
     FAST(absent),
     FAST(take),
+    FAST(claim),
     FAST(stage),
     FAST(register),
     FAST(hold),

@@ -42,29 +42,30 @@ PLACEMENTS: Final[Mapping[str, Callable[[], Placement]]] = {"write-through": Wri
 Policy = TypeVar("Policy")
 
 
-def eviction_order(name: str, num_slots: int) -> EvictionOrder:
+def eviction_order(name: str, num_slots: int, setting: str = "eviction_order") -> EvictionOrder:
     """The eviction order called `name`; others provide `name = "module:callable"` in `kvbm.eviction_orders`.
 
-    The callable takes a number of slots. Raises ConfigError for a name that nobody provides, that several
-    distributions provide, or whose provider fails.
+    The callable takes a number of slots. Raises ConfigError, about `setting`, for a name that nobody provides, that
+    several distributions provide, or whose provider fails.
     """
-    return _make(EvictionOrder, "eviction_order", EVICTION_ORDERS, name, num_slots)
+    return _make(EvictionOrder, "kvbm.eviction_orders", setting, EVICTION_ORDERS, name, num_slots)
 
 
-def admission(name: str, num_slots: int) -> Admission:
+def admission(name: str, num_slots: int, setting: str = "admission") -> Admission:
     """The admission called `name` for a tier; like `eviction_order`, in `kvbm.admissions`."""
-    return _make(Admission, "admission", ADMISSIONS, name, num_slots)
+    return _make(Admission, "kvbm.admissions", setting, ADMISSIONS, name, num_slots)
 
 
-def placement(name: str) -> Placement:
+def placement(name: str, setting: str = "placement") -> Placement:
     """The placement called `name`; like `eviction_order`, in `kvbm.placements`, and the callable takes nothing."""
-    return _make(Placement, "placement", PLACEMENTS, name)
+    return _make(Placement, "kvbm.placements", setting, PLACEMENTS, name)
 
 
-def _make(kind: type, setting: str, ours: Mapping[str, Callable[..., Policy]], name: str, *size: int) -> Policy:
+def _make(
+    kind: type, group: str, setting: str, ours: Mapping[str, Callable[..., Policy]], name: str, *size: int
+) -> Policy:
     if name in ours:
         return ours[name](*size)
-    group = f"kvbm.{setting}s"
     others = entry_points(group=group)
     found = list(others.select(name=name))
     if not found:
