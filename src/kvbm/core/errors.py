@@ -5,6 +5,8 @@ KvbmError
 ├── Unsupported      the engine, model or mode cannot be served correctly: refused at start
 ├── Misuse           a caller broke a contract (consumed handle, wrong state): nothing was changed
 └── Broken           something outside failed (worker gone, memory refused): the tier degrades
+    ├── Busy         another process has it
+    └── Newer        a later version wrote it
 """
 
 from __future__ import annotations
@@ -37,3 +39,11 @@ class Misuse(KvbmError, RuntimeError):
 
 class Broken(KvbmError):
     """Something KVBM depends on failed. The engine goes on without the part that needed it."""
+
+
+class Busy(Broken):
+    """Another process has what only one can have; the message says which."""
+
+
+class Newer(Broken):
+    """Something was written by a later version of KVBM. It is left as it is, and not used."""

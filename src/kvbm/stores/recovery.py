@@ -1,0 +1,146 @@
+"""What is left of a namespace after its process ended, however that was: the blocks that every rank has."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvbm.stores.files import opened, read_up_to, reported
+from kvbm.stores.format import KEY_BYTES, PAGE, RECORD, Records, Seal, Words, parse
+from kvbm.stores.meta import Place
+
+_STRETCH: Final = 1 << 16
+"""Records that are read at once: 8 MiB."""
+_UNREADABLE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR)
+
+_KEPT: Final = np.dtype(
+    [(name, RECORD[name]) for name in ("key", "key_length", "parent", "sequence", "expires")]
+    + [("priority", "<i4"), ("slot", "<u4")]
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recovered:
+    """The blocks of a namespace, the oldest write first; arrays of one entry per block.
+
+    `keys` are (n, 32) bytes, padded with zeros, of `key_lengths`; `parents` the first 8 bytes of each parent's key as
+    a little-endian number, 0 where there is none; `expires` unix seconds. New writes begin with `next_sequence`.
+    `damaged` and `bad` count records that are not intact and slots in which a bad block was found, over all ranks.
+    """
+
+    slots: npt.NDArray[np.int64]
+    keys: npt.NDArray[np.uint8]
+    key_lengths: npt.NDArray[np.uint32]
+    parents: Words
+    sequences: Words
+    priorities: npt.NDArray[np.int32]
+    expires: npt.NDArray[np.float64]
+    next_sequence: int
+    damaged: int
+    bad: int
+
+    def key_list(self) -> list[bytes]:
+        """The keys as they were given."""
+        text, lengths = self.keys.tobytes(), self.key_lengths.tolist()
+        return [text[i : i + n] for i, n in zip(range(0, len(text), KEY_BYTES), lengths, strict=True)]
+
+
+def recover(place: Place, now: float) -> Recovered:
+    """Read the index of every rank, once and in order, a few MiB at a time.
+
+    A block counts if all ranks have an intact record of it, written by the same write, of this generation and not
+    expired; of several with one key the last written. An index that is missing, short or not this namespace's has no
+    records; one that cannot be read is an error.
+
+    Raises:
+        Broken: the operating system's error.
+    """
+    seal = Seal(place.fingerprint)
+    kept: list[npt.NDArray[Any]] = [np.zeros(0, dtype=_KEPT)]
+    last = damaged = bad = 0
+    for first, ranks in _stretches(place):
+        parsed = [parse(records, first, seal, place.generation, place.block_bytes) for records in ranks]
+        damaged += sum(int(one.damaged.sum()) for one in parsed)
+        bad += sum(int(one.bad.sum()) for one in parsed)
+        common = parsed[0].blocks & (ranks[0]["expires"] > now)
+        for records, one in zip(ranks, parsed, strict=True):
+            # Any write there ever was, so that no number is used twice.
+            last = max(last, int(records["sequence"][~one.damaged].max(initial=0)))
+            common &= one.blocks & (records["sequence"] == ranks[0]["sequence"])
+            common &= (records["key"] == ranks[0]["key"]).all(axis=1)
+            common &= records["key_length"] == ranks[0]["key_length"]
+        chosen = ranks[0][common]
+        kept.append(np.zeros(len(chosen), dtype=_KEPT))
+        for name in _KEPT.names or ():
+            kept[-1][name] = chosen[name]
+    blocks = np.concatenate(kept)
+    del kept
+    blocks = blocks[np.argsort(blocks["sequence"], kind="stable")]
+    blocks = blocks[_last_of_each(blocks)]
+    return Recovered(
+        slots=blocks["slot"].astype(np.int64),
+        keys=np.ascontiguousarray(blocks["key"]).view(np.uint8).reshape(len(blocks), KEY_BYTES),
+        key_lengths=blocks["key_length"].copy(),
+        parents=blocks["parent"].copy(),
+        sequences=blocks["sequence"].copy(),
+        priorities=blocks["priority"].copy(),
+        expires=blocks["expires"].copy(),
+        next_sequence=last + 1,
+        damaged=damaged,
+        bad=bad,
+    )
+
+
+def read_records(fd: int, first: int, into: Records) -> None:
+    """Read the records of slots from `first` on; what the file does not have is empty. Raises OSError."""
+    octets = into.view(np.uint8)
+    got = read_up_to(fd, octets.data, PAGE + first * RECORD.itemsize)
+    octets[got:] = 0
+
+
+def open_index(place: Place, rank: int, stack: ExitStack) -> int | None:
+    """A rank's index to read until `stack` ends; None if it is missing or not this namespace's. Raises OSError."""
+    try:
+        fd = opened(place.index(rank), os.O_RDONLY)
+    except OSError as error:
+        if error.errno in _UNREADABLE:
+            return None
+        raise
+    stack.callback(os.close, fd)
+    return fd if os.pread(fd, PAGE, 0) == place.header(rank) else None
+
+
+def _stretches(place: Place) -> Iterator[tuple[int, list[Records]]]:
+    """The first slot of each stretch, and its records of every rank. The arrays are used again."""
+    with ExitStack() as stack, reported(f"read the index in {place.folder}"):
+        files = [open_index(place, rank, stack) for rank in range(place.ranks)]
+        buffers = [np.zeros(min(_STRETCH, place.num_slots), dtype=RECORD) for _ in files]
+        for first in range(0, place.num_slots, _STRETCH):
+            stretch = [buffer[: place.num_slots - first] for buffer in buffers]
+            for fd, records in zip(files, stretch, strict=True):
+                if fd is not None:
+                    read_records(fd, first, records)
+            yield first, stretch
+
+
+def _last_of_each(blocks: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Which of these, in order of their writes, are the last one with their key."""
+    last = np.ones(len(blocks), dtype=np.bool_)
+    heads = blocks["key"][:, 0]
+    order = np.argsort(heads, kind="stable")
+    same = np.flatnonzero(heads[order][1:] == heads[order][:-1])
+    # Keys are hashes: two that begin alike are nearly always the same, and there are few.
+    newest: dict[tuple[bytes, int], int] = {}
+    for place in np.unique(np.concatenate([order[same], order[same + 1]])).tolist():
+        key = blocks["key"][place].tobytes(), int(blocks["key_length"][place])
+        if key in newest:
+            last[newest[key]] = False
+        newest[key] = place
+    return last
