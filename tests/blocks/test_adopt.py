@@ -63,7 +63,10 @@ def test_the_terms_come_along() -> None:
     )
     seen = [cache.look(key) for key in KEYS[:3]]
     assert [(block.priority, block.expires) for block in seen if block] == [(7, None), (0, 5.0), (7, None)]
-    clock.advance(5.0)
+    with cache.scan(KEYS[:3])[0] as held:
+        clock.advance(1.0)
+        assert [part.tolist() for part in held.terms] == [[7, 0, 7], [np.inf, 4.0, np.inf]]
+    clock.advance(4.0)
     assert cache.present(KEYS[:3]).tolist() == [True, False, True]
     cache.adopt(slots(1), KEYS[3:4], [None])  # a slot whose block had terms of its own
     block = cache.look(KEYS[3])
@@ -74,6 +77,25 @@ def test_the_terms_come_along() -> None:
     assert cache.present(KEYS[:4]).tolist() == [True, False, True, False]  # the lowest priority went first
     raw.drop()
     cache.check()
+
+
+def test_a_parent_for_each_of_a_run() -> None:
+    ear = Ear()
+    cache = pool(observers=[ear])
+    raw = cache.allocate(5)
+    assert raw is not None
+    for wrong in ((None, None), (None, None, None, None, "a")):
+        with pytest.raises(Misuse, match="a parent that is None, bytes, or a tuple of as many"):
+            raw.stage(KEYS[:5], parent=wrong)  # type: ignore[arg-type]
+    parents = (KEYS[7], KEYS[0], None, KEYS[6], KEYS[3])
+    held = raw.stage(KEYS[:5], parent=parents).register(np.array([True, True, True, False, True]))
+    assert held.parents == (*parents[:3], parents[4])
+    assert ear.heard == [
+        Stored("g2", tuple(KEYS[:2]), KEYS[7]),
+        Stored("g2", tuple(KEYS[2:3]), None),
+        Stored("g2", tuple(KEYS[4:5]), KEYS[3]),
+    ]
+    held.drop()
 
 
 def test_nothing_is_adopted_by_half() -> None:

@@ -88,8 +88,8 @@ def test_a_block_that_is_reused_while_it_is_copied_is_fenced(
     fences: list[int] = []
     seal = engine.leader.seal
 
-    def recording(*, idle: bool) -> Step:
-        step = seal(idle=idle)
+    def recording(*, tokens: int) -> Step:
+        step = seal(tokens=tokens)
         fences.extend(step.fence)
         return step
 

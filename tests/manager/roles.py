@@ -12,6 +12,7 @@ from kvbm.core.config import Settings
 from kvbm.core.events import Admitted, Event
 from kvbm.core.outcome import Outcome
 from kvbm.manager.channel import Link
+from kvbm.manager.gate import Gate
 from kvbm.manager.leader import Leader
 from kvbm.manager.requests import RequestParams
 from kvbm.manager.wire import Copy, Message, Result, Step
@@ -42,6 +43,7 @@ class Stage:
             self.pool,
             {rank: Link(theirs) for rank, (_, theirs) in ends.items()},
             slot_bytes=BLOCK_BYTES,
+            gate=Gate(BLOCK_TOKENS, self.clock),
             shares_device_blocks=shares,
             observers=[self],
             clock=self.clock,
@@ -64,7 +66,7 @@ class Stage:
         self.leader.reuse(reuse)
         for name, blocks in (complete or {}).items():
             self.leader.advance(name, blocks)
-        return self.leader.seal(idle=not complete)
+        return self.leader.seal(tokens=32 * len(complete or ()))
 
     def compute(self, name: str, keys: Sequence[bytes], g1: Sequence[int], **params: Any) -> Step:
         """A new request that computes all of its blocks in one step."""
@@ -114,7 +116,7 @@ class Stage:
         for job in self.leader._copies._jobs.values():
             job.lease.drop()
         self.leader._copies._jobs.clear()
-        self.leader.seal(idle=True)
+        self.leader.seal(tokens=0)
         self.leader.close()
         for link in self.workers.values():
             link.close()

@@ -132,7 +132,7 @@ def test_the_life_of_a_load(stage: Stage) -> None:
     assert stage.leader.match("b", 1, 6) == 3
     assert stage.pool.statistics().active == 3
     stage.place("b", [20, 21, 22, 23, 24, 25], 3)
-    step = stage.leader.seal(idle=True)
+    step = stage.leader.seal(tokens=0)
     (load,) = step.loads
     assert (load.request, load.g1_slots().tolist()) == ("b", [21, 22, 23])
     assert not step.sync
@@ -172,7 +172,7 @@ def test_a_match_without_blocks_is_let_go_when_the_step_is_sealed(stage: Stage) 
     for _ in range(3):
         assert stage.leader.match("b", 0, 2) == 2
     assert stage.pool.statistics().active == 2
-    assert not stage.leader.seal(idle=True).loads
+    assert not stage.leader.seal(tokens=0).loads
     assert stage.pool.statistics().active == 0
 
 
@@ -402,7 +402,7 @@ def test_a_request_that_ends_with_a_hold_lets_it_go(stage: Stage) -> None:
     assert stage.leader.match("b", 0, 2) == 2
     assert not stage.leader.finish("b", [], 0)
     assert stage.pool.statistics().active == 0
-    assert stage.leader.seal(idle=True).loads == []
+    assert stage.leader.seal(tokens=0).loads == []
 
 
 # ---------------------------------------------------------------------- what a request asks for

@@ -20,7 +20,7 @@ import numpy as np
 from kvbm.abc.policy import Mask
 from kvbm.blocks.ledger import Ledger
 from kvbm.blocks.slots import REGISTERED, STAGED, WRITABLE, as_array
-from kvbm.blocks.transitions import SLOT_BYTES, Terms
+from kvbm.blocks.transitions import SLOT_BYTES, Parents, Priorities, Seconds, Terms
 from kvbm.core.errors import Misuse
 from kvbm.core.region import Slots
 
@@ -96,11 +96,12 @@ class Writable(_Lease):
         self._ledger, self._box, self._generation = ledger, [slots], generation
 
     def stage(
-        self, keys: Sequence[bytes], *, parent: bytes | None = None, priority: int = 0, ttl: float | None = None
+        self, keys: Sequence[bytes], *, parent: Parents = None, priority: int = 0, ttl: float | None = None
     ) -> Staged:
         """Say what the slots will hold: one distinct key per slot, one after the other in a prompt.
 
-        `parent` is the key before the first, `priority` 0 (goes first) to 100, `ttl` the seconds a block can be
+        `parent` is the key before the first, or, where they are not of one prompt, a tuple of what is before each;
+        `priority` 0 (goes first) to 100, `ttl` the seconds a block can be
         matched once it is registered.
         """
         if priority not in _PRIORITIES:
@@ -114,7 +115,8 @@ class Writable(_Lease):
             self._box.append(slots)
             needed, names = len(slots) // SLOT_BYTES, terms.keys
             raise Misuse(
-                f"{needed} slots need as many distinct keys of bytes, got {len(set(names))} in {len(names)}"
+                f"{needed} slots need as many distinct keys of bytes, got {len(set(names))} in {len(names)}, "
+                "and a parent that is None, bytes, or a tuple of as many"
             ) from None
         return Staged(self._ledger, slots, terms)
 
@@ -170,6 +172,12 @@ class Pinned(_Lease):
         """The key before each block in its prompt, where its writer said so and it can still be matched."""
         self._check()
         return self._ledger.parents(self._box[0])
+
+    @property
+    def terms(self) -> tuple[Priorities, Seconds]:
+        """The priority of each block, and the seconds it can still be matched (infinite where it has no end)."""
+        self._check()
+        return self._ledger.terms(self._box[0])
 
     def narrow(self, n: int) -> None:
         """Keep the first `n` blocks and let go of the others."""

@@ -297,6 +297,12 @@ class Ledger(Transitions):
         with self._lock:
             return self._table.parents(slots)
 
+    def terms(self, slots: bytes) -> tuple[Priorities, Seconds]:
+        """The priority of each of these blocks, and the seconds until it ends."""
+        numbers = as_array(slots)
+        with self._lock:
+            return self._table.priority[numbers], self._table.expiry[numbers] - self._clock()
+
     def pins(self) -> dict[str, int]:
         """How many blocks are held in whose name."""
         with self._lock:

@@ -29,11 +29,15 @@ SLOT_BYTES: Final = 8
 Duplicates = Literal["share", "keep"]
 
 
+Parents = bytes | tuple[bytes | None, ...] | None
+"""The key before the first of a run, or before each."""
+
+
 class Terms(msgspec.Struct, frozen=True):
     """How a staged run is to be published."""
 
     keys: tuple[bytes, ...]
-    parent: bytes | None
+    parent: Parents
     priority: int
     ttl: float | None
     generation: int
@@ -131,8 +135,7 @@ class Transitions:
             if self._feed.watchers:
                 self._moved(slots, "staged", "active")
             for first, end in runs:
-                parent = terms.keys[first - 1] if first else terms.parent
-                self._feed.put(Stored(self._tier, terms.keys[first:end], parent, self._group))
+                self._tell_stored(terms.keys, terms.parent, first, end)
 
     def _adopt(
         self,
@@ -158,8 +161,19 @@ class Transitions:
         self._counted["registrations"] += len(keys)
         if self._feed.observers:
             self._moved(slots, "free", "inactive")
-            for key, parent in zip(keys, parents, strict=True):
-                self._feed.put(Stored(self._tier, (key,), parent, self._group))
+            self._tell_stored(keys, parents, 0, len(keys))
+
+    def _tell_stored(self, keys: tuple[bytes, ...], parent: Parents, first: int, end: int) -> None:
+        """One event for each stretch of `keys[first:end]` whose blocks follow each other."""
+        if not isinstance(parent, tuple):
+            self._feed.put(Stored(self._tier, keys[first:end], keys[first - 1] if first else parent, self._group))
+            return
+        while first < end:
+            stop = first + 1
+            while stop < end and parent[stop] == keys[stop - 1]:
+                stop += 1
+            self._feed.put(Stored(self._tier, keys[first:stop], parent[first], self._group))
+            first = stop
 
     def _renew(self, twins: bytes, idle: bytes, terms: Terms) -> None:
         """Blocks that were there already get the better of both terms; `idle` nobody had held."""

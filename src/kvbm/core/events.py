@@ -45,7 +45,7 @@ class Moved(msgspec.Struct, frozen=True):
 
 
 class Offloaded(msgspec.Struct, frozen=True):
-    """A copy from the engine's memory to host memory ended on every rank; bytes and seconds of the slowest rank."""
+    """A copy from the engine to host memory ended on every rank; bytes of all ranks, seconds of the slowest."""
 
     blocks: int
     failed: int
@@ -54,7 +54,7 @@ class Offloaded(msgspec.Struct, frozen=True):
 
 
 class Onboarded(msgspec.Struct, frozen=True):
-    """A copy from host memory to the engine's memory ended on every rank; bytes and seconds of the slowest rank."""
+    """A copy from host memory to the engine ended on every rank; bytes of all ranks, seconds of the slowest."""
 
     blocks: int
     failed: int
@@ -62,12 +62,40 @@ class Onboarded(msgspec.Struct, frozen=True):
     seconds: float
 
 
+class Demoted(msgspec.Struct, frozen=True):
+    """A copy from host memory to disk ended on every rank; bytes of all ranks, seconds of the slowest."""
+
+    blocks: int
+    failed: int
+    nbytes: int
+    seconds: float
+
+
+class Promoted(msgspec.Struct, frozen=True):
+    """A copy from disk to host memory ended on every rank; bytes of all ranks, seconds of the slowest."""
+
+    blocks: int
+    failed: int
+    nbytes: int
+    seconds: float
+
+
+class Gated(msgspec.Struct, frozen=True):
+    """So many blocks were left on disk, because computing them was faster."""
+
+    blocks: int
+
+
 class Admitted(msgspec.Struct, frozen=True):
-    """A request got its blocks: so many tokens of its prompt, held by the engine itself, promised from host memory."""
+    """A request got its blocks: so many tokens of its prompt, held by the engine itself, promised from host memory.
+
+    `g3_tokens` of the latter had been read from disk for it.
+    """
 
     prompt_tokens: int
     device_tokens: int
     g2_tokens: int
+    g3_tokens: int = 0
 
 
-Event = Stored | Removed | Cleared | Moved | Offloaded | Onboarded | Admitted
+Event = Stored | Removed | Cleared | Moved | Offloaded | Onboarded | Demoted | Promoted | Gated | Admitted

@@ -23,6 +23,7 @@ from kvbm.core.keys import Namespace
 from kvbm.core.region import Region
 from kvbm.manager.channel import Link, listen, socket_path
 from kvbm.manager.control import About, Control
+from kvbm.manager.gate import Gate
 from kvbm.manager.leader import Leader
 from kvbm.manager.wire import Allot, Hello, Ready, Refused
 from kvbm.manager.worker import Worker
@@ -127,6 +128,7 @@ def build_leader(
         pool,
         links,
         slot_bytes=slot_bytes * place.ranks,
+        gate=Gate(block_tokens),
         shares_device_blocks=shares_device_blocks,
         observers=[totals],
     )

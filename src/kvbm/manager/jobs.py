@@ -15,16 +15,14 @@ from kvbm.manager.requests import Request
 from kvbm.manager.wire import Result
 
 
-@dataclass(slots=True)
-class Job:
-    """`lease` holds the host slots until every rank is done: staged ones for a store, pinned ones for a load. A rank
-    that has said nothing at `due`, `patience` seconds after it began, counts as broken."""
+@dataclass(slots=True, kw_only=True)
+class Tally:
+    """What the ranks have answered about a job so far. A rank that has said nothing at `due`, `patience` seconds after
+    it began, counts as broken."""
 
     id: int
-    request: Request
-    lease: Staged | Pinned
-    g1: Slots
     ranks: set[int]
+    blocks: int
     patience: float
     due: float | None = None
     outcomes: npt.NDArray[np.uint8] = field(init=False)
@@ -33,11 +31,7 @@ class Job:
     error: str | None = None
 
     def __post_init__(self) -> None:
-        self.outcomes = np.full(len(self.g1), Outcome.DONE, np.uint8)
-
-    @property
-    def is_store(self) -> bool:
-        return isinstance(self.lease, Staged)
+        self.outcomes = np.full(self.blocks, Outcome.DONE, np.uint8)
 
     def answer(self, result: Result) -> bool:
         """Takes one rank's result; the worst outcome of a block counts. True when it was the last rank."""
@@ -59,6 +53,20 @@ class Job:
         return done
 
 
+@dataclass(slots=True, kw_only=True)
+class Job(Tally):
+    """A copy between the engine's memory and host memory. `lease` holds the host slots until every rank is done: staged
+    ones for a store, pinned ones for a load."""
+
+    request: Request
+    lease: Staged | Pinned
+    g1: Slots
+
+    @property
+    def is_store(self) -> bool:
+        return isinstance(self.lease, Staged)
+
+
 class InFlight:
     """The jobs that some rank has not answered, and which engine blocks stores still read. Under the leader's lock."""
 
@@ -71,10 +79,18 @@ class InFlight:
         self._sealed = (0, 0)
         """The last job of the step before the last, and of the last."""
 
+    def next_id(self) -> int:
+        """A number no other job of this leader has."""
+        self._last += 1
+        return self._last
+
     def start(self, request: Request, lease: Staged | Pinned, g1: Slots, patience: float) -> Job:
         """A job that every rank will answer."""
-        self._last += 1
-        job = self._jobs[self._last] = Job(self._last, request, lease, g1, set(self._ranks), patience)
+        job = Job(
+            id=self.next_id(), ranks=set(self._ranks), blocks=len(g1), patience=patience, request=request, lease=lease,
+            g1=g1,
+        )  # fmt: skip
+        self._jobs[job.id] = job
         if job.is_store:
             self._sources.update(dict.fromkeys(g1.tolist(), job.id))
         return job

@@ -24,9 +24,11 @@ from kvbm.core.config import Settings
 from kvbm.core.errors import Broken
 from kvbm.core.events import Admitted, Event, Offloaded, Onboarded
 from kvbm.manager.channel import Link
+from kvbm.manager.gate import Gate
 from kvbm.manager.jobs import InFlight
+from kvbm.manager.lower import Lower
 from kvbm.manager.requests import Record, Request, RequestParams
-from kvbm.manager.wire import Bye, Copy, Result, Sick, Step
+from kvbm.manager.wire import Bye, Copy, Probed, Result, Sick, Step
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class Leader:
         links: dict[int, Link],
         *,
         slot_bytes: int,
+        gate: Gate,
         shares_device_blocks: bool,
         observers: Iterable[Observer] = (),
         clock: Callable[[], float] = time.monotonic,
@@ -61,11 +64,15 @@ class Leader:
         self._observers = list(observers)
         self._lock = threading.RLock()
         self._copies = InFlight(links, clock)
+        self.next_job = self._copies.next_id
         self._loading: dict[bytes, str] = {}
         self._total = pool.statistics().total
         self._held = 0
         self._ending = False
         """The engine is shutting down its workers in good order."""
+        self.lower: Lower | None = None
+        """The tier below host memory, if there is one."""
+        self.gate = gate
         self._step = _Draft()
         self._waiting: list[Request] = []
         """Requests that hold a match made in this step and may not get their blocks."""
@@ -79,7 +86,9 @@ class Leader:
             self.records[request_id] = record
             while len(self.records) > self._settings.explain_requests:
                 self.records.popitem(last=False)
-            self.requests[request_id] = Request(request_id, keys, params, record)
+            request = self.requests[request_id] = Request(request_id, keys, params, record)
+            if self.lower is not None and self._standing_aside() is None:
+                self.lower.begin(request, prompt_tokens)
 
     def match(self, request_id: str, computed: int, limit: int) -> int | None:
         """How many blocks after the first `computed` can be loaded, at most up to block `limit`; None: ask again.
@@ -111,6 +120,9 @@ class Leader:
         room = max(1, int(self._total * self._settings.held_share))
         hold = self.pool.match(keys, computed)
         found = request.record.matched = len(hold)
+        if self.lower is not None and self.lower.waits(request, keys[computed + found :]):
+            hold.drop()
+            return None
         if found > max(0, room - self._held):
             if self._held:
                 hold.drop()
@@ -150,6 +162,8 @@ class Leader:
                 return
             self._end_loading(request)
             request.g1 = list(g1)
+            if self.lower is not None:
+                tokens = self.lower.placed(request, tokens)
             hold = request.hold
             if count == 0 or hold is None:
                 self._release(request)
@@ -175,7 +189,7 @@ class Leader:
         """Counts a prompt once, however often the request is preempted and placed again."""
         if not request.admitted:
             request.admitted = True
-            self._emit(tokens)
+            self.emit(tokens)
 
     # ------------------------------------------------------------------ the engine steps
 
@@ -207,10 +221,12 @@ class Leader:
             if complete > request.offered:
                 self._offer(request, complete)
 
-    def seal(self, *, idle: bool) -> Step:
-        """Ends the description of a step. Matches that got no blocks are let go."""
+    def seal(self, *, tokens: int) -> Step:
+        """Ends the description of a step that computes so many tokens. Matches that got no blocks are let go."""
         with self._lock:
             self._drain()
+            if tokens:
+                self.gate.step_begins(tokens)
             for request in self._waiting:
                 self._release(request)
             self._waiting.clear()
@@ -221,9 +237,14 @@ class Leader:
                 stores=draft.stores,
                 fence=self._copies.still(draft.fence),
                 finishing=draft.finishing,
-                idle=idle,
+                idle=not tokens,
                 sync=self._settings.onboard == "sync" and bool(draft.loads),
             )
+
+    def stepped(self) -> None:
+        """The oldest step that computed something is over."""
+        with self._lock:
+            self.gate.step_ends()
 
     def finish(self, request_id: str, g1: Sequence[int], complete: int) -> bool:
         """The request is over. Offers its last blocks, unless it still waits for a load (then what the engine calls
@@ -236,6 +257,8 @@ class Leader:
             if request is None:
                 return False
             self._release(request)
+            if self.lower is not None:
+                self.lower.promotion.drop(request_id)
             loading = request.loading is not None
             self._end_loading(request)
             request.g1 = list(g1)
@@ -290,14 +313,18 @@ class Leader:
     # ------------------------------------------------------------------ copies end
 
     def _drain(self) -> None:
+        heard = False
         for rank, link in self._links.items():
             try:
                 messages = link.take()
             except Broken as error:
                 messages = []
                 self._sick(f"rank {rank}: {error}")
+            heard |= bool(messages)
             for message in messages:
                 match message:
+                    case Result() | Probed() if self.lower is not None and self.lower.take(message):
+                        pass
                     case Result():
                         self._answer(message)
                     case Sick(rank=sick, problem=problem):
@@ -308,6 +335,12 @@ class Leader:
                         log.warning("KVBM: unexpected %s from rank %d", type(message).__name__, rank)
             if not link.open and not self._ending:
                 self._sick(f"the worker of rank {rank} is gone")
+        if heard:
+            self._pump()
+
+    def _pump(self) -> None:
+        if self.lower is not None and self._standing_aside() is None:
+            self.lower.pump()
 
     def _answer(self, result: Result) -> None:
         job = self._copies.answer(result)
@@ -316,9 +349,11 @@ class Leader:
         failed = int((~job.done).sum())
         record = job.request.record
         if isinstance(job.lease, Staged):
-            job.lease.register(job.done).drop()
+            with job.lease.register(job.done) as stored:
+                if self.lower is not None:
+                    self.lower.demotion.offer(stored.keys)
             record.offloaded += len(job.g1) - failed
-            self._emit(Offloaded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
+            self.emit(Offloaded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
         else:
             self._held -= len(job.lease)
             if failed:
@@ -328,7 +363,7 @@ class Leader:
             record.load_ms = job.seconds * 1e3
             if record.outcome == "loading":
                 record.outcome = "computing" if not failed else "load failed, computed instead"
-            self._emit(Onboarded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
+            self.emit(Onboarded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
         if failed:
             record.note(f"{failed} blocks failed to copy: {job.error}")
             log.warning("KVBM: %d blocks of request %s failed to copy: %s", failed, job.request.id, job.error)
@@ -351,7 +386,8 @@ class Leader:
             self.problems.append(problem)
             log.error("KVBM is unhealthy and stands aside, the engine goes on without it: %s", problem)
 
-    def _emit(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
+        """Tell the observers. Under the lock."""
         for observer in tuple(self._observers):
             try:
                 observer.on_event(event)
@@ -367,6 +403,9 @@ class Leader:
             self._drain()
             if (job := self._copies.overdue()) is not None:
                 self._sick(f"no answer about a copy from rank {min(job.ranks)} within its deadline")
+            if self.lower is not None:
+                self.lower.tier.tick()
+            self._pump()
 
     def reset(self) -> None:
         """A new generation: nothing stored so far is ever matched again. Requests that live now may carry KV of the old
@@ -374,6 +413,8 @@ class Leader:
         with self._lock:
             self._drain()
             self.pool.clear()
+            if self.lower is not None:
+                self.lower.clear()
             for request in self.requests.values():
                 request.stale = True
 

@@ -61,6 +61,10 @@ class Record:
     when: float = field(default_factory=time.time)
     device_blocks: int = 0
     matched: int = 0
+    staged: int = 0
+    """Blocks that were read from disk for it."""
+    gated: bool = False
+    """Nothing more is read from disk for it: computing was faster, or a read failed."""
     loaded: int = 0
     load: str = "none"
     load_ms: float | None = None

@@ -13,6 +13,16 @@ import numpy.typing as npt
 from kvbm.core.region import Slots
 
 
+def pack(slots: npt.ArrayLike) -> bytes:
+    """Slot numbers as messages carry them."""
+    return np.asarray(slots, np.int32).tobytes()
+
+
+def unpack(slots: bytes) -> Slots:
+    """The slot numbers of a message."""
+    return np.frombuffer(slots, np.int32).astype(np.int64)
+
+
 class Copy(msgspec.Struct, frozen=True, array_like=True):
     """Blocks between the engine's memory (g1) and host memory (g2); both are int32 arrays of equal length."""
 
@@ -23,13 +33,13 @@ class Copy(msgspec.Struct, frozen=True, array_like=True):
 
     @staticmethod
     def of(job: int, request: str, g1: npt.ArrayLike, g2: npt.ArrayLike) -> Copy:
-        return Copy(job, request, np.asarray(g1, np.int32).tobytes(), np.asarray(g2, np.int32).tobytes())
+        return Copy(job, request, pack(g1), pack(g2))
 
     def g1_slots(self) -> Slots:
-        return np.frombuffer(self.g1, np.int32).astype(np.int64)
+        return unpack(self.g1)
 
     def g2_slots(self) -> Slots:
-        return np.frombuffer(self.g2, np.int32).astype(np.int64)
+        return unpack(self.g2)
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -54,14 +64,26 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     slot_bytes: int
 
 
+class DiskPlan(msgspec.Struct, frozen=True):
+    """The namespace folder on disk, where each rank has its file."""
+
+    path: str
+    num_slots: int
+    generation: int
+
+
 class Allot(msgspec.Struct, frozen=True, tag=True):
-    """Make the host arena this large."""
+    """Make the host arena this large, and open the file of this rank, if there is a disk tier."""
 
     num_slots: int
+    disk: DiskPlan | None = None
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The arena is there; `disk` says why the file is not."""
+
     rank: int
+    disk: str | None = None
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -82,6 +104,60 @@ class Result(msgspec.Struct, frozen=True, tag=True):
     error: str | None = None
 
 
+class Write(msgspec.Struct, frozen=True, tag=True):
+    """Copy blocks from host memory to disk. One entry per block; `g2` and `g3` are int32 arrays, `priorities` uint8,
+    `expires` float64 in Unix seconds, `sequences` uint64, the same on every rank."""
+
+    job: int
+    g2: bytes
+    g3: bytes
+    keys: list[bytes]
+    parents: list[bytes | None]
+    priorities: bytes
+    expires: bytes
+    sequences: bytes
+    generation: int
+
+
+class Read(msgspec.Struct, frozen=True, tag=True):
+    """Copy blocks from disk to host memory; they must be those of `keys`."""
+
+    job: int
+    g3: bytes
+    g2: bytes
+    keys: list[bytes]
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """Nobody wants these reads or writes any more. Each is still answered."""
+
+    jobs: list[int]
+
+
+class Forget(msgspec.Struct, frozen=True, tag=True):
+    """These slots on disk (int32) hold nothing that may be served, also after a restart."""
+
+    g3: bytes
+
+
+class Generation(msgspec.Struct, frozen=True, tag=True):
+    """What is on disk belongs to an older generation from now on."""
+
+    number: int
+
+
+class Probe(msgspec.Struct, frozen=True, tag=True):
+    """Try whether the disk works again."""
+
+
+class Probed(msgspec.Struct, frozen=True, tag=True):
+    """`problem` says why it does not. `empty`: it had to begin anew, and holds no block any more."""
+
+    rank: int
+    problem: str | None = None
+    empty: bool = False
+
+
 class Sick(msgspec.Struct, frozen=True, tag=True):
     """A worker can no longer copy."""
 
@@ -93,7 +169,9 @@ class Bye(msgspec.Struct, frozen=True, tag=True):
     """The sender ends in good order."""
 
 
-Message = Hello | Allot | Ready | Refused | Result | Sick | Bye
+Message = (
+    Hello | Allot | Ready | Refused | Result | Write | Read | Cancel | Forget | Generation | Probe | Probed | Sick | Bye
+)
 
 encode = msgspec.msgpack.Encoder().encode
 decode_message = msgspec.msgpack.Decoder(Message).decode

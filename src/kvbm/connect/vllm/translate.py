@@ -161,13 +161,17 @@ class SchedulerSide:
                 leader.grow(request_id, groups[0], replace=resumed)
                 leader.reuse(groups[0][computed // block :] if resumed else groups[0])
             self._advance(request_id, computed, output)
-        return KvbmMetadata(encode(leader.seal(idle=output.total_num_scheduled_tokens == 0)))
+        return KvbmMetadata(encode(leader.seal(tokens=output.total_num_scheduled_tokens)))
 
     def _advance(self, request_id: str, computed: int, output: SchedulerOutput) -> None:
         request = self._requests.get(request_id)
         if request is not None:
             tokens = min(computed + output.num_scheduled_tokens[request_id], request.num_tokens)
             self._leader.advance(request_id, min(tokens // self._block, len(request.block_hashes) // self._per_block))
+
+    def stepped(self) -> None:
+        """vLLM's update_connector_output."""
+        self._leader.stepped()
 
     def finish(self, request: Request, blocks: list[int]) -> bool:
         """vLLM's request_finished."""

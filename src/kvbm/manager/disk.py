@@ -1,0 +1,223 @@
+"""The disk tier (G3) as the leader sees it: which block is in which slot, what is being moved, and whether it works.
+
+Under the leader's lock. Bytes are moved by the workers, each its own file; they answer over the channel.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from kvbm.blocks import Pinned, Pool, Staged
+from kvbm.core.errors import Broken
+from kvbm.core.outcome import Outcome
+from kvbm.core.region import Slots
+from kvbm.manager.channel import Link
+from kvbm.manager.gate import Gate
+from kvbm.manager.jobs import Tally
+from kvbm.manager.wire import Cancel, Forget, Generation, Message, Probe, Probed, Read, Result, Write, pack
+
+log = logging.getLogger(__name__)
+
+CANCELLED = "cancelled"
+"""The error of a move that was given up."""
+_FAILURES = 3
+"""So many moves in a row that failed, and the tier is left alone until it answers a probe."""
+_PROBE_EVERY = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+"""Seconds before each probe; the last goes on."""
+
+
+class Durable(Protocol):
+    """What the leader needs of the folder on disk."""
+
+    def clear(self) -> int:
+        """Begin a new generation and return its number. Raises Broken."""
+
+    def close(self) -> None:
+        """Let go of the lock."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Move(Tally):
+    """`ended` is called once every rank has answered."""
+
+    down: bool
+    ended: Callable[[Move], None]
+
+
+class DiskTier:
+    """`sequence` numbers the next block that is written: higher than that of any block on disk."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        links: Mapping[int, Link],
+        folder: Durable,
+        gate: Gate,
+        *,
+        generation: int,
+        sequence: int,
+        patience: float,
+        next_id: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.pool, self.gate = pool, gate
+        self.problem: str | None = None
+        """Why it is left alone; None while it works."""
+        self.corrupt = 0
+        """Blocks that were read and were not what had been written."""
+        self._links, self._folder, self._clock = links, folder, clock
+        self._generation, self._sequence = generation, sequence
+        self._patience, self._next_id = patience, next_id
+        self._moves: dict[int, Move] = {}
+        self._failures = 0
+        self._stale = False
+        """Whether a new generation could not be written down yet."""
+        self._probes, self._next_probe = 0, 0.0
+        self._probed: dict[int, Probed] = {}
+
+    # ------------------------------------------------------------------ moving
+
+    def write(self, hold: Pinned, staged: Staged, ended: Callable[[Move], None]) -> None:
+        """Copy the held blocks of host memory to the staged slots. Both stay the caller's."""
+        keys, parents = hold.keys, hold.parents
+        priorities, left = hold.terms
+        # In a prompt the root's number is the highest: what has the lowest is the first to go after a restart.
+        sequences = np.arange(self._sequence + len(keys) - 1, self._sequence - 1, -1, dtype=np.uint64)
+        self._sequence += len(keys)
+        move = self._begin(len(keys), ended, down=True)
+        self._send(
+            Write(
+                move.id, pack(hold.slots), pack(staged.slots), list(keys), list(parents), priorities.tobytes(),
+                (time.time() + left).tobytes(), sequences.tobytes(), self._generation,
+            )
+        )  # fmt: skip
+
+    def read(self, source: Slots, keys: Sequence[bytes], staged: Staged, ended: Callable[[Move], None]) -> int:
+        """Copy slots, which the caller holds, to staged slots of host memory; returns the move's number."""
+        move = self._begin(len(keys), ended, down=False)
+        self.gate.read_begins(len(keys))
+        self._send(Read(move.id, pack(source), pack(staged.slots), list(keys)))
+        return move.id
+
+    def _begin(self, blocks: int, ended: Callable[[Move], None], *, down: bool) -> Move:
+        move = Move(
+            id=self._next_id(), ranks=set(self._links), blocks=blocks, patience=self._patience, down=down, ended=ended
+        )
+        move.due = self._clock() + self._patience
+        self._moves[move.id] = move
+        return move
+
+    def cancel(self, jobs: Collection[int]) -> None:
+        """Nobody wants these any more. They end all the same."""
+        if live := [job for job in jobs if job in self._moves]:
+            self._send(Cancel(live))
+
+    def in_flight(self) -> tuple[int, int]:
+        """Moves (down, up) that some rank has not answered."""
+        down = sum(move.down for move in self._moves.values())
+        return down, len(self._moves) - down
+
+    # ------------------------------------------------------------------ answers
+
+    def answer(self, result: Result) -> bool:
+        """Takes one rank's result; False where it is about no move of this tier."""
+        move = self._moves.get(result.job)
+        if move is None:
+            return False
+        if move.answer(result):
+            del self._moves[move.id]
+            self.corrupt += int((move.outcomes == Outcome.CORRUPT).sum())
+            if not move.down:
+                self.gate.read_ends(move.blocks)
+            self._judge(move)
+            move.ended(move)
+        return True
+
+    def _judge(self, move: Move) -> None:
+        if not (move.outcomes == Outcome.FAILED).any():
+            self._failures = 0
+        elif move.error != CANCELLED:
+            self._failures += 1
+            log.warning("KVBM: %s disk failed: %s", "writing to" if move.down else "reading from", move.error)
+            if self._failures >= _FAILURES:
+                self.fail(move.error or "moves fail")
+
+    def fail(self, problem: str) -> None:
+        """Leave the tier alone until a probe says that it works."""
+        if self.problem is None:
+            log.error("KVBM: the disk tier (G3) is left alone, the engine goes on without it: %s", problem)
+            self._probes, self._next_probe = 0, self._clock() + _PROBE_EVERY[0]
+        self.problem = problem
+
+    def tick(self) -> None:
+        """A few times a second: notices silent workers, tries whether a broken disk works again."""
+        now = self._clock()
+        if self.problem is None:
+            if any(move.due is not None and now > move.due for move in self._moves.values()):
+                self.fail("no answer about a move within its deadline")
+        elif now >= self._next_probe:
+            self._probes += 1
+            self._next_probe = now + _PROBE_EVERY[min(self._probes, len(_PROBE_EVERY) - 1)]
+            self._probed.clear()
+            self._send(Probe())
+
+    def probed(self, answer: Probed) -> None:
+        """One rank's answer to a probe. When all are well the tier is used again."""
+        self._probed[answer.rank] = answer
+        if self.problem is None or len(self._probed) < len(self._links):
+            return
+        problems = [f"rank {each.rank}: {each.problem}" for each in self._probed.values() if each.problem]
+        if problems:
+            self.problem = problems[0]
+            return
+        if any(each.empty for each in self._probed.values()):
+            self.pool.clear()
+        if self._stale and not self._renew():
+            return
+        self.problem, self._failures = None, 0
+        for move in self._moves.values():
+            move.due = self._clock() + self._patience
+        log.warning("KVBM: the disk tier (G3) works again and holds %d blocks", self.pool.statistics().registered)
+
+    # ------------------------------------------------------------------ un-publishing
+
+    def discard(self, keys: Sequence[bytes]) -> None:
+        """These are not to be served, also not after a restart."""
+        hold, _ = self.pool.scan(list(dict.fromkeys(keys)))
+        if len(hold):
+            self._send(Forget(pack(hold.slots)))
+        self.pool.discard(hold.keys)
+        hold.drop()
+
+    def clear(self) -> None:
+        """A new generation: nothing on disk is served any more."""
+        self.pool.clear()
+        self._renew()
+
+    def _renew(self) -> bool:
+        """Write the new generation down. Until that is done the tier is not used, or a restart would serve the old."""
+        try:
+            self._generation = self._folder.clear()
+        except Broken as error:
+            self._stale = True
+            self.fail(f"a new generation could not be written down: {error}")
+            return False
+        self._stale = False
+        self._send(Generation(self._generation))
+        return True
+
+    def close(self) -> None:
+        self._folder.close()
+
+    def _send(self, message: Message) -> None:
+        for link in self._links.values():
+            try:
+                link.send(message)
+            except Broken as error:  # the leader notices when it looks for results
+                log.debug("KVBM: %s", error)

@@ -1,0 +1,100 @@
+"""Never slower than computing: what a load is measured to take, against what the engine is measured to take.
+
+Nothing here is configured. What has not been measured yet is not held against a load: the first loads measure it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+_FADE = 0.8
+"""What the past weighs at each new sample: about the last five count."""
+_LEAST_TOKENS = 64
+"""Steps of fewer tokens are decoding; they say nothing about how fast a prompt is computed."""
+
+
+class Rate:
+    """An amount per second over the last samples, each as long as it took."""
+
+    __slots__ = ("_amount", "_seconds")
+
+    def __init__(self) -> None:
+        self._amount = self._seconds = 0.0
+
+    def add(self, amount: float, seconds: float) -> None:
+        self._amount = self._amount * _FADE + amount
+        self._seconds = self._seconds * _FADE + max(seconds, 1e-9)
+
+    def get(self) -> float | None:
+        """None before the first sample."""
+        return self._amount / self._seconds if self._seconds else None
+
+
+class Gate:
+    """One for each tier that is slower than host memory. Under the leader's lock."""
+
+    def __init__(self, block_tokens: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._block_tokens, self._clock = block_tokens, clock
+        self._computed, self._read = Rate(), Rate()
+        self._steps: deque[tuple[int, float]] = deque(maxlen=8)
+        self._stepped = -1.0
+        self.reading = 0
+        """Blocks whose read has begun and not ended."""
+        self._since = 0.0
+        """When the last read ended; or began, where none was running."""
+
+    # ------------------------------------------------------------------ measuring
+
+    def step_begins(self, tokens: int) -> None:
+        """The engine is about to compute so many tokens in one step."""
+        self._steps.append((tokens, self._clock()))
+
+    def step_ends(self) -> None:
+        """The oldest step that has not ended ended. An engine that schedules ahead begins the next one before."""
+        if self._steps:
+            tokens, begun = self._steps.popleft()
+            now = self._clock()
+            if tokens >= _LEAST_TOKENS:
+                self._computed.add(tokens, now - max(begun, self._stepped))
+            self._stepped = now
+
+    def read_begins(self, blocks: int) -> None:
+        if not self.reading:
+            self._since = self._clock()
+        self.reading += blocks
+
+    def read_ends(self, blocks: int) -> None:
+        """However it ended: a read that failed took its time too."""
+        now = self._clock()
+        self._read.add(blocks, now - self._since)
+        self._since = now
+        self.reading -= blocks
+
+    # ------------------------------------------------------------------ deciding
+
+    def loading_s(self, blocks: int, ahead: int = 0) -> float:
+        """Seconds until so many blocks are read, after `ahead` others; 0 while nothing is known."""
+        rate = self._read.get()
+        if self.reading and (silent := self._clock() - self._since) > 0:
+            # What has been silent for long is not as fast as it was.
+            slowest = self.reading / silent
+            rate = slowest if rate is None else min(rate, slowest)
+        return (blocks + ahead) / rate if rate else 0.0
+
+    def computing_s(self, blocks: int) -> float | None:
+        """Seconds in which the engine computes so many blocks; None while that is not known."""
+        rate = self._computed.get()
+        return blocks * self._block_tokens / rate if rate else None
+
+    def objection(self, blocks: int, ahead: int = 0) -> str | None:
+        """Why loading these would be slower than computing them; None where it is not."""
+        computing = self.computing_s(blocks)
+        if computing is None or (loading := self.loading_s(blocks, ahead)) <= computing:
+            return None
+        return f"loading {blocks} blocks would take {loading * 1e3:.0f} ms, computing them {computing * 1e3:.0f} ms"
+
+    def rates(self) -> dict[str, float | None]:
+        """Tokens computed and blocks read per second, as measured so far."""
+        return {"computed_tokens_per_s": self._computed.get(), "read_blocks_per_s": self._read.get()}

@@ -1,0 +1,230 @@
+"""What comes from disk (G3) to host memory (G2) for a request, before it is scheduled. Under the leader's lock.
+
+The engine is promised only what is in G2 and verified. So the blocks of a request that are on disk are read into G2
+from the moment it arrives, in prompt order, batch by batch. Until they are there the engine hears "ask again later", as
+long as waiting for them is faster than computing them. What has arrived by then is loaded, the rest is computed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from kvbm.blocks import Pinned, Pool, Staged
+from kvbm.core.events import Gated, Promoted
+from kvbm.core.outcome import Outcome
+from kvbm.manager.disk import CANCELLED, DiskTier, Move
+from kvbm.manager.requests import Record
+
+_KEEP = 30.0
+"""Seconds that what has arrived is held for a request that is not scheduled."""
+_TRIES = 2
+"""Reads of a block that may fail before it counts as lost."""
+
+
+@dataclass(slots=True, eq=False)
+class Staging:
+    """Blocks of one prompt on their way. `requests` wait for them; when that is empty nobody does."""
+
+    keys: tuple[bytes, ...]
+    """What G2 does not have, in prompt order."""
+    parents: tuple[bytes | None, ...]
+    source: Pinned
+    """The same blocks on disk."""
+    there: list[Pinned]
+    """Blocks of the prompt in G2: those that were there, those that have arrived."""
+    requests: dict[str, Record]
+    sent: int = 0
+    ended: int = 0
+    jobs: set[int] = field(default_factory=set)
+    until: float = 0.0
+
+    @property
+    def left(self) -> int:
+        """Blocks whose read has not ended."""
+        return len(self.keys) - self.ended
+
+    @property
+    def held(self) -> int:
+        """Slots of G2 that are taken, or will be, because of it."""
+        return sum(map(len, self.there)) + self.left
+
+
+class Promotion:
+    """`most` blocks are held in G2 because of stagings, `in_flight` are being read, `batch` in one move."""
+
+    def __init__(
+        self,
+        tier: DiskTier,
+        g2: Pool,
+        *,
+        exclusive: bool,
+        most: int,
+        in_flight: int,
+        batch: int,
+        emit: Callable[[Promoted | Gated], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._tier, self._g2, self._exclusive = tier, g2, exclusive
+        self._most, self._in_flight, self._batch = most, max(1, in_flight), max(1, min(batch, in_flight))
+        self._emit, self._clock = emit, clock
+        self._stagings: list[Staging] = []
+        self._coming: dict[bytes, Staging] = {}
+        """Blocks whose read has not ended."""
+        self._failed: Counter[bytes] = Counter()
+
+    # ------------------------------------------------------------------ requests
+
+    def begin(self, request: str, record: Record, keys: Sequence[bytes]) -> None:
+        """Start to read what the request will want of `keys`: as far as each block is in G2 or on disk."""
+        if self._tier.problem is not None or record.gated:
+            return
+        near, far = self._g2.present(keys), self._tier.pool.present(keys)
+        gone = np.flatnonzero(~(near | far))
+        reach = int(gone[0]) if len(gone) else len(keys)
+        room = max(0, self._most - sum(staging.held for staging in self._stagings))
+        wanted: list[bytes] = []
+        before: list[bytes] = []
+        for at in range(reach):
+            if not near[at]:
+                if keys[at] in self._coming or len(wanted) == room:
+                    break  # asked for again when that has come
+                wanted.append(keys[at])
+            elif len(before) < room:
+                before.append(keys[at])
+        if not wanted:
+            return
+        ahead = sum(staging.left for staging in self._stagings)
+        if (objection := self._tier.gate.objection(len(wanted), ahead)) is not None:
+            self._refuse(record, objection, len(wanted))
+            return
+        source, _ = self._tier.pool.scan(wanted)
+        staging = Staging(source.keys, source.parents, source, [self._g2.scan(before)[0]], {request: record})
+        self._stagings.append(staging)
+        self._coming |= dict.fromkeys(staging.keys, staging)
+        self._send(staging)
+
+    def waits(self, request: str, record: Record, keys: Sequence[bytes]) -> bool:
+        """Whether the request should ask again later, for the block of `keys[0]` (not in G2) and those after it."""
+        if keys[0] not in self._coming:
+            self.begin(request, record, keys)
+        staging = self._coming.get(keys[0])
+        if staging is None or record.gated:
+            return False
+        staging.requests.setdefault(request, record)
+        self._send(staging)
+        ahead = sum(other.left for other in self._stagings[: self._stagings.index(staging)])
+        if (objection := self._tier.gate.objection(staging.left, ahead)) is not None:
+            self._refuse(record, objection, staging.left)
+        elif self._tier.problem is None:
+            record.note("waited for blocks that come from disk")
+            return True
+        self.drop(request)
+        return False
+
+    def _refuse(self, record: Record, objection: str, blocks: int) -> None:
+        record.gated = True
+        record.note(f"gated: {objection}")
+        self._emit(Gated(blocks))
+
+    def drop(self, request: str) -> None:
+        """The request got its blocks, or is gone: nothing is read or held for it any more."""
+        for staging in [each for each in self._stagings if request in each.requests]:
+            del staging.requests[request]
+            if not staging.requests:
+                self._give_up(staging)
+
+    def clear(self) -> None:
+        """A new generation: nothing that is on its way is wanted."""
+        for staging in tuple(self._stagings):
+            staging.requests.clear()
+            self._give_up(staging)
+
+    # ------------------------------------------------------------------ reading
+
+    def pump(self) -> None:
+        """Start what may start now; let go of what nobody came for."""
+        for staging in tuple(self._stagings):
+            if not staging.left and self._clock() > staging.until:
+                self._give_up(staging)
+            else:
+                self._send(staging)
+
+    def _send(self, staging: Staging) -> None:
+        """Read the next batches, as far as there are slots for them and room in flight."""
+        while staging.sent < len(staging.keys) and self._tier.problem is None:
+            room = min(self._batch, self._in_flight - self._tier.gate.reading)
+            first, most = staging.sent, min(len(staging.keys) - staging.sent, room)
+            if most <= 0:
+                return
+            priorities, left = (part[first : first + most] for part in staging.source.terms)
+            others = np.flatnonzero((priorities != priorities[0]) | (left != left[0]))
+            end = first + (int(others[0]) if len(others) else most)  # a run is staged on one set of terms
+            if (raw := self._g2.allocate(end - first)) is None:
+                return
+            ttl = None if left[0] == np.inf else max(float(left[0]), 1e-3)
+            staged = raw.stage(
+                staging.keys[first:end], parent=staging.parents[first:end], priority=int(priorities[0]), ttl=ttl
+            )
+            staging.sent = end
+            slots = staging.source.slots[first:end]
+            staging.jobs.add(self._tier.read(slots, staged.keys, staged, partial(self._read, staging, staged)))
+
+    def _read(self, staging: Staging, staged: Staged, move: Move) -> None:
+        """A batch was read, or not."""
+        keys = staged.keys
+        staging.jobs.discard(move.id)
+        staging.ended += len(keys)
+        for key in keys:
+            self._coming.pop(key, None)
+        there = staged.register(move.done)
+        staging.there.append(there)
+        staging.until = self._clock() + _KEEP
+        if self._exclusive:
+            self._tier.pool.discard(there.keys)
+        failed = len(keys) - len(there)
+        if failed and move.error != CANCELLED:
+            self._lose(keys, move)
+            for record in staging.requests.values():
+                record.gated = True
+                record.note(f"{failed} blocks could not be read from disk: {move.error}")
+            self._abandon(staging)
+        for record in staging.requests.values():
+            record.staged += len(there)
+        self._emit(Promoted(len(there), failed, move.nbytes, move.seconds))
+        if not staging.requests:
+            self._give_up(staging)
+
+    def _lose(self, keys: Sequence[bytes], move: Move) -> None:
+        """What is not what was written is lost at once; what could not be read, the second time."""
+        failed = [key for key, outcome in zip(keys, move.outcomes.tolist(), strict=True) if outcome == Outcome.FAILED]
+        self._failed.update(failed)
+        lost = {key for key in failed if self._failed[key] >= _TRIES}
+        lost |= {key for key, outcome in zip(keys, move.outcomes.tolist(), strict=True) if outcome in _NOT_IT}
+        for key in lost:
+            self._failed.pop(key, None)
+        self._tier.discard(list(lost))
+
+    def _abandon(self, staging: Staging) -> None:
+        """Read no more of it than what is being read."""
+        for key in staging.keys[staging.sent :]:
+            self._coming.pop(key, None)
+        staging.ended += len(staging.keys) - staging.sent
+        staging.sent = len(staging.keys)
+
+    def _give_up(self, staging: Staging) -> None:
+        """Nobody wants it: stop reading. What is being read is let go when it ends."""
+        self._abandon(staging)
+        self._tier.cancel(staging.jobs)
+        while staging.there:
+            staging.there.pop().drop()
+        if not staging.jobs and staging in self._stagings:
+            self._stagings.remove(staging)
+            staging.source.drop()
+
+
+_NOT_IT = (Outcome.CORRUPT, Outcome.MISSING)
