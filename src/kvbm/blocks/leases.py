@@ -115,8 +115,8 @@ class Writable(_Lease):
             self._box.append(slots)
             needed, names = len(slots) // SLOT_BYTES, terms.keys
             raise Misuse(
-                f"{needed} slots need as many distinct keys of bytes, got {len(set(names))} in {len(names)}, "
-                "and a parent that is None, bytes, or a tuple of as many"
+                f"{needed} slots need as many distinct keys of bytes, got {len(set(names))} in {len(names)}"
+                f"{', and as many parents' if isinstance(parent, tuple) else ''}"
             ) from None
         return Staged(self._ledger, slots, terms)
 
