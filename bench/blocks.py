@@ -1,4 +1,4 @@
-"""The block library alone: references per second, growth, memory, garbage collection.
+"""The block library alone: references per second, growth, memory, garbage collection, keys of a prompt.
 
 The trace is one of Mooncake's requests, by `--traces FOLDER` or `KVBM_TRACES`; without it, KVBM's own sample, which is
 small: figures are then marked as such.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import os
 import random
 import statistics
@@ -15,11 +16,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.harness import Bench
-from kvbm.blocks import Pool
+import numpy as np
+
+from bench.harness import Bench, medians
+from kvbm.blocks import Pool, prompt_keys
 from kvbm.cli.replay import trace as traces
 from kvbm.core import config
 from kvbm.core.events import Event, Removed, Stored
+from kvbm.native import _keys
 from kvbm.policy import EVICTION_ORDERS, eviction_order
 
 CONVERSATION = "mooncake_conversation.jsonl.gz"
@@ -194,6 +198,39 @@ def memory(bench: Bench) -> None:
     bench.row("longest garbage collection, ms, 1 million blocks, imports left out", "-", max(pauses) * 1e3, "<=", 10)
 
 
+def chained(bench: Bench) -> None:
+    """Keys of a prompt of 128k tokens in blocks of 16, against hashing the same bytes block by block and no more."""
+    dice = random.Random(1)
+    tokens = [dice.randrange(150_000) for _ in range(128 << 10)]  # each its own object, as a tokenizer gives them
+    array = np.array(tokens, np.int64)
+    keys = prompt_keys(tokens, 16)
+    words = array.astype("<u4").tobytes()
+    blocks = [before + words[64 * n : 64 * n + 64] for n, before in enumerate([keys[-1], *keys[:-1]])]
+    assert [hashlib.sha256(block).digest() for block in blocks[1:]] == keys[1:]
+
+    def bare() -> None:
+        for block in blocks:
+            hashlib.sha256(block)
+
+    seconds = medians(
+        41,
+        {
+            "hashlib": bare,
+            "hashlib again": bare,
+            "list": lambda: prompt_keys(tokens, 16),
+            "array": lambda: prompt_keys(array, 16),
+            "list, plain C": lambda: _keys.chain(bytes(32), tokens, 16, (), True),
+        },
+    )
+    bench.info("SHA-256 instructions", _keys.HARDWARE)
+    bench.info("milliseconds per prompt of 128k tokens", {name: round(each * 1e3, 2) for name, each in seconds.items()})
+    base, against = seconds["hashlib"], "a bare hashlib.sha256 per block"
+    bench.row("chained keys of 128k tokens, a list of int", against, seconds["list"] / base, "<=", 1.2)
+    bench.row("the same, an int64 array", against, seconds["array"] / base, "<=", 1.2)
+    bench.row("the same, a list, without SHA-256 instructions", against, seconds["list, plain C"] / base)
+    bench.row("A/A: a bare hashlib.sha256 per block", against, seconds["hashlib again"] / base)
+
+
 def resident() -> int:
     """Bytes of this process that are in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -218,6 +255,7 @@ def main() -> int:
     memory(bench)  # first: freed memory would be used again
     rates(bench, prompts_of(bench, options.traces))
     growth(bench)
+    chained(bench)
     return bench.write()
 
 

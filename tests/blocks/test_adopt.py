@@ -9,7 +9,7 @@ import pytest
 
 from kvbm.blocks import Pool
 from kvbm.core.errors import Misuse
-from kvbm.core.events import Event, Stored
+from kvbm.core.events import Event, Removed, Stored
 from kvbm.policy import eviction_order
 from kvbm.testing.clock import ManualClock
 
@@ -52,8 +52,8 @@ def test_blocks_are_found_in_their_slots_and_go_in_the_given_order() -> None:
 
 
 def test_the_terms_come_along() -> None:
-    clock = ManualClock()
-    cache = pool(clock=clock)
+    clock, ear = ManualClock(), Ear()
+    cache = pool(clock=clock, observers=[ear])
     cache.adopt(
         slots(0, 1, 2),
         KEYS[:3],
@@ -68,6 +68,7 @@ def test_the_terms_come_along() -> None:
         assert [part.tolist() for part in held.terms] == [[7, 0, 7], [np.inf, 4.0, np.inf]]
     clock.advance(4.0)
     assert cache.present(KEYS[:3]).tolist() == [True, False, True]
+    assert ear.heard[-1] == Removed("g2", (KEYS[1],))
     cache.adopt(slots(1), KEYS[3:4], [None])  # a slot whose block had terms of its own
     block = cache.look(KEYS[3])
     assert block is not None

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from kvbm.blocks.groups import LayerGroup, match_groups
+from kvbm.blocks.keys import prompt_keys
 from kvbm.blocks.leases import Pinned, Staged, Weak, Writable
 from kvbm.blocks.pool import Pool
 from kvbm.blocks.statistics import Block, PoolStatistics
 
-__all__ = ["Block", "LayerGroup", "Pinned", "Pool", "PoolStatistics", "Staged", "Weak", "Writable", "match_groups"]
+__all__ = [
+    "Block",
+    "LayerGroup",
+    "Pinned",
+    "Pool",
+    "PoolStatistics",
+    "Staged",
+    "Weak",
+    "Writable",
+    "match_groups",
+    "prompt_keys",
+]
