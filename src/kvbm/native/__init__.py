@@ -4,6 +4,7 @@ from __future__ import annotations
 
 try:
     from kvbm.native._copy import copy_rows, touch
+    from kvbm.native._io import Ring, run_io
     from kvbm.native._lists import Lists
     from kvbm.native._sketch import Ghosts, Sketch
     from kvbm.native._slots import Table
@@ -18,4 +19,4 @@ except ImportError as missing:
         "`pip install --force-reinstall pykvbm`."
     ) from missing
 
-__all__ = ["Ghosts", "Lists", "Sketch", "Table", "copy_rows", "touch"]
+__all__ = ["Ghosts", "Lists", "Ring", "Sketch", "Table", "copy_rows", "run_io", "touch"]
