@@ -176,12 +176,12 @@ def test_a_thread_that_dies_fails_what_is_queued_and_later(
         for recorder in queued:
             completion = recorder.wait()
             assert completion.outcomes.tolist() == [Outcome.FAILED]
-            assert completion.error == "a copy thread died: MemoryError('none left')"
+            assert completion.error == "a memcpy thread died: MemoryError('none left')"
     for recorder in queued:
         recorder.wait()
     assert not transport.alive()
     assert run(transport, plan_of(pair, [9], [9])).outcomes.tolist() == [Outcome.FAILED]
-    assert "a copy thread died" in caplog.text
+    assert "a memcpy thread died" in caplog.text
 
 
 def test_real_chunks_of_an_arena_and_an_engine_shaped_cache(transport: MemcpyTransport) -> None:

@@ -32,7 +32,9 @@ class Plane:
 class Region:
     """Described once, registered once with every transport that can reach it.
 
-    `kind` is "host" (CPU memory of this process), later "cuda", "file", "peer". `owner` keeps the memory alive.
+    `kind` is "host" (CPU memory of this process) or "file", later "cuda", "peer". `owner` keeps the memory alive. A
+    file region's planes have their `address` in the file, and its owner has the open file as `fd: int`; an `OpenFile`
+    does. The file stays open while the region is in use.
     """
 
     name: str
@@ -58,11 +60,20 @@ class Region:
         return [p.row_bytes for p in self.planes] == [p.row_bytes for p in other.planes]
 
 
-def packed(name: str, address: int, row_bytes: Sequence[int], num_slots: int, *, owner: Any = None) -> Region:
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """Owner of a file region: a file descriptor that somebody else opened and closes."""
+
+    fd: int
+
+
+def packed(
+    name: str, address: int, row_bytes: Sequence[int], num_slots: int, *, kind: str = "host", owner: Any = None
+) -> Region:
     """A region whose slots are one extent each: the rows one after the other, slots back to back, from `address`."""
     slot_bytes = sum(row_bytes)
     planes, offset = [], 0
     for rows in row_bytes:
         planes.append(Plane(address + offset, slot_bytes, rows))
         offset += rows
-    return Region(name, "host", num_slots, tuple(planes), owner)
+    return Region(name, kind, num_slots, tuple(planes), owner)

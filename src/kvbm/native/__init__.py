@@ -4,6 +4,7 @@ from __future__ import annotations
 
 try:
     from kvbm.native._copy import copy_rows, touch
+    from kvbm.native._io import Ring, run_io
     from kvbm.native._keys import chain
     from kvbm.native._lists import Lists
     from kvbm.native._sketch import Ghosts, Sketch
@@ -19,4 +20,4 @@ except ImportError as missing:
         "`pip install --force-reinstall pykvbm`."
     ) from missing
 
-__all__ = ["Ghosts", "Lists", "Sketch", "Table", "chain", "copy_rows", "touch"]
+__all__ = ["Ghosts", "Lists", "Ring", "Sketch", "Table", "chain", "copy_rows", "run_io", "touch"]

@@ -3,10 +3,7 @@
  * A Python loop over rows costs microseconds a row, and each of its steps waits for the GIL beside a busy thread; this
  * is one call per batch. Addresses are trusted: the caller (kvbm.transfer.plan) has checked slots against regions. */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <stdint.h>
-#include <string.h>
+#include "int64s.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAVE_STREAMING 1
@@ -93,22 +90,6 @@ static int64_t copy_shared(const Py_buffer *b, int64_t *control, int64_t chunk) 
     return copied;
 }
 
-/* A contiguous one-dimensional view of int64, or ValueError. */
-static int get_int64(PyObject *object, int which, Py_buffer *view) {
-    int writable = which == CONTROL ? PyBUF_WRITABLE : 0;
-    if (PyObject_GetBuffer(object, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | writable) == 0) {
-        const char *format = view->format ? view->format : "B";
-        format += *format == '@' || *format == '=' || (*format == '<' && PY_LITTLE_ENDIAN);
-        if (view->ndim == 1 && view->itemsize == 8 && (strcmp(format, "q") == 0 || strcmp(format, "l") == 0)) {
-            return 0;
-        }
-        PyBuffer_Release(view);
-    }
-    PyErr_Format(PyExc_ValueError, "%s must be a %scontiguous one-dimensional buffer of int64", NAMES[which],
-                 writable ? "writable, " : "");
-    return -1;
-}
-
 /* Whether the buffers fit together; bytes of one slot into `slot_bytes`. Otherwise -1 with ValueError set. */
 static int check(const Py_buffer *b, int shared, int64_t chunk, int64_t *slot_bytes) {
     for (int k = SRC_ADDRESS; k < ROW_BYTES; k++) {
@@ -149,7 +130,7 @@ static PyObject *copy_rows(PyObject *Py_UNUSED(self), PyObject *const *args, Py_
         return NULL;
     }
     Py_buffer views[BUFFERS];
-    while (held < wanted && get_int64(args[held], held, &views[held]) == 0) {
+    while (held < wanted && get_int64(args[held], NAMES[held], held == CONTROL, &views[held]) == 0) {
         held++;
     }
     if (held == wanted && check(views, wanted == BUFFERS, chunk, &slot_bytes) == 0) {

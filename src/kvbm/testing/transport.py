@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Final, Protocol
+from pathlib import Path
+from typing import Final, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +17,7 @@ import pytest
 from kvbm.abc.transport import Completion, Plan, Quiet, Transport
 from kvbm.core.errors import Misuse
 from kvbm.core.outcome import Outcome
-from kvbm.core.region import Plane, Region
+from kvbm.core.region import OpenFile, Plane, Region
 
 PATIENCE_S: Final = 60.0
 GUARD: Final = 0x5A
@@ -39,8 +41,10 @@ class Memory(Protocol):
 class HostMemory:
     """Host memory for tests: a plane per row size with `gap` guard bytes around each row (an engine's layout)."""
 
-    def __init__(self, row_bytes: Sequence[int], slots: int, *, gap: int = 64, name: str = "test") -> None:
-        self._planes = [np.full((slots + 1, gap + rows), GUARD, dtype=np.uint8) for rows in row_bytes]
+    def __init__(
+        self, row_bytes: Sequence[int], slots: int, *, gap: int = 64, name: str = "test", align: int = 1
+    ) -> None:
+        self._planes = [aligned((slots + 1, gap + rows), align) for rows in row_bytes]
         self._gap = gap
         planes = tuple(
             Plane(int(plane.ctypes.data) + gap, gap + rows, rows)
@@ -60,6 +64,59 @@ class HostMemory:
 
     def guards_intact(self) -> bool:
         return all((p[:, : self._gap] == GUARD).all() and (p[-1] == GUARD).all() for p in self._planes)
+
+
+class FileMemory:
+    """A file region for tests, laid out as `HostMemory`, in a new file at `path`; a context manager that closes it.
+
+    The suite's own accesses go through the page cache, the region's with `flags` (`O_DIRECT`: rows and `gap` have to be
+    multiples of 4096).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        row_bytes: Sequence[int],
+        slots: int,
+        *,
+        gap: int = 64,
+        flags: int = os.O_RDWR,
+        name: str = "file",
+    ) -> None:
+        self.path, self._gap = path, gap
+        path.write_bytes(bytes([GUARD]) * sum((slots + 1) * (gap + rows) for rows in row_bytes))
+        self._file = path.open("r+b", buffering=0)
+        self._fd = os.open(path, flags)
+        planes, start = [], 0
+        for rows in row_bytes:
+            planes.append(Plane(start + gap, gap + rows, rows))
+            start += (slots + 1) * (gap + rows)
+        self.region = Region(name, "file", slots, tuple(planes), OpenFile(self._fd))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        os.close(self._fd)
+
+    def get(self, slot: int) -> bytes:
+        fd = self._file.fileno()
+        return b"".join(os.pread(fd, p.row_bytes, p.address + slot * p.stride) for p in self.region.planes)
+
+    def put(self, slot: int, data: bytes) -> None:
+        start = 0
+        for p in self.region.planes:
+            os.pwrite(self._file.fileno(), data[start : start + p.row_bytes], p.address + slot * p.stride)
+            start += p.row_bytes
+
+    def guards_intact(self) -> bool:
+        rest = np.frombuffer(bytearray(self.path.read_bytes()), dtype=np.uint8)
+        for plane in self.region.planes:
+            for slot in range(self.region.num_slots):
+                begin = plane.address + slot * plane.stride
+                rest[begin : begin + plane.row_bytes] = GUARD
+        return bool((rest == GUARD).all())
 
 
 class Recorder:
@@ -95,7 +152,10 @@ class TransportSuite:
         raise NotImplementedError
 
     def make_regions(self, row_bytes: Sequence[int], slots: int) -> tuple[Memory, Memory]:
-        """A source and a destination that it reaches, with these rows; contents are the suite's business."""
+        """A source and a destination that it reaches, with these rows; contents are the suite's business.
+
+        `HostMemory` and `FileMemory` are there for it.
+        """
         raise NotImplementedError
 
     def make_unreachable(self) -> Region:
@@ -262,6 +322,12 @@ class TransportSuite:
         run(transport, plan_of(pair, [], []))
         assert recorder.completions == []
         assert contents(destination) == old
+
+
+def aligned(shape: tuple[int, int], align: int) -> npt.NDArray[np.uint8]:
+    """An array full of guard bytes whose first byte's address is a multiple of `align`."""
+    memory = np.full(shape[0] * shape[1] + align, GUARD, dtype=np.uint8)
+    return memory[-int(memory.ctypes.data) % align :][: shape[0] * shape[1]].reshape(shape)
 
 
 @contextmanager
