@@ -86,7 +86,7 @@ def test_a_parent_for_each_of_a_run() -> None:
     raw = cache.allocate(5)
     assert raw is not None
     for wrong in ((None, None), (None, None, None, None, "a")):
-        with pytest.raises(Misuse, match="5 slots need .* and as many parents"):
+        with pytest.raises(Misuse, match=r"5 slots need .* and as many parents"):
             raw.stage(KEYS[:5], parent=wrong)  # type: ignore[arg-type]
     parents = (KEYS[7], KEYS[0], None, KEYS[6], KEYS[3])
     held = raw.stage(KEYS[:5], parent=parents).register(np.array([True, True, True, False, True]))

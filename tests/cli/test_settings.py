@@ -37,7 +37,7 @@ def test_sources(kvbm: Kvbm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setenv("KVBM_CONFIG", str(file))
     monkeypatch.setenv("KVBM_G2_GB", "1.5")
     monkeypatch.setenv("DYN_KVBM_METRICS_PORT", "7000")
-    monkeypatch.setenv("DYN_KVBM_DISK_CACHE_GB", "9")
+    monkeypatch.setenv("DYN_KVBM_ENABLE_NUMA", "9")
     answer = json.loads(kvbm("config", "--json", "--extra", '{"onboard": "sync"}').stdout)
     found = {name: (entry["value"], entry["source"]) for name, entry in answer["settings"].items()}
     assert found["g2_gb"] == (1.5, "environment KVBM_G2_GB")
@@ -46,8 +46,11 @@ def test_sources(kvbm: Kvbm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert found["onboard"] == ("sync", "extra config")
     assert found["strict"] == (False, "default")
     assert answer["settings"]["g2_gb"]["allowed"] == "a number, more than 0 and at most 1,000,000"
-    assert answer["notes"] == ["DYN_KVBM_DISK_CACHE_GB has no effect: there is no disk tier yet."]
-    assert "Note: DYN_KVBM_DISK_CACHE_GB has no effect: there is no disk tier yet." in kvbm("config").stdout
+    assert answer["notes"] == ["DYN_KVBM_ENABLE_NUMA has no effect: G2 is ordinary memory where the system places it."]
+    assert (
+        "Note: DYN_KVBM_ENABLE_NUMA has no effect: G2 is ordinary memory where the system places it."
+        in kvbm("config").stdout
+    )
 
 
 @pytest.mark.parametrize(

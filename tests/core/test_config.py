@@ -94,6 +94,12 @@ def test_upstream_variables_mean_our_settings() -> None:
     values = {
         "DYN_KVBM_CPU_CACHE_GB": "1.5",
         "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": "200",
+        "DYN_KVBM_DISK_CACHE_GB": "20",
+        "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS": "0",
+        "DYN_KVBM_DISK_CACHE_DIR": "/somewhere",
+        "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER": "false",
+        "DYN_KVBM_DISK_ZEROFILL_FALLBACK": "true",
+        "DYN_KVBM_DISK_DISABLE_O_DIRECT": "1",
         "DYN_KVBM_METRICS": "true",
         "DYN_KVBM_METRICS_PORT": "7000",
         "DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS": "1800",
@@ -103,7 +109,16 @@ def test_upstream_variables_mean_our_settings() -> None:
     settings = resolved.settings
     assert (settings.g2_gb, settings.g2_blocks, settings.metrics, settings.metrics_port) == (1.5, 200, True, 7000)
     assert settings.init_timeout_s == 1800
+    assert (settings.g3_gb, settings.g3_blocks, settings.g3_dir) == (20, None, Path("/somewhere"))
+    assert (settings.g3_admission, settings.g3_zerofill, settings.g3_direct) == ("frequency", True, False)
     assert resolved.notes == ["g2_gb from environment DYN_KVBM_CPU_CACHE_GB has no effect: g2_blocks is set and wins."]
+
+
+def test_upstreams_filter_can_be_off_and_has_to_be_yes_or_no() -> None:
+    name = "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER"
+    assert resolve({name: "true"}).settings.g3_admission == "all"
+    with pytest.raises(ConfigError, match=f"setting {name} .from environment {name}.: 'maybe' is not allowed"):
+        resolve({name: "maybe"})
 
 
 def test_upstream_reads_no_blocks_as_unset() -> None:
@@ -121,7 +136,7 @@ def test_empty_variables_are_unset() -> None:
 @pytest.mark.parametrize(
     "variable",
     [
-        "DISK_CACHE_GB",
+        "DISK_ALLOCATOR_TYPE",
         "OBJECT_BUCKET",
         "ENABLE_NUMA",
         "LEADER_ZMQ_PUB_PORT",

@@ -66,7 +66,7 @@ class Stage:
         self.leader.reuse(reuse)
         for name, blocks in (complete or {}).items():
             self.leader.advance(name, blocks)
-        return self.leader.seal(tokens=32 * len(complete or ()))
+        return self.leader.seal(tokens=BLOCK_TOKENS * len(complete or ()))
 
     def compute(self, name: str, keys: Sequence[bytes], g1: Sequence[int], **params: Any) -> Step:
         """A new request that computes all of its blocks in one step."""

@@ -58,6 +58,7 @@ def test_status(control: Control, stage: Stage) -> None:
         "engine": "engine-1",
         "healthy": True,
         "problems": [],
+        "degraded": {},
         "version": "0.0",
         "pid": os.getpid(),
         "fingerprint": "f" * 64,
@@ -71,8 +72,8 @@ def test_status(control: Control, stage: Stage) -> None:
         ],
         "requests": 3,
         "living_requests": 2,
-        "tokens": {"prompt": 256, "device": 0, "g2": 96},
-        "hit_rate": {"g2": 96 / 256},
+        "tokens": {"prompt": 256, "device": 0, "g2": 96, "g3": 0},
+        "hit_rate": {"g2": 96 / 256, "g3": 0.0},
         "offload": {"blocks": 3, "bytes": 3 * BLOCK_BYTES, "failed": 0, "in_flight": 1, "skipped": 0},
         "onboard": {"blocks": 0, "bytes": 0, "failed": 0, "in_flight": 1},
         "evictions": 0,
@@ -90,11 +91,11 @@ def test_pause_and_resume(control: Control, stage: Stage) -> None:
 
 
 def test_health(control: Control, stage: Stage) -> None:
-    assert ask(control, "health") == {"engine": "engine-1", "healthy": True, "problems": []}
+    assert ask(control, "health") == {"engine": "engine-1", "healthy": True, "problems": [], "degraded": {}}
     stage.workers[0].close()
     problem = ["the worker of rank 0 is gone"]
     assert ask(control, "status")["problems"] == problem
-    assert ask(control, "health") == {"engine": "engine-1", "healthy": False, "problems": problem}
+    assert ask(control, "health") == {"engine": "engine-1", "healthy": False, "problems": problem, "degraded": {}}
 
 
 def test_explain(control: Control, stage: Stage) -> None:
@@ -113,7 +114,7 @@ def test_explain(control: Control, stage: Stage) -> None:
         "prompt_tokens": 128,
         "block_tokens": BLOCK_TOKENS,
         "device_tokens": 0,
-        "matched": {"g2": 2},
+        "matched": {"g2": 2, "g3": 0},
         "loaded_blocks": 2,
         "load": "async",
         "load_ms": 1.0,

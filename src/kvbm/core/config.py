@@ -10,13 +10,13 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import annotated_types as at
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kvbm.core.errors import ConfigError
@@ -39,6 +39,36 @@ class Settings(BaseSettings):
     """Share of the memory available at start that G2 takes when neither g2_gb nor g2_blocks is set."""
     g2_order: Annotated[str, Field(min_length=1)] = "lru"
     """Which blocks leave G2 first: lru, fifo, lfu, multi-lru, s3-fifo, arc, lineage, or a name of your own."""
+    g3_gb: Gigabytes | None = None
+    """Disk space for KV blocks (G3), in GB of 10^9 bytes, total over all ranks of one engine; unset: no disk tier."""
+    g3_blocks: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
+    """Size of G3 in blocks of the engine's block size, for each engine; wins over g3_gb."""
+    g3_dir: Path | None = None
+    """Folder of the disk tier; data-parallel engines have a folder each in it. Unset: g3 in cache_dir."""
+    g3_order: Annotated[str, Field(min_length=1)] = "lru"
+    """Which blocks leave G3 first, as g2_order."""
+    g3_admission: Annotated[str, Field(min_length=1)] = "all"
+    """Which blocks are worth a write to disk: all, presence, frequency (asked for twice), or a name of your own."""
+    placement: Annotated[str, Field(min_length=1)] = "write-through"
+    """write-through (what is in G2 is on disk too), exclusive (what leaves G2 goes to disk), or a name of your own."""
+    g3_sync: Literal["never", "batch", "always"] = "batch"
+    """What survives a loss of power: nothing promised, all but the last second or so, or all that was stored."""
+    g3_direct: bool = True
+    """Whether the disk is read and written round the page cache, where the file system can do that."""
+    g3_zerofill: bool = False
+    """Whether zeros are written to reserve space on a file system that cannot reserve it otherwise."""
+    g3_engine: Literal["auto", "io_uring", "threads"] = "auto"
+    """How the disk is read and written: io_uring where the kernel has it, else threads."""
+    g3_write_mb_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Megabytes per second that may be written to disk over time; when they run short, hot blocks only. Unset: all."""
+    g3_inflight_mb: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    """Most megabytes being written to disk, and most being read from it, at once, over all ranks of one engine."""
+    g3_deadline_s: Seconds = 30.0
+    """Seconds after which a read or write of the disk counts as failed."""
+    g3_drain_s: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = 10.0
+    """Longest time, in seconds, that an engine that is told to end (SIGTERM) writes to disk what only G2 has."""
+    g3_key_file: Path | None = None
+    """File with the key (32 bytes, or 64 hexadecimal digits) that encrypts what is on disk. Unset: not encrypted."""
     onboard: Literal["async", "sync"] = "async"
     """When blocks come back: between engine steps (async) or inside the step, before its forward pass (sync)."""
     enabled: bool = True
@@ -76,7 +106,7 @@ class Settings(BaseSettings):
     transport_wrapper: Annotated[str, Field(pattern=r"^([\w.]+:\w+(\?.*)?)?$")] = ""
     """For tests: module:function?query that wraps the transport of each worker."""
 
-    @field_validator("run_dir", "cache_dir", "traces")
+    @field_validator("run_dir", "cache_dir", "traces", "g3_dir", "g3_key_file")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser().absolute()
@@ -91,14 +121,26 @@ class Settings(BaseSettings):
 UPSTREAM = {
     "DYN_KVBM_CPU_CACHE_GB": "g2_gb",
     "DYN_KVBM_CPU_CACHE_OVERRIDE_NUM_BLOCKS": "g2_blocks",
+    "DYN_KVBM_DISK_CACHE_GB": "g3_gb",
+    "DYN_KVBM_DISK_CACHE_OVERRIDE_NUM_BLOCKS": "g3_blocks",
+    "DYN_KVBM_DISK_CACHE_DIR": "g3_dir",
+    "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER": "g3_admission",
+    "DYN_KVBM_DISK_ZEROFILL_FALLBACK": "g3_zerofill",
+    "DYN_KVBM_DISK_DISABLE_O_DIRECT": "g3_direct",
     "DYN_KVBM_METRICS": "metrics",
     "DYN_KVBM_METRICS_PORT": "metrics_port",
     "DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS": "init_timeout_s",
 }
 """Upstream's variables that mean one of our settings."""
 
+_TURNED: dict[str, Callable[[bool], object]] = {
+    "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER": lambda yes: "all" if yes else "frequency",
+    "DYN_KVBM_DISK_DISABLE_O_DIRECT": lambda yes: not yes,
+}
+"""Those that say yes or no, and what our setting is then."""
+
 _WITHOUT_EFFECT = {
-    r"DISK_\w+|DISABLE_DISK_OFFLOAD_FILTER": "there is no disk tier yet",
+    r"DISK_ALLOCATOR_TYPE": "g3_direct says how the disk is read and written",
     r"OBJECT_\w+|NIXL_BACKEND_\w+|TRANSFER_BATCH_SIZE|G[23]PB_\w+": "there is no remote tier yet",
     r"HOST_OFFLOAD_PREFIX_MIN_PRIORITY": "every complete block is offered to G2",
     r"MAX_CONCURRENT_TRANSFERS|MAX_TRANSFER_BATCH_SIZE": "copies are bounded in bytes, by store_inflight_mb",
@@ -150,8 +192,9 @@ def load(
         if value is not None:
             source = f"option --{name.replace('_', '-')}"
             given |= _from_mapping({name: value}, source)
-    if {"g2_gb", "g2_blocks"} <= given.keys():
-        notes.append(f"g2_gb from {given['g2_gb'].source} has no effect: g2_blocks is set and wins.")
+    for tier in ("g2", "g3"):
+        if {f"{tier}_gb", f"{tier}_blocks"} <= given.keys():
+            notes.append(f"{tier}_gb from {given[f'{tier}_gb'].source} has no effect: {tier}_blocks is set and wins.")
     sources = {name: given[name].source if name in given else "default" for name in Settings.model_fields}
     return Resolved(_validated(given, environ), sources, notes)
 
@@ -200,13 +243,25 @@ def _from_environment(environ: Mapping[str, str], notes: list[str]) -> dict[str,
             own[ours[variable]] = _Given(value, f"environment {variable}")
         elif variable in UPSTREAM:
             # Upstream reads a count of 0 blocks as "not set".
-            if not (UPSTREAM[variable] == "g2_blocks" and value.strip() == "0"):
-                upstream[UPSTREAM[variable]] = _Given(value, f"environment {variable}")
+            if not (variable.endswith("_OVERRIDE_NUM_BLOCKS") and value.strip() == "0"):
+                upstream[UPSTREAM[variable]] = _Given(_turned(variable, value), f"environment {variable}")
         elif reason := _without_effect(variable):
             notes.append(f"{variable} has no effect: {reason}.")
         elif not _is_service_link(variable, value):
             raise _unknown(variable, f"environment {variable}", [*ours, *UPSTREAM, *_ELSEWHERE])
     return upstream | own
+
+
+def _turned(variable: str, value: str) -> object:
+    """What our setting is when upstream's variable has this value."""
+    if variable not in _TURNED:
+        return value
+    try:
+        return _TURNED[variable](TypeAdapter(bool).validate_python(value.strip()))
+    except ValidationError:
+        raise ConfigError(
+            variable, f"{value!r} is not allowed, it must be true or false", source=f"environment {variable}"
+        ) from None
 
 
 def _without_effect(variable: str) -> str | None:

@@ -68,12 +68,20 @@ class OpenFile:
 
 
 def packed(
-    name: str, address: int, row_bytes: Sequence[int], num_slots: int, *, kind: str = "host", owner: Any = None
+    name: str,
+    address: int,
+    row_bytes: Sequence[int],
+    num_slots: int,
+    *,
+    stride: int = 0,
+    kind: str = "host",
+    owner: Any = None,
 ) -> Region:
-    """A region whose slots are one extent each: the rows one after the other, slots back to back, from `address`."""
-    slot_bytes = sum(row_bytes)
+    """A region whose slots are one extent each: the rows one after the other, a slot every `stride` bytes from
+    `address` (0: back to back)."""
+    stride = stride or sum(row_bytes)
     planes, offset = [], 0
     for rows in row_bytes:
-        planes.append(Plane(address + offset, slot_bytes, rows))
+        planes.append(Plane(address + offset, stride, rows))
         offset += rows
     return Region(name, kind, num_slots, tuple(planes), owner)

@@ -38,6 +38,10 @@ class Link:
         self._lock = threading.Lock()
         self.open = True
 
+    def fileno(self) -> int:
+        """For select; -1 once it is closed."""
+        return self._sock.fileno()
+
     def send(self, message: Message) -> None:
         """Sends all of it. Raises Broken when the other side is gone."""
         body = encode(message)

@@ -18,9 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kvbm.blocks import PoolStatistics
 from kvbm.core.errors import Broken, ConfigError
-from kvbm.manager.channel import listen, socket_path
+from kvbm.manager.channel import Link, listen, socket_path
 from kvbm.manager.leader import Leader
+from kvbm.manager.lower import Lower
 from kvbm.observe.totals import Copies, Totals
 
 log = logging.getLogger(__name__)
@@ -71,9 +73,10 @@ class Control:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                if self._sock is None:
-                    self._stop.wait(_TICK)
-                elif select.select([self._sock], [], [], _TICK)[0]:
+                watched: list[socket.socket | Link] = [*self._leader.channels()]
+                watched += [self._sock] if self._sock is not None else []
+                ready = select.select(watched, [], [], _TICK)[0]
+                if self._sock is not None and self._sock in ready:
                     self._serve(self._sock.accept()[0])
                 self._leader.tick()
             except OSError as error:
@@ -117,17 +120,23 @@ class Control:
         return {"engine": self._about.engine, "paused": self._leader.paused}
 
     def health(self) -> dict[str, Any]:
-        """Whether KVBM works, and if not why."""
+        """Whether KVBM works, and if not why; tiers that are left alone, or are not there, and why."""
         problems = list(self._leader.problems)
-        return {"engine": self._about.engine, "healthy": not problems, "problems": problems}
+        return {
+            "engine": self._about.engine,
+            "healthy": not problems,
+            "problems": problems,
+            "degraded": self._leader.degraded(),
+        }
 
     def status(self) -> dict[str, Any]:
         """Everything live, in one snapshot."""
         leader, totals, about = self._leader, self._totals, self._about
         leader.tick()
-        pool = leader.pool.statistics()
+        pools = {"g2": leader.pool} | ({"g3": leader.lower.tier.pool} if leader.lower is not None else {})
+        tiers = {name: pool.statistics() for name, pool in pools.items()}
+        pool = tiers["g2"]
         stores, loads = leader.in_flight()
-        tier = {name: getattr(pool, name) for name in ("total", "free", "active", "inactive", "staged")}
         return {
             **self.health(),
             "version": about.version,
@@ -139,14 +148,38 @@ class Control:
             "ranks": about.ranks,
             "block_bytes": about.slot_bytes,
             "block_tokens": about.block_tokens,
-            "tiers": [{"name": "g2", **tier, "bytes": pool.total * about.slot_bytes}],
+            "tiers": [_tier(name, tier, about.slot_bytes) for name, tier in tiers.items()],
             "requests": totals.requests,
             "living_requests": len(leader.requests),
-            "tokens": {"prompt": totals.prompt_tokens, "device": totals.device_tokens, "g2": totals.g2_tokens},
-            "hit_rate": {"g2": totals.hit_rate()},
+            "tokens": {
+                "prompt": totals.prompt_tokens,
+                "device": totals.device_tokens,
+                "g2": totals.g2_tokens,
+                "g3": totals.g3_tokens,
+            },
+            "hit_rate": {"g2": totals.hit_rate(), "g3": totals.disk_hit_rate()},
             "offload": {**_copies(totals.offload), "in_flight": stores, "skipped": leader.deferred},
             "onboard": {**_copies(totals.onboard), "in_flight": loads},
             "evictions": pool.evictions,
+            **(self._disk(leader.lower) if leader.lower is not None else {}),
+        }
+
+    def _disk(self, lower: Lower) -> dict[str, Any]:
+        down, up = lower.tier.in_flight()
+        return {
+            "demote": {
+                **_copies(self._totals.demote),
+                "in_flight": down,
+                "refused": lower.demotion.refused,
+                "cancelled": lower.demotion.cancelled,
+            },
+            "promote": {
+                **_copies(self._totals.promote),
+                "in_flight": up,
+                "gated": self._totals.gated,
+                "corrupt": lower.tier.corrupt,
+            },
+            "rates": lower.tier.gate.rates(),
         }
 
     def explain(self, request_id: str) -> dict[str, Any]:
@@ -166,7 +199,7 @@ class Control:
             "prompt_tokens": record.prompt_tokens,
             "block_tokens": tokens,
             "device_tokens": record.device_blocks * tokens,
-            "matched": {"g2": record.matched},
+            "matched": {"g2": record.matched, "g3": record.staged},
             "loaded_blocks": record.loaded,
             "load": record.load,
             "load_ms": record.load_ms,
@@ -174,6 +207,11 @@ class Control:
             "offloaded_blocks": record.offloaded,
             "why": list(record.why),
         }
+
+
+def _tier(name: str, pool: PoolStatistics, slot_bytes: int) -> dict[str, Any]:
+    counts = {count: getattr(pool, count) for count in ("total", "free", "active", "inactive", "staged")}
+    return {"name": name, **counts, "bytes": pool.total * slot_bytes}
 
 
 def _copies(copies: Copies) -> dict[str, int]:

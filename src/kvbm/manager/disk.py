@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +23,7 @@ from kvbm.manager.channel import Link
 from kvbm.manager.gate import Gate
 from kvbm.manager.jobs import Tally
 from kvbm.manager.wire import Cancel, Forget, Generation, Message, Probe, Probed, Read, Result, Write, pack
+from kvbm.stores.recovery import Recovered
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +36,19 @@ _PROBE_EVERY = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 
 
 class Durable(Protocol):
-    """What the leader needs of the folder on disk."""
+    """What the leader needs of the folder on disk. Calls may wait for the disk, and raise Broken."""
 
     def clear(self) -> int:
-        """Begin a new generation and return its number. Raises Broken."""
+        """Begin a new generation and return its number."""
+
+    def restore(self) -> None:
+        """Make again what was deleted or cut."""
+
+    def recover(self) -> Recovered:
+        """The blocks that are there."""
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Let others have it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,7 +86,11 @@ class DiskTier:
         self._moves: dict[int, Move] = {}
         self._failures = 0
         self._stale = False
-        """Whether a new generation could not be written down yet."""
+        """Whether a new generation has not been written down yet."""
+        self._lost = False
+        """Whether the files were made anew."""
+        self._chores = ThreadPoolExecutor(1, "kvbm-folder")
+        self._waited: deque[Future[Callable[[], None]]] = deque()
         self._probes, self._next_probe = 0, 0.0
         self._probed: dict[int, Probed] = {}
 
@@ -87,16 +100,15 @@ class DiskTier:
         """Copy the held blocks of host memory to the staged slots. Both stay the caller's."""
         keys, parents = hold.keys, hold.parents
         priorities, left = hold.terms
-        # In a prompt the root's number is the highest: what has the lowest is the first to go after a restart.
-        sequences = np.arange(self._sequence + len(keys) - 1, self._sequence - 1, -1, dtype=np.uint64)
-        self._sequence += len(keys)
         move = self._begin(len(keys), ended, down=True)
         self._send(
             Write(
-                move.id, pack(hold.slots), pack(staged.slots), list(keys), list(parents), priorities.tobytes(),
-                (time.time() + left).tobytes(), sequences.tobytes(), self._generation,
+                move.id, pack(hold.slots), pack(staged.slots), list(keys), list(parents),
+                priorities.astype(np.int32).tobytes(), (time.time() + left).tobytes(), self._sequence,
+                self._generation,
             )
         )  # fmt: skip
+        self._sequence += len(keys)
 
     def read(self, source: Slots, keys: Sequence[bytes], staged: Staged, ended: Callable[[Move], None]) -> int:
         """Copy slots, which the caller holds, to staged slots of host memory; returns the move's number."""
@@ -158,28 +170,69 @@ class DiskTier:
     def tick(self) -> None:
         """A few times a second: notices silent workers, tries whether a broken disk works again."""
         now = self._clock()
+        while self._waited and self._waited[0].done():
+            try:
+                self._waited.popleft().result()()
+            except Broken as error:
+                self.problem = str(error)
         if self.problem is None:
             if any(move.due is not None and now > move.due for move in self._moves.values()):
                 self.fail("no answer about a move within its deadline")
-        elif now >= self._next_probe:
+        elif now >= self._next_probe and not self._waited:
             self._probes += 1
             self._next_probe = now + _PROBE_EVERY[min(self._probes, len(_PROBE_EVERY) - 1)]
-            self._probed.clear()
-            self._send(Probe())
+            if self._stale:
+                self._renew()
+            else:
+                self._ask(Probe())
+
+    def _do(self, call: Callable[[], Callable[[], None]]) -> None:
+        """Have `call` wait for the disk on a thread of its own; what it returns is called under the lock."""
+        self._waited.append(self._chores.submit(call))
+
+    def _ask(self, probe: Probe) -> None:
+        self._probed.clear()
+        self._send(probe)
 
     def probed(self, answer: Probed) -> None:
         """One rank's answer to a probe. When all are well the tier is used again."""
         self._probed[answer.rank] = answer
-        if self.problem is None or len(self._probed) < len(self._links):
+        if self.problem is None or self._stale or len(self._probed) < len(self._links):
             return
         problems = [f"rank {each.rank}: {each.problem}" for each in self._probed.values() if each.problem]
-        if problems:
-            self.problem = problems[0]
+        if not problems:
+            self._works()
             return
-        if any(each.empty for each in self._probed.values()):
-            self.pool.clear()
-        if self._stale and not self._renew():
-            return
+        self.problem = problems[0]
+        if not self._moves and not self._waited:
+
+            def restore() -> Callable[[], None]:
+                self._folder.restore()
+                return self._restored
+
+            self._do(restore)
+
+    def _restored(self) -> None:
+        """The files are there again, whatever is in them."""
+        self.pool.clear()
+        self._lost = True
+        self._ask(Probe(reopen=True))
+
+    def _works(self) -> None:
+        if self._lost:
+
+            def recover() -> Callable[[], None]:
+                found = self._folder.recover()
+                return lambda: self._resume(found)
+
+            self._lost = False
+            self._do(recover)
+        else:
+            self._resume(None)
+
+    def _resume(self, found: Recovered | None) -> None:
+        if found is not None:
+            adopt(self.pool, found)
         self.problem, self._failures = None, 0
         for move in self._moves.values():
             move.due = self._clock() + self._patience
@@ -191,7 +244,7 @@ class DiskTier:
         """These are not to be served, also not after a restart."""
         hold, _ = self.pool.scan(list(dict.fromkeys(keys)))
         if len(hold):
-            self._send(Forget(pack(hold.slots)))
+            self._send(Forget(pack(hold.slots), list(hold.keys)))
         self.pool.discard(hold.keys)
         hold.drop()
 
@@ -200,19 +253,26 @@ class DiskTier:
         self.pool.clear()
         self._renew()
 
-    def _renew(self) -> bool:
+    def _renew(self) -> None:
         """Write the new generation down. Until that is done the tier is not used, or a restart would serve the old."""
-        try:
-            self._generation = self._folder.clear()
-        except Broken as error:
-            self._stale = True
-            self.fail(f"a new generation could not be written down: {error}")
-            return False
-        self._stale = False
-        self._send(Generation(self._generation))
-        return True
+        self._stale = True
+        if self.problem is None:
+            self.problem = "a new generation is being written down"
+            self._next_probe = self._clock() + _PROBE_EVERY[0]
+
+        def clear() -> Callable[[], None]:
+            number = self._folder.clear()
+            return lambda: self._renewed(number)
+
+        self._do(clear)
+
+    def _renewed(self, number: int) -> None:
+        self._generation, self._stale, self.problem = number, False, None
+        self._send(Generation(number))
 
     def close(self) -> None:
+        """The process is about to end."""
+        self._chores.shutdown(wait=False, cancel_futures=True)
         self._folder.close()
 
     def _send(self, message: Message) -> None:
@@ -221,3 +281,22 @@ class DiskTier:
                 link.send(message)
             except Broken as error:  # the leader notices when it looks for results
                 log.debug("KVBM: %s", error)
+
+
+def adopt(pool: Pool, found: Recovered) -> None:
+    """Have a pool that is empty hold what lies on disk; what was written first is the first to go."""
+    keys = found.key_list()
+    # A record has the first 8 bytes of its parent's key.
+    heads = np.ascontiguousarray(found.keys[:, :8]).view("<u8").ravel()
+    order = np.argsort(heads)
+    places = np.searchsorted(heads, found.parents, sorter=order)
+    at = order[np.minimum(places, len(order) - 1)] if len(order) else order
+    known = (found.parents != 0) & (heads[at] == found.parents)
+    parents = [keys[index] if there else None for index, there in zip(at.tolist(), known.tolist(), strict=True)]
+    pool.adopt(
+        found.slots,
+        keys,
+        parents,
+        priorities=np.clip(found.priorities, 0, 100).astype(np.uint8),
+        ttls=np.maximum(found.expires - time.time(), 1e-3),
+    )

@@ -70,6 +70,8 @@ class Leader:
         self._held = 0
         self._ending = False
         """The engine is shutting down its workers in good order."""
+        self.absent: dict[str, str] = {}
+        """Tiers that were asked for and are not there, and why."""
         self.lower: Lower | None = None
         """The tier below host memory, if there is one."""
         self.gate = gate
@@ -433,6 +435,33 @@ class Leader:
         with self._lock:
             return self._copies.count()
 
+    def degraded(self) -> dict[str, str]:
+        """Tiers that are left alone, or are not there, and why. The engine does without them."""
+        if self.lower is not None and self.lower.tier.problem is not None:
+            return {"g3": self.lower.tier.problem}
+        return self.absent
+
+    def drain(self, seconds: float) -> None:
+        """Writes to disk what only host memory has, for so long at most, while the engine may go on."""
+        if self.lower is None or seconds <= 0:
+            return
+        begun = time.monotonic()
+        with self._lock:
+            self._drain()
+            self.lower.demotion.drain()
+            self._pump()
+        while not (over := self.lower.demotion.idle) and time.monotonic() - begun < seconds:
+            time.sleep(0.002)
+            self.tick()
+        log.info(
+            "KVBM: host memory was written to disk %s, in %.1f s",
+            "completely" if over else "as far as the time went", time.monotonic() - begun,
+        )  # fmt: skip
+
+    def channels(self) -> list[Link]:
+        """What to watch beside a clock: when something arrives, `tick` is due at once. Empty where it can wait."""
+        return [link for link in self._links.values() if link.open] if self.lower is not None else []
+
     def close(self) -> None:
         """Says goodbye to the workers. Blocks stay where they are; the process is about to end."""
         with self._lock:
@@ -444,6 +473,8 @@ class Leader:
                     except Broken as error:
                         log.debug("KVBM: %s", error)
                 link.close()
+            if self.lower is not None:
+                self.lower.tier.close()
 
 
 class _Draft:

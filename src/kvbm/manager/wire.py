@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvbm.core.region import Slots
+from kvbm.stores.meta import Place
 
 
 def pack(slots: npt.ArrayLike) -> bytes:
@@ -64,19 +65,11 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     slot_bytes: int
 
 
-class DiskPlan(msgspec.Struct, frozen=True):
-    """The namespace folder on disk, where each rank has its file."""
-
-    path: str
-    num_slots: int
-    generation: int
-
-
 class Allot(msgspec.Struct, frozen=True, tag=True):
     """Make the host arena this large, and open the file of this rank, if there is a disk tier."""
 
     num_slots: int
-    disk: DiskPlan | None = None
+    disk: Place | None = None
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -105,8 +98,8 @@ class Result(msgspec.Struct, frozen=True, tag=True):
 
 
 class Write(msgspec.Struct, frozen=True, tag=True):
-    """Copy blocks from host memory to disk. One entry per block; `g2` and `g3` are int32 arrays, `priorities` uint8,
-    `expires` float64 in Unix seconds, `sequences` uint64, the same on every rank."""
+    """Copy blocks from host memory to disk. One entry per block, in prompt order; `g2` and `g3` are int32 arrays,
+    `priorities` int32, `expires` float64 in Unix seconds. `sequence` numbers the last block, the others upwards."""
 
     job: int
     g2: bytes
@@ -115,7 +108,7 @@ class Write(msgspec.Struct, frozen=True, tag=True):
     parents: list[bytes | None]
     priorities: bytes
     expires: bytes
-    sequences: bytes
+    sequence: int
     generation: int
 
 
@@ -135,9 +128,10 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 
 class Forget(msgspec.Struct, frozen=True, tag=True):
-    """These slots on disk (int32) hold nothing that may be served, also after a restart."""
+    """These slots on disk (int32) are not to be served, also after a restart, if they still hold these keys."""
 
     g3: bytes
+    keys: list[bytes]
 
 
 class Generation(msgspec.Struct, frozen=True, tag=True):
@@ -147,15 +141,16 @@ class Generation(msgspec.Struct, frozen=True, tag=True):
 
 
 class Probe(msgspec.Struct, frozen=True, tag=True):
-    """Try whether the disk works again."""
+    """Try whether the disk works again; with `reopen` the files were made anew and are to be opened first."""
+
+    reopen: bool = False
 
 
 class Probed(msgspec.Struct, frozen=True, tag=True):
-    """`problem` says why it does not. `empty`: it had to begin anew, and holds no block any more."""
+    """`problem` says why it does not."""
 
     rank: int
     problem: str | None = None
-    empty: bool = False
 
 
 class Sick(msgspec.Struct, frozen=True, tag=True):

@@ -11,7 +11,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +22,39 @@ from kvbm.abc.transport import Completion, Plan
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken
 from kvbm.core.outcome import Outcome
-from kvbm.core.region import Region
+from kvbm.core.region import Region, Slots
 from kvbm.manager.channel import Link, connect
-from kvbm.manager.wire import Allot, Bye, Copy, Hello, Ready, Refused, Result, Sick, Step
+from kvbm.manager.wire import (
+    Allot,
+    Bye,
+    Cancel,
+    Copy,
+    Forget,
+    Generation,
+    Hello,
+    Probe,
+    Probed,
+    Read,
+    Ready,
+    Refused,
+    Result,
+    Sick,
+    Step,
+    Write,
+    unpack,
+)
+from kvbm.stores.disk import Disk
+from kvbm.stores.format import Labels, Words, checksums
 from kvbm.stores.memory import Arena
+from kvbm.stores.meta import Place
 from kvbm.transfer.executor import Executor
 
 log = logging.getLogger(__name__)
 
 _TOUCH_REPORT = 2.0
+
+OpenDisk = Callable[[Place, int, Region, Executor], Disk]
+"""Opens a rank's file for blocks in this host memory; raises Broken."""
 
 
 @dataclass(slots=True)
@@ -56,13 +82,22 @@ class Worker:
         fingerprint: str,
         address: Path,
         make_executor: Callable[[], Executor],
+        open_disk: OpenDisk | None = None,
     ) -> None:
         self._settings, self._g1, self._rank = settings, g1, rank
         self._hello = Hello(rank, world, fingerprint, g1.slot_bytes)
         self._address = address
         self._executor = make_executor()
+        self._open_disk = open_disk
+        self._disk: Disk | None = None
+        self._chores = ThreadPoolExecutor(1, "kvbm-chores")
+        """For what may wait for the disk and is no transfer."""
+        self._sums = np.zeros(0, np.uint64)
+        """Of each host slot, the checksum of what left the engine, where there is a disk tier."""
         self._arena: Arena | None = None
         self._g2: Region | None = None
+        self._extents: Region | None = None
+        """The same slots as the disk sees them: one extent of whole pages each."""
         self._link: Link | None = None
         self._closing = threading.Event()
         self._ended = threading.Condition()
@@ -71,6 +106,8 @@ class Worker:
         self._finishing: dict[str, set[int]] = {}
         self._live: set[int] = set()
         """Jobs submitted and not ended. Guarded by `_ended`, as is `_bad`."""
+        self._reading: set[int] = set()
+        """Reads from disk that have not ended. Guarded by `_ended`."""
         self._bad: dict[int, Completion] = {}
         """Loads that ended badly and have not been collected."""
         self._bad_blocks: set[int] = set()
@@ -133,7 +170,7 @@ class Worker:
         out = Collected()
         with self._ended:
             self._gather(out)
-            if idle and not (out.loaded or out.released) and (self._loads or self._finishing):
+            if idle and not (out.loaded or out.released) and (self._loads or self._finishing or self._reading):
                 self._ended.wait(self._settings.idle_wait_ms / 1e3)
                 self._gather(out)
         return out
@@ -167,7 +204,7 @@ class Worker:
         else:
             plan = Plan(self._g1, g1, self._g2, g2, urgent=False, label="store")
         deadline = self._settings.load_deadline_s if is_load else self._settings.store_deadline_s
-        self._executor.submit(copy.job, plan, deadline, self._load_ended if is_load else self._store_ended)
+        self._executor.submit(copy.job, plan, deadline, self._load_ended if is_load else partial(self._store_ended, g2))
 
     def _load_ended(self, job: int, completion: Completion) -> None:
         self._report(job, completion)
@@ -177,7 +214,11 @@ class Worker:
             self._live.discard(job)
             self._ended.notify_all()
 
-    def _store_ended(self, job: int, completion: Completion) -> None:
+    def _store_ended(self, slots: Slots, job: int, completion: Completion) -> None:
+        if self._disk is not None:
+            assert self._extents is not None
+            there = slots[completion.outcomes == Outcome.DONE]
+            self._sums[there] = checksums(self._extents, there, self._g1.slot_bytes)
         self._report(job, completion)
         with self._ended:
             self._live.discard(job)
@@ -187,7 +228,7 @@ class Worker:
         outcomes = completion.outcomes.astype(np.uint8).tobytes()
         self._tell(Result(job, self._rank, outcomes, completion.nbytes, completion.seconds, completion.error))
 
-    def _tell(self, message: Result | Sick | Bye) -> None:
+    def _tell(self, message: Result | Sick | Probed | Bye) -> None:
         try:
             if self._link is not None:
                 self._link.send(message)
@@ -204,8 +245,10 @@ class Worker:
             link.send(self._hello)
             while not self._closing.is_set():
                 match link.wait(1.0):
-                    case Allot(num_slots=slots):
-                        self._allot(link, slots)
+                    case Allot(num_slots=slots, disk=place):
+                        self._allot(link, slots, place)
+                    case Write() | Read() | Cancel() | Forget() | Generation() | Probe() as message:
+                        self._on_disk(message)
                     case Bye():
                         break
                     case None:
@@ -219,7 +262,7 @@ class Worker:
             if link is not None and link is not self._link:
                 link.close()
 
-    def _allot(self, link: Link, slots: int) -> None:
+    def _allot(self, link: Link, slots: int, place: Place | None) -> None:
         """Makes the arena and touches all of it, so that first copies are not slower than later ones and a lack of
         memory shows now."""
         last = time.monotonic()
@@ -231,19 +274,94 @@ class Worker:
                 log.info("KVBM: rank %d prepared %.1f of %.1f GB of host memory", self._rank, done / 1e9, total / 1e9)
 
         try:
-            arena = Arena(slots * self._g1.slot_bytes)
+            # Direct I/O wants whole pages.
+            stride = place.slot_bytes if place is not None else self._g1.slot_bytes
+            arena = Arena(slots * stride)
             arena.touch(progress)
         except Broken as error:
             link.send(Refused(self._rank, str(error)))
             return
         self._arena = arena
-        self._g2 = arena.region([plane.row_bytes for plane in self._g1.planes], slots)
+        self._g2 = arena.region([plane.row_bytes for plane in self._g1.planes], slots, stride=stride)
         self._link = link
-        link.send(Ready(self._rank))
+        problem = None
+        if place is not None and self._open_disk is not None:
+            self._sums = np.zeros(slots, np.uint64)
+            self._extents = arena.region([stride], slots, name="G2 for the disk")
+            try:
+                self._disk = self._open_disk(place, self._rank, self._extents, self._executor)
+            except Broken as error:
+                problem = str(error)
+        link.send(Ready(self._rank, problem))
+
+    # ------------------------------------------------------------------ the disk
+
+    def _on_disk(self, message: Write | Read | Cancel | Forget | Generation | Probe) -> None:
+        """What the leader wants of the disk. Returns at once."""
+        disk = self._disk
+        assert disk is not None, "the leader uses a disk tier that this rank does not have"
+        deadline = self._settings.g3_deadline_s
+        match message:
+            case Write():
+                g2 = unpack(message.g2)
+                labels = Labels(
+                    keys=message.keys,
+                    parents=[parent or b"" for parent in message.parents],
+                    priorities=np.frombuffer(message.priorities, np.int32),
+                    expires=np.frombuffer(message.expires, np.float64),
+                    sequence=message.sequence,
+                    generation=message.generation,
+                )
+                sums = self._sums[g2]
+                disk.write(
+                    message.job, g2, unpack(message.g3), labels, sums, deadline,
+                    lambda job, completion, _: self._report(job, completion),
+                )  # fmt: skip
+            case Read():
+                g2 = unpack(message.g2)
+                with self._ended:
+                    self._reading.add(message.job)
+                disk.read(message.job, unpack(message.g3), g2, message.keys, deadline, partial(self._read_ended, g2))
+            case Cancel():
+                disk.cancel(message.jobs)
+            case Forget():
+                self._chores.submit(self._forget, disk, unpack(message.g3), message.keys)
+            case Generation():
+                self._chores.submit(disk.shard.clear, message.number)
+            case Probe():
+                self._chores.submit(self._probe, disk, message.reopen)
+
+    def _read_ended(self, g2: Slots, job: int, completion: Completion, sums: Words) -> None:
+        self._sums[g2] = sums
+        self._report(job, completion)
+        with self._ended:
+            self._reading.discard(job)
+            self._ended.notify_all()
+
+    def _forget(self, disk: Disk, slots: Slots, keys: list[bytes]) -> None:
+        """Slots that hold another block by now are left alone."""
+        try:
+            same, _ = disk.shard.expect(slots, keys)
+            disk.shard.forget(slots[same])
+        except Broken as error:
+            log.warning("KVBM: rank %d: %s", self._rank, error)
+
+    def _probe(self, disk: Disk, reopen: bool) -> None:
+        problem = None
+        try:
+            if reopen:
+                disk.shard.reopen()
+            disk.shard.probe()
+        except Broken as error:
+            problem = str(error)
+        self._tell(Probed(self._rank, problem))
 
     def close(self) -> None:
         """Waits briefly for copies in flight and gives the memory back. The engine must not step any more."""
         self._closing.set()
+        if self._disk is not None:
+            self._disk.close(2.0)
+        self._chores.shutdown(wait=False, cancel_futures=True)
         self._executor.close(5.0)
         if self._link is not None:
             self._tell(Bye())

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 
-from kvbm.core.events import Admitted, Event, Offloaded, Onboarded
+from kvbm.core.events import Admitted, Demoted, Event, Gated, Offloaded, Onboarded, Promoted
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 BYTES = tuple(float(1 << shift) for shift in range(16, 34, 2))
@@ -39,7 +39,7 @@ class Copies:
     seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
     sizes: Histogram = field(default_factory=lambda: Histogram(BYTES))
 
-    def add(self, event: Offloaded | Onboarded) -> None:
+    def add(self, event: Offloaded | Onboarded | Demoted | Promoted) -> None:
         self.blocks += event.blocks
         self.failed += event.failed
         self.nbytes += event.nbytes
@@ -55,24 +55,42 @@ class Totals:
         self.prompt_tokens = 0
         self.device_tokens = 0
         self.g2_tokens = 0
-        self.offload, self.onboard = Copies(), Copies()
-        self._recent: deque[tuple[int, int]] = deque(maxlen=_WINDOW)
+        self.g3_tokens = 0
+        """Of g2_tokens, those that had been read from disk for the request."""
+        self.gated = 0
+        """Blocks that were left on disk because computing them was faster."""
+        self.offload, self.onboard, self.demote, self.promote = Copies(), Copies(), Copies(), Copies()
+        self._recent: deque[tuple[int, int, int]] = deque(maxlen=_WINDOW)
 
     def on_event(self, event: Event) -> None:
         match event:
-            case Admitted(prompt_tokens, device_tokens, g2_tokens):
+            case Admitted(prompt_tokens, device_tokens, g2_tokens, g3_tokens):
                 self.requests += 1
                 self.prompt_tokens += prompt_tokens
                 self.device_tokens += device_tokens
                 self.g2_tokens += g2_tokens
-                self._recent.append((prompt_tokens - device_tokens, g2_tokens))
+                self.g3_tokens += g3_tokens
+                self._recent.append((prompt_tokens - device_tokens, g2_tokens, g3_tokens))
             case Offloaded():
                 self.offload.add(event)
             case Onboarded():
                 self.onboard.add(event)
+            case Demoted():
+                self.demote.add(event)
+            case Promoted():
+                self.promote.add(event)
+            case Gated(blocks):
+                self.gated += blocks
 
     def hit_rate(self) -> float:
         """Of the last thousand requests: tokens promised from host memory per token the engine itself did not hold."""
+        return self._rate(1)
+
+    def disk_hit_rate(self) -> float:
+        """The same of tokens that had been read from disk."""
+        return self._rate(2)
+
+    def _rate(self, column: int) -> float:
         recent = list(self._recent)
-        wanted = sum(asked for asked, _ in recent)
-        return sum(hit for _, hit in recent) / wanted if wanted else 0.0
+        wanted = sum(row[0] for row in recent)
+        return sum(row[column] for row in recent) / wanted if wanted else 0.0

@@ -219,7 +219,7 @@ class NamespaceFolder:
         self._meta.write(self.path)
 
     def close(self) -> None:
-        """Note when it was used last. A failure is logged."""
+        """Note when it was used last, and let others have the folder. A failure is logged."""
         try:
             with reported(f"write in {self.path}"):
                 if read_meta(self.path) == self._meta:
@@ -227,6 +227,7 @@ class NamespaceFolder:
                     self._meta.write(self.path)
         except (Broken, Newer, Misuse) as error:
             logger.warning("%s", error)
+        self._folder.close()
 
     def _prepare(self) -> None:
         for rank in range(self._meta.ranks):

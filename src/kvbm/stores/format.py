@@ -106,7 +106,8 @@ class Labels:
     """What is written down with the blocks of one job, besides their bytes.
 
     Per block: the key (at most 32 bytes), the parent's key (empty: none), the priority, and when it `expires` (unix
-    seconds, inf: never). The first block's write has the number `sequence`, the others those after it.
+    seconds, inf: never). The last block's write has the number `sequence`, those before it higher ones: what has the
+    lowest is the first to go after a restart, and a prompt's leaf goes before its root.
     """
 
     keys: Sequence[bytes]
@@ -131,7 +132,7 @@ def pack(slots: Slots, labels: Labels, checksums: Words, length: int, now: float
     parents = b"".join(parent[:8].ljust(8, b"\0") for parent in labels.parents)
     records["parent"] = np.frombuffer(parents, dtype="<u8")
     records["checksum"] = checksums
-    records["sequence"] = labels.sequence + np.arange(len(slots), dtype=np.uint64)
+    records["sequence"] = labels.sequence + np.arange(len(slots), dtype=np.uint64)[::-1]
     records["written_at"], records["expires"] = now, labels.expires
     records["length"], records["priority"] = length, labels.priorities
     records["generation"], records["slot"] = labels.generation, slots

@@ -69,15 +69,19 @@ class Arena:
             if progress is not None:
                 progress(start + length, self.size)
 
-    def region(self, row_bytes: Sequence[int], num_slots: int, *, name: str = "G2", offset: int = 0) -> Region:
-        """The part of the arena from `offset` as `num_slots` slots of one extent each. It keeps the arena alive.
+    def region(
+        self, row_bytes: Sequence[int], num_slots: int, *, stride: int = 0, name: str = "G2", offset: int = 0
+    ) -> Region:
+        """The part of the arena from `offset` as `num_slots` slots of one extent each, `stride` bytes apart (0: back to
+        back). It keeps the arena alive.
 
         Raises:
             Misuse: it does not fit.
         """
-        if offset < 0 or offset + sum(row_bytes) * num_slots > self.size:
-            raise Misuse(f"{num_slots} slots of {sum(row_bytes)} B from {offset} on do not fit into {self.size} B")
-        return packed(name, self.address + offset, row_bytes, num_slots, owner=self)
+        stride = stride or sum(row_bytes)
+        if offset < 0 or offset + stride * num_slots > self.size:
+            raise Misuse(f"{num_slots} slots of {stride} B from {offset} on do not fit into {self.size} B")
+        return packed(name, self.address + offset, row_bytes, num_slots, stride=stride, owner=self)
 
     def close(self) -> None:
         """Unmap and give the memory back, unless another process maps it too. May be called again."""

@@ -149,6 +149,11 @@ def slots_in(nbytes: int, ranks: int, slot_bytes: int) -> int:
     return max(0, min(per_rank // (slot_bytes + RECORD.itemsize), (1 << 32) - 1))
 
 
+def bytes_of(num_slots: int, ranks: int, slot_bytes: int) -> int:
+    """The bytes in all that a namespace of so many slots needs."""
+    return OVERHEAD_BYTES + ranks * (num_slots * (slot_bytes + RECORD.itemsize) + 3 * PAGE)
+
+
 @dataclass(frozen=True, slots=True)
 class Listing:
     """A namespace's folder as it is found. `meta` is None where it cannot be understood; `newer` says why."""

@@ -15,6 +15,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from kvbm.connect.vllm import geometry
+from kvbm.connect.vllm.ending import before_sigterm
 from kvbm.connect.vllm.stats import KvbmStats
 from kvbm.core.config import Resolved
 from kvbm.core.events import Admitted, Cleared, Event, Removed, Stored
@@ -88,6 +89,9 @@ class SchedulerSide:
             shares_device_blocks=bool(config.cache_config.enable_prefix_caching),
         )
         self._leader = self.side.leader
+        seconds = resolved.settings.g3_drain_s
+        if self._leader.lower is not None and seconds > 0:
+            before_sigterm(lambda: self.side.drain(seconds))
         self._events: list[Event] = []
         if config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events:
             self._leader.pool.add_observer(self)
