@@ -61,8 +61,8 @@ class Demotion:
         self._admission, self._hot, self._budget = admission, hot, budget
         self._exclusive, self._block_bytes = exclusive, block_bytes
         self._most, self._batch = max(1, most), max(1, min(batch, most))
-        self._reserve = max(1, min(g2.statistics().total // 8, 4 * self._batch))
-        """Slots of G2 that exclusive demotion keeps free."""
+        self._reserve = max(1, min(g2.statistics().total // 8, 2 * self._most))
+        """Slots of G2 that exclusive demotion keeps free, so that what has to go was written before."""
         self._emit = emit
         self._queue: deque[Sequence[bytes]] = deque()
         self._queued = self._in_flight = 0

@@ -83,6 +83,11 @@ class Gate:
             rate = slowest if rate is None else min(rate, slowest)
         return (blocks + ahead) / rate if rate else 0.0
 
+    def soon(self, seconds: float) -> int:
+        """Blocks that are read in so long, at least one; any number while nothing is known."""
+        rate = self._read.get()
+        return max(1, int(rate * seconds)) if rate else 1 << 30
+
     def computing_s(self, blocks: int) -> float | None:
         """Seconds in which the engine computes so many blocks; None while that is not known."""
         rate = self._computed.get()

@@ -22,6 +22,8 @@ from kvbm.manager.requests import Record
 
 _KEEP = 30.0
 """Seconds that what has arrived is held for a request that is not scheduled."""
+_SOON = 0.05
+"""Seconds that one move should take at most: what has arrived can be used, what is being read cannot."""
 _TRIES = 2
 """Reads of a block that may fail before it counts as lost."""
 
@@ -98,10 +100,7 @@ class Promotion:
                 before.append(keys[at])
         if not wanted:
             return
-        ahead = sum(staging.left for staging in self._stagings)
-        if (objection := self._tier.gate.objection(len(wanted), ahead)) is not None:
-            self._refuse(record, objection, len(wanted))
-            return
+        # Not asked here whether that pays: it costs nothing while the request waits for its turn, and measures the disk.
         source, _ = self._tier.pool.scan(wanted)
         staging = Staging(source.keys, source.parents, source, [self._g2.scan(before)[0]], {request: record})
         self._stagings.append(staging)
@@ -157,7 +156,7 @@ class Promotion:
     def _send(self, staging: Staging) -> None:
         """Read the next batches, as far as there are slots for them and room in flight."""
         while staging.sent < len(staging.keys) and self._tier.problem is None:
-            room = min(self._batch, self._in_flight - self._tier.gate.reading)
+            room = min(self._batch, self._tier.gate.soon(_SOON), self._in_flight - self._tier.gate.reading)
             first, most = staging.sent, min(len(staging.keys) - staging.sent, room)
             if most <= 0:
                 return

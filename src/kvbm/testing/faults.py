@@ -20,15 +20,18 @@ from kvbm.abc.transport import Completion, Plan, Quiet, Transport
 from kvbm.core.errors import Misuse
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Region
+from kvbm.transfer.file import FileTransport
 from kvbm.transfer.plan import checked_slots
 
-FAULTS: Final = ("delay", "fail", "flip", "garble", "die_after")
+FAULTS: Final = ("delay", "rate", "fail", "flip", "garble", "die_after")
 PREFIXES: Final = ("", "load_", "store_")
 OPTIONS: Final = frozenset({"serial", "seed", *(prefix + fault for prefix in PREFIXES for fault in FAULTS)})
 
 
 def build(inner: Transport, rank: int, query: str) -> Transport:
     """`inner` wrapped as a query string says, e.g. ``store_delay=0.2&fail=0.1&rank=1``; as it is on other ranks.
+
+    It is about copies between host memory and the engine, or, with ``disk=1``, about those to and from disk.
 
     Raises:
         ValueError: an unknown option, one given twice, or a value that is not a number; `inner` is untouched.
@@ -42,15 +45,18 @@ def build(inner: Transport, rank: int, query: str) -> Transport:
         except ValueError:
             raise ValueError(f"fault option {name}={value!r} is not a number") from None
     only = options.pop("rank", rank)
+    disk = bool(options.pop("disk", 0))
     _check(options)
-    return FaultTransport(inner, **options) if only == rank else inner
+    return FaultTransport(inner, **options) if only == rank and disk == isinstance(inner, FileTransport) else inner
 
 
 def _check(options: dict[str, float]) -> None:
     """Raise `ValueError` naming the first option that `FaultTransport` does not have or cannot use."""
     for name, value in options.items():
         if name not in OPTIONS:
-            raise ValueError(f"unknown fault option {name!r}; there are {', '.join(sorted(OPTIONS | {'rank'}))}")
+            raise ValueError(
+                f"unknown fault option {name!r}; there are {', '.join(sorted(OPTIONS | {'disk', 'rank'}))}"
+            )
         if value < 0 or (name.endswith(("fail", "flip", "garble")) and value > 1):
             raise ValueError(f"fault option {name}={value:g} is out of range")
 
@@ -74,6 +80,7 @@ class FaultTransport(Transport):
 
     - `delay`: seconds before the copy starts, so that the source is really read later. Delayed plans overlap, unless
       `serial` is 1: then the delay of each begins when that of the one before is over.
+    - `rate`: megabytes per second, over all plans of this rank: each waits for its turn, as with `serial`.
     - `fail`: probability that a plan ends `FAILED` with "injected", uncopied.
     - `flip`: probability that, after the copy, one bit in each of the plan's blocks is flipped in the destination
       (host memory), and the outcome is still `DONE`.
@@ -122,8 +129,10 @@ class FaultTransport(Transport):
             error = self._dead or ("injected" if fail else None)
             self._jobs[ticket] = job = _Job(plan, done, error, flip, garble)
             now = time.monotonic()
-            begin = max(now, self._last_due) if self._options.get("serial") else now
-            self._last_due = begin + self._option("delay", plan)
+            rate = self._option("rate", plan)
+            begin = max(now, self._last_due) if rate or self._options.get("serial") else now
+            turn = len(plan.source_slots) * plan.source.slot_bytes / (rate * 1e6) if rate else 0.0
+            self._last_due = begin + self._option("delay", plan) + turn
             if job.error is None and self._last_due <= now:
                 self._pass_on(ticket, job)
             if job.inner is None:
