@@ -13,7 +13,7 @@ from kvbm.stores.format import PAGE
 from kvbm.stores.meta import OVERHEAD_BYTES
 from kvbm.stores.shard import Shard, Sync
 from kvbm.testing.faults import FaultTransport
-from kvbm.testing.store import Memory, Rig, StoreSuite
+from kvbm.testing.store import HostBlocks, Rig, StoreSuite
 from kvbm.transfer.executor import Executor
 from tests.stores.plain import PlainTransport
 
@@ -30,7 +30,7 @@ class DiskRig(Rig):
     ) -> None:
         super().__init__()
         self.folder, self.cipher, self.sync, self.direct = folder, cipher, sync, direct
-        self.memory = Memory(16, SLOT)
+        self.memory = HostBlocks(16, SLOT)
         self.open()
 
     def open(self, **faults: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -36,6 +37,8 @@ class Meta(msgspec.Struct, frozen=True, kw_only=True):
     created: float
     last_used: float
     encryption: str = ""
+    check: str = ""
+    """Over all the rest, so that a change by accident is noticed."""
 
     def __post_init__(self) -> None:
         if min(self.ranks, self.block_bytes, self.num_slots) < 1 or not 0 <= self.generation < 1 << 32:
@@ -48,7 +51,12 @@ class Meta(msgspec.Struct, frozen=True, kw_only=True):
 
     def write(self, folder: Path) -> None:
         """Put this into `folder`, durably and at once. Raises OSError."""
-        replace(folder / META, msgspec.json.encode(self, enc_hook=str))
+        replace(folder / META, msgspec.json.encode(self.sealed()))
+
+    def sealed(self) -> Meta:
+        """This with its `check`."""
+        text = msgspec.json.encode(msgspec.structs.replace(self, check=""))
+        return msgspec.structs.replace(self, check=hashlib.sha256(text).hexdigest()[:16])
 
 
 def read_meta(folder: Path) -> Meta | None:
@@ -72,7 +80,7 @@ def read_meta(folder: Path) -> Meta | None:
         meta = msgspec.json.decode(text, type=Meta)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
-    return meta if meta.format == FORMAT else None
+    return meta if meta.format == FORMAT and meta.check == meta.sealed().check else None
 
 
 class _Version(msgspec.Struct):

@@ -186,7 +186,7 @@ class FaultTransport(Transport):
                 if job.error is None:
                     continue
                 del self._jobs[ticket]
-            job.done(_failed(ticket, job))
+            job.done(_failed(ticket, job, job.error))
 
     def _pass_on(self, ticket: int, job: _Job) -> None:
         """Lock held, so that a cancel finds the job either here or there."""
@@ -204,9 +204,8 @@ class FaultTransport(Transport):
             if job.faults and job.error is None:
                 for slot in job.plan.destination_slots[completion.outcomes == Outcome.DONE]:
                     self._damage(job, int(slot))
-                if "short" in job.faults:
-                    job.error = "short"
-        job.done(replace(completion, ticket=ticket) if job.error is None else _failed(ticket, job))
+            error = job.error or ("short" if "short" in job.faults else None)
+        job.done(replace(completion, ticket=ticket) if error is None else _failed(ticket, job, error))
 
     def _damage(self, job: _Job, slot: int) -> None:
         region = job.plan.destination
@@ -241,9 +240,9 @@ class FaultTransport(Transport):
         return self._options.get(f"{plan.label}_{fault}", self._options.get(fault, 0.0))
 
 
-def _failed(ticket: int, job: _Job) -> Completion:
+def _failed(ticket: int, job: _Job, error: str) -> Completion:
     outcomes = np.full(len(job.plan.destination_slots), Outcome.FAILED, dtype=np.uint8)
-    return Completion(ticket, outcomes, job.error, 0.0, 0)
+    return Completion(ticket, outcomes, error, 0.0, 0)
 
 
 def _peek(region: Region, slot: int) -> bytes:

@@ -49,7 +49,7 @@ class Store(Protocol):
     def close(self, timeout_s: float) -> None: ...
 
 
-class Memory:
+class HostBlocks:
     """`slots` slots of host memory, on page boundaries."""
 
     def __init__(self, slots: int, slot_bytes: int) -> None:
@@ -91,7 +91,7 @@ class Rig(ABC):
     """A store with 16 slots, and a memory with 16, between which `faults` (see `FaultTransport`) go wrong."""
 
     store: Store
-    memory: Memory
+    memory: HostBlocks
     block_bytes: int
     generation: int = 0
 
