@@ -69,7 +69,7 @@ def read_meta(folder: Path) -> Meta | None:
     with reported(f"read {folder / META}"):
         try:
             text = (folder / META).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
     try:
         if (version := msgspec.json.decode(text, type=_Version).format) > FORMAT:
@@ -112,7 +112,7 @@ class Place:
     @property
     def index_bytes(self) -> int:
         """An index file's size."""
-        return index_bytes(self.num_slots)
+        return PAGE + self.num_slots * RECORD.itemsize
 
     def data(self, rank: int) -> Path:
         """A rank's data file."""
@@ -121,6 +121,10 @@ class Place:
     def index(self, rank: int) -> Path:
         """A rank's index file."""
         return Path(self.folder) / f"rank{rank}.index"
+
+    def files(self, rank: int) -> tuple[tuple[Path, int], ...]:
+        """A rank's files and their sizes. The index comes first, so that no record outlives its slot."""
+        return (self.index(rank), self.index_bytes), (self.data(rank), self.data_bytes)
 
     def header(self, rank: int) -> bytes:
         """The page a rank's index has to begin with."""
@@ -132,7 +136,7 @@ class Place:
         An index that is not this namespace's begins anew. Raises OSError.
         """
         Path(self.folder).mkdir(mode=0o700, exist_ok=True)
-        for path, size in ((self.data(rank), self.data_bytes), (self.index(rank), self.index_bytes)):
+        for path, size in self.files(rank):
             fd = opened(path, os.O_RDWR | os.O_CREAT)
             try:
                 if path == self.index(rank) and os.pread(fd, PAGE, 0) != self.header(rank):
@@ -144,11 +148,6 @@ class Place:
             finally:
                 os.close(fd)
         sync_folder(Path(self.folder))
-
-
-def index_bytes(num_slots: int) -> int:
-    """The size of an index file."""
-    return padded(PAGE + num_slots * RECORD.itemsize)
 
 
 def slots_in(nbytes: int, ranks: int, slot_bytes: int) -> int:
@@ -180,7 +179,7 @@ class Listing:
             msgspec.structs.replace(self.meta, num_slots=slots).write(self.path)
             place = place_of(self.path, self.meta, slots)
             for rank in range(self.meta.ranks):
-                for path, size in ((place.data(rank), place.data_bytes), (place.index(rank), place.index_bytes)):
+                for path, size in place.files(rank):
                     if path.is_file() and path.stat().st_size > size:
                         os.truncate(path, size)
 
