@@ -175,7 +175,7 @@ def test_two_models_share_the_bound(folder: Folder) -> None:
     assert first.num_slots > second.num_slots > 0.9 * BOUND / 2 // (BLOCK + 128)
     assert again.num_slots == pytest.approx(second.num_slots, rel=0.05)
     assert len(again.recover().slots) > 0.9 * again.num_slots
-    assert len(use(folder, B).recover().slots) == second.num_slots
+    assert len(use(folder, B).recover().slots) > 0.9 * second.num_slots
     assert allocated(folder.path) <= BOUND
 
 
