@@ -30,8 +30,9 @@ class Recovered:
     """The blocks of a namespace, the oldest write first; arrays of one entry per block.
 
     `keys` are (n, 32) bytes, padded with zeros, of `key_lengths`; `parents` the first 8 bytes of each parent's key as
-    a little-endian number, 0 where there is none; `expires` unix seconds. New writes begin with `next_sequence`.
-    `damaged` and `bad` count records that are not intact and slots in which a bad block was found, over all ranks.
+    a little-endian number, 0 where there is none; `expires` and `written_at` unix seconds. New writes begin with
+    `next_sequence`. `damaged` and `bad` count records that are not intact and slots in which a bad block was found,
+    over all ranks.
     """
 
     slots: npt.NDArray[np.int64]
@@ -41,6 +42,7 @@ class Recovered:
     sequences: Words
     priorities: npt.NDArray[np.int32]
     expires: npt.NDArray[np.float64]
+    written_at: npt.NDArray[np.float64]
     next_sequence: int
     damaged: int
     bad: int
@@ -90,6 +92,7 @@ def recover(place: Place, now: float) -> Recovered:
         sequences=blocks["sequence"][order],
         priorities=blocks["priority"][order],
         expires=blocks["expires"][order],
+        written_at=blocks["written_at"][order],
         next_sequence=last + 1,
         damaged=damaged,
         bad=bad,
@@ -103,10 +106,10 @@ def read_records(fd: int, first: int, into: Records) -> None:
     octets[got:] = 0
 
 
-def open_index(place: Place, rank: int, stack: ExitStack) -> int | None:
-    """A rank's index to read until `stack` ends; None if it is missing or not this namespace's. Raises OSError."""
+def open_index(place: Place, rank: int, stack: ExitStack, flags: int = os.O_RDONLY) -> int | None:
+    """A rank's index, open until `stack` ends; None if it is missing or not this namespace's. Raises OSError."""
     try:
-        fd = opened(place.index(rank), os.O_RDONLY)
+        fd = opened(place.index(rank), flags)
     except OSError as error:
         if error.errno in _UNREADABLE:
             return None
