@@ -277,7 +277,7 @@ class StoreSuite:
         rig.restart(delay=3600)
         results = [rig.start_write([3], [2]), Result()]
         rig.store.read(next(rig._jobs), slots(0), slots(15), [key_of(1)], PATIENCE_S, results[1])
-        rig.store.close(0.01)
+        rig.store.close(1)
         assert [len(result.calls) for result in results] == [1, 1]
         assert [result.outcomes for result in results] == [[FAILED], [FAILED]]
 
