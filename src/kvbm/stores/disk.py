@@ -214,6 +214,10 @@ class Disk:
             # A job's own number where it is one transfer, so that others can follow it.
             job.moving = moving = next(self._ids) if self._sides.cipher else job.number
         self._submit(moving, plan, job.deadline - self._clock(), lambda _, completion: self._moved(job, completion))
+        with self._lock:
+            cancelled = job.error is not None
+        if cancelled:  # in between, when there was nothing to cancel yet
+            self._cancel([moving])
 
     def _moved(self, job: Job, completion: Completion) -> None:
         """On the transport's thread."""

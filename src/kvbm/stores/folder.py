@@ -222,7 +222,7 @@ class NamespaceFolder:
         """Note when it was used last, and let others have the folder. A failure is logged."""
         try:
             with reported(f"write in {self.path}"):
-                if read_meta(self.path) == self._meta:
+                if read_meta(self.path) == self._meta.sealed():
                     self._meta = msgspec.structs.replace(self._meta, last_used=self._folder._clock())
                     self._meta.write(self.path)
         except (Broken, Newer, Misuse) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -36,6 +37,8 @@ class Meta(msgspec.Struct, frozen=True, kw_only=True):
     created: float
     last_used: float
     encryption: str = ""
+    check: str = ""
+    """Over all the rest, so that a change by accident is noticed."""
 
     def __post_init__(self) -> None:
         if min(self.ranks, self.block_bytes, self.num_slots) < 1 or not 0 <= self.generation < 1 << 32:
@@ -48,7 +51,12 @@ class Meta(msgspec.Struct, frozen=True, kw_only=True):
 
     def write(self, folder: Path) -> None:
         """Put this into `folder`, durably and at once. Raises OSError."""
-        replace(folder / META, msgspec.json.encode(self, enc_hook=str))
+        replace(folder / META, msgspec.json.encode(self.sealed()))
+
+    def sealed(self) -> Meta:
+        """This with its `check`."""
+        text = msgspec.json.encode(msgspec.structs.replace(self, check=""))
+        return msgspec.structs.replace(self, check=hashlib.sha256(text).hexdigest()[:16])
 
 
 def read_meta(folder: Path) -> Meta | None:
@@ -61,7 +69,7 @@ def read_meta(folder: Path) -> Meta | None:
     with reported(f"read {folder / META}"):
         try:
             text = (folder / META).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
     try:
         if (version := msgspec.json.decode(text, type=_Version).format) > FORMAT:
@@ -72,7 +80,7 @@ def read_meta(folder: Path) -> Meta | None:
         meta = msgspec.json.decode(text, type=Meta)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
-    return meta if meta.format == FORMAT else None
+    return meta if meta.format == FORMAT and meta.check == meta.sealed().check else None
 
 
 class _Version(msgspec.Struct):
@@ -104,7 +112,7 @@ class Place:
     @property
     def index_bytes(self) -> int:
         """An index file's size."""
-        return index_bytes(self.num_slots)
+        return PAGE + self.num_slots * RECORD.itemsize
 
     def data(self, rank: int) -> Path:
         """A rank's data file."""
@@ -113,6 +121,10 @@ class Place:
     def index(self, rank: int) -> Path:
         """A rank's index file."""
         return Path(self.folder) / f"rank{rank}.index"
+
+    def files(self, rank: int) -> tuple[tuple[Path, int], ...]:
+        """A rank's files and their sizes. The index comes first, so that no record outlives its slot."""
+        return (self.index(rank), self.index_bytes), (self.data(rank), self.data_bytes)
 
     def header(self, rank: int) -> bytes:
         """The page a rank's index has to begin with."""
@@ -124,7 +136,7 @@ class Place:
         An index that is not this namespace's begins anew. Raises OSError.
         """
         Path(self.folder).mkdir(mode=0o700, exist_ok=True)
-        for path, size in ((self.data(rank), self.data_bytes), (self.index(rank), self.index_bytes)):
+        for path, size in self.files(rank):
             fd = opened(path, os.O_RDWR | os.O_CREAT)
             try:
                 if path == self.index(rank) and os.pread(fd, PAGE, 0) != self.header(rank):
@@ -136,11 +148,6 @@ class Place:
             finally:
                 os.close(fd)
         sync_folder(Path(self.folder))
-
-
-def index_bytes(num_slots: int) -> int:
-    """The size of an index file."""
-    return padded(PAGE + num_slots * RECORD.itemsize)
 
 
 def slots_in(nbytes: int, ranks: int, slot_bytes: int) -> int:
@@ -177,7 +184,7 @@ class Listing:
             msgspec.structs.replace(self.meta, num_slots=slots).write(self.path)
             place = place_of(self.path, self.meta, slots)
             for rank in range(self.meta.ranks):
-                for path, size in ((place.data(rank), place.data_bytes), (place.index(rank), place.index_bytes)):
+                for path, size in place.files(rank):
                     if path.is_file() and path.stat().st_size > size:
                         os.truncate(path, size)
 

@@ -7,23 +7,22 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from kvbm.core.region import Slots
 from kvbm.stores.files import opened, read_up_to, reported
-from kvbm.stores.format import KEY_BYTES, PAGE, RECORD, Records, Seal, Words, parse
+from kvbm.stores.format import KEY_BYTES, PAGE, RECORD, Mask, Records, Seal, Words, parse
 from kvbm.stores.meta import Place
 
 _STRETCH: Final = 1 << 16
 """Records that are read at once: 8 MiB."""
 _UNREADABLE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR)
 
-_KEPT: Final = np.dtype(
-    [(name, RECORD[name]) for name in ("key", "key_length", "parent", "sequence", "expires")]
-    + [("priority", "<i4"), ("slot", "<u4")]
-)
+_OPAQUE: Final = np.dtype((np.void, RECORD.itemsize))
+"""A record that numpy copies as a whole, not field by field."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,8 +30,9 @@ class Recovered:
     """The blocks of a namespace, the oldest write first; arrays of one entry per block.
 
     `keys` are (n, 32) bytes, padded with zeros, of `key_lengths`; `parents` the first 8 bytes of each parent's key as
-    a little-endian number, 0 where there is none; `expires` unix seconds. New writes begin with `next_sequence`.
-    `damaged` and `bad` count records that are not intact and slots in which a bad block was found, over all ranks.
+    a little-endian number, 0 where there is none; `expires` and `written_at` unix seconds. New writes begin with
+    `next_sequence`. `damaged` and `bad` count records that are not intact and slots in which a bad block was found,
+    over all ranks.
     """
 
     slots: npt.NDArray[np.int64]
@@ -42,6 +42,7 @@ class Recovered:
     sequences: Words
     priorities: npt.NDArray[np.int32]
     expires: npt.NDArray[np.float64]
+    written_at: npt.NDArray[np.float64]
     next_sequence: int
     damaged: int
     bad: int
@@ -63,7 +64,7 @@ def recover(place: Place, now: float) -> Recovered:
         Broken: the operating system's error.
     """
     seal = Seal(place.fingerprint)
-    kept: list[npt.NDArray[Any]] = [np.zeros(0, dtype=_KEPT)]
+    kept = [np.zeros(0, dtype=_OPAQUE)]
     last = damaged = bad = 0
     for first, ranks in _stretches(place):
         parsed = [parse(records, first, seal, place.generation, place.block_bytes) for records in ranks]
@@ -73,25 +74,25 @@ def recover(place: Place, now: float) -> Recovered:
         for records, one in zip(ranks, parsed, strict=True):
             # Any write there ever was, so that no number is used twice.
             last = max(last, int(records["sequence"][~one.damaged].max(initial=0)))
+            if records is ranks[0]:
+                continue
             common &= one.blocks & (records["sequence"] == ranks[0]["sequence"])
             common &= (records["key"] == ranks[0]["key"]).all(axis=1)
             common &= records["key_length"] == ranks[0]["key_length"]
-        chosen = ranks[0][common]
-        kept.append(np.zeros(len(chosen), dtype=_KEPT))
-        for name in _KEPT.names or ():
-            kept[-1][name] = chosen[name]
-    blocks = np.concatenate(kept)
+        kept.append(ranks[0].view(_OPAQUE)[common])
+    blocks = np.concatenate(kept).view(RECORD)
     del kept
-    blocks = blocks[np.argsort(blocks["sequence"], kind="stable")]
-    blocks = blocks[_last_of_each(blocks)]
+    order = np.argsort(blocks["sequence"], kind="stable")
+    order = order[_last_of_each(blocks, order)]
     return Recovered(
-        slots=blocks["slot"].astype(np.int64),
-        keys=np.ascontiguousarray(blocks["key"]).view(np.uint8).reshape(len(blocks), KEY_BYTES),
-        key_lengths=blocks["key_length"].copy(),
-        parents=blocks["parent"].copy(),
-        sequences=blocks["sequence"].copy(),
-        priorities=blocks["priority"].copy(),
-        expires=blocks["expires"].copy(),
+        slots=blocks["slot"][order].astype(np.int64),
+        keys=blocks["key"][order].view(np.uint8),
+        key_lengths=blocks["key_length"][order],
+        parents=blocks["parent"][order],
+        sequences=blocks["sequence"][order],
+        priorities=blocks["priority"][order],
+        expires=blocks["expires"][order],
+        written_at=blocks["written_at"][order],
         next_sequence=last + 1,
         damaged=damaged,
         bad=bad,
@@ -105,10 +106,10 @@ def read_records(fd: int, first: int, into: Records) -> None:
     octets[got:] = 0
 
 
-def open_index(place: Place, rank: int, stack: ExitStack) -> int | None:
-    """A rank's index to read until `stack` ends; None if it is missing or not this namespace's. Raises OSError."""
+def open_index(place: Place, rank: int, stack: ExitStack, flags: int = os.O_RDONLY) -> int | None:
+    """A rank's index, open until `stack` ends; None if it is missing or not this namespace's. Raises OSError."""
     try:
-        fd = opened(place.index(rank), os.O_RDONLY)
+        fd = opened(place.index(rank), flags)
     except OSError as error:
         if error.errno in _UNREADABLE:
             return None
@@ -130,16 +131,17 @@ def _stretches(place: Place) -> Iterator[tuple[int, list[Records]]]:
             yield first, stretch
 
 
-def _last_of_each(blocks: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Which of these, in order of their writes, are the last one with their key."""
-    last = np.ones(len(blocks), dtype=np.bool_)
-    heads = blocks["key"][:, 0]
-    order = np.argsort(heads, kind="stable")
-    same = np.flatnonzero(heads[order][1:] == heads[order][:-1])
+def _last_of_each(blocks: Records, order: Slots) -> Mask:
+    """Which of the blocks, taken in `order`, are the last one with their key."""
+    last = np.ones(len(order), dtype=np.bool_)
+    heads = blocks["key"][:, 0][order]
+    sort = np.argsort(heads, kind="stable")
+    same = np.flatnonzero(heads[sort][1:] == heads[sort][:-1])
     # Keys are hashes: two that begin alike are nearly always the same, and there are few.
     newest: dict[tuple[bytes, int], int] = {}
-    for place in np.unique(np.concatenate([order[same], order[same + 1]])).tolist():
-        key = blocks["key"][place].tobytes(), int(blocks["key_length"][place])
+    for place in np.unique(np.concatenate([sort[same], sort[same + 1]])).tolist():
+        block = blocks[order[place]]
+        key = block["key"].tobytes(), int(block["key_length"])
         if key in newest:
             last[newest[key]] = False
         newest[key] = place

@@ -297,12 +297,12 @@ class Shard:
         self._records[slots[records["key_length"] > 0]] = records[records["key_length"] > 0]
 
     def _try(self, fd: int, offset: int, content: bytes) -> None:
-        with mmap.mmap(-1, PAGE) as page:  # on a page's boundary, as direct I/O wants it
-            page[:] = content
-            write_all(fd, memoryview(page), offset)
-            page[:] = bytes(PAGE)
-            if os.preadv(fd, [page], offset) != PAGE or page[:] != content:
-                raise Broken(f"disk tier: what is written in {self.place.folder} does not come back")
+        page = mmap.mmap(-1, PAGE)  # on a page's boundary, as direct I/O wants it
+        page[:] = content
+        write_all(fd, memoryview(page), offset)
+        page[:] = bytes(PAGE)
+        if os.preadv(fd, [page], offset) != PAGE or page[:] != content:
+            raise Broken(f"disk tier: what is written in {self.place.folder} does not come back")
 
     def _synced(self) -> None:
         """Data before index, so that a record that is kept has its bytes."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import heapq
+import os
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 from urllib.parse import parse_qsl
@@ -23,7 +25,8 @@ from kvbm.core.region import Region
 from kvbm.transfer.file import FileTransport
 from kvbm.transfer.plan import checked_slots
 
-FAULTS: Final = ("delay", "rate", "fail", "flip", "garble", "die_after")
+FAULTS: Final = ("delay", "rate", "fail", "flip", "garble", "short", "torn", "lie", "die_after")
+ODDS: Final = ("fail", "flip", "garble", "short", "torn", "lie")
 PREFIXES: Final = ("", "load_", "store_")
 OPTIONS: Final = frozenset({"serial", "seed", *(prefix + fault for prefix in PREFIXES for fault in FAULTS)})
 
@@ -54,22 +57,24 @@ def _check(options: dict[str, float]) -> None:
     """Raise `ValueError` naming the first option that `FaultTransport` does not have or cannot use."""
     for name, value in options.items():
         if name not in OPTIONS:
-            raise ValueError(
-                f"unknown fault option {name!r}; there are {', '.join(sorted(OPTIONS | {'disk', 'rank'}))}"
-            )
-        if value < 0 or (name.endswith(("fail", "flip", "garble")) and value > 1):
+            known = ", ".join(sorted(OPTIONS | {"disk", "rank"}))
+            raise ValueError(f"unknown fault option {name!r}; there are {known}")
+        if value < 0 or (name.endswith(ODDS) and value > 1):
             raise ValueError(f"fault option {name}={value:g} is out of range")
 
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """A plan on its way. `error`: why it has to fail. `inner`: the wrapped transport's ticket once it has one."""
+    """A plan on its way. `error`: why it has to fail. `inner`: the wrapped transport's ticket once it has one.
+
+    `faults`: what else goes wrong with it; `before`: the destination's bytes, where part of them has to come back.
+    """
 
     plan: Plan
     done: Callable[[Completion], None]
     error: str | None
-    flip: bool
-    garble: bool = False
+    faults: frozenset[str] = frozenset()
+    before: dict[int, bytes] = field(default_factory=dict)
     inner: int | None = None
 
 
@@ -83,8 +88,11 @@ class FaultTransport(Transport):
     - `rate`: megabytes per second, over all plans of this rank: each waits for its turn, as with `serial`.
     - `fail`: probability that a plan ends `FAILED` with "injected", uncopied.
     - `flip`: probability that, after the copy, one bit in each of the plan's blocks is flipped in the destination
-      (host memory), and the outcome is still `DONE`.
+      (host memory or a file), and the outcome is still `DONE`.
     - `garble`: the same, and all bytes of the blocks are overwritten.
+    - `torn`: probability that only the first half of each block arrives, and the outcome is still `DONE`.
+    - `lie`: probability that nothing is copied, and the outcome is still `DONE`.
+    - `short`: probability that only the first half of each block arrives, and the plan ends `FAILED` with "short".
     - `die_after`: the N-th plan kills the transport: `alive()` is False, that plan, those that run and all
       later ones fail.
 
@@ -122,12 +130,14 @@ class FaultTransport(Transport):
                 self._dead = "the transport died (injected)"
                 running = self._fail_all(self._dead)
             fail = self._random.random() < self._option("fail", plan)
-            flip = self._random.random() < self._option("flip", plan)
+            faults = {"flip"} if self._random.random() < self._option("flip", plan) else set()
             ticket = self._seen[""]
-            # No throw unless asked for, so that a seed means the same faults with and without this option.
-            garble = (odds := self._option("garble", plan)) > 0 and self._random.random() < odds
+            for fault in ("garble", "short", "torn", "lie"):
+                # No throw unless asked for, so that a seed means the same faults with and without this option.
+                if (odds := self._option(fault, plan)) > 0 and self._random.random() < odds:
+                    faults.add(fault)
             error = self._dead or ("injected" if fail else None)
-            self._jobs[ticket] = job = _Job(plan, done, error, flip, garble)
+            self._jobs[ticket] = job = _Job(plan, done, error, frozenset(faults))
             now = time.monotonic()
             rate = self._option("rate", plan)
             begin = max(now, self._last_due) if rate or self._options.get("serial") else now
@@ -184,10 +194,12 @@ class FaultTransport(Transport):
                 if job.error is None:
                     continue
                 del self._jobs[ticket]
-            job.done(_failed(ticket, job))
+            job.done(_failed(ticket, job, job.error))
 
     def _pass_on(self, ticket: int, job: _Job) -> None:
         """Lock held, so that a cancel finds the job either here or there."""
+        if job.faults & {"short", "torn", "lie"}:
+            job.before = {int(slot): _peek(job.plan.destination, int(slot)) for slot in job.plan.destination_slots}
         try:
             job.inner = self._inner.submit(job.plan, partial(self._finish, ticket))
         except Misuse as error:
@@ -197,20 +209,24 @@ class FaultTransport(Transport):
         """On a thread of the wrapped transport."""
         with self._due:
             job = self._jobs.pop(ticket)
-            if (job.flip or job.garble) and job.error is None and job.plan.destination.kind == "host":
+            if job.faults and job.error is None:
                 for slot in job.plan.destination_slots[completion.outcomes == Outcome.DONE]:
-                    (self._flip if job.flip else self._garble)(job.plan.destination, int(slot))
-        job.done(replace(completion, ticket=ticket) if job.error is None else _failed(ticket, job))
+                    self._damage(job, int(slot))
+            error = job.error or ("short" if "short" in job.faults else None)
+        job.done(replace(completion, ticket=ticket) if error is None else _failed(ticket, job, error))
 
-    @staticmethod
-    def _garble(region: Region, slot: int) -> None:
-        for plane in region.planes:
-            ctypes.memset(plane.address + slot * plane.stride, 0x3F, plane.row_bytes)
-
-    def _flip(self, region: Region, slot: int) -> None:
-        plane = self._random.choice(region.planes)
-        address = plane.address + slot * plane.stride + self._random.randrange(plane.row_bytes)
-        ctypes.c_uint8.from_address(address).value ^= 1 << self._random.randrange(8)
+    def _damage(self, job: _Job, slot: int) -> None:
+        region = job.plan.destination
+        data = bytearray(_peek(region, slot))
+        if "lie" in job.faults:
+            data[:] = job.before[slot]
+        elif job.before:
+            data[len(data) // 2 :] = job.before[slot][len(data) // 2 :]
+        if "garble" in job.faults:
+            data[:] = b"\x3f" * len(data)
+        if "flip" in job.faults:
+            data[self._random.randrange(len(data))] ^= 1 << self._random.randrange(8)
+        _poke(region, slot, data)
 
     def _fail_all(self, reason: str, *, running: bool = True) -> list[int]:
         """Lock held. Returns the wrapped transport's tickets that are left to cancel, without the lock."""
@@ -232,6 +248,37 @@ class FaultTransport(Transport):
         return self._options.get(f"{plan.label}_{fault}", self._options.get(fault, 0.0))
 
 
-def _failed(ticket: int, job: _Job) -> Completion:
+def _failed(ticket: int, job: _Job, error: str) -> Completion:
     outcomes = np.full(len(job.plan.destination_slots), Outcome.FAILED, dtype=np.uint8)
-    return Completion(ticket, outcomes, job.error, 0.0, 0)
+    return Completion(ticket, outcomes, error, 0.0, 0)
+
+
+def _peek(region: Region, slot: int) -> bytes:
+    """A slot's bytes."""
+    if region.kind == "host":
+        return b"".join(ctypes.string_at(p.address + slot * p.stride, p.row_bytes) for p in region.planes)
+    with _plainly(region) as fd:
+        return b"".join(os.pread(fd, p.row_bytes, p.address + slot * p.stride) for p in region.planes)
+
+
+def _poke(region: Region, slot: int, data: bytes | bytearray) -> None:
+    """Overwrite a slot."""
+    start = 0
+    for plane in region.planes:
+        row, at = bytes(data[start : start + plane.row_bytes]), plane.address + slot * plane.stride
+        if region.kind == "host":
+            ctypes.memmove(at, row, len(row))
+        else:
+            with _plainly(region) as fd:
+                os.pwrite(fd, row, at)
+        start += plane.row_bytes
+
+
+@contextmanager
+def _plainly(region: Region) -> Iterator[int]:
+    """A file region's file, opened without direct I/O, which would want bytes on page boundaries."""
+    fd = os.open(f"/proc/self/fd/{region.owner.fd}", os.O_RDWR)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
