@@ -232,8 +232,10 @@ def test_the_error_and_the_file_are_named(transport: FileTransport, memory: Host
     assert text(full, write=True) == f"writing to {there}: ENOSPC, {os.strerror(errno.ENOSPC)}"
     for number in (closed, -1):
         assert text(number, write=False) == f"reading from {there}: EBADF, {os.strerror(errno.EBADF)}"
-    os.close(readonly)
-    os.close(full)
+    pipe = os.pipe()
+    assert text(pipe[0], write=False) == f"reading from {there}: ESPIPE, {os.strerror(errno.ESPIPE)}"
+    for fd in (readonly, full, *pipe):
+        os.close(fd)
     assert contents(memory) == old
     assert transport.alive()
 
