@@ -141,6 +141,26 @@ def test_a_ring_serves_one_thread() -> None:
     assert len(refused) < 6
 
 
+@pytest.mark.parametrize("used", [True, False])
+def test_a_ring_that_breaks_says_so(fd: int, used: bool) -> None:
+    before = _rings()
+    ring, memory = Ring(4), np.zeros(100, np.uint8)
+    (ring_fd,) = _rings() - before
+    if used:
+        assert ring.run(fd, False, *batch(memory, [(0, [(0, 10)])])) == 1
+    os.dup2(fd, ring_fd)  # somebody's bug
+    ops = batch(memory, [(0, [(50, 10)]), (10, [(60, 10)])])
+    with pytest.raises(OSError, match=r"Errno"):
+        ring.run(fd, False, *ops)
+    assert (ops[3] < 0).all()
+    assert not memory[50:].any()
+
+
+def _rings() -> set[int]:
+    links = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return {int(path.name) for path in links if "io_uring" in str(path.readlink())}
+
+
 def test_a_ring_is_not_used_by_a_child() -> None:
     ring, memory = Ring(2), np.zeros(10, np.uint8)
     child = os.fork()

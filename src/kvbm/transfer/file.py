@@ -27,7 +27,7 @@ from kvbm.transfer.plan import checked_slots, coalesce
 logger = logging.getLogger(__name__)
 
 OPERATION_BYTES: Final = 1 << 20
-"""Operations are cut here: no piece of one is longer, and it takes up no more once it has reached that."""
+"""A longer range of the file becomes several operations, each less than twice this (this, if slots divide it)."""
 SEGMENTS: Final = 1024
 """Pieces of memory in one operation; the kernel takes no more."""
 ALIGNMENT: Final = 4096
