@@ -35,11 +35,11 @@ from kvbm.core.region import OpenFile, Region, packed
 from kvbm.transfer.file import FileTransport
 
 PATH = Path("build/disk.bin")
-MOVED_BYTES = FILE_BYTES = 1 << 30
+FILE_BYTES, MOVED_BYTES = 1 << 30, 512 << 20
 PLAN_BYTES, WINDOW = 32 << 20, 8
 MEMORY_BYTES = PLAN_BYTES * WINDOW
 BLOCKS = (64 << 10, 512 << 10, 2 << 20)
-ROUNDS = 5
+ROUNDS = 4
 BAR = 0.9
 Engine = Literal["io_uring", "threads"]
 
@@ -92,10 +92,9 @@ class Ours:
         self.disk, self.block, self.write, self.checks = disk, block, write, True
         self.transport = setup.transport(write)
         self.host, self.stored = disk.regions(block)
-        slots = np.arange(FILE_BYTES // block)
-        if scattered:  # of each pair of slots one, so that no two are neighbours; so twice as often
-            random = np.random.default_rng(1)
-            slots = np.concatenate([random.permutation(slots[half::2]) for half in range(2)])
+        slots = np.arange(MOVED_BYTES // block)
+        if scattered:  # of each pair of slots one, so that no two are neighbours
+            slots = np.random.default_rng(1).permutation(2 * slots)
         per_plan = PLAN_BYTES // block
         self.windows = np.arange(MEMORY_BYTES // block).reshape(WINDOW, per_plan)
         self.plans = slots.reshape(-1, per_plan)
