@@ -34,7 +34,7 @@ def test_records_say_what_was_packed() -> None:
     records = some()
     assert blocks_of(records) == COUNT
     assert records["key"][7].tobytes() == key_of(7)
-    assert records["sequence"].tolist() == list(range(5, 25))
+    assert records["sequence"].tolist() == list(range(5, 25))[::-1]
     assert (records["key_length"] == 32).all()
     assert np.isinf(records["expires"]).all()
 

@@ -114,14 +114,14 @@ def found(path: Path, ranks: int) -> list[bytes]:
     return recovered.key_list()
 
 
-def test_the_oldest_write_comes_first(tmp_path: Path) -> None:
+def test_the_oldest_write_comes_first_and_in_a_prompt_its_leaf(tmp_path: Path) -> None:
     writes = [(None, [1, 2], [9, 3], 5), (None, [3], [0], 1), (None, [4], [1], 9)]
-    assert write(tmp_path, 1, *writes) == keys(3, 1, 2, 4)
+    assert write(tmp_path, 1, *writes) == keys(3, 2, 1, 4)
 
 
 def test_only_blocks_that_all_ranks_have(tmp_path: Path) -> None:
     both, first, second = (None, [1, 2, 3], [0, 1, 2], 1), ([0], [4], [1], 10), ([1], [5], [5], 11)
-    assert write(tmp_path, 2, both, first, second) == keys(1, 3)
+    assert write(tmp_path, 2, both, first, second) == keys(3, 1)
 
 
 def test_a_block_of_two_different_writes_on_two_ranks_is_none(tmp_path: Path) -> None:
@@ -157,10 +157,10 @@ def test_labels_come_back(tmp_path: Path) -> None:
     object.__setattr__(text, "parents", [b"", key_of(1)])
     shard.commit(shard.records(slots(4, 2), text, np.array([8, 9], dtype=np.uint64)), shard.region)
     recovered = namespace.recover()
-    assert recovered.key_list() == [b"short", key_of(2)]
-    assert recovered.parents.tolist() == [0, int.from_bytes(key_of(1)[:8], "little")]
-    assert recovered.priorities.tolist() == [0, -7]
-    assert recovered.expires.tolist() == [np.inf, NOW + 5]
+    assert recovered.key_list() == [key_of(2), b"short"]
+    assert recovered.parents.tolist() == [int.from_bytes(key_of(1)[:8], "little"), 0]
+    assert recovered.priorities.tolist() == [-7, 0]
+    assert recovered.expires.tolist() == [NOW + 5, np.inf]
     shard.close()
     folder.close()
 

@@ -232,8 +232,10 @@ def test_the_error_and_the_file_are_named(transport: FileTransport, memory: Host
     assert text(full, write=True) == f"writing to {there}: ENOSPC, {os.strerror(errno.ENOSPC)}"
     for number in (closed, -1):
         assert text(number, write=False) == f"reading from {there}: EBADF, {os.strerror(errno.EBADF)}"
-    os.close(readonly)
-    os.close(full)
+    pipe = os.pipe()
+    assert text(pipe[0], write=False) == f"reading from {there}: ESPIPE, {os.strerror(errno.ESPIPE)}"
+    for fd in (readonly, full, *pipe):
+        os.close(fd)
     assert contents(memory) == old
     assert transport.alive()
 
@@ -327,7 +329,9 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.changed = threading.Condition()
-        self.inside = self.allowed = 0
+        self.inside = 0
+        self.allowed = {True: 0, False: 0}
+        """Operations that may end: writes, reads."""
         self.entered: list[bool] = []
         monkeypatch.setattr(file, "run_io", self)
 
@@ -339,16 +343,16 @@ class Gate:
             self.changed.notify_all()
             while control[0] < len(results) and not control[1]:
                 op, control[0] = control[0], control[0] + 1
-                assert self.changed.wait_for(lambda: self.allowed, 30)
-                self.allowed -= 1
+                assert self.changed.wait_for(lambda: self.allowed[write], 30)
+                self.allowed[write] -= 1
                 results[op] = ROW
             self.inside -= 1
             self.changed.notify_all()
         return 0
 
-    def allow(self, operations: int) -> None:
+    def allow(self, operations: int, *, write: bool) -> None:
         with self.changed:
-            self.allowed += operations
+            self.allowed[write] += operations
             self.changed.notify_all()
 
     def wait(self, inside: int) -> None:
@@ -360,7 +364,8 @@ class Gate:
 def gated(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Gate, FileTransport]]:
     gate, transport = Gate(monkeypatch), FileTransport(2, 4, "threads")
     yield gate, transport
-    gate.allow(1000)
+    gate.allow(1000, write=True)
+    gate.allow(1000, write=False)
     transport.close()
 
 
@@ -373,7 +378,7 @@ def test_a_cancel_does_not_wait_for_a_slow_disk(
     gate.wait(1)
     assert transport.cancel(ticket) is Quiet.UNCERTAIN
     assert recorder.completions == []
-    gate.allow(1)
+    gate.allow(1, write=False)
     completion = recorder.wait()
     assert completion.outcomes.tolist() == [Outcome.DONE, Outcome.FAILED, Outcome.FAILED]
     assert (completion.error, completion.nbytes) == ("cancelled", ROW)
@@ -390,10 +395,11 @@ def test_reads_that_are_waited_for_do_not_wait_for_writes(
     gate.wait(1)  # one thread is left for what is urgent
     transport.submit(plan_of((stored, memory), [1, 3], [1, 3]), urgent)
     gate.wait(2)
-    gate.allow(3)  # the write at hand, whose thread then helps with the reads
+    gate.allow(1, write=True)  # the one at hand, whose thread then may help with the reads
+    gate.allow(2, write=False)
     assert urgent.wait().error is None
     assert background.completions == []
-    gate.allow(3)
+    gate.allow(3, write=True)
     assert background.wait().error is None
     assert more.wait().error is None
     assert gate.entered[:2] == [True, False]
@@ -408,8 +414,7 @@ def test_plans_are_spread_over_threads(
         for recorder in recorders:
             transport.submit(plan_of((stored, memory), [0, 2], [0, 2]), recorder)
     gate.wait(2)
-    gate.allow(2)
-    gate.allow(2)
+    gate.allow(4, write=False)
     assert [recorder.wait().error for recorder in recorders] == [None, None]
     assert len(gate.entered) >= 2
 

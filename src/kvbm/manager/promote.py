@@ -100,7 +100,7 @@ class Promotion:
                 before.append(keys[at])
         if not wanted:
             return
-        # Not asked here whether that pays: it costs nothing while the request waits for its turn, and measures the disk.
+        # Whether that pays is not asked yet: it costs nothing while the request waits for its turn.
         source, _ = self._tier.pool.scan(wanted)
         staging = Staging(source.keys, source.parents, source, [self._g2.scan(before)[0]], {request: record})
         self._stagings.append(staging)

@@ -27,7 +27,7 @@ def run_io(
     Operations are taken one by one off `control` (int64 ``[next, stop]``, starting as ``[0, 0]``), which several
     threads may share, until none is left or `stop` is set; what was taken is ended. The GIL is not held meanwhile.
     When a call returns, the kernel no longer touches the memory of the operations it took. The caller keeps that
-    memory and the file open.
+    memory and the file open. A pipe or socket is no file: it can make the call wait for ever.
 
     Raises:
         ValueError: buffers that are not that. Nothing was taken.
@@ -35,10 +35,10 @@ def run_io(
 
 @final
 class Ring:
-    """An io_uring for one thread at a time that keeps up to `depth` operations in flight.
+    """An io_uring of one thread, the first to run something on it, that keeps up to `depth` operations in flight.
 
     Raises:
-        OSError: the kernel refuses: `ENOSYS` before Linux 5.4, `EPERM` under a seccomp filter or
+        OSError: the kernel refuses: `ENOSYS` before Linux 5.6, `EPERM` under a seccomp filter or
             ``kernel.io_uring_disabled``, `ENOMEM` over a limit on locked memory.
         ValueError: a depth that is not 1 to 4096.
     """
@@ -58,6 +58,7 @@ class Ring:
         """As `run_io`, with up to `depth` operations at once.
 
         Raises:
-            OSError: the ring broke. What it had taken has ended, the rest is as it was.
+            OSError: the ring broke, or is another thread's (`EEXIST`). What it had taken has ended with that error, the
+                rest is as it was.
             RuntimeError: another thread is in here, or this is a child of the process that made the ring.
         """

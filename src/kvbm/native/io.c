@@ -116,7 +116,7 @@ static int64_t run_here(const Batch *b) {
 
 typedef struct {
     PyObject_HEAD
-    int fd, busy;
+    int fd, busy, disabled;
     unsigned depth;
     pid_t pid;
     char *rings;
@@ -130,14 +130,28 @@ typedef struct {
 
 #ifdef HAVE_RING
 
+#ifdef IORING_SETUP_DEFER_TASKRUN
+/* One thread uses the ring, the first to run something on it, and it is woken for what it waits for, not for each
+ * completion. Linux 6.1 can do that. */
+enum { ONE_THREAD = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_R_DISABLED };
+#else
+enum { ONE_THREAD = 0 };
+#endif
+
 static int ring_open(Ring *r) {
-    struct io_uring_params p = {.flags = IORING_SETUP_CLAMP};
+    struct io_uring_params p = {.flags = IORING_SETUP_CLAMP | ONE_THREAD};
     r->fd = (int)syscall(__NR_io_uring_setup, r->depth, &p);
+    r->disabled = ONE_THREAD != 0;
+    if (r->fd < 0 && errno == EINVAL) {
+        p = (struct io_uring_params){.flags = IORING_SETUP_CLAMP};
+        r->fd = (int)syscall(__NR_io_uring_setup, r->depth, &p);
+        r->disabled = 0;
+    }
     if (r->fd < 0) {
         return -1;
     }
-    if (!(p.features & IORING_FEAT_SINGLE_MMAP) || p.sq_entries < r->depth || p.cq_entries < r->depth) {
-        errno = ENOSYS; /* older than Linux 5.4 */
+    if (!(p.features & IORING_FEAT_SINGLE_MMAP) || !(p.features & IORING_FEAT_RW_CUR_POS) || p.sq_entries < r->depth || p.cq_entries < r->depth) {
+        errno = ENOSYS; /* older than Linux 5.6 */
         return -1;
     }
     size_t sq = p.sq_off.array + p.sq_entries * sizeof(unsigned);
@@ -167,11 +181,17 @@ static void queue(const Ring *r, const Batch *b, unsigned which) {
     unsigned tail = *r->sq_tail, at = tail & *r->sq_mask;
     struct io_uring_sqe *sqe = (struct io_uring_sqe *)r->sqes + at;
     memset(sqe, 0, sizeof *sqe);
-    sqe->opcode = b->write ? IORING_OP_WRITEV : IORING_OP_READV;
     sqe->fd = b->fd;
     sqe->off = (uint64_t)(b->offsets[f->op] + f->moved);
-    sqe->addr = (uint64_t)(uintptr_t)f->iov;
-    sqe->len = (unsigned)f->count;
+    if (f->count == 1 && f->iov->iov_len <= INT_MAX) { /* cheaper for the kernel */
+        sqe->opcode = b->write ? IORING_OP_WRITE : IORING_OP_READ;
+        sqe->addr = (uint64_t)(uintptr_t)f->iov->iov_base;
+        sqe->len = (unsigned)f->iov->iov_len;
+    } else {
+        sqe->opcode = b->write ? IORING_OP_WRITEV : IORING_OP_READV;
+        sqe->addr = (uint64_t)(uintptr_t)f->iov;
+        sqe->len = (unsigned)f->count;
+    }
     sqe->user_data = which;
     r->sq_array[at] = at;
     __atomic_store_n(r->sq_tail, tail + 1, __ATOMIC_RELEASE);
@@ -190,10 +210,18 @@ static unsigned withdraw(const Ring *r, const Batch *b, int error, unsigned idle
 }
 
 /* Keeps up to `depth` operations in flight until none is left to take and all have ended. Returns how many it ended;
- * into `error` an errno if the ring itself broke: then nothing more is taken, but what flies is still waited for. */
-static int64_t run_ring(const Ring *r, const Batch *b, int *error) {
+ * into `error` an errno if the ring itself broke: then nothing more is taken, but what flies is still waited for, for
+ * ever if need be: memory that may still be written is worse than a thread that hangs. */
+static int64_t run_ring(Ring *r, const Batch *b, int *error) {
     int64_t ended = 0;
     unsigned idle = r->depth;
+    if (r->disabled) {
+        if (syscall(__NR_io_uring_register, r->fd, IORING_REGISTER_ENABLE_RINGS, NULL, 0) < 0) {
+            *error = errno;
+            return 0;
+        }
+        r->disabled = 0;
+    }
     for (;;) {
         while (!*error && idle > 0 && take(b, &r->flights[r->idle[idle - 1]])) {
             queue(r, b, r->idle[--idle]);
@@ -201,12 +229,12 @@ static int64_t run_ring(const Ring *r, const Batch *b, int *error) {
         if (idle == r->depth) {
             return ended;
         }
+        /* Sleeping until a quarter has ended saves most of the waking up, and leaves three quarters in flight. */
         unsigned waiting = *r->sq_tail - __atomic_load_n(r->sq_head, __ATOMIC_ACQUIRE);
-        if (*error) {
-            nap(); /* the completion queue is shared memory: it fills without our asking */
-        } else if (syscall(__NR_io_uring_enter, r->fd, waiting, 1, IORING_ENTER_GETEVENTS, NULL, 0) < 0) {
-            if (errno == EAGAIN || errno == EBUSY) {
-                nap(); /* the kernel is short of memory for requests */
+        unsigned wanted = (r->depth - idle + 3) / 4;
+        if (syscall(__NR_io_uring_enter, r->fd, waiting, wanted, IORING_ENTER_GETEVENTS, NULL, 0) < 0) {
+            if (*error || errno == EAGAIN || errno == EBUSY) {
+                nap(); /* the kernel is short of memory for requests, or the ring is broken and all we can do is ask */
             } else if (errno != EINTR) {
                 *error = errno;
                 unsigned back = withdraw(r, b, *error, idle);
@@ -241,7 +269,7 @@ static int ring_open(Ring *Py_UNUSED(r)) {
     return -1;
 }
 
-static int64_t run_ring(const Ring *Py_UNUSED(r), const Batch *Py_UNUSED(b), int *error) {
+static int64_t run_ring(Ring *Py_UNUSED(r), const Batch *Py_UNUSED(b), int *error) {
     *error = ENOSYS;
     return 0;
 }

@@ -27,7 +27,7 @@ from kvbm.transfer.plan import checked_slots, coalesce
 logger = logging.getLogger(__name__)
 
 OPERATION_BYTES: Final = 1 << 20
-"""Operations are cut here: no piece of one is longer, and it takes up no more once it has reached that."""
+"""A longer range of the file becomes several operations, each less than twice this (this, if slots divide it)."""
 SEGMENTS: Final = 1024
 """Pieces of memory in one operation; the kernel takes no more."""
 ALIGNMENT: Final = 4096
@@ -37,7 +37,7 @@ PATIENCE_S: Final = 0.05
 LAST_OFFSET: Final = 1 << 62
 NOT_RUN: Final = np.iinfo(np.int64).min
 REFUSALS: Final = {
-    errno.ENOSYS: "this kernel has none, or one from before Linux 5.4",
+    errno.ENOSYS: "this kernel has none, or one from before Linux 5.6",
     errno.EPERM: "a seccomp filter (as containers have) or kernel.io_uring_disabled forbids it",
     errno.ENOMEM: "no memory for it within the limit on locked memory",
 }
@@ -131,6 +131,7 @@ class _Transfer(Job):
     def acquire(self) -> str | None:
         try:
             self.fd = os.dup(self.file.owner.fd)
+            os.lseek(self.fd, 0, os.SEEK_CUR)  # what has no offsets, such as a pipe, could wait for bytes for ever
         except OSError as error:
             return self._text(error.errno or errno.EBADF)
         return None
@@ -167,7 +168,8 @@ class FileTransport(LaneTransport):
     `engine` is "io_uring" (each thread keeps up to `depth` operations in flight), "threads" (each has one at a time,
     `preadv` or `pwritev`), or "auto": io_uring where the kernel lets us, else threads, and a line in the log says why.
     `self.engine` is the one in use. Urgent plans go before the others, which leave one thread free for them (if there
-    is more than one). Plans that wait are begun on other threads, so that the queue stays deep from one to the next.
+    is more than one). With io_uring, plans that wait are begun on other threads: while one ring drains at the end of a
+    plan, the others are full. A plan of fewer operations than `depth` does not fill its ring.
 
     A file opened with `O_DIRECT` needs everything in both regions to be a multiple of 4096: other pairs are not
     reached. `cancel` is `UNCERTAIN` if operations in flight take longer than 50 ms. `DONE` means that every byte was
@@ -191,7 +193,8 @@ class FileTransport(LaneTransport):
                     raise Broken(f"io_uring is refused: {reason}") from error
                 logger.warning("files are read and written with %d threads, without io_uring: %s", threads, reason)
         self.engine: Final = "io_uring" if self._rings is not None else "threads"
-        super().__init__("file", threads, background=max(1, threads - 1), spread=True, patience_s=PATIENCE_S)
+        spread = self._rings is not None  # a ring drains at a plan's end; a thread without one goes straight on
+        super().__init__("file", threads, background=max(1, threads - 1), spread=spread, patience_s=PATIENCE_S)
 
     def reaches(self, source: Region, destination: Region) -> bool:
         return source.fits(destination) and _obstacle(source, destination) is None

@@ -173,10 +173,10 @@ class LaneTransport(Transport):
             try:
                 return self._serve(thread)
             except BaseException as error:
-                logger.exception("a %s thread died: this transport copies no more", self._name)
                 with self._work:
                     self._dead = self._dead or f"a {self._name} thread died: {error!r}"
                     self._fail_all(self._dead)
+                logger.exception("a %s thread died: this transport copies no more", self._name)
 
     def _serve(self, thread: int) -> None:
         while True:
