@@ -128,6 +128,15 @@ def test_orphans() -> None:
     assert ear.told() == [moved("orphaned", "free", 2)]
 
 
+def test_slots_are_told_in_the_order_of_their_keys() -> None:
+    pool, ear = watched()
+    store(pool, A, B, C)
+    with pool.match([A, B, C]):
+        ear.told()
+        pool.discard([C, A, B])
+        assert ear.told() == [moved("active", "orphaned", 3, 1, 2), Removed("t", (C, A, B), 3)]
+
+
 def test_a_clear() -> None:
     pool, ear = watched(5)
     store(pool, A, B)
@@ -168,6 +177,14 @@ def test_pins_candidates_and_a_resize() -> None:
     ]
     assert pool.resize(4) == 4
     assert ear.told() == [moved("retired", "free", 0, 2, 3)]
+
+
+def test_giving_up_what_is_free_evicts_nothing() -> None:
+    pool, ear = watched()
+    store(pool, A)
+    ear.told()
+    assert pool.resize(1) == 1
+    assert ear.told() == [moved("free", "retired", 2, 1, 0)]
 
 
 def test_an_expiry(clock: ManualClock) -> None:
@@ -236,6 +253,17 @@ def test_a_forgotten_handle() -> None:
         del raw
     pool.statistics()
     assert ear.told() == [moved("writable", "free", 3)]
+
+
+def test_what_was_forgotten_is_no_orphan_of_a_clear() -> None:
+    pool, ear = watched()
+    store(pool, A)
+    pinned = pool.match([A])
+    ear.told()
+    with pytest.warns(ResourceWarning), pool._ledger._lock:
+        del pinned  # it cannot be taken back yet
+    pool.clear()
+    assert ear.told() == [moved("active", "inactive", 3), moved("inactive", "free", 3), Cleared("t", 1, 3)]
 
 
 def test_only_who_asks_hears_transitions() -> None:

@@ -76,7 +76,9 @@ def test_all_or_nothing(pool: Pool) -> None:
         with writable(pool, 3):
             assert pool.peek([A, B, C]) == 1
     assert pool.statistics().evictions == 2
+    before = pool.statistics().allocations
     assert pool.allocate(9) is None
+    assert pool.statistics().allocations == before == 10
 
 
 def test_an_order_that_gives_too_few_loses_nothing() -> None:
@@ -141,8 +143,9 @@ def test_narrow_lets_the_rest_go(pool: Pool) -> None:
         pinned.narrow(1)
         assert (len(pinned), pinned.keys) == (1, (A,))
         assert (pool.statistics().active, pool.statistics().inactive) == (1, 2)
-        with pytest.raises(Misuse):
-            pinned.narrow(2)
+        for n in (-1, 2):
+            with pytest.raises(Misuse):
+                pinned.narrow(n)
         pinned.narrow(0)
         assert pool.statistics().active == 0
 
@@ -205,6 +208,7 @@ def test_clear_begins_a_new_generation(pool: Pool) -> None:
         lambda pool: Pool(0, order=LRU(1)),
         lambda pool: Pool(8, order=LRU(8), duplicates="both"),
         lambda pool: Pool(8, order=LRU(8), max_pinned=1.1),
+        lambda pool: Pool(8, order=LRU(8), max_pinned=-0.1),
         lambda pool: Pool((1 << 29) + 1, order=LRU(1)),
         lambda pool: pool.resize(0),
         lambda pool: pool.candidates(-1),
@@ -219,6 +223,11 @@ def test_misuse_of_the_pool_changes_nothing(pool: Pool, wrong: Callable[[Pool], 
     with pytest.raises(Misuse):
         wrong(pool)
     assert pool.statistics() == before
+
+
+def test_the_refusal_of_a_size_says_which_are_possible(pool: Pool) -> None:
+    with pytest.raises(Misuse, match=r"^a pool has 1 to 536870912 slots, not 0$"):
+        pool.resize(0)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +251,11 @@ def test_wrong_arguments_take_nothing_from_a_writable(pool: Pool, wrong: Callabl
             assert staged.keys == (A, B)
 
 
+def test_wrong_keys_are_counted_in_the_refusal(pool: Pool) -> None:
+    with writable(pool, 3) as raw, pytest.raises(Misuse, match=r"^3 slots need .* got 1 in 2$"):
+        raw.stage([A, A])
+
+
 @pytest.mark.parametrize("done", [np.array([True]), np.array([0, 1]), np.array([[True, True]])])
 def test_wrong_arguments_take_nothing_from_a_staged(pool: Pool, done: np.ndarray) -> None:
     with writable(pool).stage([A, B]) as staged:
@@ -263,7 +277,10 @@ CONSUMED: list[Callable[[Writable, Staged, Pinned], object]] = [
     lambda w, s, p: p.keys,
     lambda w, s, p: len(p),
     lambda w, s, p: p.drop(),
+    lambda w, s, p: p.parents,
     lambda w, s, p: p.narrow(0),
+    lambda w, s, p: p.select([]),
+    lambda w, s, p: p.evict(),
     lambda w, s, p: p.weak(),
 ]
 
@@ -278,7 +295,7 @@ def test_a_consumed_handle_is_refused(pool: Pool, use: Callable[[Writable, Stage
     with pytest.raises(Misuse, match="already used or dropped"):
         use(raw, staged, pinned)
     assert pool.statistics() == before
-    assert "consumed" in repr(raw)
+    assert repr(raw) == "<Writable consumed>"
 
 
 def test_a_handle_leaves_its_block_dropped(pool: Pool) -> None:
@@ -317,6 +334,20 @@ def test_a_handle_forgotten_while_the_lock_is_held_comes_back_later(pool: Pool) 
     assert pool.statistics().free == 8
 
 
+def test_whoever_allocates_gets_what_was_forgotten(pool: Pool) -> None:
+    raw = writable(pool)
+    with pytest.warns(ResourceWarning), pool._ledger._lock:
+        del raw
+    writable(pool, 8).drop()
+
+
+def test_nobody_waits_for_what_a_forgotten_handle_staged(pool: Pool) -> None:
+    staged = writable(pool).stage([A, B])
+    with pytest.warns(ResourceWarning):
+        del staged
+    assert pool.absent([A, B]) == [0, 1]
+
+
 def test_an_empty_handle_holds_nothing_to_forget(pool: Pool) -> None:
     assert len(pool.match([A])) == 0
 
@@ -346,7 +377,7 @@ def states_with(pool: Pool, slot: int, state: int) -> bytes:
         (lambda pool: {"keys": (None, None)}, "no key"),
         (lambda pool: {"find": run(7, 6)}, "does not lead"),
         (lambda pool: pool._ledger._table.expiry.__setitem__(0, 1.0), "can expire"),
-        (lambda pool: pool._ledger._table.expiry.fill(1.0), "before the pool looks"),
+        (lambda pool: pool._ledger._table.expiry.__setitem__(7, 1.0), "before the pool looks"),
         (lambda pool: pool._ledger._table.priority.fill(0), "can be evicted"),
     ],
 )

@@ -233,6 +233,15 @@ def test_nobody_is_asked_who_has_nothing_to_give() -> None:
     assert pool.peek([A]) + pool.peek([D]) == 2
 
 
+def test_an_order_is_not_asked_for_more_than_it_has() -> None:
+    pool, order = recorded(4)
+    store(pool, A, B)
+    with pool.match([A]):
+        order.told()
+        assert pool.allocate(4) is None
+        assert order.told() == []
+
+
 def test_a_resize_is_for_every_order() -> None:
     sizes = []
 

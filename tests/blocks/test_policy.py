@@ -147,6 +147,28 @@ def test_the_search_for_expired_blocks_is_spaced(clock: ManualClock) -> None:
     assert pool.statistics().expired == 2
 
 
+def test_only_a_search_that_was_due_puts_off_the_next(clock: ManualClock) -> None:
+    pool = Pool(1_000_000, order=LRU(1_000_000), clock=clock)
+    store(pool, A, ttl=0.5)
+    store(pool, B, ttl=1.25)
+    store(pool, C, ttl=2.75)
+    for seconds, expired in ((0.5, 1), (1.0, 2), (1.125, 2), (0.375, 3)):
+        clock.advance(seconds)
+        evict(pool, 1)
+        assert pool.statistics().expired == expired
+
+
+def test_after_a_clear_nothing_is_searched_for(clock: ManualClock) -> None:
+    pool = Pool(1_000_000, order=LRU(1_000_000), clock=clock)
+    store(pool, A, ttl=1.0)
+    pool.clear()
+    clock.advance(1.5)
+    store(pool, B, ttl=0.5)
+    clock.advance(0.6)
+    evict(pool, 1)
+    assert pool.statistics().expired == 1
+
+
 def test_an_expired_block_does_not_win_over_its_successor(pool: Pool, clock: ManualClock, ear: Ear) -> None:
     raw = pool.allocate(1)
     assert raw is not None
@@ -218,7 +240,7 @@ def test_a_raising_observer_is_removed_and_logged(pool: Pool, ear: Ear, caplog: 
         store(pool, A)
         store(pool, B)
     assert bad.calls == 1
-    assert len(caplog.records) == 1
+    assert [record.getMessage() for record in caplog.records] == [f"observer {bad!r} raised and is removed"]
     assert len(ear.heard) == 2
 
 

@@ -56,6 +56,14 @@ def test_every_order_takes_new_slots(name: str) -> None:
     pool.check()
 
 
+def test_terms_take_no_more_room_than_slots() -> None:
+    pool = Pool(4, order=LRU(4))
+    for size in (6, 3, 9):
+        pool.resize(size)
+    table = pool._ledger._table
+    assert (len(table.priority), len(table.expiry)) == (9, 9)
+
+
 def test_it_gives_up_free_slots_first_and_the_highest() -> None:
     pool = Pool(8, order=LRU(8))
     store(pool, *KEYS[:3])

@@ -345,7 +345,6 @@ class Ledger(Transitions):
     def check(self) -> None:
         """Prove the invariants over all slots; raises AssertionError with everything that is wrong."""
         with self._lock:
-            self._reclaim()
             table, problems = self._table, self._table.problems()
             registered = as_array(table.registered_slots())
             idle = table.priority[as_array(table.idle(registered.tobytes()))]
