@@ -83,10 +83,10 @@ class Gate:
             rate = slowest if rate is None else min(rate, slowest)
         return (blocks + ahead) / rate if rate else 0.0
 
-    def soon(self, seconds: float) -> int:
-        """Blocks that are read in so long, at least one; any number while nothing is known."""
+    def soon(self, seconds: float) -> int | None:
+        """Blocks that are read in so long, at least one; None while nothing is known."""
         rate = self._read.get()
-        return max(1, int(rate * seconds)) if rate else 1 << 30
+        return max(1, int(rate * seconds)) if rate else None
 
     def computing_s(self, blocks: int) -> float | None:
         """Seconds in which the engine computes so many blocks; None while that is not known."""

@@ -156,7 +156,8 @@ class Promotion:
     def _send(self, staging: Staging) -> None:
         """Read the next batches, as far as there are slots for them and room in flight."""
         while staging.sent < len(staging.keys) and self._tier.problem is None:
-            room = min(self._batch, self._tier.gate.soon(_SOON), self._in_flight - self._tier.gate.reading)
+            soon = self._tier.gate.soon(_SOON) or max(1, self._batch // 8)
+            room = min(self._batch, soon, self._in_flight - self._tier.gate.reading)
             first, most = staging.sent, min(len(staging.keys) - staging.sent, room)
             if most <= 0:
                 return
