@@ -368,7 +368,7 @@ METHOD(take) {
         t->count.free -= n;
         t->count.writable += n;
         for (Py_ssize_t i = 0; i < n; i++) {
-            int32_t slot = t->free[t->count.free + i];
+            int32_t slot = t->free[t->count.free + n - 1 - i];
             t->slots[slot].state = WRITABLE;
             slots_in(taken)[i] = slot;
         }
@@ -853,11 +853,12 @@ static int grow(Table *t, Py_ssize_t capacity) {
     Py_ssize_t before = t->capacity;
     t->capacity = capacity;
     memset(t->slots + before, 0, (size_t)(capacity - before) * sizeof(Slot));
-    /* New ones under the old: what is taken first keeps its neighbours. */
+    /* New ones under the old, the lowest uppermost: what is taken first keeps its neighbours, and the end of an arena or
+     * a file stays free for as long as possible. */
     memmove(t->free + (capacity - before), t->free, (size_t)t->count.free * sizeof(int32_t));
     for (Py_ssize_t i = before; i < capacity; i++) {
         t->slots[i].state = FREE;
-        t->free[i - before] = (int32_t)i;
+        t->free[capacity - 1 - i] = (int32_t)i;
     }
     t->count.free += capacity - before;
     if (index != t->index) {
