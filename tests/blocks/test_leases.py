@@ -370,14 +370,14 @@ def states_with(pool: Pool, slot: int, state: int) -> bytes:
 @pytest.mark.parametrize(
     ("lies", "text"),
     [
-        (lambda pool: {"states": states_with(pool, 7, FREE)}, "slots per state"),
-        (lambda pool: {"states": states_with(pool, 0, -9)}, "no state"),
-        (lambda pool: {"free_slots": run(0, 1, 2, 3, 4, 4)}, "twice"),
-        (lambda pool: {"free_slots": run(0, 1, 2, 3, 4, 7)}, "not free"),
+        (lambda pool: {"states": states_with(pool, 1, FREE)}, "slots per state"),
+        (lambda pool: {"states": states_with(pool, 7, -9)}, "no state"),
+        (lambda pool: {"free_slots": run(2, 3, 4, 5, 6, 6)}, "twice"),
+        (lambda pool: {"free_slots": run(2, 3, 4, 5, 6, 1)}, "not free"),
         (lambda pool: {"keys": (None, None)}, "no key"),
-        (lambda pool: {"find": run(7, 6)}, "does not lead"),
-        (lambda pool: pool._ledger._table.expiry.__setitem__(0, 1.0), "can expire"),
-        (lambda pool: pool._ledger._table.expiry.__setitem__(7, 1.0), "before the pool looks"),
+        (lambda pool: {"find": run(1, 0)}, "does not lead"),
+        (lambda pool: pool._ledger._table.expiry.__setitem__(7, 1.0), "can expire"),
+        (lambda pool: pool._ledger._table.expiry.__setitem__(1, 1.0), "before the pool looks"),
         (lambda pool: pool._ledger._table.priority.fill(0), "can be evicted"),
     ],
 )

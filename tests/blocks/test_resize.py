@@ -66,11 +66,27 @@ def test_terms_take_no_more_room_than_slots() -> None:
 
 def test_it_gives_up_free_slots_first_and_the_highest() -> None:
     pool = Pool(8, order=LRU(8))
-    store(pool, *KEYS[:3])
+    raw = pool.allocate(5)
+    assert raw is not None
+    with raw:
+        assert store(pool, *KEYS[:3]) == [5, 6, 7]
     assert pool.resize(5) == 5
     assert sizes(pool) == (5, 2, 3)
     assert sorted(store(pool, *KEYS[3:5])) == [0, 1]
     assert pool.statistics().evictions == 0
+    pool.check()
+
+
+def test_a_fresh_pool_fills_from_slot_0_so_that_its_end_can_go() -> None:
+    pool = Pool(1000, order=LRU(1000))
+    assert store(pool, *KEYS[:3]) == [0, 1, 2]
+    assert store(pool, KEYS[3]) == [3]
+    assert store(pool, *KEYS[4:9]) == [4, 5, 6, 7, 8]
+    assert pool.resize(9) == 9
+    assert sizes(pool) == (9, 0, 9)
+    assert pool.statistics().evictions == 0
+    with pool.match(KEYS[:9]) as pinned:
+        assert pinned.slots.tolist() == list(range(9))
     pool.check()
 
 

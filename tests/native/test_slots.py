@@ -46,7 +46,7 @@ class Plain:
 
     def __init__(self, capacity: int) -> None:
         self.slots = [Slot() for _ in range(capacity)]
-        self.stack = list(range(capacity))
+        self.stack = list(range(capacity))[::-1]
 
     def gauges(self) -> dict[str, int]:
         states = [slot.state for slot in self.slots]
@@ -98,7 +98,7 @@ class Plain:
 
     def take(self, n: int) -> list[int]:
         require(0 <= n <= len(self.stack))
-        taken = self.stack[len(self.stack) - n :]
+        taken = self.stack[len(self.stack) - n :][::-1]
         del self.stack[len(self.stack) - n :]
         for slot in taken:
             self.slots[slot].state = WRITABLE
@@ -164,7 +164,7 @@ class Plain:
 
     def give_back(self, slots: list[int]) -> None:
         self._all(slots, lambda slot: slot.state in (WRITABLE, STAGED))
-        for slot in slots:
+        for slot in reversed(slots):
             self._free(slot)
 
     def evict(self, slots: list[int]) -> tuple[tuple[bytes | None, ...], list[int]]:
@@ -178,7 +178,7 @@ class Plain:
     def unpublish(self, slots: list[int]) -> tuple[bytes | None, ...]:
         self._all(slots, lambda slot: slot.registered)
         keys = self.keys(slots)
-        for slot in slots:
+        for slot in reversed(slots):
             self._unpublish(slot)
         return keys
 
@@ -190,7 +190,7 @@ class Plain:
             self._free(slot)
 
     def clear(self) -> None:
-        for number, slot in enumerate(self.slots):
+        for number, slot in reversed(list(enumerate(self.slots))):
             if slot.registered:
                 self._unpublish(number)
             slot.forget()
@@ -214,7 +214,7 @@ class Plain:
         require(len(self.slots) <= capacity <= LARGEST)
         new = range(len(self.slots), capacity)
         self.slots += [Slot() for _ in new]
-        self.stack = [*new, *self.stack]
+        self.stack = [*reversed(new), *self.stack]
 
     def retire(self, n: int) -> list[int]:
         require(0 <= n <= len(self.stack))
@@ -229,7 +229,7 @@ class Plain:
     def restore(self, n: int) -> list[int]:
         retired = [at for at, slot in enumerate(self.slots) if slot.state == RETIRED]
         require(0 <= n <= len(retired))
-        for slot in retired[:n]:
+        for slot in reversed(retired[:n]):
             self._free(slot)
         return retired[:n]
 
@@ -391,7 +391,7 @@ def table() -> Iterator[Table]:
     table = Table(7)
     table.retire(1)
     slots = plain(table.take(6))
-    assert slots == [5, 4, 3, 2, 1, 0]
+    assert slots == [0, 1, 2, 3, 4, 5]
     table.stage(run(2), (b"2",), None)
     table.stage(run(3, 4, 5), (b"3", b"4", b"5"), b"2")
     table.register(run(3, 4, 5), None, False)

@@ -22,7 +22,7 @@ class Table:
 
     def __init__(self, capacity: int) -> None: ...
     def take(self, n: int, /) -> bytes:
-        """`n` free slots, now writable: those that became free last."""
+        """`n` free slots, now writable: those that became free last, of new ones the lowest."""
 
     def claim(self, slots: bytes, /) -> None:
         """These free slots are writable now. Looks at every free slot."""

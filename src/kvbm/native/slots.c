@@ -368,7 +368,7 @@ METHOD(take) {
         t->count.free -= n;
         t->count.writable += n;
         for (Py_ssize_t i = 0; i < n; i++) {
-            int32_t slot = t->free[t->count.free + i];
+            int32_t slot = t->free[t->count.free + n - 1 - i];
             t->slots[slot].state = WRITABLE;
             slots_in(taken)[i] = slot;
         }
@@ -637,7 +637,7 @@ METHOD(give_back) {
     if (!all_in(t, &run, WRITABLE, STAGED, "writable or staged")) {
         return NULL;
     }
-    for (Py_ssize_t i = 0; i < run.n; i++) {
+    for (Py_ssize_t i = run.n; i-- > 0;) { /* so that they are taken in this order again */
         int32_t slot = (int32_t)run.at[i];
         *(t->slots[slot].state == STAGED ? &t->count.staged : &t->count.writable) -= 1;
         forget_key(t, slot);
@@ -660,7 +660,7 @@ static PyObject *withdraw(Table *t, PyObject *slots, int to_writable) {
         __builtin_prefetch(&t->index[t->slots[run.at[i]].hash & t->mask]);
     }
     PyObject *keys = PyTuple_New(run.n);
-    for (Py_ssize_t i = 0; keys && i < run.n; i++) {
+    for (Py_ssize_t i = run.n; keys && i-- > 0;) {
         int32_t slot = (int32_t)run.at[i];
         Slot *s = &t->slots[slot];
         PyTuple_SET_ITEM(keys, i, Py_NewRef(s->key));
@@ -702,7 +702,7 @@ METHOD(unpublish) {
 
 static PyObject *table_clear(Table *t, PyObject *Py_UNUSED(none)) {
     memset(t->index, 0xff, ((size_t)t->mask + 1) * sizeof(Entry));
-    for (int32_t slot = 0; slot < t->capacity; slot++) {
+    for (int32_t slot = (int32_t)t->capacity; slot-- > 0;) {
         Slot *s = &t->slots[slot];
         Py_CLEAR(s->key);
         Py_CLEAR(s->parent);
@@ -853,11 +853,12 @@ static int grow(Table *t, Py_ssize_t capacity) {
     Py_ssize_t before = t->capacity;
     t->capacity = capacity;
     memset(t->slots + before, 0, (size_t)(capacity - before) * sizeof(Slot));
-    /* New ones under the old: what is taken first keeps its neighbours. */
+    /* New ones under the old, the lowest uppermost: what is taken first keeps its neighbours, and the end of an arena or
+     * a file stays free for as long as possible. */
     memmove(t->free + (capacity - before), t->free, (size_t)t->count.free * sizeof(int32_t));
     for (Py_ssize_t i = before; i < capacity; i++) {
         t->slots[i].state = FREE;
-        t->free[i - before] = (int32_t)i;
+        t->free[capacity - 1 - i] = (int32_t)i;
     }
     t->count.free += capacity - before;
     if (index != t->index) {
@@ -922,10 +923,12 @@ METHOD(restore) {
     PyObject *back = new_run(n);
     for (int32_t slot = 0, found = 0; back && found < n; slot++) {
         if (t->slots[slot].state == RETIRED) {
-            push_free(t, slot);
-            t->count.retired--;
             slots_in(back)[found++] = slot;
         }
+    }
+    for (Py_ssize_t i = back ? n : 0; i-- > 0;) {
+        push_free(t, (int32_t)slots_in(back)[i]);
+        t->count.retired--;
     }
     return back;
 }
