@@ -122,7 +122,7 @@ class Leader:
         room = max(1, int(self._total * self._settings.held_share))
         hold = self.pool.match(keys, computed)
         found = request.record.matched = len(hold)
-        if self.lower is not None and self.lower.waits(request, keys[computed + found :]):
+        if self.lower is not None and self.lower.waits(request, keys[computed + found : computed + room]):
             hold.drop()
             return None
         if found > max(0, room - self._held):
@@ -259,8 +259,6 @@ class Leader:
             if request is None:
                 return False
             self._release(request)
-            if self.lower is not None:
-                self.lower.promotion.drop(request_id)
             loading = request.loading is not None
             self._end_loading(request)
             request.g1 = list(g1)
@@ -269,6 +267,8 @@ class Leader:
             request.record.outcome = "finished"
             # Its blocks became idle run by run, the first run first; together, its leaf goes before its root.
             self.pool.touch(request.keys[: request.offered])
+            if self.lower is not None:
+                self.lower.finished(request)
             jobs = self._copies.reading(g1)
             if loading or not jobs:
                 return False
@@ -341,8 +341,12 @@ class Leader:
             self._pump()
 
     def _pump(self) -> None:
-        if self.lower is not None and self._standing_aside() is None:
+        if self.lower is None:
+            return
+        if self._standing_aside() is None:
             self.lower.pump()
+        else:
+            self.lower.stand_aside()
 
     def _answer(self, result: Result) -> None:
         job = self._copies.answer(result)
@@ -451,6 +455,8 @@ class Leader:
             self.lower.demotion.drain()
             self._pump()
         while not (over := self.lower.demotion.idle) and time.monotonic() - begun < seconds:
+            if self._standing_aside() is not None:
+                break
             time.sleep(0.002)
             self.tick()
         log.info(
