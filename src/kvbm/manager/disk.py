@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from kvbm.blocks import Pinned, Pool, Staged
-from kvbm.core.errors import Broken
+from kvbm.core.errors import Broken, KvbmError
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Slots
 from kvbm.manager.channel import Link
@@ -183,7 +183,7 @@ class DiskTier:
         while self._waited and self._waited[0].done():
             try:
                 self._waited.popleft().result()()
-            except Broken as error:
+            except KvbmError as error:
                 self.problem = str(error)
         if self.problem is None:
             if any(move.due is not None and now > move.due for move in self._moves.values()):

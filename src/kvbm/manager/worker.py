@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -92,7 +92,8 @@ class Worker:
         self._open_disk = open_disk
         self._disk: Disk | None = None
         self._chores = ThreadPoolExecutor(1, "kvbm-chores")
-        """For what may wait for the disk and is no transfer."""
+        """For what may wait for the disk and is no transfer, in order."""
+        self._last_chore: Future[None] | None = None
         self._sums = np.zeros(0, np.uint64)
         """Of each host slot, the checksum of what left the engine, where there is a disk tier."""
         self._arena: Arena | None = None
@@ -303,8 +304,9 @@ class Worker:
         assert disk is not None, "the leader uses a disk tier that this rank does not have"
         deadline = self._settings.g3_deadline_s
         match message:
-            case Write() if message.generation != disk.shard.place.generation:
-                self._chore(self._write, disk, message)  # behind the beginning of that generation
+            case Write() if self._last_chore is not None and not self._last_chore.done():
+                # Behind the beginning of its generation, and before it nothing of its slots is forgotten any more.
+                self._chore(self._write, disk, message)
             case Write():
                 self._write(disk, message)
             case Read():
@@ -327,7 +329,7 @@ class Worker:
 
     def _chore(self, call: Callable[..., None], *args: object) -> None:
         with suppress(RuntimeError):  # closed: nobody waits for it any more
-            self._chores.submit(call, *args)
+            self._last_chore = self._chores.submit(call, *args)
 
     def _write(self, disk: Disk, message: Write) -> None:
         g2 = unpack(message.g2)
