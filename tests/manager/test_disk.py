@@ -159,6 +159,26 @@ def test_files_are_not_made_again_while_moves_run_or_stagings_hold_slots(make_st
     assert stage.disk.peek(keys) == 4
 
 
+def test_slots_that_somebody_holds_are_not_taken_for_free(make_stage: Make) -> None:
+    stage, keys = make_stage().add_disk(), keys_of("a", 2)
+    stage.on_disk("first", keys)
+    hold, _ = stage.disk.scan(keys)
+    stage.folder.found = recovered(keys, [None, keys[0]], hold.slots.tolist())
+    break_it(stage)
+    stage.tick(1.0)
+    stage.probed("deleted")
+    stage.settle()
+    stage.probed(reopen=True)
+    stage.settle()
+    assert "cannot be adopted" in str(stage.tier.problem)
+    hold.drop()
+    stage.tick(5.0)
+    stage.probed()
+    stage.settle()
+    assert stage.tier.problem is None
+    assert stage.disk.peek(keys) == 2
+
+
 def test_writes_that_fail_are_noticed_although_reads_go_well(make_stage: Make) -> None:
     stage, keys = make_stage().add_disk(), keys_of("a", 2)
     stage.on_disk("first", keys)

@@ -247,6 +247,18 @@ def test_what_is_forgotten_is_gone_and_what_was_written_since_stays(make_node: M
     assert node.folder.recover().key_list() == [keys[1]]
 
 
+def test_a_block_written_again_into_its_slot_is_not_forgotten(make_node: Make) -> None:
+    (rank,) = make_node().ranks
+    keys = keys_of("a", 1)
+    rank.offload([0], [0])
+    rank.write([0], [0], keys)
+    rank.worker._chores.submit(time.sleep, 0.2)
+    rank.link.send(Forget(pack([0]), keys))
+    assert rank.write([0], [0], keys).outcomes == DONE
+    assert rank.probe() is None
+    assert rank.read([0], [1], keys).outcomes == DONE
+
+
 def test_a_new_generation(make_node: Make) -> None:
     node = make_node()
     (rank,) = node.ranks

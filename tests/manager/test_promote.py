@@ -465,6 +465,34 @@ def test_a_reset_while_reads_are_in_flight_publishes_nothing_of_before(make_stag
     assert stage.disk.peek(keys) == 4
 
 
+def test_reads_of_two_generations_are_kept_apart(make_stage: Make) -> None:
+    stage, keys = make_stage().add_disk(), keys_of("a", 4)
+    stage.on_disk("first", keys)
+    (old,) = start(stage, "a", keys)
+    stage.leader.reset()
+    stage.settle()
+    assert match(stage, "a", keys) == 0  # nothing that it wants is coming
+    stage.on_disk("again", keys)
+    (new,) = start(stage, "b", keys)
+    stage.moved(old)
+    assert match(stage, "b", keys) is None
+    assert not stage.hear(Read)
+    assert stage.pool.peek(keys) == 0
+    stage.moved(new)
+    assert match(stage, "b", keys) == 4
+
+
+def test_what_is_kept_of_the_prompt_counts_as_held(make_stage: Make) -> None:
+    stage, keys = make_stage().add_disk(most=8), keys_of("a", 12)
+    stage.on_disk("first", keys)
+    stage.pool.allocate(6).stage(keys[:6]).register().drop()
+    (read,) = start(stage, "a", keys)
+    assert read.keys == keys[6:8]
+    assert [staging.held for staging in stage.promotion._stagings] == [8]
+    stage.moved(read)
+    assert match(stage, "a", keys) == 8
+
+
 def test_a_pause_lets_go_of_what_was_read(make_stage: Make) -> None:
     stage, keys = make_stage().add_disk(in_flight=2, batch=2), keys_of("a", 4)
     stage.on_disk("first", keys)
