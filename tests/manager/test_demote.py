@@ -83,6 +83,17 @@ def test_what_waits_is_bounded_by_g2(make_stage: Make) -> None:
     assert [write.keys for write in stage.write_all()] == [keys_of("8", 4), keys_of("9", 4)]
 
 
+def test_a_block_waits_once_however_often_it_is_asked_for(make_stage: Make) -> None:
+    stage, keys = make_stage().add_disk(in_flight=1, batch=1), keys_of("a", 4)
+    stage.keep("a", keys)
+    for i in range(100):
+        stage.begin(f"{i}", keys)
+    assert len(stage.demotion._queued) == 3
+    assert sum(map(len, stage.demotion._queue)) == 3
+    assert [write.keys for write in stage.write_all()] == [[key] for key in keys]
+    assert stage.demotion.cancelled == 0
+
+
 def test_a_failed_write_is_not_served_and_leaves_no_hold(make_stage: Make) -> None:
     stage, keys = make_stage().add_disk(), keys_of("a", 3)
     stage.keep("a", keys)
@@ -281,6 +292,8 @@ def test_exclusive_leaves_g2_alone_while_the_disk_is_broken(make_stage: Make) ->
     stage = exclusive(make_stage)
     stage.tier.fail("broken")
     stage.keep("a", keys_of("a", 16))
+    stage.leader.tick()
+    assert not stage.hear(Write)
     assert stage.pool.peek(keys_of("a", 16)) == 16
 
 
@@ -306,6 +319,15 @@ def test_a_drain_writes_all_the_hottest_first(make_stage: Make) -> None:
     assert written == keys_of("hot", 3) + keys_of("middle", 3) + keys_of("old", 3)
     stage.leader.drain(10.0)  # nothing is left
     assert stage.demotion.idle
+
+
+def test_a_drain_does_not_mind_what_waited_before(make_stage: Make) -> None:
+    stage = make_stage().add_disk(in_flight=1, batch=1)
+    for name in ("old", "hot"):
+        stage.keep(name, keys_of(name, 2))
+    stage.leader.drain(0.001)
+    written = [write.keys[0] for write in stage.write_all()]
+    assert written == [*keys_of("old", 1), *keys_of("hot", 2), keys_of("old", 2)[1]]
 
 
 def test_a_drain_ends_when_its_time_is_over_or_nobody_writes(make_stage: Make, monkeypatch: pytest.MonkeyPatch) -> None:
