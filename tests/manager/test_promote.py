@@ -474,10 +474,10 @@ def test_reads_of_two_generations_are_kept_apart(make_stage: Make) -> None:
     assert match(stage, "a", keys) == 0  # nothing that it wants is coming
     stage.on_disk("again", keys)
     (new,) = start(stage, "b", keys)
-    stage.moved(old)
+    stage.moved(old, DONE, Outcome.MISSING, Outcome.CORRUPT, FAILED)
     assert match(stage, "b", keys) is None
     assert not stage.hear(Read)
-    assert stage.pool.peek(keys) == 0
+    assert (stage.pool.peek(keys), stage.disk.peek(keys)) == (0, 4)
     stage.moved(new)
     assert match(stage, "b", keys) == 4
 

@@ -182,10 +182,11 @@ class Promotion:
             ttl = None if until == np.inf else max(until - self._clock(), 1e-3)
             staged = raw.stage(staging.keys[first:end], parent=staging.parents[first:end], priority=priority, ttl=ttl)
             staging.sent = end
-            ended = partial(self._read, staging, staged)
-            staging.jobs.add(self._tier.read(staging.slots[first:end], staged.keys, staged, ended))
+            slots = staging.slots[first:end]
+            ended = partial(self._read, staging, slots, staged)
+            staging.jobs.add(self._tier.read(slots, staged.keys, staged, ended))
 
-    def _read(self, staging: Staging, staged: Staged, move: Move) -> None:
+    def _read(self, staging: Staging, slots: Slots, staged: Staged, move: Move) -> None:
         """A batch was read, or not."""
         keys = staged.keys
         staging.jobs.discard(move.id)
@@ -196,7 +197,7 @@ class Promotion:
         staging.until = self._clock() + _KEEP
         if self._exclusive:
             self._tier.pool.discard(there.keys)
-        self._judge(keys, move)
+        self._judge(keys, slots, move)
         failed = int((~move.done).sum())
         if failed and move.wanted:
             for record in staging.requests.values():
@@ -211,19 +212,21 @@ class Promotion:
         else:
             self._give_up(staging)
 
-    def _judge(self, keys: Sequence[bytes], move: Move) -> None:
+    def _judge(self, keys: Sequence[bytes], slots: Slots, move: Move) -> None:
         """What is not what was written is lost at once; what could not be read, the second time."""
-        lost: list[bytes] = []
-        for key, outcome in zip(keys, move.outcomes.tolist(), strict=True):
+        lost: dict[bytes, int] = {}
+        for key, slot, outcome in zip(keys, slots.tolist(), move.outcomes.tolist(), strict=True):
             if outcome in _NOT_IT or (outcome != Outcome.DONE and move.wanted and key in self._suspects):
-                lost.append(key)
+                lost[key] = slot
             elif outcome != Outcome.DONE and move.wanted and len(self._suspects) < _SUSPECTS:
                 self._suspects.add(key)
             elif outcome == Outcome.DONE:
                 self._suspects.discard(key)
         self._suspects.difference_update(lost)
-        if lost:
-            self._tier.discard(lost)
+        # Not what was written since, in another generation: that lies elsewhere, for this slot is still held.
+        there = [key for key, slot in lost.items() if (block := self._tier.pool.look(key)) and block.slot == slot]
+        if there:
+            self._tier.discard(there)
 
     def _forget(self, staging: Staging, keys: Sequence[bytes]) -> None:
         """These come no more with this staging."""
