@@ -29,7 +29,8 @@ def on_disk(model: Path, folder: Path, max_num_seqs: int = 128, **settings: Any)
 def settled(engine: Engine) -> dict[str, Any]:
     """What `kvbm status` shows once nothing moves any more."""
     engine.settle()
-    eventually(lambda: engine.leader.tick() or not any(engine.leader.lower.tier.in_flight()))
+    if (lower := engine.leader.lower) is not None:
+        eventually(lambda: engine.leader.tick() or not any(lower.tier.in_flight()))
     return engine.status()
 
 

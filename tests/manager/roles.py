@@ -267,7 +267,7 @@ class Stage:
             self.leader.gate._computed.add(int(computed), 1.0)
         if read is not None:
             self.leader.gate._read.add(int(read), 1.0)
-            self.leader.gate._since = self.clock()
+            self.leader.gate._since = self.leader.gate._measured = self.clock()
 
     # ------------------------------------------------------------------ the end
 

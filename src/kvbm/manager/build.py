@@ -370,13 +370,14 @@ def _lower(
     )  # fmt: skip
     in_flight = max(1, settings.g3_inflight_mb * 1_000_000 // block_bytes)
     batch = max(1, _MOVE_BYTES // block_bytes)
+    quarter = leader.pool.statistics().total // 4  # of G2: what is being written is held
     demotion = Demotion(
         tier, leader.pool,
         admission=admission(settings.g3_admission, slots),
         hot=Frequency(slots),
         exclusive=isinstance(below.evict("g2", tiers), Move),
         budget=Budget(None if settings.g3_write_mb_s is None else settings.g3_write_mb_s * 1e6, time.monotonic),
-        block_bytes=block_bytes, most=in_flight, batch=batch, emit=leader.emit,
+        block_bytes=block_bytes, most=min(in_flight, quarter), batch=batch, emit=leader.emit,
     )  # fmt: skip
     promotion = Promotion(
         tier, leader.pool,

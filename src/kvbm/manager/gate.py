@@ -14,8 +14,9 @@ _FADE = 0.8
 """What the past weighs at each new sample: about the last five count."""
 _LEAST_TOKENS = 64
 """Steps of fewer tokens are decoding; they say nothing about how fast a prompt is computed."""
-_FORGET = 60.0
-"""Seconds without a read after which nothing is known of reads: else what was slow once would never be tried again."""
+_FORGET = 30.0
+"""Seconds after the last block that was read when nothing is known of reads: or what was slow once, and so is given up
+before a block arrives, would never be tried again."""
 
 
 class Rate:
@@ -47,6 +48,8 @@ class Gate:
         """Blocks whose read has begun and not ended."""
         self._since = 0.0
         """When the last read ended; or began, where none was running."""
+        self._measured = 0.0
+        """When a block was read last, or nothing was known any more."""
 
     # ------------------------------------------------------------------ measuring
 
@@ -65,10 +68,9 @@ class Gate:
 
     def read_begins(self, blocks: int) -> None:
         if not self.reading:
-            now = self._clock()
-            if now - self._since > _FORGET:
-                self._read = Rate()
-            self._since = now
+            self._since = self._clock()
+            if self._stale:
+                self.forget_reads()
         self.reading += blocks
 
     def read_ends(self, blocks: int, read: int) -> None:
@@ -76,11 +78,17 @@ class Gate:
         now = self._clock()
         self._read.add(read, now - self._since)
         self._since = now
+        if read:
+            self._measured = now
         self.reading -= blocks
 
     def forget_reads(self) -> None:
         """What reads through is another now."""
-        self._read = Rate()
+        self._read, self._measured = Rate(), self._clock()
+
+    @property
+    def _stale(self) -> bool:
+        return not self.reading and self._clock() - self._measured > _FORGET
 
     # ------------------------------------------------------------------ deciding
 
@@ -91,13 +99,13 @@ class Gate:
             # What has been silent for long is not as fast as it was.
             slowest = self.reading / silent
             rate = slowest if rate is None else min(rate, slowest)
-        if rate is None or (not self.reading and silent > _FORGET):
+        if rate is None or self._stale:
             return 0.0
         return (blocks + ahead) / rate if rate else math.inf
 
     def soon(self, seconds: float) -> int | None:
         """Blocks that are read in so long, at least one; None while nothing is known."""
-        rate = None if not self.reading and self._clock() - self._since > _FORGET else self._read.get()
+        rate = None if self._stale else self._read.get()
         return max(1, int(rate * seconds)) if rate else None
 
     def computing_s(self, blocks: int) -> float | None:
@@ -110,7 +118,8 @@ class Gate:
         computing = self.computing_s(blocks)
         if computing is None or (loading := self.loading_s(blocks, ahead)) <= computing:
             return None
-        return f"loading {blocks} blocks would take {loading * 1e3:.0f} ms, computing them {computing * 1e3:.0f} ms"
+        takes = f"take {loading * 1e3:.0f} ms" if loading < math.inf else "not end: none came of the last reads"
+        return f"loading {blocks} blocks would {takes}, computing them takes {computing * 1e3:.0f} ms"
 
     def rates(self) -> dict[str, float | None]:
         """Tokens computed and blocks read per second, as measured so far."""
