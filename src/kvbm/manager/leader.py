@@ -14,7 +14,8 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -429,6 +430,12 @@ class Leader:
         """Undoes `pause`."""
         with self._lock:
             self.paused = False
+
+    @contextmanager
+    def below(self) -> Iterator[Lower | None]:
+        """The tier below host memory, which nobody else uses meanwhile."""
+        with self._lock:
+            yield self.lower
 
     def in_flight(self) -> tuple[int, int]:
         """(store, load) jobs that some rank has not answered."""

@@ -53,6 +53,14 @@ class Lower:
         self.promotion.pump()
         self.demotion.pump()
 
+    def counts(self) -> dict[str, int]:
+        """Blocks that were kept from disk, and those that were damaged there."""
+        return {
+            "refused": self.demotion.refused,
+            "cancelled": self.demotion.cancelled,
+            "corrupt": self.tier.corrupt,
+        }
+
     def clear(self) -> None:
         """A new generation."""
         self.promotion.clear()
