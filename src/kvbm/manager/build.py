@@ -176,7 +176,10 @@ def build_leader(
         leader.lower = _lower(settings, leader, links, found, below, slot_bytes * place.ranks, block_tokens)
     elif isinstance(found, str):
         leader.absent["g3"] = found
-    about = About(place.engine, __version__, namespace.fingerprint, place.ranks, slot_bytes * place.ranks, block_tokens)
+    about = About(
+        place.engine, __version__, namespace.fingerprint, place.ranks, slot_bytes * place.ranks, block_tokens,
+        found.path if isinstance(found, NamespaceFolder) else None,
+    )  # fmt: skip
     control = Control(leader, totals, about, settings.run_dir)
     stop = None
     if settings.metrics:

@@ -22,6 +22,7 @@ from kvbm.blocks import PoolStatistics
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.manager.channel import Link, listen, socket_path
 from kvbm.manager.leader import Leader
+from kvbm.manager.upkeep import Upkeep
 from kvbm.observe.prometheus import Sources
 from kvbm.observe.totals import Copies, Totals
 
@@ -43,6 +44,8 @@ class About:
     slot_bytes: int
     """Of one block, over all ranks."""
     block_tokens: int
+    disk: Path | None = None
+    """The namespace's folder on disk, where there is one."""
 
 
 class Control:
@@ -50,6 +53,7 @@ class Control:
 
     def __init__(self, leader: Leader, totals: Totals, about: About, run_dir: Path) -> None:
         self._leader, self._totals, self._about = leader, totals, about
+        self._upkeep = Upkeep(leader, about.disk)
         self._started = time.monotonic()
         self._stop = threading.Event()
         self._sock: socket.socket | None = None
@@ -113,6 +117,9 @@ class Control:
             "explain": lambda request: self.explain(str(request.get("request_id", ""))),
             "pause": lambda _: self._switch(self._leader.pause),
             "resume": lambda _: self._switch(self._leader.resume),
+            "disk.inspect": lambda _: self._upkeep.inspect(),
+            "disk.verify": lambda request: self._upkeep.verify(request.get("action")),
+            "disk.purge": lambda request: self._upkeep.purge(request.get("namespaces")),
         }
 
     def _switch(self, action: Callable[[], None]) -> dict[str, Any]:
