@@ -16,44 +16,45 @@ from kvbm.core.errors import KvbmError
 from kvbm.stores.folder import Folder
 from tests.cli.conftest import Engine, good
 from tests.cli.test_disk import A, fill, spoil
-from tests.manager.disk_engine import DiskEngine
+from tests.manager.test_lower_whole import Engine as Whole
+from tests.manager.test_upkeep import stored
 
 Kvbm = Callable[..., Result]
 
 
 @pytest.fixture
-def engine(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DiskEngine]:
+def engine(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Whole]:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(online, "_EVERY_S", 0.01)
-    fill(tmp_path, A, blocks=2, ranks=1)
-    engine = DiskEngine(run_dir, tmp_path)
+    fill(run_dir / "g3", A, blocks=2, ranks=1)
+    engine = Whole(run_dir, 1)
     yield engine
     engine.close()
 
 
-def test_inspect_says_what_the_engine_says(kvbm: Kvbm, engine: DiskEngine, tmp_path: Path) -> None:
-    engine.fill("a", 5)
-    told = {one["folder"]: one for one in json.loads(kvbm("disk", "inspect", str(tmp_path), "--json").stdout)}
-    assert (told[engine.folder.name]["blocks"], told[A[:16]]["blocks"]) == (5, 2)
-    assert told[engine.folder.name]["engine"] == {"corrupt": 0, "problem": None}
+def test_inspect_says_what_the_engine_says(kvbm: Kvbm, engine: Whole) -> None:
+    stored(engine, "a", 5)
+    told = {one["folder"]: one for one in json.loads(kvbm("disk", "inspect", str(engine.folder), "--json").stdout)}
+    assert (told[engine.own.name]["blocks"], told[A[:16]]["blocks"]) == (5, 2)
+    assert told[engine.own.name]["engine"] == {"corrupt": 0, "problem": None}
     assert "engine" not in told[A[:16]]
     with engine.leader.below() as lower:
         assert lower is not None
         lower.tier.fail("[Errno 5] it is broken")
-    shown = kvbm("disk", "inspect", str(tmp_path)).stdout
-    assert f"{engine.folder.name} is in use by engine e, process {os.getpid()}" in shown
+    shown = kvbm("disk", "inspect", str(engine.folder)).stdout
+    assert f"{engine.own.name} is in use by engine e, process {os.getpid()}" in shown
     assert ", which leaves it alone: [Errno 5] it is broken" in shown
 
 
-def test_verify_goes_through_the_engine(kvbm: Kvbm, engine: DiskEngine, tmp_path: Path) -> None:
-    keys, name = engine.fill("a", 5), engine.folder.name
-    shown = kvbm("disk", "verify", str(tmp_path))
+def test_verify_goes_through_the_engine(kvbm: Kvbm, engine: Whole) -> None:
+    keys, name = stored(engine, "a", 5), engine.own.name
+    shown = kvbm("disk", "verify", str(engine.folder))
     assert shown.exit_code == 0
     assert f"{name}, read by engine e: 5 blocks are whole\n" in shown.stdout
     assert f"{A[:16]}, rank 0: 2 blocks are whole\n" in shown.stdout
-    engine.spoil(keys[2])
-    spoil(tmp_path / A[:16] / "rank0.data", 100)
-    shown = kvbm("disk", "verify", str(tmp_path), "--repair")
+    engine.spoil(keys[2], 0)
+    spoil(engine.folder / A[:16] / "rank0.data", 100)
+    shown = kvbm("disk", "verify", str(engine.folder), "--repair")
     assert shown.exit_code == 1
     assert f"{name}, read by engine e: 4 blocks are whole, 1 were not and are dropped\n" in shown.stdout
     assert f"{A[:16]}, rank 0: 1 blocks are whole, 1 are not (slots 0)" in shown.stdout
@@ -63,20 +64,18 @@ def test_verify_goes_through_the_engine(kvbm: Kvbm, engine: DiskEngine, tmp_path
 
 
 @pytest.mark.parametrize(("options", "left"), [((), 0), (("--namespace", A[:4]), 5), (("--older-than", "30"), 5)])
-def test_purge_goes_through_the_engine(
-    kvbm: Kvbm, engine: DiskEngine, tmp_path: Path, options: tuple[str, ...], left: int
-) -> None:
-    keys = engine.fill("a", 5)
-    shown = kvbm("disk", "purge", str(tmp_path), "--yes", *options)
+def test_purge_goes_through_the_engine(kvbm: Kvbm, engine: Whole, options: tuple[str, ...], left: int) -> None:
+    keys = stored(engine, "a", 5)
+    shown = kvbm("disk", "purge", str(engine.folder), "--yes", *options)
     assert shown.exit_code == 0
-    assert not (tmp_path / A[:16]).exists()
-    assert engine.folder.is_dir()
+    assert not (engine.folder / A[:16]).exists()
+    assert engine.own.is_dir()
     assert engine.disk.peek(keys) == left
-    assert (f"{engine.folder.name} is empty; its space stays" in shown.stdout) == (left == 0)
+    assert (f"{engine.own.name} is empty; its space stays" in shown.stdout) == (left == 0)
     assert "Deleted " in shown.stdout
 
 
-def test_an_engine_of_another_folder_is_not_asked(kvbm: Kvbm, engine: DiskEngine, tmp_path: Path) -> None:
+def test_an_engine_of_another_folder_is_not_asked(kvbm: Kvbm, engine: Whole, tmp_path: Path) -> None:
     fill(tmp_path / "other", A)
     owner = Folder.claim(tmp_path / "other", "e")
     refused = kvbm("disk", "verify", str(tmp_path / "other"))
