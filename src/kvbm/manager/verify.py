@@ -81,7 +81,7 @@ class Verification:
         bad: list[bytes] = []
         for key, slot, outcome in zip(hold.keys, hold.slots.tolist(), move.outcomes.tolist(), strict=True):
             self.whole += outcome == Outcome.DONE
-            self.unread += outcome == Outcome.FAILED
+            self.unread += outcome >= Outcome.FAILED
             # Not what was written since, in another generation: that lies elsewhere, for this slot is still held.
             block = self._tier.pool.look(key) if outcome in (Outcome.CORRUPT, Outcome.MISSING) else None
             if block is not None and block.slot == slot:
