@@ -60,8 +60,8 @@ class Staging:
 
 
 class Promotion:
-    """`most` blocks are held in G2 because of stagings, `in_flight` are being read, `batch` in one move, or `unmeasured`
-    while nothing is known about the disk."""
+    """`most` blocks are held in G2 because of stagings, `in_flight` are being read, `batch` in one move, or
+    `unmeasured` while nothing is known about the disk."""
 
     def __init__(
         self,
