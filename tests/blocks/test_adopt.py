@@ -126,3 +126,17 @@ def test_nothing_is_adopted_by_half() -> None:
     held.drop()
     cache.adopt(slots(*free), KEYS[2:6], [None] * 4)
     assert cache.present(KEYS[:6]).all()
+
+
+def test_keys_by_slot() -> None:
+    blocks = pool(8)
+    blocks.adopt(slots(6, 1, 3), [b"c", b"a", b"b"], [None] * 3)
+    assert blocks.keys(0, 8) == blocks.keys(1, 100) == (b"a", b"b", b"c")
+    assert blocks.keys(2, 6) == (b"b",)
+    assert blocks.keys(4, 4) == blocks.keys(9, 12) == ()
+    raw = blocks.allocate(5)
+    assert raw is not None
+    with raw.stage([b"d", b"e", b"f", b"g", b"a"]):  # nobody can match these, and the last lies elsewhere
+        assert blocks.keys(0, 8) == (b"a", b"b", b"c")
+    with pytest.raises(Misuse, match="slot -1 is negative"):
+        blocks.keys(-1, 3)

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import Result
 
 from kvbm.cli import control
-from tests.cli.conftest import Engine, good, healthy
+from tests.cli.conftest import STATUS, Engine, good, healthy
 
 Kvbm = Callable[..., Result]
 Start = Callable[..., Engine]
@@ -24,7 +24,7 @@ EXPLAINED: dict[str, Any] = {
     "prompt_tokens": 575,
     "block_tokens": 32,
     "device_tokens": 0,
-    "matched": {"g2": 17},
+    "matched": {"g2": 17, "g3": 9},
     "loaded_blocks": 16,
     "load": "async",
     "load_ms": 4.5,
@@ -47,6 +47,48 @@ def test_status_shows_every_engine(kvbm: Kvbm, engine: Start) -> None:
         assert text in shown.stdout
     for text in ("two KVBM", "unhealthy, paused", "rank 0: [/red] died"):
         assert text in shown.stdout
+
+
+DISK: dict[str, Any] = {
+    "tiers": [
+        *STATUS["tiers"],
+        {
+            "name": "g3",
+            "total": 9000,
+            "free": 1000,
+            "active": 0,
+            "inactive": 7990,
+            "staged": 10,
+            "bytes": 13_000_000_000,
+        },
+    ],
+    "demote": {"blocks": 40, "bytes": 59_000_000, "failed": 1, "in_flight": 2, "refused": 33, "cancelled": 44},
+    "promote": {"blocks": 50, "bytes": 74_000_000, "failed": 3, "in_flight": 4, "gated": 55, "corrupt": 66},
+    "rates": {"computed_tokens_per_s": 1234.5, "read_blocks_per_s": None},
+}
+
+
+def test_status_of_a_disk_tier(kvbm: Kvbm, engine: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    engine("one", healthy("one", **DISK))
+    shown = kvbm("status").stdout
+    for text in (
+        "G3", "13 GB", "9,000", "89%",
+        "to disk   59 MB in 40 blocks (2 in flight, 1 failed, 33 refused, 44 gone before)",
+        "from disk 74 MB in 50 blocks (4 in flight, 3 failed, 55 gated, 66 corrupt)",
+        "the engine computes 1,234 tokens/s, the disk reads ? tokens/s",
+    ):  # fmt: skip
+        assert text in shown
+    assert "not used" not in shown
+
+
+def test_status_of_a_tier_that_is_left_alone(kvbm: Kvbm, engine: Start) -> None:
+    rates = {"computed_tokens_per_s": None, "read_blocks_per_s": 10.0}
+    engine("one", healthy("one", **DISK | {"rates": rates}, degraded={"g3": "cannot write in [/red]: no space"}))
+    shown = kvbm("status").stdout
+    assert "G3 is not used: cannot write in [/red]: no space" in shown
+    assert "healthy" in shown
+    assert "the disk reads 320 tokens/s" in shown
 
 
 def test_status_for_programs(kvbm: Kvbm, engine: Start) -> None:
@@ -146,7 +188,14 @@ def test_explain_asks_all_and_shows_who_knows(kvbm: Kvbm, engine: Start) -> None
     shown = kvbm("explain", "cmpl-1")
     assert (shown.exit_code, shown.stderr) == (0, "")
     assert one.heard == [{"command": "explain", "request_id": "cmpl-1"}]
-    for text in ("cmpl-1-0-ab", "17 blocks = 544 tokens", "16 blocks (async) in 4.5 ms", "[/dev/shm] is gone"):
+    for text in (
+        "cmpl-1-0-ab",
+        "17 blocks = 544 tokens",
+        "9 blocks = 288 tokens",
+        "staged from disk",
+        "16 blocks (async) in 4.5 ms",
+        "[/dev/shm] is gone",
+    ):
         assert text in shown.stdout
     assert json.loads(kvbm("explain", "cmpl-1", "--json").stdout) == [EXPLAINED]
 

@@ -120,6 +120,22 @@ def test_environment_of_the_user_wins_over_defaults_and_the_demos_over_both(monk
     assert forced.environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
 
 
+@pytest.mark.parametrize(
+    ("variables", "given", "seconds"),
+    [
+        ({}, "", None),
+        ({"KVBM_G3_GB": "20"}, "", "15"),
+        ({"DYN_KVBM_DISK_CACHE_GB": "20", "KVBM_G3_DRAIN_S": "2.5"}, "", "8"),
+        ({"KVBM_G3_BLOCKS": "9", "KVBM_G3_DRAIN_S": "0"}, "", None),
+        ({"KVBM_G3_BLOCKS": "9"}, "--shutdown_timeout 3", "3"),
+    ],
+)
+def test_the_engine_may_write_to_disk_at_its_end(variables: dict[str, str], given: str, seconds: str | None) -> None:
+    planned = serve.plan("m", given.split(), "m", environment=variables)
+    assert serve.value(planned.arguments, "--shutdown-timeout") == seconds
+    assert "--shutdown-timeout" not in serve.plan("m", [], "m", environment=variables, with_kvbm=False).arguments
+
+
 def test_the_demos_two_engines_differ_in_the_connector_only() -> None:
     arguments = Plan(users=4, turns=3, document_tokens=1400, answer_tokens=24).arguments()
     alone = serve.plan("smollm2", arguments, "/m", with_kvbm=False).command

@@ -139,8 +139,14 @@ def test_explain_unknown_ambiguous_and_exact(control: Control, stage: Stage) -> 
 def test_what_is_not_a_request(control: Control, line: bytes) -> None:
     assert control.path is not None
     reply = send(control.path, line)
-    assert reply == {"ok": False, "error": "not a request; commands are explain, health, pause, resume, status"}
+    commands = "disk.inspect, disk.purge, disk.verify, explain, health, pause, resume, status"
+    assert reply == {"ok": False, "error": f"not a request; commands are {commands}"}
     assert ask(control, "health")["healthy"]
+
+
+@pytest.mark.parametrize("command", ["disk.inspect", "disk.verify", "disk.purge"])
+def test_without_a_disk_tier(control: Control, command: str) -> None:
+    assert ask(control, command) == "this engine has no disk tier"
 
 
 def test_a_client_that_says_nothing(control: Control) -> None:

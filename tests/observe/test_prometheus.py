@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvbm.blocks import Pool
-from kvbm.core.events import Admitted, Offloaded, Onboarded
+from kvbm.core.events import Admitted, Demoted, Gated, Offloaded, Onboarded, Promoted
 from kvbm.observe import prometheus
 from kvbm.observe.totals import Totals
 from kvbm.policy.lru import LRU
@@ -22,8 +22,17 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def serve(port: int, totals: Totals, pool: Pool, *, healthy: bool = True) -> Callable[[], None] | None:
-    return prometheus.serve("127.0.0.1", port, totals, lambda: asdict(pool.statistics()), lambda: healthy)
+def serve(port: int, totals: Totals, *pools: Pool, healthy: bool = True) -> Callable[[], None] | None:
+    names = ("g2", "g3")[: len(pools)]
+    sources = prometheus.Sources(
+        totals=totals,
+        block_tokens=32,
+        healthy=lambda: healthy,
+        tiers=lambda: dict(zip(names, (True, False), strict=False)),
+        pools=lambda: {name: asdict(pool.statistics()) for name, pool in zip(names, pools, strict=True)},
+        lower=lambda: dict(zip(prometheus.LOWER_COUNTERS, (7, 8, 9), strict=True)) if len(pools) > 1 else {},
+    )
+    return prometheus.serve("127.0.0.1", port, sources)
 
 
 def scrape(port: int) -> dict[str, float]:
@@ -85,6 +94,43 @@ def test_every_metric() -> None:
         "kvbm_inflight_mutable|pool=g2": 0,
     }.items() <= samples.items()
     assert all(name.startswith("kvbm_") for name in samples)
+    assert samples["kvbm_tier_healthy|tier=g2"] == 1
+    assert samples["kvbm_corrupt_blocks_total"] == 0
+    assert not any("g3" in name for name in samples)
+
+
+def test_every_metric_of_a_disk_tier() -> None:
+    totals, disk, port = Totals(), Pool(20, order=LRU(20)), free_port()
+    totals.on_event(Demoted(4, 1, 400_000, 0.02))
+    totals.on_event(Promoted(6, 2, 600_000, 0.03))
+    totals.on_event(Gated(5))
+    totals.on_event(Admitted(200, 0, 100, 64))
+    stop = serve(port, totals, Pool(10, order=LRU(10)), disk)
+    assert stop is not None
+    samples = scrape(port)
+    stop()
+    assert {
+        "kvbm_offload_blocks_h2d": 4,
+        "kvbm_onboard_blocks_d2h": 6,
+        "kvbm_onboard_blocks_d2d": 2,
+        "kvbm_host_cache_hit_rate": 0.5,
+        "kvbm_disk_cache_hit_rate": 0.32,
+        "kvbm_tier_healthy|tier=g2": 1,
+        "kvbm_tier_healthy|tier=g3": 0,
+        "kvbm_demote_failed_blocks_total": 1,
+        "kvbm_promote_failed_blocks_total": 2,
+        "kvbm_demote_bytes_total": 400_000,
+        "kvbm_promote_bytes_total": 600_000,
+        "kvbm_demote_seconds_bucket|le=0.025": 1,
+        "kvbm_promote_seconds_sum": 0.03,
+        "kvbm_promote_copy_bytes_count": 1,
+        "kvbm_gated_blocks_total": 5,
+        "kvbm_demote_refused_blocks_total": 7,
+        "kvbm_demote_cancelled_blocks_total": 8,
+        "kvbm_corrupt_blocks_total": 9,
+        "kvbm_pool_size|pool=g2": 10,
+        "kvbm_pool_size|pool=g3": 20,
+    }.items() <= samples.items()
 
 
 def test_health_is_read_when_scraped() -> None:

@@ -94,7 +94,10 @@ def test_a_second_process_is_told_who_has_it(tmp_path: Path) -> None:
         child_of(other)
         with pytest.raises(Busy, match=rf"engine engine-2, process {other.pid} on .* since "):
             Folder.claim(tmp_path, "engine-1")
-        assert "engine-2" in (holder_of(tmp_path) or "")
+        found = holder_of(tmp_path)
+        assert found is not None
+        assert found.engine == "engine-2"
+        assert f"engine engine-2, process {other.pid} on" in str(found)
         other.kill()
     assert holder_of(tmp_path) is None
     Folder.claim(tmp_path, "engine-1").close()

@@ -271,6 +271,18 @@ class Ledger(Transitions):
             self._feed.deliver()
         return missing
 
+    def keys(self, first: int, last: int) -> tuple[bytes, ...]:
+        """What is registered in these slots, by slot."""
+        with self._lock:
+            slots = np.arange(first, min(last, self._table.capacity), dtype=np.int64)
+            found = [
+                (slot, key) for slot, key in enumerate(self._table.keys(slots.tobytes()), first) if key is not None
+            ]
+            keys = [key for _, key in found]
+            # A slot that is staged has a key, too.
+            there = as_array(self._table.find(keys)).tolist()
+            return tuple(key for (slot, key), at in zip(found, there, strict=True) if slot == at)
+
     def look(self, key: bytes) -> Block | None:
         """What is known of a registered block."""
         with self._lock:

@@ -174,6 +174,12 @@ class Pool:
         _check_size(num_slots)
         return self._ledger.resize(num_slots)
 
+    def keys(self, first: int, last: int) -> tuple[bytes, ...]:
+        """The keys of the registered blocks in slots `first` to `last - 1`, by slot. Holds nothing."""
+        if first < 0:
+            raise Misuse(f"slot {first} is negative")
+        return self._ledger.keys(first, last)
+
     def look(self, key: bytes) -> Block | None:
         """What is known of a registered block; None where there is none. Holds nothing."""
         return self._ledger.look(key)

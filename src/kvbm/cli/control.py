@@ -42,6 +42,11 @@ def ask_all(run_dir: Path, command: str, *, engine: str = "", **arguments: Any) 
     )
 
 
+def ask(run_dir: Path, engine: str, command: str, **arguments: Any) -> Answer | None:
+    """The answer of the engine with exactly this id; None where it does not run here."""
+    return _ask(run_dir / f"{engine}.sock", {"command": command, **arguments})
+
+
 def _ask(path: Path, request: dict[str, Any]) -> Answer | None:
     """None if nobody listens there."""
     try:

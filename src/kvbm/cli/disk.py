@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from kvbm.cli.engines import RunDir, sockets
+from kvbm.cli.online import Owner, owner_of
 from kvbm.cli.render import duration, size
 from kvbm.core.errors import Broken, KvbmError
 from kvbm.stores.audit import audit
@@ -48,9 +50,11 @@ def inspect(
     folder: _Dir,
     namespace: _Namespace = "",
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    run_dir: RunDir = None,
 ) -> None:
     """Show every namespace: model, blocks, bytes, ages, bad blocks. Also while an engine uses it."""
-    found = [_described(part, one) for part in _parts(folder, namespace) for one in part.namespaces]
+    owners = {part.path: owner_of(part.path, sockets(run_dir)) for part in _parts(folder, namespace)}
+    found = [_described(part, one, owners[part.path]) for part in _parts(folder, namespace) for one in part.namespaces]
     if as_json:
         print(json.dumps(found, indent=2))
         return
@@ -60,7 +64,9 @@ def inspect(
     _out.print(table)
     for one in found:
         if one["used_by"]:
-            _out.print(f"{one['folder']} is in use by {one['used_by']}", markup=False, soft_wrap=True)
+            problem = one.get("engine", {}).get("problem")
+            state = f", which leaves it alone: {problem}" if problem else ""
+            _out.print(f"{one['folder']} is in use by {one['used_by']}{state}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -71,22 +77,34 @@ def verify(
     key_file: Annotated[
         Path | None, typer.Option("--key-file", metavar="FILE", help="The key of encrypted namespaces.")
     ] = None,
+    run_dir: RunDir = None,
 ) -> None:
-    """Read every block and compare it with its checksum. Ends with 1 if one is bad."""
-    cipher, bad, unread = (Cipher.from_file(key_file) if key_file else None), 0, 0
+    """Read every block and compare it with its checksum. Ends with 1 if one is bad.
+
+    An engine that uses the folder reads its own blocks itself, while it serves, and drops what is bad.
+    """
+    cipher, bad, unread, dropped = (Cipher.from_file(key_file) if key_file else None), 0, 0, 0
     for part in _parts(folder, namespace):
-        with _locked(part.path, "kvbm disk verify"):
+        owner = owner_of(part.path, sockets(run_dir))
+        if owner is not None and repair:
+            _out.print(f"Only what {owner.engine} uses is repaired while it runs.", markup=False, soft_wrap=True)
+        with _locked(part.path, "kvbm disk verify", owner):
             for one in part.namespaces:
                 name = str(one.path.relative_to(folder))
+                if owner is not None and owner.namespace == one.path.name:
+                    found = _verified_by(owner, name)
+                    bad, unread = bad + found["bad"], unread + found["unread"]
+                    continue
                 key = cipher.id if cipher else ""
                 if one.meta is None or (one.meta.encryption and one.meta.encryption != key):
                     why = "it is encrypted: give its --key-file" if one.meta else _why(one)
                     _out.print(f"{name}: not checked, {why}", markup=False, soft_wrap=True)
                     unread += 1
                     continue
-                bad += _verified(name, one, cipher if one.meta.encryption else None, repair)
-    if bad and repair:
-        _out.print(f"Dropped {bad:,} bad blocks and records.")
+                count = _verified(name, one, cipher if one.meta.encryption else None, repair and owner is None)
+                bad, dropped = bad + count, dropped + (count if repair and owner is None else 0)
+    if dropped:
+        _out.print(f"Dropped {dropped:,} bad blocks and records.")
     if bad or unread:
         raise typer.Exit(1)
 
@@ -99,12 +117,19 @@ def purge(
         float | None, typer.Option("--older-than", metavar="DAYS", min=0, help="Only what was last used before then.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    run_dir: RunDir = None,
 ) -> None:
-    """Delete namespaces, all or some, with all their blocks."""
+    """Delete namespaces, all or some, with all their blocks. One that an engine uses is emptied."""
     before = time.time() - older_than * 86400 if older_than is not None else float("inf")
+    parts = _parts(folder, namespace)
+    owners = {part.path: owner_of(part.path, sockets(run_dir)) for part in parts}
+    used = {part.path / owner.namespace for part in parts if (owner := owners[part.path]) is not None}
     chosen = [
-        Part(part.path, [one for one in part.namespaces if one.last_used <= before])
-        for part in _parts(folder, namespace)
+        Part(
+            part.path,
+            [one for one in part.namespaces if (time.time() if one.path in used else one.last_used) <= before],
+        )
+        for part in parts
     ]
     doomed = [one for part in chosen for one in part.namespaces]
     if not doomed:
@@ -115,11 +140,18 @@ def purge(
     if not yes and not typer.confirm("Delete these?"):
         raise typer.Exit(1)
     for part in chosen:
-        if part.namespaces:
+        if not part.namespaces:
+            continue
+        if (owner := owners[part.path]) is not None:
+            owner.purge([one.path.name for one in part.namespaces])
+        else:
             with _locked(part.path, "kvbm disk purge"), reported(f"delete what is in {part.path}"):
                 for one in part.namespaces:
                     delete(one.path)
-    _out.print(f"Deleted {size(sum(one.allocated for one in doomed))}.")
+    emptied = [one for one in doomed if one.path in used]
+    for one in emptied:
+        _out.print(f"{one.path.relative_to(folder)} is empty; its space stays with the engine that uses it.")
+    _out.print(f"Deleted {size(sum(one.allocated for one in doomed if one not in emptied))}.")
 
 
 def _parts(folder: Path, namespace: str) -> list[Part]:
@@ -140,7 +172,11 @@ def _parts(folder: Path, namespace: str) -> list[Part]:
 
 
 @contextmanager
-def _locked(path: Path, what: str) -> Iterator[None]:
+def _locked(path: Path, what: str, owner: Owner | None = None) -> Iterator[None]:
+    """Nobody else changes the folder; with an `owner` it is that engine that sees to it."""
+    if owner is not None:
+        yield
+        return
     lock = Lock(path, what)
     try:
         yield
@@ -148,14 +184,15 @@ def _locked(path: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
-def _described(part: Part, one: Listing) -> dict[str, Any]:
+def _described(part: Part, one: Listing, owner: Owner | None) -> dict[str, Any]:
     name = str(one.path.relative_to(part.path.parent if part.path.name.startswith("dp") else part.path))
-    used_by = holder_of(part.path)
+    holder = holder_of(part.path)
+    used_by = str(holder) if holder is not None else None
     about: dict[str, Any] = {"folder": name, "model": _model(one), "bytes": one.allocated, "used_by": used_by}
     if (meta := one.meta) is None:
         return about | {"problem": _why(one)}
     found = recover(place_of(one.path, meta), time.time())
-    return about | {
+    about |= {
         "fingerprint": meta.fingerprint,
         "facts": meta.facts,
         "encrypted": bool(meta.encryption),
@@ -170,6 +207,10 @@ def _described(part: Part, one: Listing) -> dict[str, Any]:
         "last_used": meta.last_used,
         "bad": found.bad + found.damaged,
     }
+    if owner is not None and owner.namespace == one.path.name:
+        now = owner.ask("disk.inspect")
+        about |= {"blocks": now["blocks"], "engine": {name: now[name] for name in ("corrupt", "problem")}}
+    return about
 
 
 def _columns(one: dict[str, Any]) -> tuple[str, ...]:
@@ -197,6 +238,19 @@ def _verified(name: str, one: Listing, cipher: Cipher | None, repair: bool) -> i
                 text += f", {len(result.damaged):,} records are damaged (slots {_some(result.damaged)})"
             _out.print(text, markup=False, soft_wrap=True)
     return bad
+
+
+def _verified_by(owner: Owner, name: str) -> dict[str, Any]:
+    """What an engine found among the blocks that it uses."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_err, transient=True) as progress:
+        task = progress.add_task(f"{name}, by {owner.engine}")
+        found = owner.verify(lambda looked, slots: progress.update(task, completed=looked, total=slots))
+    text = f"{name}, read by engine {owner.engine}: {found['whole']:,} blocks are whole"
+    text += f", {found['bad']:,} were not and are dropped" if found["bad"] else ""
+    text += f", {found['unread']:,} could not be read" if found["unread"] else ""
+    _out.print(text, markup=False, soft_wrap=True)
+    return found
 
 
 def _some(slots: tuple[int, ...]) -> str:

@@ -32,7 +32,7 @@ def status(
     run_dir: RunDir = None,
 ) -> None:
     """Show tiers, hit rates, copies in flight and health of every engine with KVBM on this machine."""
-    folder = _folder(run_dir)
+    folder = sockets(run_dir)
     answers = ask_all(folder, "status", engine=engine)
     if watch:
         _watch(folder, engine, as_json)
@@ -45,7 +45,7 @@ def status(
 
 def explain(request_id: str, engine: Engine = "", as_json: Json = False, run_dir: RunDir = None) -> None:
     """Say what KVBM did for one of the last requests: what was matched, what was loaded, what was not and why."""
-    answers = ask_all(_folder(run_dir), "explain", engine=engine, request_id=request_id)
+    answers = ask_all(sockets(run_dir), "explain", engine=engine, request_id=request_id)
     known = [answer for answer in answers if answer.result is not None]
     for answer in known:
         if answer.result is not None and not as_json:
@@ -58,12 +58,12 @@ def explain(request_id: str, engine: Engine = "", as_json: Json = False, run_dir
 
 def pause(engine: Engine = "", run_dir: RunDir = None) -> None:
     """Switch KVBM off in running engines: they go on without it, until `kvbm resume`."""
-    _apply(_folder(run_dir), "pause", "paused: it goes on without KVBM", engine)
+    _apply(sockets(run_dir), "pause", "paused: it goes on without KVBM", engine)
 
 
 def resume(engine: Engine = "", run_dir: RunDir = None) -> None:
     """Switch KVBM on again after `kvbm pause`."""
-    _apply(_folder(run_dir), "resume", "resumed", engine)
+    _apply(sockets(run_dir), "resume", "resumed", engine)
 
 
 def _apply(folder: Path, command: str, done: str, engine: str) -> None:
@@ -116,6 +116,6 @@ def _exit_if_any_failed(answers: list[Answer], *, silent: bool = False) -> None:
         raise typer.Exit(1)
 
 
-def _folder(run_dir: Path | None) -> Path:
-    """Raises ConfigError (a KvbmError) for wrong settings."""
+def sockets(run_dir: Path | None) -> Path:
+    """Their folder. Raises ConfigError (a KvbmError) for wrong settings."""
     return config.load(options={"run_dir": run_dir}).settings.run_dir

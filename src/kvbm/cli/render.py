@@ -38,8 +38,14 @@ def status(result: dict[str, Any]) -> RenderableType:
         health += ", [yellow]paused[/]"
     lines = [f"{health}, up {duration(result['uptime_s'])}, generation {result['generation']}, {_shape(result)}"]
     lines += [f"[red]• {escape(problem)}[/]" for problem in result["problems"]]
+    lines += [f"[yellow]• {tier.upper()} is not used: {escape(why)}[/]" for tier, why in _degraded(result).items()]
     title = f"[bold]{escape(result['engine'])}[/] KVBM {escape(result['version'])}"
     return Panel(Group(*lines, _tiers(result), *_traffic(result)), title=title, title_align="left", expand=False)
+
+
+def _degraded(result: dict[str, Any]) -> dict[str, str]:
+    degraded: dict[str, str] = result.get("degraded", {})
+    return degraded
 
 
 def _shape(result: dict[str, Any]) -> str:
@@ -69,7 +75,25 @@ def _traffic(result: dict[str, Any]) -> list[str]:
         f" {offload['failed']} failed, {offload['skipped']} skipped)",
         f"up   {size(onboard['bytes'])} in {onboard['blocks']:,} blocks ({onboard['in_flight']} in flight,"
         f" {onboard['failed']} failed)",
+        *(_disk(result) if "demote" in result else ()),
     ]
+
+
+def _disk(result: dict[str, Any]) -> list[str]:
+    demote, promote = result["demote"], result["promote"]
+    computed, read = (result["rates"][name] for name in ("computed_tokens_per_s", "read_blocks_per_s"))
+    return [
+        f"to disk   {size(demote['bytes'])} in {demote['blocks']:,} blocks ({demote['in_flight']} in flight,"
+        f" {demote['failed']} failed, {demote['refused']} refused, {demote['cancelled']} gone before)",
+        f"from disk {size(promote['bytes'])} in {promote['blocks']:,} blocks ({promote['in_flight']} in flight,"
+        f" {promote['failed']} failed, {promote['gated']} gated, {promote['corrupt']} corrupt)",
+        f"measured: the engine computes {_rate(computed)} tokens/s, the disk reads"
+        f" {_rate(None if read is None else read * result['block_tokens'])} tokens/s",
+    ]
+
+
+def _rate(value: float | None) -> str:
+    return "?" if value is None else f"{value:,.0f}"
 
 
 def explain(engine: str, result: dict[str, Any]) -> RenderableType:
@@ -83,7 +107,9 @@ def explain(engine: str, result: dict[str, Any]) -> RenderableType:
     table.add_row("prompt", f"{result['prompt_tokens']:,} tokens")
     table.add_row("in the device", f"{result['device_tokens']:,} tokens")
     for tier, blocks in result["matched"].items():
-        table.add_row(f"matched in {tier.upper()}", f"{blocks:,} blocks = {blocks * block:,} tokens")
+        # What was on disk is matched once it is in host memory.
+        name = "staged from disk" if tier == "g3" else f"matched in {tier.upper()}"
+        table.add_row(name, f"{blocks:,} blocks = {blocks * block:,} tokens")
     took = "" if result["load_ms"] is None else f" in {result['load_ms']:,.1f} ms"
     how = "" if result["load"] == "none" else f" ({result['load']}){took}"
     table.add_row("loaded", f"{result['loaded_blocks']:,} blocks{how}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import importlib
 import json
+import math
 import shlex
 import shutil
 import signal
@@ -26,6 +27,8 @@ from kvbm.core.errors import KvbmError
 _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
 
+_ENDING_S = 5
+"""Seconds that vLLM may take to end after KVBM has written to disk what it had to."""
 _UNLOADABLE = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -85,10 +88,14 @@ def plan(
             defaults["--dtype"] = "float32"
         if value(given, "--compilation-config") is None and not (shutil.which("c++") or shutil.which("g++")):
             defaults["--enforce-eager"] = ""
-    own = [part for flag, text in defaults.items() if value(given, flag) is None for part in (flag, text) if part]
     unset = {"VLLM_CPU_KVCACHE_SPACE": "4"} if on_cpu else {}
     if on_cpu and Path(model).is_dir():
         unset["HF_HUB_OFFLINE"] = "1"
+    environ = config.child_environment(**unset) | dict(environment or {})
+    if with_kvbm and (seconds := drain_s(environ)):
+        # Or vLLM kills its engine core while that writes to disk what only host memory has.
+        defaults["--shutdown-timeout"] = str(math.ceil(seconds) + _ENDING_S)
+    own = [part for flag, text in defaults.items() if value(given, flag) is None for part in (flag, text) if part]
     return Launch(
         model=model,
         arguments=[*own, *arguments],
@@ -96,8 +103,14 @@ def plan(
         host=host,
         port=int(port),
         served_name=value(given, "--served-model-name") or name,
-        environment=config.child_environment(**unset) | dict(environment or {}),
+        environment=environ,
     )
+
+
+def drain_s(environ: Mapping[str, str]) -> float:
+    """How long an engine in this environment writes to disk at its end; 0 without a disk tier."""
+    settings = config.load(environ=environ).settings
+    return settings.g3_drain_s if (settings.g3_gb or settings.g3_blocks) is not None else 0.0
 
 
 def _file_arguments(path: str | None) -> list[str]:

@@ -10,7 +10,7 @@ import select
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -176,17 +176,15 @@ def build_leader(
         leader.lower = _lower(settings, leader, links, found, below, slot_bytes * place.ranks, block_tokens)
     elif isinstance(found, str):
         leader.absent["g3"] = found
-    about = About(place.engine, __version__, namespace.fingerprint, place.ranks, slot_bytes * place.ranks, block_tokens)
+    about = About(
+        place.engine, __version__, namespace.fingerprint, place.ranks, slot_bytes * place.ranks, block_tokens,
+        found.path if isinstance(found, NamespaceFolder) else None,
+    )  # fmt: skip
     control = Control(leader, totals, about, settings.run_dir)
     stop = None
     if settings.metrics:
-        stop = prometheus.serve(
-            settings.metrics_host,
-            settings.metrics_port + place.dp_rank,
-            totals,
-            lambda: asdict(pool.statistics()),
-            lambda: not leader.problems,
-        )
+        port = settings.metrics_port + place.dp_rank
+        stop = prometheus.serve(settings.metrics_host, port, control.sources())
     return LeaderSide(leader, totals, control, stop)
 
 

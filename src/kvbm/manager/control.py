@@ -22,7 +22,8 @@ from kvbm.blocks import PoolStatistics
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.manager.channel import Link, listen, socket_path
 from kvbm.manager.leader import Leader
-from kvbm.manager.lower import Lower
+from kvbm.manager.upkeep import Upkeep
+from kvbm.observe.prometheus import Sources
 from kvbm.observe.totals import Copies, Totals
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class About:
     slot_bytes: int
     """Of one block, over all ranks."""
     block_tokens: int
+    disk: Path | None = None
+    """The namespace's folder on disk, where there is one."""
 
 
 class Control:
@@ -50,6 +53,7 @@ class Control:
 
     def __init__(self, leader: Leader, totals: Totals, about: About, run_dir: Path) -> None:
         self._leader, self._totals, self._about = leader, totals, about
+        self._upkeep = Upkeep(leader, about.disk)
         self._started = time.monotonic()
         self._stop = threading.Event()
         self._sock: socket.socket | None = None
@@ -113,6 +117,9 @@ class Control:
             "explain": lambda request: self.explain(str(request.get("request_id", ""))),
             "pause": lambda _: self._switch(self._leader.pause),
             "resume": lambda _: self._switch(self._leader.resume),
+            "disk.inspect": lambda _: self._upkeep.inspect(),
+            "disk.verify": lambda request: self._upkeep.verify(request.get("action")),
+            "disk.purge": lambda request: self._upkeep.purge(request.get("namespaces")),
         }
 
     def _switch(self, action: Callable[[], None]) -> dict[str, Any]:
@@ -133,8 +140,7 @@ class Control:
         """Everything live, in one snapshot."""
         leader, totals, about = self._leader, self._totals, self._about
         leader.tick()
-        pools = {"g2": leader.pool} | ({"g3": leader.lower.tier.pool} if leader.lower is not None else {})
-        tiers = {name: pool.statistics() for name, pool in pools.items()}
+        tiers = self._pools()
         pool = tiers["g2"]
         stores, loads = leader.in_flight()
         return {
@@ -161,25 +167,39 @@ class Control:
             "offload": {**_copies(totals.offload), "in_flight": stores, "skipped": leader.deferred},
             "onboard": {**_copies(totals.onboard), "in_flight": loads},
             "evictions": pool.evictions,
-            **(self._disk(leader.lower) if leader.lower is not None else {}),
+            **self._disk(),
         }
 
-    def _disk(self, lower: Lower) -> dict[str, Any]:
-        down, up = lower.tier.in_flight()
+    def sources(self) -> Sources:
+        """What metrics are made of."""
+        leader = self._leader
+        return Sources(
+            totals=self._totals,
+            block_tokens=self._about.block_tokens,
+            healthy=lambda: not leader.problems,
+            tiers=lambda: dict.fromkeys(self._pools(), not leader.problems) | dict.fromkeys(leader.degraded(), False),
+            pools=lambda: {name: dataclasses.asdict(pool) for name, pool in self._pools().items()},
+            lower=lambda: leader.lower.counts() if leader.lower is not None else {},
+        )
+
+    def _pools(self) -> dict[str, PoolStatistics]:
+        pools = {"g2": self._leader.pool}
+        if self._leader.lower is not None:
+            pools["g3"] = self._leader.lower.tier.pool
+        return {name: pool.statistics() for name, pool in pools.items()}
+
+    def _disk(self) -> dict[str, Any]:
+        with self._leader.below() as lower:
+            if lower is None:
+                return {}
+            (down, up), counts = lower.tier.in_flight(), lower.counts()
+            rates = lower.tier.gate.rates()
+        refused, cancelled, corrupt = (counts[name] for name in ("refused", "cancelled", "corrupt"))
+        demote, promote, gated = _copies(self._totals.demote), _copies(self._totals.promote), self._totals.gated
         return {
-            "demote": {
-                **_copies(self._totals.demote),
-                "in_flight": down,
-                "refused": lower.demotion.refused,
-                "cancelled": lower.demotion.cancelled,
-            },
-            "promote": {
-                **_copies(self._totals.promote),
-                "in_flight": up,
-                "gated": self._totals.gated,
-                "corrupt": lower.tier.corrupt,
-            },
-            "rates": lower.tier.gate.rates(),
+            "demote": {**demote, "in_flight": down, "refused": refused, "cancelled": cancelled},
+            "promote": {**promote, "in_flight": up, "gated": gated, "corrupt": corrupt},
+            "rates": rates,
         }
 
     def explain(self, request_id: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from kvbm.blocks import Pinned, Pool, Staged
+from kvbm.blocks import Pinned, Pool, Staged, Writable
 from kvbm.core.errors import Broken, KvbmError
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Slots
@@ -117,11 +117,11 @@ class DiskTier:
         )  # fmt: skip
         self._sequence += len(keys)
 
-    def read(self, source: Slots, keys: Sequence[bytes], staged: Staged, ended: Callable[[Move], None]) -> int:
-        """Copy slots, which the caller holds, to staged slots of host memory; returns the move's number."""
+    def read(self, source: Slots, keys: Sequence[bytes], into: Staged | Writable, ended: Callable[[Move], None]) -> int:
+        """Copy slots to those of host memory, both of which the caller holds; returns the move's number."""
         move = self._begin(len(keys), ended, down=False)
         self.gate.read_begins(len(keys))
-        self._send(Read(move.id, pack(source), pack(staged.slots), list(keys)))
+        self._send(Read(move.id, pack(source), pack(into.slots), list(keys)))
         return move.id
 
     def _begin(self, blocks: int, ended: Callable[[Move], None], *, down: bool) -> Move:
@@ -291,6 +291,11 @@ class DiskTier:
         self._send(Generation(number))
         if self.problem == _CLEARING:  # else a probe has to say that it works
             self.problem = None
+
+    @property
+    def clearing(self) -> bool:
+        """Whether a new generation has not been written down yet."""
+        return self._stale
 
     def close(self) -> None:
         """The process is about to end."""

@@ -9,7 +9,8 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from kvbm.abc.observer import Observer
 from kvbm.blocks import Pool, Staged
@@ -176,6 +177,12 @@ class Housekeeping:
         """Undoes `pause`."""
         with self._lock:
             self.paused = False
+
+    @contextmanager
+    def below(self) -> Iterator[Lower | None]:
+        """The tier below host memory, which nobody else uses meanwhile."""
+        with self._lock:
+            yield self.lower
 
     def in_flight(self) -> tuple[int, int]:
         """(store, load) jobs that some rank has not answered."""

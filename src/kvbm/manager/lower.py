@@ -12,6 +12,7 @@ from kvbm.manager.demote import Demotion
 from kvbm.manager.disk import DiskTier
 from kvbm.manager.promote import Promotion
 from kvbm.manager.requests import Request
+from kvbm.manager.verify import Verification
 from kvbm.manager.wire import Probed, Result
 
 
@@ -23,6 +24,8 @@ class Lower:
     demotion: Demotion
     promotion: Promotion
     block_tokens: int
+    verification: Verification | None = None
+    """The last that was asked for."""
 
     def begin(self, request: Request, prompt_tokens: int) -> None:
         """A request arrives: its blocks on disk start to move before it is scheduled."""
@@ -58,6 +61,16 @@ class Lower:
         """Start the moves that can start now."""
         self.promotion.pump()
         self.demotion.pump()
+        if self.verification is not None:
+            self.verification.pump()
+
+    def counts(self) -> dict[str, int]:
+        """Blocks that were kept from disk, and those that were damaged there."""
+        return {
+            "refused": self.demotion.refused,
+            "cancelled": self.demotion.cancelled,
+            "corrupt": self.tier.corrupt,
+        }
 
     def stand_aside(self) -> None:
         """Nothing is moved for requests while the engine is to work as if there were no KVBM."""
@@ -67,4 +80,6 @@ class Lower:
         """A new generation."""
         self.promotion.clear()
         self.demotion.clear()
+        if self.verification is not None:
+            self.verification.end("a new generation began")
         self.tier.clear()

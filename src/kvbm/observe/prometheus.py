@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvbm.observe.totals import Histogram, Totals
+from kvbm.observe.totals import Copies, Histogram, Totals
 
 log = logging.getLogger(__name__)
 
@@ -34,38 +35,71 @@ POOL_GAUGES = {
 }
 
 
+LOWER_COUNTERS = {
+    "refused": ("kvbm_demote_refused_blocks", "blocks that admission or the write budget kept from disk"),
+    "cancelled": ("kvbm_demote_cancelled_blocks", "blocks that had left host memory before their write began"),
+    "corrupt": ("kvbm_corrupt_blocks", "blocks on disk that were not what had been written"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """What is read when it is scraped."""
+
+    totals: Totals
+    block_tokens: int
+    healthy: Callable[[], bool]
+    tiers: Callable[[], Mapping[str, bool]]
+    """Those that were asked for, and whether each works."""
+    pools: Callable[[], Mapping[str, Mapping[str, int]]]
+    """The numbers of each tier's pool, by the names in POOL_COUNTERS and POOL_GAUGES."""
+    lower: Callable[[], Mapping[str, int]]
+    """Those in LOWER_COUNTERS; what is missing is 0."""
+
+
 class _Collector(Collector):
-    def __init__(self, totals: Totals, pool: Callable[[], Mapping[str, int]], healthy: Callable[[], bool]) -> None:
-        self._totals, self._pool, self._healthy = totals, pool, healthy
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
 
     def collect(self) -> Iterator[Metric]:
-        totals, pool = self._totals, self._pool()
+        totals, pools, lower = self._sources.totals, self._sources.pools(), self._sources.lower()
+        from_disk = totals.g3_tokens // self._sources.block_tokens
         for name, value, text in (
             ("kvbm_offload_blocks_d2h", totals.offload.blocks, "blocks copied from the engine to host memory"),
+            ("kvbm_offload_blocks_h2d", totals.demote.blocks, "blocks copied from host memory to disk"),
             ("kvbm_onboard_blocks_h2d", totals.onboard.blocks, "blocks copied from host memory to the engine"),
+            ("kvbm_onboard_blocks_d2h", totals.promote.blocks, "blocks copied from disk to host memory"),
+            ("kvbm_onboard_blocks_d2d", from_disk, "blocks promised to the engine that were read from disk for it"),
             ("kvbm_matched_tokens", totals.g2_tokens, "prompt tokens promised from host memory"),
         ):
             metric = Metric(name, text, "unknown")
             metric.add_sample(name, {}, value)
             yield metric
         yield GaugeMetricFamily("kvbm_host_cache_hit_rate", "of the last 1000 requests", totals.hit_rate())
-        yield GaugeMetricFamily("kvbm_healthy", "1 unless KVBM stands aside", float(self._healthy()))
+        yield GaugeMetricFamily("kvbm_disk_cache_hit_rate", "of the last 1000 requests", totals.disk_hit_rate())
+        yield GaugeMetricFamily("kvbm_healthy", "1 unless KVBM stands aside", float(self._sources.healthy()))
+        tiers = GaugeMetricFamily("kvbm_tier_healthy", "1 while the tier is used", labels=["tier"])
+        for tier, works in self._sources.tiers().items():
+            tiers.add_metric([tier], float(works))
+        yield tiers
         yield CounterMetricFamily("kvbm_requests", "requests that got their blocks", totals.requests)
         yield CounterMetricFamily("kvbm_requested_tokens", "prompt tokens of those requests", totals.prompt_tokens)
         yield CounterMetricFamily("kvbm_device_tokens", "of those, held by the engine itself", totals.device_tokens)
-        for copies, way in ((totals.offload, "offload"), (totals.onboard, "onboard")):
+        for way in ("offload", "onboard", "demote", "promote"):
+            copies: Copies = getattr(totals, way)
             yield CounterMetricFamily(f"kvbm_{way}_failed_blocks", "blocks whose copy failed", copies.failed)
             yield CounterMetricFamily(f"kvbm_{way}_bytes", "bytes copied, over all ranks", copies.nbytes)
             yield _histogram(f"kvbm_{way}_seconds", "time of one copy on the slowest rank", copies.seconds)
             yield _histogram(f"kvbm_{way}_copy_bytes", "size of one copy, over all ranks", copies.sizes)
-        for key, (name, text) in POOL_COUNTERS.items():
-            counter = CounterMetricFamily(name, text, labels=["pool"])
-            counter.add_metric(["g2"], pool[key])
-            yield counter
-        for key, (name, text) in POOL_GAUGES.items():
-            gauge = GaugeMetricFamily(name, text, labels=["pool"])
-            gauge.add_metric(["g2"], pool[key])
-            yield gauge
+        yield CounterMetricFamily("kvbm_gated_blocks", "blocks left on disk, computing was faster", totals.gated)
+        for key, (name, text) in LOWER_COUNTERS.items():
+            yield CounterMetricFamily(name, text, lower.get(key, 0))
+        for family, rows in ((CounterMetricFamily, POOL_COUNTERS), (GaugeMetricFamily, POOL_GAUGES)):
+            for key, (name, text) in rows.items():
+                metric = family(name, text, labels=["pool"])
+                for pool, numbers in pools.items():
+                    metric.add_metric([pool], numbers[key])
+                yield metric
 
 
 def _histogram(name: str, text: str, histogram: Histogram) -> HistogramMetricFamily:
@@ -76,17 +110,11 @@ def _histogram(name: str, text: str, histogram: Histogram) -> HistogramMetricFam
     return HistogramMetricFamily(name, text, buckets=buckets, sum_value=histogram.total)
 
 
-def serve(
-    host: str,
-    port: int,
-    totals: Totals,
-    pool: Callable[[], Mapping[str, int]],
-    healthy: Callable[[], bool],
-) -> Callable[[], None] | None:
+def serve(host: str, port: int, sources: Sources) -> Callable[[], None] | None:
     """Serves `/metrics` from a thread of its own; returns what stops it. A port that is taken is logged and None comes
     back: metrics are not worth an engine."""
     registry = CollectorRegistry()
-    registry.register(_Collector(totals, pool, healthy))
+    registry.register(_Collector(sources))
     try:
         server, thread = start_http_server(port, host, registry)
     except (OSError, OverflowError) as error:  # OverflowError: past 65535, for a high data-parallel rank

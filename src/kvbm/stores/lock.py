@@ -8,6 +8,7 @@ import os
 import socket
 import time
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -91,8 +92,20 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)
 
 
-def holder_of(folder: Path) -> str | None:
-    """Which living process has the lock of `folder`, in words; None if nobody.
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A living process that has a lock; as text, a sentence's part about it."""
+
+    engine: str
+    """Empty where the lock does not say."""
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def holder_of(folder: Path) -> Holder | None:
+    """Which living process has the lock of `folder`; None if nobody.
 
     Raises:
         Broken: its file cannot be read.
@@ -103,7 +116,10 @@ def holder_of(folder: Path) -> str | None:
         except FileNotFoundError:
             return None
         try:
-            return None if _flock(fd, fcntl.LOCK_SH) else _who(_read(fd))
+            if _flock(fd, fcntl.LOCK_SH):
+                return None
+            about = _read(fd)
+            return Holder(str(about.get("engine") or ""), _who(about))
         finally:
             os.close(fd)
 

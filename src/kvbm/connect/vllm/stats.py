@@ -8,29 +8,34 @@ from typing import Any
 from prometheus_client import Counter
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from kvbm.observe.totals import Totals
+from kvbm.observe.totals import Copies, Totals
 
+WAYS = {
+    "offload": "from the engine to host memory",
+    "onboard": "from host memory to the engine",
+    "demote": "from host memory to disk",
+    "promote": "from disk to host memory",
+}
 COUNTERS = {
-    "offload_blocks": "blocks copied from the engine to host memory",
-    "offload_failed_blocks": "blocks whose copy to host memory failed",
-    "offload_bytes": "bytes copied to host memory, over all ranks",
-    "onboard_blocks": "blocks copied from host memory to the engine",
-    "onboard_failed_blocks": "blocks whose copy from host memory failed",
-    "onboard_bytes": "bytes copied from host memory, over all ranks",
+    f"{way}_{what}": text.format(where)
+    for way, where in WAYS.items()
+    for what, text in (
+        ("blocks", "blocks copied {}"),
+        ("failed_blocks", "blocks whose copy {} failed"),
+        ("bytes", "bytes copied {}, over all ranks"),
+    )
+} | {
+    "gated_blocks": "blocks that were left on disk because computing them was faster",
     "matched_tokens": "prompt tokens promised from host memory",
 }
 
 
 def _read(totals: Totals) -> dict[str, int]:
-    return {
-        "offload_blocks": totals.offload.blocks,
-        "offload_failed_blocks": totals.offload.failed,
-        "offload_bytes": totals.offload.nbytes,
-        "onboard_blocks": totals.onboard.blocks,
-        "onboard_failed_blocks": totals.onboard.failed,
-        "onboard_bytes": totals.onboard.nbytes,
-        "matched_tokens": totals.g2_tokens,
-    }
+    now = {"gated_blocks": totals.gated, "matched_tokens": totals.g2_tokens}
+    for way in WAYS:
+        copies: Copies = getattr(totals, way)
+        now |= {f"{way}_blocks": copies.blocks, f"{way}_failed_blocks": copies.failed, f"{way}_bytes": copies.nbytes}
+    return now
 
 
 @dataclass
