@@ -7,16 +7,26 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from kvbm.blocks import Pool
 from kvbm.core.config import Settings
+from kvbm.core.errors import Broken
 from kvbm.core.events import Admitted, Event
 from kvbm.core.outcome import Outcome
 from kvbm.manager.channel import Link
+from kvbm.manager.demote import Budget, Demotion
+from kvbm.manager.disk import DiskTier
 from kvbm.manager.gate import Gate
 from kvbm.manager.leader import Leader
+from kvbm.manager.lower import Lower
+from kvbm.manager.promote import Promotion
 from kvbm.manager.requests import RequestParams
-from kvbm.manager.wire import Copy, Message, Result, Step
+from kvbm.manager.wire import Copy, Message, Probe, Probed, Read, Result, Step, Write
+from kvbm.policy import admission
+from kvbm.policy.admissions import Frequency
 from kvbm.policy.lru import LRU
+from kvbm.stores.recovery import Recovered
 from kvbm.testing.clock import ManualClock
 
 BLOCK_BYTES = 1_000_000
@@ -27,6 +37,56 @@ DONE, FAILED = Outcome.DONE, Outcome.FAILED
 def keys_of(name: str, count: int) -> list[bytes]:
     """The keys of a prompt's blocks."""
     return [hashlib.sha256(f"{name} {i}".encode()).digest() for i in range(count)]
+
+
+def recovered(keys: Sequence[bytes], parents: Sequence[bytes | None], slots: Sequence[int], **given: Any) -> Recovered:
+    """What a folder would say of these blocks, the oldest write first."""
+    count = len(keys)
+    parts: dict[str, Any] = {
+        "slots": np.array(slots, np.int64),
+        "keys": np.frombuffer(b"".join(key.ljust(32, b"\0") for key in keys), np.uint8).reshape(count, 32),
+        "key_lengths": np.array([len(key) for key in keys], np.uint32),
+        "parents": np.array([int.from_bytes((key or bytes(8))[:8], "little") for key in parents], np.uint64),
+        "sequences": np.arange(count, dtype=np.uint64),
+        "priorities": np.zeros(count, np.int32),
+        "expires": np.full(count, np.inf),
+        "written_at": np.zeros(len(slots)),
+        "next_sequence": count,
+        "damaged": 0,
+        "bad": 0,
+    }
+    return Recovered(**parts | given)
+
+
+class FakeFolder:
+    """A folder on disk; `problem` is what every call fails with."""
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self.problem: str | None = None
+        self.calls: list[str] = []
+        self.found = recovered([], [], [])
+
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if self.problem is not None:
+            raise Broken(self.problem)
+
+    def clear(self) -> int:
+        self._call("clear")
+        self.generation += 1
+        self.found = recovered([], [], [])
+        return self.generation
+
+    def restore(self) -> None:
+        self._call("restore")
+
+    def recover(self) -> Recovered:
+        self._call("recover")
+        return self.found
+
+    def close(self) -> None:
+        self.calls.append("close")
 
 
 class Stage:
@@ -48,6 +108,8 @@ class Stage:
             observers=[self],
             clock=self.clock,
         )
+
+        self.heard: dict[int, list[Message]] = {rank: [] for rank in range(ranks)}
 
     def on_event(self, event: Event) -> None:
         self.events.append(event)
@@ -109,6 +171,104 @@ class Stage:
         self.leader.tick()
         return self.pool.peek(keys)
 
+    # ------------------------------------------------------------------ the disk
+
+    def add_disk(
+        self,
+        slots: int = 64,
+        *,
+        exclusive: bool = False,
+        admit: str = "all",
+        write_bytes_s: float | None = None,
+        in_flight: int = 64,
+        batch: int = 4,
+        most: int = 32,
+        patience: float = 10.0,
+    ) -> Stage:
+        """Puts a disk tier below; sizes in blocks."""
+        leader = self.leader
+        self.folder = FakeFolder()
+        self.disk = Pool(slots, order=LRU(slots), tier="g3", clock=self.clock)
+        self.tier = DiskTier(
+            self.disk, leader._links, self.folder, leader.gate,
+            generation=0, sequence=0, patience=patience, next_id=leader.next_job, clock=self.clock,
+        )  # fmt: skip
+        self.demotion = Demotion(
+            self.tier, self.pool,
+            admission=admission(admit, slots), hot=Frequency(slots), exclusive=exclusive,
+            budget=Budget(write_bytes_s, self.clock),
+            block_bytes=BLOCK_BYTES, most=in_flight, batch=batch, emit=leader.emit,
+        )  # fmt: skip
+        self.promotion = Promotion(
+            self.tier, self.pool,
+            exclusive=exclusive, most=most, in_flight=in_flight, batch=batch, unmeasured=batch,
+            emit=leader.emit, clock=self.clock,
+        )  # fmt: skip
+        leader.lower = Lower(self.tier, self.demotion, self.promotion, BLOCK_TOKENS)
+        return self
+
+    def hear(self, kind: type[Any], rank: int = 0) -> list[Any]:
+        """What the leader has told a rank of this kind since the test asked last."""
+        for one, link in self.workers.items():
+            self.heard[one] += link.take()
+        said = [message for message in self.heard[rank] if isinstance(message, kind)]
+        self.heard[rank] = [message for message in self.heard[rank] if not isinstance(message, kind)]
+        return said
+
+    def moved(
+        self, move: Read | Write, *outcomes: Outcome, rank: int | None = None, error: str | None = "injected"
+    ) -> None:
+        """A move ended with these outcomes (DONE for each block if there are none), on one rank or on all."""
+        bytes_ = bytes(outcomes or [DONE] * len(move.keys))
+        for one in self.workers if rank is None else [rank]:
+            nbytes = bytes_.count(DONE) * BLOCK_BYTES
+            self.say(Result(move.job, one, bytes_, nbytes, 0.001, error if any(bytes_) else None), one)
+
+    def tick(self, seconds: float = 0.0) -> None:
+        self.clock.advance(seconds)
+        self.leader.tick()
+
+    def settle(self) -> None:
+        """Lets the folder's thread end what it does, and the leader hear of it."""
+        while self.tier._waited:
+            self.tier._waited[-1].exception(10)
+            self.leader.tick()
+
+    def probed(self, *problems: str | None, reopen: bool = False) -> None:
+        """Every rank answers the last probe; rank by rank what it says, None for the others."""
+        for rank in self.workers:
+            probe = self.hear(Probe, rank)[-1]
+            assert probe.reopen == reopen
+            problem = problems[rank] if rank < len(problems) else None
+            self.say(Probed(rank, problem, probe.number), rank)
+        self.leader.tick()
+
+    def write_all(self, *, fails: bool = False) -> list[Write]:
+        """Lets the leader write until it wants no more, and answers; returns what was written."""
+        writes: list[Write] = []
+        while True:
+            self.leader.tick()
+            if not (new := self.hear(Write)):
+                return writes
+            for write in new:
+                self.moved(write, *([FAILED] * len(write.keys) if fails else []))
+            writes += new
+
+    def on_disk(self, name: str, keys: Sequence[bytes], **params: Any) -> None:
+        """Puts `keys` on disk alone."""
+        self.keep(name, keys, **params)
+        self.write_all()
+        self.pool.discard(keys)
+        assert self.disk.peek(keys) == len(keys)
+
+    def measure(self, *, computed: float | None = None, read: float | None = None) -> None:
+        """Has the gate know tokens computed and blocks read per second."""
+        if computed is not None:
+            self.leader.gate._computed.add(int(computed), 1.0)
+        if read is not None:
+            self.leader.gate._read.add(int(read), 1.0)
+            self.leader.gate._since = self.clock()
+
     # ------------------------------------------------------------------ the end
 
     def close(self) -> None:
@@ -116,10 +276,25 @@ class Stage:
         for job in self.leader._copies._jobs.values():
             job.lease.drop()
         self.leader._copies._jobs.clear()
+        pools = [self.pool]
+        if self.leader.lower is not None:
+            self.settle()
+            for name in list(self.leader.requests):
+                self.leader.finish(name, [], 0)
+            self.promotion.clear()
+            for move in list(self.tier._moves.values()):
+                for rank in tuple(move.ranks):
+                    self.tier.answer(Result(move.id, rank, b"", 0, 0.0, "cancelled"))
+            assert not self.promotion._stagings
+            assert not self.promotion._coming
+            assert not self.demotion._in_flight
+            assert not self.leader.gate.reading
+            pools.append(self.disk)
         self.leader.seal(tokens=0)
         self.leader.close()
         for link in self.workers.values():
             link.close()
-        self.pool.check()
-        now = self.pool.statistics()
-        assert (now.active, now.staged, now.writable, now.orphaned) == (0, 0, 0, 0)
+        for pool in pools:
+            pool.check()
+            now = pool.statistics()
+            assert (now.active, now.staged, now.writable, now.orphaned) == (0, 0, 0, 0)

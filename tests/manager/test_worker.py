@@ -222,6 +222,12 @@ def test_copies_past_their_deadline_end(make_rank: Make) -> None:
     assert rank.contents() == rank.before
 
 
+def test_copies_past_their_deadline_end_also_while_the_engine_sleeps(make_rank: Make) -> None:
+    rank = make_rank({"store_delay": FOREVER}, store_deadline_s=1e-6)
+    rank.step(Step(stores=[Copy.of(1, "a", [0], [0])]))
+    assert rank.result().error == "deadline"
+
+
 # ---------------------------------------------------------------------- asynchronous loads, finished requests
 
 

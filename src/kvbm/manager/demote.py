@@ -65,10 +65,12 @@ class Demotion:
         """Slots of G2 that exclusive demotion keeps free, so that what has to go was written before."""
         self._emit = emit
         self._queue: deque[Sequence[bytes]] = deque()
-        self._queued = self._in_flight = 0
+        self._queued: set[bytes] = set()
+        self._in_flight = 0
         self._draining = False
         self.cancelled = self.refused = 0
-        """Blocks that were gone before their write began; that admission or the budget did not let pass."""
+        """Blocks that were gone before their write began; that admission, the budget or a full disk did not let pass,
+        each time."""
 
     @property
     def idle(self) -> bool:
@@ -80,24 +82,28 @@ class Demotion:
         tags = _tags(keys)
         self._admission.use(tags)
         self._hot.use(tags)
+        self._tier.pool.touch(keys)
+        if self._tier.problem is None:
+            # What was not worth a write when it was new may be by now.
+            near = self._g2.present(keys)
+            self.offer([keys[at] for at in self._tier.pool.absent(keys) if near[at]])
 
     def offer(self, keys: Sequence[bytes]) -> None:
-        """These are new in G2, in prompt order."""
-        if not self._exclusive and len(keys):
-            self._queue.append(keys)
-            self._queued += len(keys)
-            while self._queued > self._g2.statistics().total:
-                self._drop_oldest()
-
-    def _drop_oldest(self) -> None:
-        gone = len(self._queue.popleft())
-        self._queued -= gone
-        self.cancelled += gone
+        """These are in G2, in prompt order, and may not be on disk."""
+        new = [key for key in keys if key not in self._queued]
+        if self._exclusive or not new:
+            return
+        self._queue.append(new)
+        self._queued.update(new)
+        while len(self._queued) > self._g2.statistics().total:
+            oldest = self._queue.popleft()
+            self._queued.difference_update(oldest)
+            self.cancelled += len(oldest)
 
     def clear(self) -> None:
         """A new generation: what waits is of the old one."""
         self._queue.clear()
-        self._queued = 0
+        self._queued.clear()
 
     def drain(self) -> None:
         """From now on write all that G2 has and the disk does not, the hottest first, whatever admission says."""
@@ -105,17 +111,17 @@ class Demotion:
         self._draining = True
         with self._g2.candidates(self._g2.statistics().total) as hold:
             self._queue.extend(hold.keys[at : at + self._batch] for at in range(0, len(hold), self._batch))
-        self._queued = sum(map(len, self._queue))
+            self._queued.update(hold.keys)
 
     def pump(self) -> None:
         """Start what may start now."""
         while self._queue and self._room() and self._tier.problem is None:
-            keys = self._queue.popleft()
-            now, later = keys[: self._room()], keys[self._room() :]
-            if later:
+            keys, room = self._queue.popleft(), self._room()
+            if later := keys[room:]:
                 self._queue.appendleft(later)
-            self._queued -= len(now)
-            hold, _ = self._g2.scan(list(dict.fromkeys(now)))
+            now = keys[:room]
+            self._queued.difference_update(now)
+            hold, _ = self._g2.scan(now)
             self.cancelled += len(now) - len(hold)
             with hold:
                 self._write(hold)
@@ -141,30 +147,35 @@ class Demotion:
         With `evict` they leave G2: when they are written, or now where they are not going to be.
         """
         wanted = self._worth(hold)
-        if evict and len(wanted) < len(hold):
-            self._g2.discard(set(hold.keys) - {hold.keys[at] for at in wanted})
-        priorities, left = hold.terms
-        started = evict and len(wanted) < len(hold)
-        while wanted:  # a run is staged on one set of terms
-            first = wanted[0]
-            same = [at for at in wanted if priorities[at] == priorities[first] and left[at] == left[first]]
-            wanted = [at for at in wanted if at not in same] if len(same) < len(wanted) else []
-            if not self._start([hold.keys[at] for at in same], int(priorities[first]), float(left[first]), evict=evict):
-                return started
-            started = True
-        return started
+        keys, (priorities, left) = hold.keys, hold.terms
+        changed = evict and len(wanted) < len(hold)
+        if changed:
+            self._g2.discard(set(keys) - {keys[at] for at in wanted})
+        runs: dict[tuple[int, float], list[bytes]] = {}  # each is staged on one set of terms
+        for at in wanted:
+            runs.setdefault((int(priorities[at]), float(left[at])), []).append(keys[at])
+        for (priority, seconds), run in runs.items():
+            started = self._start(run, priority, seconds, evict=evict)
+            changed |= started > 0
+            if not evict:
+                self.refused += len(run) - started
+        return changed
 
-    def _start(self, keys: Sequence[bytes], priority: int, left: float, *, evict: bool) -> bool:
+    def _start(self, keys: Sequence[bytes], priority: int, left: float, *, evict: bool) -> int:
+        """Begin to write these, as many as there is room for; returns how many."""
         pool = self._tier.pool
+        hold, _ = self._g2.scan(keys)
         now = pool.statistics()
-        raw = pool.allocate(min(len(keys), now.free + now.inactive)) if now.free + now.inactive else None
+        room = min(len(hold), now.free + now.inactive)
+        raw = pool.allocate(room) if room else None
         if raw is None:
-            return False
-        hold, _ = self._g2.scan(keys[: len(raw)])
+            hold.drop()
+            return 0
+        hold.narrow(room)
         ttl = None if left == np.inf else max(left, 1e-3)
         staged = raw.stage(hold.keys, parent=hold.parents, priority=priority, ttl=ttl)
-        self._in_flight += len(hold)
-        self._budget.spend(len(hold) * self._block_bytes)
+        self._in_flight += room
+        self._budget.spend(room * self._block_bytes)
 
         def ended(move: Move) -> None:
             self._in_flight -= move.blocks
@@ -177,7 +188,7 @@ class Demotion:
             self._emit(Demoted(move.blocks - failed, failed, move.nbytes, move.seconds))
 
         self._tier.write(hold, staged, ended)
-        return True
+        return room
 
     def _worth(self, hold: Pinned) -> list[int]:
         """Positions of the blocks that the disk does not have and should."""

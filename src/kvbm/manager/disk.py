@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from kvbm.blocks import Pinned, Pool, Staged
-from kvbm.core.errors import Broken
+from kvbm.core.errors import Broken, KvbmError
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Slots
 from kvbm.manager.channel import Link
@@ -29,8 +29,11 @@ log = logging.getLogger(__name__)
 
 CANCELLED = "cancelled"
 """The error of a move that was given up."""
+_CLEARING = "a new generation is being written down"
 _FAILURES = 3
-"""So many moves in a row that failed, and the tier is left alone until it answers a probe."""
+"""So many moves in a row that failed in one direction, and the tier is left alone until it answers a probe."""
+_WATCH_EVERY = 5.0
+"""Seconds between probes of a disk that works: files that were deleted can be written for ever."""
 _PROBE_EVERY = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 """Seconds before each probe; the last goes on."""
 
@@ -57,6 +60,8 @@ class Move(Tally):
 
     down: bool
     ended: Callable[[Move], None]
+    wanted: bool = True
+    """False once its failure says nothing of the disk: it was given up."""
 
 
 class DiskTier:
@@ -84,14 +89,16 @@ class DiskTier:
         self._generation, self._sequence = generation, sequence
         self._patience, self._next_id = patience, next_id
         self._moves: dict[int, Move] = {}
-        self._failures = 0
+        self._failures = [0, 0]
+        """In a row: reads, writes."""
         self._stale = False
         """Whether a new generation has not been written down yet."""
         self._lost = False
-        """Whether the files were made anew."""
+        """Whether the files were made anew and have not been looked into."""
         self._chores = ThreadPoolExecutor(1, "kvbm-folder")
         self._waited: deque[Future[Callable[[], None]]] = deque()
-        self._probes, self._next_probe = 0, 0.0
+        self._probes, self._next_probe = 0, clock() + _WATCH_EVERY
+        self._asked = 0
         self._probed: dict[int, Probed] = {}
 
     # ------------------------------------------------------------------ moving
@@ -127,7 +134,10 @@ class DiskTier:
 
     def cancel(self, jobs: Collection[int]) -> None:
         """Nobody wants these any more. They end all the same."""
-        if live := [job for job in jobs if job in self._moves]:
+        live = [job for job in sorted(jobs) if (move := self._moves.get(job)) is not None and move.wanted]
+        for job in live:
+            self._moves[job].wanted = False
+        if live:
             self._send(Cancel(live))
 
     def in_flight(self) -> tuple[int, int]:
@@ -144,20 +154,22 @@ class DiskTier:
             return False
         if move.answer(result):
             del self._moves[move.id]
+            move.wanted &= move.error != CANCELLED
             self.corrupt += int((move.outcomes == Outcome.CORRUPT).sum())
             if not move.down:
-                self.gate.read_ends(move.blocks)
+                self.gate.read_ends(move.blocks, int((move.outcomes < Outcome.FAILED).sum()))
             self._judge(move)
             move.ended(move)
         return True
 
     def _judge(self, move: Move) -> None:
-        if not (move.outcomes == Outcome.FAILED).any():
-            self._failures = 0
-        elif move.error != CANCELLED:
-            self._failures += 1
+        if not (move.outcomes >= Outcome.FAILED).any():
+            self._failures[move.down] = 0
+        elif move.wanted:
+            # Each for itself: where nothing can be written any more, reads may go well for long.
+            self._failures[move.down] += 1
             log.warning("KVBM: %s disk failed: %s", "writing to" if move.down else "reading from", move.error)
-            if self._failures >= _FAILURES:
+            if self._failures[move.down] >= _FAILURES:
                 self.fail(move.error or "moves fail")
 
     def fail(self, problem: str) -> None:
@@ -173,67 +185,73 @@ class DiskTier:
         while self._waited and self._waited[0].done():
             try:
                 self._waited.popleft().result()()
-            except Broken as error:
+            except KvbmError as error:
                 self.problem = str(error)
         if self.problem is None:
             if any(move.due is not None and now > move.due for move in self._moves.values()):
                 self.fail("no answer about a move within its deadline")
+            elif now >= self._next_probe:
+                self._next_probe = now + _WATCH_EVERY
+                self._ask()
         elif now >= self._next_probe and not self._waited:
             self._probes += 1
             self._next_probe = now + _PROBE_EVERY[min(self._probes, len(_PROBE_EVERY) - 1)]
             if self._stale:
                 self._renew()
             else:
-                self._ask(Probe())
+                self._ask()
 
     def _do(self, call: Callable[[], Callable[[], None]]) -> None:
         """Have `call` wait for the disk on a thread of its own; what it returns is called under the lock."""
         self._waited.append(self._chores.submit(call))
 
-    def _ask(self, probe: Probe) -> None:
+    def _ask(self, *, reopen: bool = False) -> None:
+        self._asked += 1
         self._probed.clear()
-        self._send(probe)
+        self._send(Probe(reopen, self._asked))
 
     def probed(self, answer: Probed) -> None:
-        """One rank's answer to a probe. When all are well the tier is used again."""
+        """One rank's answer to a probe. When all are well a tier that was left alone is used again."""
+        if answer.number != self._asked or self._stale:
+            return
         self._probed[answer.rank] = answer
-        if self.problem is None or self._stale or len(self._probed) < len(self._links):
+        if len(self._probed) < len(self._links):
             return
+        self._asked += 1  # what comes now has come twice
         problems = [f"rank {each.rank}: {each.problem}" for each in self._probed.values() if each.problem]
-        if not problems:
-            self._works()
-            return
-        self.problem = problems[0]
-        if not self._moves and not self._waited:
+        if problems:
+            self.fail(problems[0])
+            if not self._moves and not self._waited:
+                self._do(self._restore)
+        elif self._lost:
+            self._do(self._recover)
+        elif self.problem is not None:
+            self._resume()
 
-            def restore() -> Callable[[], None]:
-                self._folder.restore()
-                return self._restored
-
-            self._do(restore)
+    def _restore(self) -> Callable[[], None]:
+        self._folder.restore()
+        return self._restored
 
     def _restored(self) -> None:
         """The files are there again, whatever is in them."""
         self.pool.clear()
         self._lost = True
-        self._ask(Probe(reopen=True))
+        self._ask(reopen=True)
 
-    def _works(self) -> None:
-        if self._lost:
+    def _recover(self) -> Callable[[], None]:
+        found = self._folder.recover()
+        return lambda: self._recovered(found)
 
-            def recover() -> Callable[[], None]:
-                found = self._folder.recover()
-                return lambda: self._resume(found)
+    def _recovered(self, found: Recovered) -> None:
+        if self._stale:  # found before the generation ended
+            return
+        adopt(self.pool, found)
+        self._lost = False
+        self._resume()
 
-            self._lost = False
-            self._do(recover)
-        else:
-            self._resume(None)
-
-    def _resume(self, found: Recovered | None) -> None:
-        if found is not None:
-            adopt(self.pool, found)
-        self.problem, self._failures = None, 0
+    def _resume(self) -> None:
+        self.problem, self._failures = None, [0, 0]
+        self.gate.forget_reads()
         for move in self._moves.values():
             move.due = self._clock() + self._patience
         log.warning("KVBM: the disk tier (G3) works again and holds %d blocks", self.pool.statistics().registered)
@@ -251,13 +269,15 @@ class DiskTier:
     def clear(self) -> None:
         """A new generation: nothing on disk is served any more."""
         self.pool.clear()
-        self._renew()
+        self.cancel(list(self._moves))
+        if not self._stale:  # else that has not happened yet, and nothing was written since
+            self._renew()
 
     def _renew(self) -> None:
         """Write the new generation down. Until that is done the tier is not used, or a restart would serve the old."""
         self._stale = True
         if self.problem is None:
-            self.problem = "a new generation is being written down"
+            self.problem = _CLEARING
             self._next_probe = self._clock() + _PROBE_EVERY[0]
 
         def clear() -> Callable[[], None]:
@@ -267,12 +287,19 @@ class DiskTier:
         self._do(clear)
 
     def _renewed(self, number: int) -> None:
-        self._generation, self._stale, self.problem = number, False, None
+        self._generation, self._stale = number, False
         self._send(Generation(number))
+        if self.problem == _CLEARING:  # else a probe has to say that it works
+            self.problem = None
 
     def close(self) -> None:
         """The process is about to end."""
         self._chores.shutdown(wait=False, cancel_futures=True)
+        if self._stale:
+            try:
+                self._folder.clear()
+            except Broken as error:
+                log.error("KVBM: a restart may find blocks from before the last reset on disk: %s", error)
         self._folder.close()
 
     def _send(self, message: Message) -> None:
@@ -284,19 +311,40 @@ class DiskTier:
 
 
 def adopt(pool: Pool, found: Recovered) -> None:
-    """Have a pool that is empty hold what lies on disk; what was written first is the first to go."""
+    """Have a pool that is empty hold what lies on disk. What was written first is the first to go, but never before
+    what follows it in a prompt: that would be lost with it."""
     keys = found.key_list()
     # A record has the first 8 bytes of its parent's key.
     heads = np.ascontiguousarray(found.keys[:, :8]).view("<u8").ravel()
-    order = np.argsort(heads)
-    places = np.searchsorted(heads, found.parents, sorter=order)
-    at = order[np.minimum(places, len(order) - 1)] if len(order) else order
-    known = (found.parents != 0) & (heads[at] == found.parents)
-    parents = [keys[index] if there else None for index, there in zip(at.tolist(), known.tolist(), strict=True)]
+    by_head = np.argsort(heads)
+    places = np.searchsorted(heads, found.parents, sorter=by_head)
+    above = by_head[np.minimum(places, len(by_head) - 1)] if len(by_head) else by_head
+    above = np.where((found.parents != 0) & (heads[above] == found.parents), above, -1)
+    order = _leaves_first(above)
     pool.adopt(
-        found.slots,
-        keys,
-        parents,
-        priorities=np.clip(found.priorities, 0, 100).astype(np.uint8),
-        ttls=np.maximum(found.expires - time.time(), 1e-3),
+        found.slots[order],
+        [keys[at] for at in order.tolist()],
+        [keys[at] if at >= 0 else None for at in above[order].tolist()],
+        priorities=np.clip(found.priorities, 0, 100).astype(np.uint8)[order],
+        ttls=np.maximum(found.expires - time.time(), 1e-3)[order],
     )
+
+
+def _leaves_first(above: Slots) -> Slots:
+    """The order in which blocks, the oldest first, have to go. `above[i]` is the block before block `i` in its prompt,
+    -1 where there is none.
+
+    A prompt is written batch by batch, its root first. So a block is as young as the youngest that follows it, however
+    far: that is handed up 1, 2, 4, ... blocks at a time.
+    """
+    youngest, depth, above = np.arange(len(above)), (above >= 0).astype(np.int64), above.copy()
+    for _ in range(len(above).bit_length()):
+        below = np.flatnonzero(above >= 0)
+        if not len(below):
+            break
+        over = above[below]
+        np.maximum.at(youngest, over, youngest[below])
+        depth[below] += depth[over]
+        above[below] = above[over]
+    order: Slots = np.lexsort((-depth, youngest))
+    return order

@@ -5,6 +5,7 @@ Nothing here is configured. What has not been measured yet is not held against a
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -13,6 +14,8 @@ _FADE = 0.8
 """What the past weighs at each new sample: about the last five count."""
 _LEAST_TOKENS = 64
 """Steps of fewer tokens are decoding; they say nothing about how fast a prompt is computed."""
+_FORGET = 60.0
+"""Seconds without a read after which nothing is known of reads: else what was slow once would never be tried again."""
 
 
 class Rate:
@@ -62,30 +65,39 @@ class Gate:
 
     def read_begins(self, blocks: int) -> None:
         if not self.reading:
-            self._since = self._clock()
+            now = self._clock()
+            if now - self._since > _FORGET:
+                self._read = Rate()
+            self._since = now
         self.reading += blocks
 
-    def read_ends(self, blocks: int) -> None:
-        """However it ended: a read that failed took its time too."""
+    def read_ends(self, blocks: int, read: int) -> None:
+        """`read` of them were read. The others took their time too, but say nothing of a speed."""
         now = self._clock()
-        self._read.add(blocks, now - self._since)
+        self._read.add(read, now - self._since)
         self._since = now
         self.reading -= blocks
+
+    def forget_reads(self) -> None:
+        """What reads through is another now."""
+        self._read = Rate()
 
     # ------------------------------------------------------------------ deciding
 
     def loading_s(self, blocks: int, ahead: int = 0) -> float:
         """Seconds until so many blocks are read, after `ahead` others; 0 while nothing is known."""
-        rate = self._read.get()
-        if self.reading and (silent := self._clock() - self._since) > 0:
+        rate, silent = self._read.get(), self._clock() - self._since
+        if self.reading and silent > 0:
             # What has been silent for long is not as fast as it was.
             slowest = self.reading / silent
             rate = slowest if rate is None else min(rate, slowest)
-        return (blocks + ahead) / rate if rate else 0.0
+        if rate is None or (not self.reading and silent > _FORGET):
+            return 0.0
+        return (blocks + ahead) / rate if rate else math.inf
 
     def soon(self, seconds: float) -> int | None:
         """Blocks that are read in so long, at least one; None while nothing is known."""
-        rate = self._read.get()
+        rate = None if not self.reading and self._clock() - self._since > _FORGET else self._read.get()
         return max(1, int(rate * seconds)) if rate else None
 
     def computing_s(self, blocks: int) -> float | None:

@@ -5,38 +5,31 @@ engine step looks like this: any number of `match` and `place` calls, `advance` 
 something, then `seal`, whose `Step` goes to every worker.
 
 Threads: `match`, `place`, `advance`, `seal`, `finish` belong to the engine's scheduler thread; `tick`, `status`,
-`explain`, `pause`, `resume`, `reset` may come from any. One lock covers all of it.
+`explain`, `pause`, `resume`, `reset` (`manager/housekeeping.py`) may come from any. One lock covers all of it.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from kvbm.abc.observer import Observer
-from kvbm.blocks import Pool, Staged
+from kvbm.blocks import Pool
 from kvbm.core.config import Settings
-from kvbm.core.errors import Broken
-from kvbm.core.events import Admitted, Event, Offloaded, Onboarded
+from kvbm.core.events import Admitted
 from kvbm.manager.channel import Link
 from kvbm.manager.gate import Gate
-from kvbm.manager.jobs import InFlight
-from kvbm.manager.lower import Lower
+from kvbm.manager.housekeeping import Housekeeping
 from kvbm.manager.requests import Record, Request, RequestParams
-from kvbm.manager.wire import Bye, Copy, Probed, Result, Sick, Step
-
-log = logging.getLogger(__name__)
+from kvbm.manager.wire import Copy, Step
 
 _GRACE = 5.0
 """Seconds past a copy's own deadline after which a silent worker counts as broken."""
 
 
-class Leader:
+class Leader(Housekeeping):
     """See the module. `links` are the connected workers by rank; `shares_device_blocks` says whether a request can use
     blocks another one has just loaded (the engine's own prefix cache is on)."""
 
@@ -52,29 +45,12 @@ class Leader:
         observers: Iterable[Observer] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.pool = pool
-        self.problems: list[str] = []
-        self.paused = not settings.enabled
-        self.requests: dict[str, Request] = {}
-        self.records: OrderedDict[str, Record] = OrderedDict()
+        super().__init__(settings, pool, links, gate=gate, observers=observers, clock=clock)
         self.deferred = 0
         """Times that blocks were not offloaded at once, because copies in flight or holds had filled their share."""
-        self._settings, self._links = settings, links
-        self._slot_bytes, self._shares = slot_bytes, shares_device_blocks
-        self._observers = list(observers)
-        self._lock = threading.RLock()
-        self._copies = InFlight(links, clock)
-        self.next_job = self._copies.next_id
+        self._settings, self._slot_bytes, self._shares = settings, slot_bytes, shares_device_blocks
         self._loading: dict[bytes, str] = {}
         self._total = pool.statistics().total
-        self._held = 0
-        self._ending = False
-        """The engine is shutting down its workers in good order."""
-        self.absent: dict[str, str] = {}
-        """Tiers that were asked for and are not there, and why."""
-        self.lower: Lower | None = None
-        """The tier below host memory, if there is one."""
-        self.gate = gate
         self._step = _Draft()
         self._waiting: list[Request] = []
         """Requests that hold a match made in this step and may not get their blocks."""
@@ -122,7 +98,7 @@ class Leader:
         room = max(1, int(self._total * self._settings.held_share))
         hold = self.pool.match(keys, computed)
         found = request.record.matched = len(hold)
-        if self.lower is not None and self.lower.waits(request, keys[computed + found :]):
+        if self.lower is not None and self.lower.waits(request, keys[computed + found : computed + room]):
             hold.drop()
             return None
         if found > max(0, room - self._held):
@@ -145,13 +121,6 @@ class Leader:
         if (reason := self._standing_aside()) is not None:
             return reason
         return None if request.params.load else "the request opted out of loading"
-
-    def _standing_aside(self) -> str | None:
-        if self.problems:
-            return f"KVBM is not healthy: {self.problems[0]}"
-        if self._ending:
-            return "the engine is shutting down"
-        return "KVBM is paused" if self.paused else None
 
     def place(self, request_id: str, g1: Sequence[int], count: int, tokens: Admitted) -> None:
         """The engine gave the request its blocks `g1` and wants the first `count` blocks of its match loaded.
@@ -259,8 +228,6 @@ class Leader:
             if request is None:
                 return False
             self._release(request)
-            if self.lower is not None:
-                self.lower.promotion.drop(request_id)
             loading = request.loading is not None
             self._end_loading(request)
             request.g1 = list(g1)
@@ -269,6 +236,8 @@ class Leader:
             request.record.outcome = "finished"
             # Its blocks became idle run by run, the first run first; together, its leaf goes before its root.
             self.pool.touch(request.keys[: request.offered])
+            if self.lower is not None:
+                self.lower.finished(request)
             jobs = self._copies.reading(g1)
             if loading or not jobs:
                 return False
@@ -312,64 +281,6 @@ class Leader:
             return "the request opted out of saving"
         return "the cache was reset while it ran" if request.stale else None
 
-    # ------------------------------------------------------------------ copies end
-
-    def _drain(self) -> None:
-        heard = False
-        for rank, link in self._links.items():
-            try:
-                messages = link.take()
-            except Broken as error:
-                messages = []
-                self._sick(f"rank {rank}: {error}")
-            heard |= bool(messages)
-            for message in messages:
-                match message:
-                    case Result() | Probed() if self.lower is not None and self.lower.take(message):
-                        pass
-                    case Result():
-                        self._answer(message)
-                    case Sick(rank=sick, problem=problem):
-                        self._sick(f"rank {sick}: {problem}")
-                    case Bye():
-                        self._ending = True
-                    case _:
-                        log.warning("KVBM: unexpected %s from rank %d", type(message).__name__, rank)
-            if not link.open and not self._ending:
-                self._sick(f"the worker of rank {rank} is gone")
-        if heard:
-            self._pump()
-
-    def _pump(self) -> None:
-        if self.lower is not None and self._standing_aside() is None:
-            self.lower.pump()
-
-    def _answer(self, result: Result) -> None:
-        job = self._copies.answer(result)
-        if job is None:
-            return
-        failed = int((~job.done).sum())
-        record = job.request.record
-        if isinstance(job.lease, Staged):
-            with job.lease.register(job.done) as stored:
-                if self.lower is not None:
-                    self.lower.demotion.offer(stored.keys)
-            record.offloaded += len(job.g1) - failed
-            self.emit(Offloaded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
-        else:
-            self._held -= len(job.lease)
-            if failed:
-                self.pool.discard(key for key, good in zip(job.lease.keys, job.done.tolist(), strict=True) if not good)
-            job.lease.drop()
-            record.loaded = len(job.g1) - failed
-            record.load_ms = job.seconds * 1e3
-            if record.outcome == "loading":
-                record.outcome = "computing" if not failed else "load failed, computed instead"
-            self.emit(Onboarded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
-        if failed:
-            record.note(f"{failed} blocks failed to copy: {job.error}")
-            log.warning("KVBM: %d blocks of request %s failed to copy: %s", failed, job.request.id, job.error)
-
     def _release(self, request: Request) -> None:
         if request.hold is not None:
             self._held -= len(request.hold)
@@ -381,104 +292,6 @@ class Leader:
             if self._loading.get(request.loading) == request.id:
                 del self._loading[request.loading]
             request.loading = None
-
-    def _sick(self, problem: str) -> None:
-        """KVBM stops matching and offloading; the engine goes on by computing."""
-        if problem not in self.problems:
-            self.problems.append(problem)
-            log.error("KVBM is unhealthy and stands aside, the engine goes on without it: %s", problem)
-
-    def emit(self, event: Event) -> None:
-        """Tell the observers. Under the lock."""
-        for observer in tuple(self._observers):
-            try:
-                observer.on_event(event)
-            except Exception:
-                log.exception("KVBM: an observer failed and is removed")
-                self._observers.remove(observer)
-
-    # ------------------------------------------------------------------ operators
-
-    def tick(self) -> None:
-        """Housekeeping, a few times a second, also while the engine sleeps: takes results, notices silent workers."""
-        with self._lock:
-            self._drain()
-            if (job := self._copies.overdue()) is not None:
-                self._sick(f"no answer about a copy from rank {min(job.ranks)} within its deadline")
-            if self.lower is not None:
-                self.lower.tier.tick()
-            self._pump()
-
-    def reset(self) -> None:
-        """A new generation: nothing stored so far is ever matched again. Requests that live now may carry KV of the old
-        one (other weights), so none of their blocks is offloaded any more."""
-        with self._lock:
-            self._drain()
-            self.pool.clear()
-            if self.lower is not None:
-                self.lower.clear()
-            for request in self.requests.values():
-                request.stale = True
-
-    def pause(self) -> None:
-        """From now on the engine works as if KVBM were not there. Copies in flight end."""
-        with self._lock:
-            self.paused = True
-
-    def resume(self) -> None:
-        """Undoes `pause`."""
-        with self._lock:
-            self.paused = False
-
-    def in_flight(self) -> tuple[int, int]:
-        """(store, load) jobs that some rank has not answered."""
-        with self._lock:
-            return self._copies.count()
-
-    def degraded(self) -> dict[str, str]:
-        """Tiers that are left alone, or are not there, and why. The engine does without them."""
-        if self.lower is not None and self.lower.tier.problem is not None:
-            return {"g3": self.lower.tier.problem}
-        return self.absent
-
-    def drain(self, seconds: float) -> None:
-        """Writes to disk what only host memory has, for so long at most, while the engine may go on."""
-        if self.lower is None or seconds <= 0:
-            return
-        begun = time.monotonic()
-        with self._lock:
-            self._drain()
-            self.lower.demotion.drain()
-            self._pump()
-        how = "as far as the time went"
-        while time.monotonic() - begun < seconds:
-            if (reason := self.lower.tier.problem or self._standing_aside()) is not None:
-                how = f"in part ({reason})"
-                break
-            if self.lower.demotion.idle:
-                how = "completely"
-                break
-            time.sleep(0.002)
-            self.tick()
-        log.info("KVBM: host memory was written to disk %s, in %.1f s", how, time.monotonic() - begun)
-
-    def channels(self) -> list[Link]:
-        """What to watch beside a clock: when something arrives, `tick` is due at once. Empty where it can wait."""
-        return [link for link in self._links.values() if link.open] if self.lower is not None else []
-
-    def close(self) -> None:
-        """Says goodbye to the workers. Blocks stay where they are; the process is about to end."""
-        with self._lock:
-            self._ending = True
-            for link in self._links.values():
-                if link.open:
-                    try:
-                        link.send(Bye())
-                    except Broken as error:
-                        log.debug("KVBM: %s", error)
-                link.close()
-            if self.lower is not None:
-                self.lower.tier.close()
 
 
 class _Draft:

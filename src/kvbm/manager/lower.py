@@ -41,6 +41,12 @@ class Lower:
         staged = min(request.record.staged * self.block_tokens, tokens.g2_tokens)
         return msgspec.structs.replace(tokens, g3_tokens=staged) if staged else tokens
 
+    def finished(self, request: Request) -> None:
+        """The request is over, or gone."""
+        self.promotion.drop(request.id)
+        # Written batch by batch, its root first; together, its leaf goes before its root.
+        self.tier.pool.touch(request.keys[: request.offered])
+
     def take(self, answer: Result | Probed) -> bool:
         """An answer from a worker; false where it is about something else."""
         if isinstance(answer, Result):
@@ -52,6 +58,10 @@ class Lower:
         """Start the moves that can start now."""
         self.promotion.pump()
         self.demotion.pump()
+
+    def stand_aside(self) -> None:
+        """Nothing is moved for requests while the engine is to work as if there were no KVBM."""
+        self.promotion.clear()
 
     def clear(self) -> None:
         """A new generation."""

@@ -144,13 +144,15 @@ class Probe(msgspec.Struct, frozen=True, tag=True):
     """Try whether the disk works again; with `reopen` the files were made anew and are to be opened first."""
 
     reopen: bool = False
+    number: int = 0
 
 
 class Probed(msgspec.Struct, frozen=True, tag=True):
-    """`problem` says why it does not."""
+    """The answer to the probe of this number; `problem` says why the disk does not work."""
 
     rank: int
     problem: str | None = None
+    number: int = 0
 
 
 class Sick(msgspec.Struct, frozen=True, tag=True):

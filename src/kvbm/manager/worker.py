@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 
 from kvbm.abc.transport import Completion, Plan
 from kvbm.core.config import Settings
-from kvbm.core.errors import Broken
+from kvbm.core.errors import Broken, Misuse
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Region, Slots
 from kvbm.manager.channel import Link, connect
@@ -91,7 +92,8 @@ class Worker:
         self._open_disk = open_disk
         self._disk: Disk | None = None
         self._chores = ThreadPoolExecutor(1, "kvbm-chores")
-        """For what may wait for the disk and is no transfer."""
+        """For what may wait for the disk and is no transfer, in order."""
+        self._last_chore: Future[None] | None = None
         self._sums = np.zeros(0, np.uint64)
         """Of each host slot, the checksum of what left the engine, where there is a disk tier."""
         self._arena: Arena | None = None
@@ -154,8 +156,8 @@ class Worker:
         not the KV of these keys, and none of it is stored."""
         for copy in step.stores:
             if self._spoiled:
-                outcomes = np.full(len(copy.g1_slots()), Outcome.FAILED, np.uint8)
-                self._report(copy.job, Completion(copy.job, outcomes, "computed from a load that failed", 0.0, 0))
+                blocks = len(copy.g1_slots())
+                self._report(copy.job, _failed(copy.job, blocks, "computed from a load that failed"))
             else:
                 self._submit(copy, is_load=False)
         self._spoiled = False
@@ -252,7 +254,7 @@ class Worker:
                     case Bye():
                         break
                     case None:
-                        pass
+                        self._executor.expire()  # the engine may sleep
                     case message:
                         log.warning("KVBM: unexpected %s from the leader", type(message).__name__)
         except (Broken, OSError) as error:
@@ -302,34 +304,50 @@ class Worker:
         assert disk is not None, "the leader uses a disk tier that this rank does not have"
         deadline = self._settings.g3_deadline_s
         match message:
+            case Write() if self._last_chore is not None and not self._last_chore.done():
+                # Behind the beginning of its generation, and before it nothing of its slots is forgotten any more.
+                self._chore(self._write, disk, message)
             case Write():
-                g2 = unpack(message.g2)
-                labels = Labels(
-                    keys=message.keys,
-                    parents=[parent or b"" for parent in message.parents],
-                    priorities=np.frombuffer(message.priorities, np.int32),
-                    expires=np.frombuffer(message.expires, np.float64),
-                    sequence=message.sequence,
-                    generation=message.generation,
-                )
-                sums = self._sums[g2]
-                disk.write(
-                    message.job, g2, unpack(message.g3), labels, sums, deadline,
-                    lambda job, completion, _: self._report(job, completion),
-                )  # fmt: skip
+                self._write(disk, message)
             case Read():
                 g2 = unpack(message.g2)
                 with self._ended:
                     self._reading.add(message.job)
-                disk.read(message.job, unpack(message.g3), g2, message.keys, deadline, partial(self._read_ended, g2))
+                ended = partial(self._read_ended, g2)
+                try:
+                    disk.read(message.job, unpack(message.g3), g2, message.keys, deadline, ended)
+                except Misuse as error:  # it is being closed
+                    ended(message.job, _failed(message.job, len(g2), str(error)), np.zeros(len(g2), np.uint64))
             case Cancel():
                 disk.cancel(message.jobs)
             case Forget():
-                self._chores.submit(self._forget, disk, unpack(message.g3), message.keys)
+                self._chore(self._forget, disk, unpack(message.g3), message.keys)
             case Generation():
-                self._chores.submit(disk.shard.clear, message.number)
+                self._chore(disk.shard.clear, message.number)
             case Probe():
-                self._chores.submit(self._probe, disk, message.reopen)
+                self._chore(self._probe, disk, message)
+
+    def _chore(self, call: Callable[..., None], *args: object) -> None:
+        with suppress(RuntimeError):  # closed: nobody waits for it any more
+            self._last_chore = self._chores.submit(call, *args)
+
+    def _write(self, disk: Disk, message: Write) -> None:
+        g2 = unpack(message.g2)
+        labels = Labels(
+            keys=message.keys,
+            parents=[parent or b"" for parent in message.parents],
+            priorities=np.frombuffer(message.priorities, np.int32),
+            expires=np.frombuffer(message.expires, np.float64),
+            sequence=message.sequence,
+            generation=message.generation,
+        )
+        try:
+            disk.write(
+                message.job, g2, unpack(message.g3), labels, self._sums[g2], self._settings.g3_deadline_s,
+                lambda job, completion, _: self._report(job, completion),
+            )  # fmt: skip
+        except Misuse as error:  # it is being closed
+            self._report(message.job, _failed(message.job, len(g2), str(error)))
 
     def _read_ended(self, g2: Slots, job: int, completion: Completion, sums: Words) -> None:
         self._sums[g2] = sums
@@ -346,15 +364,15 @@ class Worker:
         except Broken as error:
             log.warning("KVBM: rank %d: %s", self._rank, error)
 
-    def _probe(self, disk: Disk, reopen: bool) -> None:
+    def _probe(self, disk: Disk, probe: Probe) -> None:
         problem = None
         try:
-            if reopen:
+            if probe.reopen:
                 disk.shard.reopen()
             disk.shard.probe()
         except Broken as error:
             problem = str(error)
-        self._tell(Probed(self._rank, problem))
+        self._tell(Probed(self._rank, problem, probe.number))
 
     def outlast_leader(self, seconds: float) -> None:
         """Returns when the leader has said goodbye or is gone, or after so many seconds. Any thread but the channel's."""
@@ -373,3 +391,7 @@ class Worker:
         self._thread.join(2.0)
         if self._arena is not None:
             self._arena.close()
+
+
+def _failed(job: int, blocks: int, error: str) -> Completion:
+    return Completion(job, np.full(blocks, Outcome.FAILED, np.uint8), error, 0.0, 0)

@@ -157,8 +157,8 @@ def slots_in(nbytes: int, ranks: int, slot_bytes: int) -> int:
 
 
 def bytes_of(num_slots: int, ranks: int, slot_bytes: int) -> int:
-    """The bytes in all that a namespace of so many slots needs."""
-    return OVERHEAD_BYTES + ranks * (num_slots * (slot_bytes + RECORD.itemsize) + 3 * PAGE)
+    """The bytes in all of a folder whose one namespace has so many slots."""
+    return 2 * OVERHEAD_BYTES + ranks * (num_slots * (slot_bytes + RECORD.itemsize) + 3 * PAGE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,162 @@
+"""The disk tier under an engine: first token at a hit on disk, and what writing behind the engine costs it."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from bench import disk
+from bench.harness import Bench
+from bench.model import engine
+from bench.throughput import run
+from bench.ttft import first_token
+from kvbm.blocks import Pinned, Staged
+from kvbm.manager.disk import Move
+from tests.e2e.engine import Engine
+
+LENGTH = 2000
+PROMPTS = 3
+ROUNDS = 5
+WRITER_MB_S = 300
+PERIOD_S = 0.05
+FOLDER = Path("build")
+rates: list[float] = []
+"""What second writers reached, MB/s."""
+
+
+def settle(vllm: Engine) -> None:
+    """Until nothing moves any more."""
+    vllm.settle()
+    while any(vllm.leader.lower.tier.in_flight()) or not vllm.leader.lower.demotion.idle:
+        vllm.leader.tick()
+        time.sleep(0.005)
+
+
+def forget_memory(vllm: Engine) -> None:
+    """Only the disk has it from now on."""
+    vllm.forget_device()
+    with vllm.leader.pool.candidates(vllm.leader.pool.statistics().total) as held:
+        held.evict()
+
+
+def first_tokens(bench: Bench, folder: Path) -> None:
+    """Disk hits between device hits; direct I/O, so the page cache has nothing."""
+    dice, times = random.Random(0), dict[str, list[float]]()
+    vllm = engine({"g2_gb": 1, "g3_gb": 4, "g3_dir": str(folder)}, max_model_len=4096, num_gpu_blocks_override=300)
+    first_token(vllm, [dice.randrange(300, 40_000) for _ in range(64)])
+    for _ in range(PROMPTS):
+        prompt = [dice.randrange(300, 40_000) for _ in range(LENGTH)]
+        times.setdefault("cold", []).append(first_token(vllm, prompt))
+        settle(vllm)
+        for _ in range(ROUNDS):
+            times.setdefault("device", []).append(first_token(vllm, prompt))
+            forget_memory(vllm)
+            times.setdefault("g3", []).append(first_token(vllm, prompt))
+            settle(vllm)
+            times.setdefault("fio", []).append(disk.fio(disk.SETUPS[0][0], 2 << 20, write=False, scattered=False))
+    median = {name: statistics.median(values) for name, values in times.items()}
+    blocks = (LENGTH - 1) // 32
+    assert vllm.status()["tokens"]["g3"] == PROMPTS * ROUNDS * blocks * 32, vllm.status()
+    nbytes = blocks * vllm.status()["block_bytes"]
+    reading = nbytes * median["fio"] / disk.MOVED_BYTES
+    bench.info("first token, ms", {name: round(value * 1e3, 1) for name, value in median.items() if name != "fio"})
+    bench.info("fio reads as many bytes in, ms", round(reading * 1e3, 1))
+    what = f"G3 hit, {LENGTH} tokens"
+    bench.row(
+        what, "device prefix hit + the bytes at fio's speed", median["g3"] / (median["device"] + reading), "<=", 1.25
+    )
+    bench.row(what, "cold", median["g3"] / median["cold"])
+    vllm.close()
+
+
+@contextmanager
+def second_writer(vllm: Engine) -> Iterator[None]:
+    """Somebody else writes WRITER_MB_S through the same store: copies of blocks that are there, kept by nobody."""
+    over = threading.Event()
+    leader, tier = vllm.leader, vllm.leader.lower.tier
+    batch = max(1, int(WRITER_MB_S * 1e6 * PERIOD_S / vllm.status()["block_bytes"]))
+    written = 0
+
+    def write() -> None:
+        nonlocal written
+        due = time.monotonic()
+        while not over.wait(max(0.0, due - time.monotonic())):
+            due += PERIOD_S
+            with leader._lock:
+                hold, raw = leader.pool.candidates(batch), tier.pool.allocate(batch)
+                keys = [f"{written} {at}".encode() for at in range(len(hold))]
+                written += len(hold)
+                staged = raw.stage(keys)
+
+                def ended(_: Move, hold: Pinned = hold, staged: Staged = staged) -> None:
+                    hold.drop()
+                    staged.drop()
+
+                tier.write(hold, staged, ended)
+
+    thread = threading.Thread(target=write, daemon=True)
+    begin = time.perf_counter()
+    thread.start()
+    yield
+    over.set()
+    thread.join()
+    rates.append(written * vllm.status()["block_bytes"] / (time.perf_counter() - begin) / 1e6)
+
+
+def throughput(bench: Bench, folder: Path) -> None:
+    """Prompts that share nothing: every block goes to disk, none comes back."""
+    dice = random.Random(0)
+    options = {"max_model_len": 512, "num_gpu_blocks_override": 120}
+    plain = engine(None, **options)
+    kvbm = engine({"g2_gb": 1, "g3_gb": 4, "g3_dir": str(folder)}, **options)
+    for each in (plain, kvbm):
+        run(each, dice)
+    ratios, controls = [], []
+    for turn in range(ROUNDS):
+        if turn % 2:
+            b, a1, a2 = run(kvbm, dice), run(plain, dice), run(plain, dice)
+        else:
+            a1, b, a2 = run(plain, dice), run(kvbm, dice), run(plain, dice)
+        ratios.append(b / ((a1 + a2) / 2))
+        controls.append(a1 / a2)
+    settle(kvbm)
+    assert kvbm.status()["demote"]["blocks"] > 0
+    bench.row(
+        "throughput, nothing shared, written to disk", "the engine without KVBM", float(np.median(ratios)), ">=", 0.97
+    )
+    bench.row("A/A: the engine without KVBM", "itself", float(np.median(controls)))
+    loaded = []
+    for _ in range(ROUNDS):
+        a1 = run(plain, dice)
+        with second_writer(kvbm):
+            b = run(kvbm, dice)
+        loaded.append(b / ((a1 + run(plain, dice)) / 2))
+    bench.info("the second writer reached, MB/s", round(float(np.median(rates))))
+    what = f"the same, and a second writer at {WRITER_MB_S} MB/s"
+    bench.row(what, "the engine without KVBM", float(np.median(loaded)), ">=", 0.90)
+    for each in (plain, kvbm):
+        each.close()
+
+
+def main() -> int:
+    bench = Bench("g3")
+    FOLDER.mkdir(exist_ok=True)
+    disk.PATH.write_bytes(np.random.default_rng(0).bytes(disk.FILE_BYTES))
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        first_tokens(bench, Path(folder) / "a")
+        throughput(bench, Path(folder) / "b")
+    disk.PATH.unlink()
+    return bench.write()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""What goes on whether or not the engine steps: answers of the workers, health, what operators want.
+
+The half of the leader (`manager/leader.py`) that any thread may call.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+from kvbm.abc.observer import Observer
+from kvbm.blocks import Pool, Staged
+from kvbm.core.config import Settings
+from kvbm.core.errors import Broken
+from kvbm.core.events import Event, Offloaded, Onboarded
+from kvbm.manager.channel import Link
+from kvbm.manager.gate import Gate
+from kvbm.manager.jobs import InFlight
+from kvbm.manager.lower import Lower
+from kvbm.manager.requests import Record, Request
+from kvbm.manager.wire import Bye, Probed, Result, Sick
+
+log = logging.getLogger(__name__)
+
+
+class Housekeeping:
+    """See `Leader` for the arguments. What a subclass adds is under the same lock."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        pool: Pool,
+        links: dict[int, Link],
+        *,
+        gate: Gate,
+        observers: Iterable[Observer],
+        clock: Callable[[], float],
+    ) -> None:
+        self.pool = pool
+        self.problems: list[str] = []
+        self.paused = not settings.enabled
+        self.requests: dict[str, Request] = {}
+        self.records: OrderedDict[str, Record] = OrderedDict()
+        self._links = links
+        self._observers = list(observers)
+        self._lock = threading.RLock()
+        self._copies = InFlight(links, clock)
+        self.next_job = self._copies.next_id
+        self._held = 0
+        self._ending = False
+        """The engine is shutting down its workers in good order."""
+        self.absent: dict[str, str] = {}
+        """Tiers that were asked for and are not there, and why."""
+        self.lower: Lower | None = None
+        """The tier below host memory, if there is one."""
+        self.gate = gate
+
+    # ------------------------------------------------------------------ answers
+
+    def _drain(self) -> None:
+        heard = False
+        for rank, link in self._links.items():
+            try:
+                messages = link.take()
+            except Broken as error:
+                messages = []
+                self._sick(f"rank {rank}: {error}")
+            heard |= bool(messages)
+            for message in messages:
+                match message:
+                    case Result() | Probed() if self.lower is not None and self.lower.take(message):
+                        pass
+                    case Result():
+                        self._answer(message)
+                    case Sick(rank=sick, problem=problem):
+                        self._sick(f"rank {sick}: {problem}")
+                    case Bye():
+                        self._ending = True
+                    case _:
+                        log.warning("KVBM: unexpected %s from rank %d", type(message).__name__, rank)
+            if not link.open and not self._ending:
+                self._sick(f"the worker of rank {rank} is gone")
+        if heard:
+            self._pump()
+
+    def _pump(self) -> None:
+        if self.lower is None:
+            return
+        if self._standing_aside() is None:
+            self.lower.pump()
+        else:
+            self.lower.stand_aside()
+
+    def _answer(self, result: Result) -> None:
+        job = self._copies.answer(result)
+        if job is None:
+            return
+        failed = int((~job.done).sum())
+        record = job.request.record
+        if isinstance(job.lease, Staged):
+            with job.lease.register(job.done) as stored:
+                if self.lower is not None:
+                    self.lower.demotion.offer(stored.keys)
+            record.offloaded += len(job.g1) - failed
+            self.emit(Offloaded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
+        else:
+            self._held -= len(job.lease)
+            if failed:
+                self.pool.discard(key for key, good in zip(job.lease.keys, job.done.tolist(), strict=True) if not good)
+            job.lease.drop()
+            record.loaded = len(job.g1) - failed
+            record.load_ms = job.seconds * 1e3
+            if record.outcome == "loading":
+                record.outcome = "computing" if not failed else "load failed, computed instead"
+            self.emit(Onboarded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
+        if failed:
+            record.note(f"{failed} blocks failed to copy: {job.error}")
+            log.warning("KVBM: %d blocks of request %s failed to copy: %s", failed, job.request.id, job.error)
+
+    # ------------------------------------------------------------------ health
+
+    def _sick(self, problem: str) -> None:
+        """KVBM stops matching and offloading; the engine goes on by computing."""
+        if problem not in self.problems:
+            self.problems.append(problem)
+            log.error("KVBM is unhealthy and stands aside, the engine goes on without it: %s", problem)
+
+    def emit(self, event: Event) -> None:
+        """Tell the observers. Under the lock."""
+        for observer in tuple(self._observers):
+            try:
+                observer.on_event(event)
+            except Exception:
+                log.exception("KVBM: an observer failed and is removed")
+                self._observers.remove(observer)
+
+    def _standing_aside(self) -> str | None:
+        if self.problems:
+            return f"KVBM is not healthy: {self.problems[0]}"
+        if self._ending:
+            return "the engine is shutting down"
+        return "KVBM is paused" if self.paused else None
+
+    # ------------------------------------------------------------------ operators
+
+    def tick(self) -> None:
+        """Housekeeping, a few times a second, also while the engine sleeps: takes results, notices silent workers."""
+        with self._lock:
+            self._drain()
+            if (job := self._copies.overdue()) is not None:
+                self._sick(f"no answer about a copy from rank {min(job.ranks)} within its deadline")
+            if self.lower is not None:
+                self.lower.tier.tick()
+            self._pump()
+
+    def reset(self) -> None:
+        """A new generation: nothing stored so far is ever matched again. Requests that live now may carry KV of the old
+        one (other weights), so none of their blocks is offloaded any more."""
+        with self._lock:
+            self._drain()
+            self.pool.clear()
+            if self.lower is not None:
+                self.lower.clear()
+            for request in self.requests.values():
+                request.stale = True
+
+    def pause(self) -> None:
+        """From now on the engine works as if KVBM were not there. Copies in flight end."""
+        with self._lock:
+            self.paused = True
+
+    def resume(self) -> None:
+        """Undoes `pause`."""
+        with self._lock:
+            self.paused = False
+
+    def in_flight(self) -> tuple[int, int]:
+        """(store, load) jobs that some rank has not answered."""
+        with self._lock:
+            return self._copies.count()
+
+    def degraded(self) -> dict[str, str]:
+        """Tiers that are left alone, or are not there, and why. The engine does without them."""
+        if self.lower is not None and self.lower.tier.problem is not None:
+            return {"g3": self.lower.tier.problem}
+        return self.absent
+
+    def drain(self, seconds: float) -> None:
+        """Writes to disk what only host memory has, for so long at most, while the engine may go on."""
+        if self.lower is None or seconds <= 0:
+            return
+        begun = time.monotonic()
+        with self._lock:
+            self._drain()
+            self.lower.demotion.drain()
+            self._pump()
+        how = "as far as the time went"
+        while time.monotonic() - begun < seconds:
+            if (reason := self._standing_aside()) is not None:
+                how = f"in part ({reason})"
+                break
+            if self.lower.demotion.idle and self.lower.tier.problem is None:
+                how = "completely"
+                break
+            time.sleep(0.002)
+            self.tick()
+        log.info("KVBM: host memory was written to disk %s, in %.1f s", how, time.monotonic() - begun)
+
+    def channels(self) -> list[Link]:
+        """What to watch beside a clock: when something arrives, `tick` is due at once. Empty where it can wait."""
+        return [link for link in self._links.values() if link.open] if self.lower is not None else []
+
+    def close(self) -> None:
+        """Says goodbye to the workers. Blocks stay where they are; the process is about to end."""
+        with self._lock:
+            self._ending = True
+            for link in self._links.values():
+                if link.open:
+                    try:
+                        link.send(Bye())
+                    except Broken as error:
+                        log.debug("KVBM: %s", error)
+                link.close()
+            if self.lower is not None:
+                self.lower.tier.close()
