@@ -7,9 +7,11 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import pytest
 from rich.console import Console
 
 from kvbm.cli import models
@@ -69,39 +71,53 @@ def check_from_disk(server: Served, asked: list[Message], before: Reply) -> None
     assert status["promote"]["corrupt"] == 0
 
 
+@dataclass(frozen=True)
+class Crash:
+    """Of a server that wrote a conversation to `disk`: what was asked last, and answered."""
+
+    disk: Path
+    asked: list[Message]
+    reply: Reply
 
 
-def test_a_crash_and_a_polite_end(tmp_path: Path) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    with on_disk(tmp_path / "a", first) as server:
+@pytest.fixture(scope="module")
+def crash(tmp_path_factory: pytest.TempPathFactory) -> Crash:
+    folder = tmp_path_factory.mktemp("crash")
+    with on_disk(folder / "server", folder / "disk") as server:
         replies, asked = talk(server, "assignment")
         assert replies[-1].cached_tokens > 0
         assert written(server) >= replies[-1].prompt_tokens // BLOCK
         server.kill()
+    return Crash(folder / "disk", asked, replies[-1])
 
-    with on_disk(tmp_path / "b", first) as server:
-        check_from_disk(server, asked, replies[-1])
 
-    # The negative control, and at the same time: what was used once is in host memory only.
-    with on_disk(tmp_path / "c", second, KVBM_G3_ADMISSION="frequency", KVBM_G3_DRAIN_S="10") as server:
-        reply = server.client.chat(asked, 16)
-        assert (reply.cached_tokens, reply.text) == (0, replies[-1].text)
+def test_a_crash(tmp_path: Path, crash: Crash) -> None:
+    with on_disk(tmp_path / "server", crash.disk) as server:
+        check_from_disk(server, crash.asked, crash.reply)
+
+
+def test_a_polite_end(tmp_path: Path, crash: Crash) -> None:
+    """What only host memory has is written first. On an empty disk, which is the negative control of the crash."""
+    disk, admission = tmp_path / "disk", {"KVBM_G3_ADMISSION": "frequency"}  # what was asked for once is not written
+    with on_disk(tmp_path / "first", disk, KVBM_G3_DRAIN_S="10", **admission) as server:
+        reply = server.client.chat(crash.asked, 16)
+        assert (reply.cached_tokens, reply.text) == (0, crash.reply.text)
         assert server.status()["tokens"]["g3"] == 0
         assert written(server) == 0
         begun = time.monotonic()
-        for pid in server.living():  # as systemd does, so that most are told twice
+        for pid in server.living():  # as systemd does, so that the engine is told twice, and its worker once
             os.kill(int(pid), signal.SIGTERM)
         assert server.process.wait(60) == 0
         assert time.monotonic() - begun < 10 + ENDS_S
         assert "host memory was written to disk completely" in server.output()
         assert server.living() == []
 
-    # The disk is slow to write to: 1.5 s a block.
+    # Now the disk is slow to write to: 1.5 s a block. A second SIGTERM does not wait for it.
     slow = {"KVBM_TRANSPORT_WRAPPER": "kvbm.testing.faults:build?disk=1&store_rate=1", "KVBM_G3_DRAIN_S": "60"}
-    with on_disk(tmp_path / "d", second, KVBM_G3_ADMISSION="frequency", **slow) as server:
-        check_from_disk(server, asked, replies[-1])
+    with on_disk(tmp_path / "second", disk, **slow, **admission) as server:
+        check_from_disk(server, crash.asked, crash.reply)
         talk(server, "strings")
-        eventually(lambda: not server.status()["offload"]["in_flight"])
+        assert written(server) == 0
         server.process.terminate()
         time.sleep(3)
         assert len(server.living()) >= 4, "it waits for the disk"
@@ -109,4 +125,5 @@ def test_a_crash_and_a_polite_end(tmp_path: Path) -> None:
         begun = time.monotonic()
         server.process.wait(60)
         assert time.monotonic() - begun < ENDS_S
+        assert "written to disk completely" not in server.output()
         assert server.living() == []

@@ -375,7 +375,7 @@ class Worker:
         self._tell(Probed(self._rank, problem, probe.number))
 
     def outlast_leader(self, seconds: float) -> None:
-        """Returns when the leader has said goodbye or is gone, or after so many seconds. Any thread but the channel's."""
+        """Returns when the leader has said goodbye or is gone, or after so many seconds."""
         self._thread.join(seconds)
 
     def close(self) -> None:

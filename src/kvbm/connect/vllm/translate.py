@@ -238,10 +238,12 @@ class WorkerSide:
             geometry.g1_region(self._kv, caches),
             get_tensor_model_parallel_rank(),
         )
-        if self._config.parallel_config.distributed_executor_backend == "mp" and self._settings.g3_drain_s > 0:
-            if self._settings.g3_gb is not None or self._settings.g3_blocks is not None:
-                # The leader is another process, and still needs this rank to write.
-                before_sigterm(partial(self._worker.outlast_leader, self._settings.g3_drain_s + _TEARDOWN_S))
+        settings = self._settings
+        has_disk = settings.g3_gb is not None or settings.g3_blocks is not None
+        apart = self._config.parallel_config.distributed_executor_backend == "mp"
+        if has_disk and apart and settings.g3_drain_s > 0:
+            # The leader is another process, and still needs this rank to write.
+            before_sigterm(partial(self._worker.outlast_leader, settings.g3_drain_s + _TEARDOWN_S))
 
     @property
     def worker(self) -> Worker:
