@@ -25,7 +25,18 @@ def turn(user: int, number: int, ttft_ms: float, text: str = "same", **tokens: i
 SETTINGS = {"users": 2, "device_tokens": 100, "working_set_tokens": 400}
 
 
-def demo(*, answer: str = "same", g2_tokens: int = 96, control: report.Same | None = None) -> report.Demo:
+def restart(ttft_ms: float, text: str = "same", g3_tokens: int = 0) -> report.Restart:
+    last = turn(1, 2, ttft_ms, text, prompt_tokens=150, known_tokens=110, g2_tokens=g3_tokens)
+    return report.Restart(last, 32.0, g3_tokens)
+
+
+def demo(
+    *,
+    answer: str = "same",
+    g2_tokens: int = 96,
+    control: report.Same | None = None,
+    restarted: report.Restart | None = None,
+) -> report.Demo:
     plain = [
         turn(1, 1, 1000),
         turn(2, 1, 2000),
@@ -42,8 +53,8 @@ def demo(*, answer: str = "same", g2_tokens: int = 96, control: report.Same | No
     ]
     return report.Demo(
         SETTINGS,
-        report.Run(plain, 30.0),
-        report.Run(kvbm, 31.0, {"down": 3_000_000, "up": 2_000_000}),
+        report.Run(plain, 30.0, restart(1200)),
+        report.Run(kvbm, 31.0, restarted or restart(300, g3_tokens=128), {"down": 3_000_000, "up": 2_000_000}),
         control or report.Same(2, 2),
     )
 
@@ -61,6 +72,11 @@ def test_sums() -> None:
     assert plain["ttft_ms"]["later"] == plain["ttft_ms"]["2"] == {"median": 2000, "p95": 2900}
     assert (plain["bytes"], kvbm["bytes"]) == (None, {"down": 3_000_000, "up": 2_000_000})
     assert kvbm["turns"][2]["g2_tokens"] == 96
+    assert written["ttft_ratio_restart"] == pytest.approx(300 / 1200)
+    after = kvbm["restart"]
+    assert (after["start_s"], after["g3_tokens"], after["identical"]) == (32.0, 128, True)
+    assert (after["turn"]["user"], after["turn"]["turn"], after["turn"]["ttft_ms"]) == (1, 2, 300)
+    assert plain["restart"]["g3_tokens"] == 0
 
 
 def test_more_found_than_known_is_nothing_again() -> None:
@@ -79,9 +95,21 @@ def test_no_hit_fails() -> None:
     assert demo(g2_tokens=0).problem() == "nothing was found in G2 after the first turn"
 
 
+def test_nothing_from_disk_fails() -> None:
+    assert demo(restarted=restart(300)).problem() == "nothing came from disk (G3) after the restart"
+
+
+def test_another_answer_after_the_restart_fails() -> None:
+    result = demo(restarted=restart(300, "other", g3_tokens=128))
+    assert result.problem() == "the answer after the restart is not the one from before"
+    assert report.record(result)["runs"]["kvbm"]["restart"]["identical"] is False
+
+
 def test_runs_of_different_length_are_no_comparison() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        report.Demo(SETTINGS, report.Run([turn(1, 1, 1)], 1), report.Run([], 1), report.Same(0, 0))
+        report.Demo(
+            SETTINGS, report.Run([turn(1, 1, 1)], 1, restart(1)), report.Run([], 1, restart(1)), report.Same(0, 0)
+        )
 
 
 def test_table() -> None:
@@ -95,7 +123,10 @@ def test_table() -> None:
         "of those computed again │ 188 │ 28",
         "found in host memory (G2) │ 0 │ 160",
         "bytes moved to / from G2 │ - │ 3 MB / 2 MB",
+        "first request after a crash: time to first token │ 1,200 ms │ 300 ms",
+        "of its prompt found on disk (G3) │ 0 of 150 │ 128 of 150",
         "identical answers │ 2/2 (asked twice) │ 4/4",
+        "after the crash, as before it │ yes │ yes",
     ):
         assert text in shown
 

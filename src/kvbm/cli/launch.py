@@ -98,6 +98,12 @@ class Server:
             send = os.kill if self._signals == 1 else os.killpg
             send(self._process.pid, number)
 
+    def kill(self) -> None:
+        """End it and everything it started at once, as a crash does."""
+        if self._group_lives():
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
     def stop(self, patience_s: float = 15.0) -> None:
         """End it: politely; what is left of the group after that, at once."""
         if self._process.poll() is None:
@@ -105,9 +111,7 @@ class Server:
         deadline = time.monotonic() + patience_s
         while self._group_lives() and time.monotonic() < deadline:
             time.sleep(0.05)
-        if self._group_lives():
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self.kill()
 
     def _group_lives(self) -> bool:
         self._process.poll()

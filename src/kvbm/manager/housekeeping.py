@@ -204,15 +204,17 @@ class Housekeeping:
             self._drain()
             self.lower.demotion.drain()
             self._pump()
-        while not (over := self.lower.demotion.idle) and time.monotonic() - begun < seconds:
-            if self._standing_aside() is not None:
+        how = "as far as the time went"
+        while time.monotonic() - begun < seconds:
+            if (reason := self._standing_aside()) is not None:
+                how = f"in part ({reason})"
+                break
+            if self.lower.demotion.idle and self.lower.tier.problem is None:
+                how = "completely"
                 break
             time.sleep(0.002)
             self.tick()
-        log.info(
-            "KVBM: host memory was written to disk %s, in %.1f s",
-            "completely" if over else "as far as the time went", time.monotonic() - begun,
-        )  # fmt: skip
+        log.info("KVBM: host memory was written to disk %s, in %.1f s", how, time.monotonic() - begun)
 
     def channels(self) -> list[Link]:
         """What to watch beside a clock: when something arrives, `tick` is due at once. Empty where it can wait."""

@@ -374,6 +374,10 @@ class Worker:
             problem = str(error)
         self._tell(Probed(self._rank, problem, probe.number))
 
+    def outlast_leader(self, seconds: float) -> None:
+        """Returns when the leader has said goodbye or is gone, or after so many seconds."""
+        self._thread.join(seconds)
+
     def close(self) -> None:
         """Waits briefly for copies in flight and gives the memory back. The engine must not step any more."""
         self._closing.set()

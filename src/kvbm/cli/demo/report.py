@@ -36,12 +36,30 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class Restart:
+    """The engine was killed and started again, and `turn`, the last of its user, was asked first. `g3_tokens` of its
+    prompt came from disk."""
+
+    turn: Turn
+    start_s: float
+    g3_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
-    """All turns with one engine. `moved` are the bytes that went "down" to G2 and "up" from it, if they are known."""
+    """All turns with one engine, and its restart. `moved` are the bytes that went "down" to G2 and "up" from it, if
+    they are known."""
 
     turns: list[Turn]
     start_s: float
+    restart: Restart
     moved: dict[str, int] | None = None
+
+    def restarted_alike(self) -> bool:
+        """Whether the answer after the restart is the one from before."""
+        again = self.restart.turn
+        before = next(turn for turn in self.turns if (turn.user, turn.turn) == (again.user, again.turn))
+        return before.text == again.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +81,7 @@ class Demo:
     plain: Run
     kvbm: Run
     control: Same
-    """Requests asked twice of the engine without KVBM."""
+    """Requests asked twice of the engine without KVBM, once of them after its restart."""
     identical: Same = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,6 +95,10 @@ class Demo:
             return f"only {self.identical} answers with KVBM are those of the engine alone{against_itself}"
         if not any(turn.g2_tokens for turn in self.kvbm.turns if turn.turn > 1):
             return "nothing was found in G2 after the first turn"
+        if not self.kvbm.restart.g3_tokens:
+            return "nothing came from disk (G3) after the restart"
+        if not self.kvbm.restarted_alike():
+            return "the answer after the restart is not the one from before"
         return None
 
 
@@ -117,6 +139,7 @@ def record(demo: Demo) -> dict[str, Any]:
         "identical": asdict(demo.identical),
         "control": asdict(demo.control),
         "ttft_ratio_later": later["kvbm"] / later["plain"],
+        "ttft_ratio_restart": demo.kvbm.restart.turn.ttft_ms / demo.plain.restart.turn.ttft_ms,
         "runs": {"plain": _run(demo.plain), "kvbm": _run(demo.kvbm)},
     }
 
@@ -127,6 +150,12 @@ def _run(run: Run) -> dict[str, Any]:
         "ttft_ms": {name: ttft(turns) for name, turns in by_turn(run).items()},
         "tokens": tokens(run),
         "bytes": run.moved,
+        "restart": {
+            "start_s": run.restart.start_s,
+            "g3_tokens": run.restart.g3_tokens,
+            "identical": run.restarted_alike(),
+            "turn": asdict(run.restart.turn),
+        },
         "turns": [asdict(turn) for turn in run.turns],
     }
 
@@ -158,7 +187,12 @@ def table(demo: Demo) -> Table:
         shown.add_row(label, *(f"{count[name]:,}" for count in counts))
     shown.add_row("bytes moved to / from G2", "-", _moved(kvbm))
     shown.add_section()
+    after = (plain.restart, kvbm.restart)
+    shown.add_row("first request after a crash: time to first token", *(f"{r.turn.ttft_ms:,.0f} ms" for r in after))
+    shown.add_row("of its prompt found on disk (G3)", *(f"{r.g3_tokens:,} of {r.turn.prompt_tokens:,}" for r in after))
+    shown.add_section()
     shown.add_row("identical answers", f"{demo.control} (asked twice)" if demo.control.of else "-", str(demo.identical))
+    shown.add_row("after the crash, as before it", *("yes" if run.restarted_alike() else "no" for run in (plain, kvbm)))
     return shown
 
 

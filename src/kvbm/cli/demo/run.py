@@ -7,7 +7,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,23 +19,19 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from kvbm.cli import models, serve
-from kvbm.cli.control import ask_all
 from kvbm.cli.demo import report
 from kvbm.cli.demo.client import Client, Message, Reply
 from kvbm.cli.demo.conversations import Conversation, conversations
-from kvbm.cli.launch import Server
+from kvbm.cli.demo.engine import Advance, Setup
 from kvbm.core import config
-from kvbm.core.errors import Broken, KvbmError
+from kvbm.core.errors import KvbmError
 
 _out = Console(highlight=False)
 
 BLOCK_TOKENS = 32
 G2_GB = 2
-READY_WITHIN_S = 240.0
+G3_GB = 2
 CONTROLS = 2
-
-Advance = Callable[[str], None]
-"""Says what is done next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +62,6 @@ class Plan:
             "--num-gpu-blocks-override": self.device_blocks,
             "--dtype": "bfloat16" if serve.engine_build() == "gpu" else serve.fast_dtype(),
             "--seed": 0,
-            "--port": serve.free_port("127.0.0.1", 0),
         }
         switches = ["--enforce-eager", "--enable-prefix-caching"]
         return [part for flag, value in flags.items() for part in (flag, str(value))] + switches
@@ -79,7 +74,7 @@ def demo(
     answer_tokens: Annotated[int, typer.Option(min=4, max=256, help="Length of an answer.")] = 24,
     output: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("build/demo.json"),
 ) -> None:
-    """Compare vLLM alone with vLLM and KVBM: the same users, conversations and engine settings, a few minutes."""
+    """Compare vLLM alone with vLLM and KVBM: the same conversations and settings, then a crash. A few minutes."""
     # As an exception, so that the engines are ended with the demo.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     cache_dir = config.load().settings.cache_dir
@@ -97,21 +92,40 @@ def demo(
 def measure(plan: Plan, model: str, logs: Path) -> report.Demo:
     """Run both. Raises Broken when an engine does not start or does not answer."""
     with _progress() as advance:
-        with _engine(plan, model, logs / "demo-plain.log", {}, advance, with_kvbm=False) as (client, start_s):
+        alone = Setup("vLLM alone", model, plan.arguments(), logs / "demo-plain")
+        with alone.start(advance) as engine:
             advance("Preparing the documents")
-            talks = conversations(plan.users, plan.turns, plan.document_tokens, client.count_tokens)
-            turns, asked = _play(plan, talks, client, advance, "vLLM alone")
-            plain = report.Run(turns, start_s)
-            control = _ask_again(plan, asked, client, advance)
-        with tempfile.TemporaryDirectory(prefix="kvbm-demo-") as run_dir:
-            environment = {"KVBM_G2_GB": str(G2_GB), "KVBM_RUN_DIR": run_dir, "KVBM_ENABLED": "true"}
-            with _engine(plan, model, logs / "demo-kvbm.log", environment, advance, with_kvbm=True) as (
-                client,
-                start_s,
-            ):
-                turns, _ = _play(plan, talks, client, advance, "vLLM with KVBM")
-                kvbm = report.Run(turns, start_s, _moved(Path(run_dir)))
+            talks = conversations(plan.users, plan.turns, plan.document_tokens, engine.client.count_tokens)
+            turns, asked = _play(plan, talks, engine.client, advance, alone.name)
+            pairs = _ask_again(plan, asked, engine.client, advance)
+            engine.server.kill()
+        plain = report.Run(turns, engine.start_s, _restart(plan, alone, turns, asked, advance))
+        control = report.same([*pairs, (turns[-plan.users].text, plain.restart.turn.text)])
+        # Beside the figures: the folder for temporary files is often in memory.
+        with tempfile.TemporaryDirectory(prefix="demo-disk-", dir=logs) as disk:
+            sizes = {"KVBM_G2_GB": str(G2_GB), "KVBM_G3_GB": str(G3_GB), "KVBM_G3_DIR": disk, "KVBM_ENABLED": "true"}
+            both = Setup("vLLM with KVBM", model, plan.arguments(), logs / "demo-kvbm", sizes)
+            with both.start(advance) as engine:
+                turns, asked = _play(plan, talks, engine.client, advance, both.name)
+                status = engine.status()
+                engine.server.kill()
+            moved = status and {"down": status["offload"]["bytes"], "up": status["onboard"]["bytes"]}
+            kvbm = report.Run(turns, engine.start_s, _restart(plan, both, turns, asked, advance), moved)
     return report.Demo(_settings(plan, turns), plain, kvbm, control)
+
+
+def _restart(
+    plan: Plan, setup: Setup, turns: list[report.Turn], asked: list[tuple[list[Message], str]], advance: Advance
+) -> report.Restart:
+    """Start what was killed and ask the first user's last question first."""
+    last, (history, _) = turns[-plan.users], asked[-plan.users]
+    with setup.start(advance, again="-restarted") as engine:
+        before = engine.client.metrics()
+        reply = engine.client.chat(history, plan.answer_tokens)
+        turn = _turn(last.user - 1, last.turn - 1, last.known_tokens, reply, before, engine.client.metrics())
+        status = engine.status()
+        engine.server.kill()
+    return report.Restart(turn, engine.start_s, status["tokens"]["g3"] if status else 0)
 
 
 def _play(
@@ -153,54 +167,16 @@ def _turn(
     )
 
 
-def _ask_again(plan: Plan, asked: list[tuple[list[Message], str]], client: Client, advance: Advance) -> report.Same:
-    """Some of the requests a second time: shows that the engine alone answers the same twice."""
+def _ask_again(
+    plan: Plan, asked: list[tuple[list[Message], str]], client: Client, advance: Advance
+) -> list[tuple[str, str]]:
+    """Some of the requests a second time: shows whether the engine alone answers the same twice."""
     step = max(1, len(asked) // CONTROLS)
     pairs: list[tuple[str, str]] = []
     for history, text in asked[::step][:CONTROLS]:
         advance(f"vLLM alone, asked again: {len(pairs) + 1} of {CONTROLS}")
         pairs.append((text, client.chat(history, plan.answer_tokens).text))
-    return report.same(pairs)
-
-
-@contextmanager
-def _engine(
-    plan: Plan, model: str, log: Path, environment: dict[str, str], advance: Advance, *, with_kvbm: bool
-) -> Iterator[tuple[Client, float]]:
-    """A server that answers, and the seconds it took to start."""
-    # vLLM leaves one core to the system; of two that is half.
-    defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-    launch = serve.plan("smollm2", plan.arguments(), model, with_kvbm=with_kvbm, environment=defaults | environment)
-    advance(f"Starting vLLM {'with KVBM' if with_kvbm else 'alone'} (about half a minute)")
-    start = time.monotonic()
-    with log.open("wb") as file, Server(launch, file) as server:
-        while not server.is_healthy():
-            if server.exit_code() is not None or time.monotonic() - start > READY_WITHIN_S:
-                raise Broken(f"the engine did not start; the end of {log}:\n{_tail(log)}")
-            time.sleep(0.3)
-        try:
-            yield Client(launch.host, launch.port, launch.served_name), time.monotonic() - start
-        except Broken as error:
-            raise Broken(f"{error}; the end of {log}:\n{_tail(log)}") from error
-
-
-def _tail(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
-
-
-def _moved(run_dir: Path) -> dict[str, int] | None:
-    """Bytes that KVBM says it copied, once the last copies have ended."""
-    deadline = time.monotonic() + 5
-    while True:
-        try:
-            status = ask_all(run_dir, "status")[0].result
-        except KvbmError:
-            return None
-        if status is None:
-            return None
-        if not status["offload"]["in_flight"] or time.monotonic() > deadline:
-            return {"down": status["offload"]["bytes"], "up": status["onboard"]["bytes"]}
-        time.sleep(0.1)
+    return pairs
 
 
 def _settings(plan: Plan, turns: list[report.Turn]) -> dict[str, Any]:
@@ -217,6 +193,7 @@ def _settings(plan: Plan, turns: list[report.Turn]) -> dict[str, Any]:
         "device_tokens": (plan.device_blocks - 1) * BLOCK_TOKENS,
         "working_set_tokens": sum(turn.prompt_tokens + plan.answer_tokens for turn in last),
         "g2_gb": G2_GB,
+        "g3_gb": G3_GB,
     }
 
 

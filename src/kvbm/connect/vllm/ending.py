@@ -6,9 +6,14 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 log = logging.getLogger(__name__)
+
+_SAME_S = 1.0
+"""What comes so soon after a SIGTERM is the same one: who signals a whole process group (systemd does) reaches the
+engine twice, because vLLM's server hands it on."""
 
 
 def before_sigterm(last: Callable[[], None]) -> None:
@@ -20,17 +25,29 @@ def before_sigterm(last: Callable[[], None]) -> None:
     if threading.current_thread() is not threading.main_thread() or before is None:
         log.debug("KVBM: SIGTERM cannot be watched from here")
         return
+    first: float | None = None
+    over = threading.Event()
 
     def run() -> None:
         try:
             last()
         except Exception:
-            log.exception("KVBM: host memory was not written to disk")
+            log.exception("KVBM: what was to be done before the end went wrong")
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)
+            if not over.is_set():
+                over.set()
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def handler(*_: object) -> None:
-        signal.signal(signal.SIGTERM, before)
-        threading.Thread(target=run, name="kvbm-ending").start()
+        nonlocal first
+        now = time.monotonic()
+        if first is None:
+            first = now
+            # A daemon: who is told to end at once does not wait for it.
+            threading.Thread(target=run, name="kvbm-ending", daemon=True).start()
+        elif over.is_set() or now - first > _SAME_S:
+            over.set()
+            signal.signal(signal.SIGTERM, before)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, handler)

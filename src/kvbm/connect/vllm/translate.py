@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 MEDIUM = "CPU"
 """How vLLM's KV events call host memory."""
+_TEARDOWN_S = 5.0
+"""How long an engine may take to end its workers after its last writes."""
 
 
 @dataclass(slots=True)
@@ -235,6 +238,12 @@ class WorkerSide:
             geometry.g1_region(self._kv, caches),
             get_tensor_model_parallel_rank(),
         )
+        settings = self._settings
+        has_disk = settings.g3_gb is not None or settings.g3_blocks is not None
+        apart = self._config.parallel_config.distributed_executor_backend == "mp"
+        if has_disk and apart and settings.g3_drain_s > 0:
+            # The leader is another process, and still needs this rank to write.
+            before_sigterm(partial(self._worker.outlast_leader, settings.g3_drain_s + _TEARDOWN_S))
 
     @property
     def worker(self) -> Worker:

@@ -1,0 +1,87 @@
+"""The demo's engines: started, waited for, killed."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvbm.cli import serve
+from kvbm.cli.control import ask_all
+from kvbm.cli.demo.client import Client
+from kvbm.cli.launch import Server
+from kvbm.core.errors import Broken, KvbmError
+
+READY_WITHIN_S = 240.0
+SETTLED_WITHIN_S = 10.0
+
+Advance = Callable[[str], None]
+"""Says what is done next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A server that answers, and the seconds it took to start."""
+
+    client: Client
+    server: Server
+    start_s: float
+    run_dir: Path
+
+    def status(self) -> dict[str, Any] | None:
+        """What KVBM says of itself once its last copies have ended; None where there is none that answers."""
+        deadline = time.monotonic() + SETTLED_WITHIN_S
+        while True:
+            try:
+                status = ask_all(self.run_dir, "status")[0].result
+            except KvbmError:
+                return None
+            if status is None or time.monotonic() > deadline:
+                return status
+            if not (status["offload"]["in_flight"] or status.get("demote", {}).get("in_flight")):
+                return status
+            time.sleep(0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """One way to run the engine. `settings` are KVBM's, None without it; `log` is a path without its ending."""
+
+    name: str
+    model: str
+    arguments: list[str]
+    log: Path
+    settings: dict[str, str] | None = None
+
+    @contextmanager
+    def start(self, advance: Advance, again: str = "") -> Iterator[Engine]:
+        """Raises Broken when it does not start, or when it does not answer meanwhile."""
+        log = self.log.with_name(f"{self.log.name}{again}.log")
+        with tempfile.TemporaryDirectory(prefix="kvbm-demo-") as run_dir:
+            # vLLM leaves one core to the system; of two that is half.
+            environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "KVBM_RUN_DIR": run_dir}
+            with_kvbm = self.settings is not None
+            arguments = [*self.arguments, "--port", str(serve.free_port("127.0.0.1", 0))]
+            launch = serve.plan(
+                "smollm2", arguments, self.model, with_kvbm=with_kvbm, environment=environment | (self.settings or {})
+            )
+            advance(f"Starting {self.name}{' again' if again else ''} (about half a minute)")
+            start = time.monotonic()
+            with log.open("wb") as file, Server(launch, file) as server:
+                while not server.is_healthy():
+                    if server.exit_code() is not None or time.monotonic() - start > READY_WITHIN_S:
+                        raise Broken(f"the engine did not start; the end of {log}:\n{_tail(log)}")
+                    time.sleep(0.3)
+                client = Client(launch.host, launch.port, launch.served_name)
+                try:
+                    yield Engine(client, server, time.monotonic() - start, Path(run_dir))
+                except Broken as error:
+                    raise Broken(f"{error}; the end of {log}:\n{_tail(log)}") from error
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

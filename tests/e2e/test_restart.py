@@ -1,0 +1,129 @@
+"""`kvbm serve` with a disk tier, ended in every way and started again: what was answered once is found on disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+from rich.console import Console
+
+from kvbm.cli import models
+from kvbm.cli.demo.client import Message, Reply
+from kvbm.cli.serve import free_port
+from kvbm.core import config
+from tests.e2e.engine import BLOCK
+from tests.e2e.test_serve import KVBM, SMALL, Served, eventually, served
+
+QUESTIONS = ("What is this text about?", "Give one example.")
+ENDS_S = 15.0
+"""How long vLLM may take to end after KVBM has written."""
+
+
+@contextmanager
+def on_disk(folder: Path, disk: Path, **settings: str) -> Iterator[Served]:
+    """A server that is there."""
+    models.resolve("smollm2", config.load().settings.cache_dir, Console(stderr=True))
+    port = free_port("127.0.0.1", 0)
+    command = [*KVBM, "serve", "smollm2", "--port", str(port), "--enable-prompt-tokens-details", *SMALL]
+    command += ["--shutdown-timeout", "90"]
+    kvbm = {"KVBM_G2_GB": "0.5", "KVBM_G3_GB": "1", "KVBM_G3_DIR": str(disk), **settings}
+    folder.mkdir()
+    with served(command, port, folder, **kvbm) as server:
+        server.wait_for("\n  curl ")
+        yield server
+
+
+def talk(server: Served, topic: str) -> tuple[list[Reply], list[Message]]:
+    """A conversation; also what was asked last."""
+    replies: list[Reply] = []
+    history: list[Message] = []
+    for question in QUESTIONS:
+        asked = f"{topics[topic][:2000]}\n\n{question}" if not history else question
+        history.append({"role": "user", "content": asked})
+        replies.append(server.client.chat(history, 16))
+        history.append({"role": "assistant", "content": replies[-1].text})
+    return replies, history[:-1]
+
+
+def written(server: Served) -> int:
+    """Blocks that were written to disk, once nothing moves any more."""
+    eventually(lambda: not server.status()["offload"]["in_flight"])
+    eventually(lambda: not server.status()["demote"]["in_flight"])
+    return int(server.status()["demote"]["blocks"])
+
+
+def check_from_disk(server: Served, asked: list[Message], before: Reply) -> None:
+    """The first request is answered as before, out of the disk."""
+    reply = server.client.chat(asked, 16)
+    assert reply.text == before.text
+    could_hit = (reply.prompt_tokens - 1) // BLOCK * BLOCK
+    assert could_hit - 2 * BLOCK <= reply.cached_tokens <= could_hit  # the last answer's block was not full
+    status = server.status()
+    assert status["tokens"]["g3"] == reply.cached_tokens
+    assert status["promote"]["blocks"] == reply.cached_tokens // BLOCK
+    assert status["promote"]["corrupt"] == 0
+
+
+@dataclass(frozen=True)
+class Crash:
+    """Of a server that wrote a conversation to `disk`: what was asked last, and answered."""
+
+    disk: Path
+    asked: list[Message]
+    reply: Reply
+
+
+@pytest.fixture(scope="module")
+def crash(tmp_path_factory: pytest.TempPathFactory) -> Crash:
+    folder = tmp_path_factory.mktemp("crash")
+    with on_disk(folder / "server", folder / "disk") as server:
+        replies, asked = talk(server, "assignment")
+        assert replies[-1].cached_tokens > 0
+        assert written(server) >= replies[-1].prompt_tokens // BLOCK
+        server.kill()
+    return Crash(folder / "disk", asked, replies[-1])
+
+
+def test_a_crash(tmp_path: Path, crash: Crash) -> None:
+    with on_disk(tmp_path / "server", crash.disk) as server:
+        check_from_disk(server, crash.asked, crash.reply)
+
+
+def test_a_polite_end(tmp_path: Path, crash: Crash) -> None:
+    """What only host memory has is written first. On an empty disk, which is the negative control of the crash."""
+    disk, admission = tmp_path / "disk", {"KVBM_G3_ADMISSION": "frequency"}  # what was asked for once is not written
+    with on_disk(tmp_path / "first", disk, KVBM_G3_DRAIN_S="10", **admission) as server:
+        reply = server.client.chat(crash.asked, 16)
+        assert (reply.cached_tokens, reply.text) == (0, crash.reply.text)
+        assert server.status()["tokens"]["g3"] == 0
+        assert written(server) == 0
+        begun = time.monotonic()
+        for pid in server.living():  # as systemd does, so that the engine is told twice, and its worker once
+            os.kill(int(pid), signal.SIGTERM)
+        assert server.process.wait(60) == 0
+        assert time.monotonic() - begun < 10 + ENDS_S
+        assert "host memory was written to disk completely" in server.output()
+        assert server.living() == []
+
+    # Now the disk is slow to write to: 1.5 s a block. A second SIGTERM does not wait for it.
+    slow = {"KVBM_TRANSPORT_WRAPPER": "kvbm.testing.faults:build?disk=1&store_rate=1", "KVBM_G3_DRAIN_S": "60"}
+    with on_disk(tmp_path / "second", disk, **slow, **admission) as server:
+        check_from_disk(server, crash.asked, crash.reply)
+        talk(server, "strings")
+        assert written(server) == 0
+        server.process.terminate()
+        time.sleep(3)
+        assert len(server.living()) >= 4, "it waits for the disk"
+        server.process.terminate()
+        begun = time.monotonic()
+        server.process.wait(60)
+        assert time.monotonic() - begun < ENDS_S
+        assert "written to disk completely" not in server.output()
+        assert server.living() == []
