@@ -25,7 +25,7 @@ from tests.e2e.engine import Engine
 
 LENGTH = 2000
 PROMPTS = 3
-ROUNDS = 5
+ROUNDS = 3
 WRITER_MB_S = 300
 PERIOD_S = 0.05
 FOLDER = Path("build")
