@@ -381,6 +381,6 @@ def _lower(
         tier, leader.pool,
         exclusive=isinstance(below.promote("g3", tiers), Drop),
         most=max(1, int(leader.pool.statistics().total * settings.held_share)),
-        in_flight=in_flight, batch=batch, unmeasured=batch // 8, emit=leader.emit, clock=time.monotonic,
+        in_flight=in_flight, batch=batch, unmeasured=min(batch, in_flight) // 8, emit=leader.emit, clock=time.monotonic,
     )  # fmt: skip
     return Lower(tier, demotion, promotion, block_tokens)
