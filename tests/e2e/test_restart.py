@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from tests.e2e.engine import BLOCK
 from tests.e2e.test_serve import KVBM, SMALL, Served, eventually, served
 
 QUESTIONS = ("What is this text about?", "Give one example.")
-ENDS_S = 15.0
+ENDS_S = 20.0
 """How long vLLM may take to end after KVBM has written."""
 
 
@@ -30,7 +32,8 @@ ENDS_S = 15.0
 def on_disk(folder: Path, disk: Path, **settings: str) -> Iterator[Served]:
     """A server that is there."""
     models.resolve("smollm2", config.load().settings.cache_dir, Console(stderr=True))
-    port = free_port("127.0.0.1", 0)
+    # Below those that the system gives to others while the engine starts.
+    port = free_port("127.0.0.1", random.randrange(20_000, 30_000))
     command = [*KVBM, "serve", "smollm2", "--port", str(port), "--enable-prompt-tokens-details", *SMALL]
     command += ["--shutdown-timeout", "90"]
     kvbm = {"KVBM_G2_GB": "0.5", "KVBM_G3_GB": "1", "KVBM_G3_DIR": str(disk), **settings}
@@ -109,15 +112,15 @@ def test_a_polite_end(tmp_path: Path, crash: Crash) -> None:
             os.kill(int(pid), signal.SIGTERM)
         assert server.process.wait(60) == 0
         assert time.monotonic() - begun < 10 + ENDS_S
-        assert "host memory was written to disk completely" in server.output()
+        assert re.search(r"KVBM: (\d+) of \1 blocks of host memory are on disk", server.output())
         assert server.living() == []
 
     # Now the disk is slow to write to: 1.5 s a block. A second SIGTERM does not wait for it.
     slow = {"KVBM_TRANSPORT_WRAPPER": "kvbm.testing.faults:build?disk=1&store_rate=1", "KVBM_G3_DRAIN_S": "60"}
     with on_disk(tmp_path / "second", disk, **slow, **admission) as server:
         check_from_disk(server, crash.asked, crash.reply)
-        talk(server, "strings")
-        assert written(server) == 0
+        server.client.chat([{"role": "user", "content": topics["strings"][:2000]}], 16)
+        eventually(lambda: not server.status()["offload"]["in_flight"])
         server.process.terminate()
         time.sleep(3)
         assert len(server.living()) >= 4, "it waits for the disk"
@@ -125,5 +128,5 @@ def test_a_polite_end(tmp_path: Path, crash: Crash) -> None:
         begun = time.monotonic()
         server.process.wait(60)
         assert time.monotonic() - begun < ENDS_S
-        assert "written to disk completely" not in server.output()
+        assert not re.search(r"KVBM: (\d+) of \1 blocks of host memory are on disk", server.output())
         assert server.living() == []

@@ -330,12 +330,16 @@ def test_a_drain_does_not_mind_what_waited_before(make_stage: Make) -> None:
     assert written == [*keys_of("old", 1), *keys_of("hot", 2), keys_of("old", 2)[1]]
 
 
-def test_a_drain_ends_when_its_time_is_over_or_nobody_writes(make_stage: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drain_ends_when_its_time_is_over_or_nobody_writes(
+    make_stage: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "kvbm")
     stage = make_stage().add_disk()
     stage.keep("a", keys_of("a", 6))
     before = time.monotonic()
     stage.leader.drain(0.05)
     assert 0.05 <= time.monotonic() - before < 5
+    assert "0 of 6 blocks of host memory are on disk" in caplog.text
     stage.leader.pause()
     stage.leader.drain(60.0)
     assert time.monotonic() - before < 10

@@ -204,17 +204,18 @@ class Housekeeping:
             self._drain()
             self.lower.demotion.drain()
             self._pump()
-        how = "as far as the time went"
-        while time.monotonic() - begun < seconds:
-            if (reason := self._standing_aside()) is not None:
-                how = f"in part ({reason})"
-                break
-            if self.lower.demotion.idle and self.lower.tier.problem is None:
-                how = "completely"
+        while not self.lower.demotion.idle and time.monotonic() - begun < seconds:
+            if self._standing_aside() is not None:
                 break
             time.sleep(0.002)
             self.tick()
-        log.info("KVBM: host memory was written to disk %s, in %.1f s", how, time.monotonic() - begun)
+        with self._lock:
+            total = self.pool.statistics().registered
+            with self.pool.candidates(total) as hold:  # not what requests or writes still hold
+                there = int(self.lower.tier.pool.present(hold.keys).sum())
+        log.info(
+            "KVBM: %d of %d blocks of host memory are on disk, after %.1f s", there, total, time.monotonic() - begun
+        )
 
     def channels(self) -> list[Link]:
         """What to watch beside a clock: when something arrives, `tick` is due at once. Empty where it can wait."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -65,7 +66,9 @@ class Setup:
             # vLLM leaves one core to the system; of two that is half.
             environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "KVBM_RUN_DIR": run_dir}
             with_kvbm = self.settings is not None
-            arguments = [*self.arguments, "--port", str(serve.free_port("127.0.0.1", 0))]
+            # Below those that the system gives to others while the engine starts.
+            port = serve.free_port("127.0.0.1", random.randrange(20_000, 30_000))
+            arguments = [*self.arguments, "--port", str(port)]
             launch = serve.plan(
                 "smollm2", arguments, self.model, with_kvbm=with_kvbm, environment=environment | (self.settings or {})
             )
