@@ -17,7 +17,7 @@ import numpy as np
 from bench import disk
 from bench.harness import Bench
 from bench.model import engine
-from bench.throughput import run
+from bench.throughput import OPTIONS, against, run
 from bench.ttft import first_token
 from kvbm.blocks import Pinned, Staged
 from kvbm.manager.disk import Move
@@ -115,34 +115,22 @@ def second_writer(vllm: Engine) -> Iterator[None]:
 def throughput(bench: Bench, folder: Path) -> None:
     """Prompts that share nothing: every block goes to disk, none comes back."""
     dice = random.Random(0)
-    options = {"max_model_len": 512, "num_gpu_blocks_override": 120}
-    plain = engine(None, **options)
-    kvbm = engine({"g2_gb": 1, "g3_gb": 4, "g3_dir": str(folder)}, **options)
-    for each in (plain, kvbm):
-        run(each, dice)
-    ratios, controls = [], []
-    for turn in range(ROUNDS):
-        if turn % 2:
-            b, a1, a2 = run(kvbm, dice), run(plain, dice), run(plain, dice)
-        else:
-            a1, b, a2 = run(plain, dice), run(kvbm, dice), run(plain, dice)
-        ratios.append(b / ((a1 + a2) / 2))
-        controls.append(a1 / a2)
+    plain = engine(None, **OPTIONS)
+    kvbm = engine({"g2_gb": 1, "g3_gb": 4, "g3_dir": str(folder)}, **OPTIONS)
+    ratio, control = against(plain, kvbm, dice)
     settle(kvbm)
     assert kvbm.status()["demote"]["blocks"] > 0
-    bench.row(
-        "throughput, nothing shared, written to disk", "the engine without KVBM", float(np.median(ratios)), ">=", 0.97
-    )
-    bench.row("A/A: the engine without KVBM", "itself", float(np.median(controls)))
+    bench.row("throughput, nothing shared, written to disk", "the engine without KVBM", ratio, ">=", 0.97)
+    bench.row("A/A: the engine without KVBM", "itself", control)
     loaded = []
     for _ in range(ROUNDS):
         a1 = run(plain, dice)
         with second_writer(kvbm):
             b = run(kvbm, dice)
         loaded.append(b / ((a1 + run(plain, dice)) / 2))
-    bench.info("the second writer reached, MB/s", round(float(np.median(rates))))
+    bench.info("the second writer reached, MB/s", round(statistics.median(rates)))
     what = f"the same, and a second writer at {WRITER_MB_S} MB/s"
-    bench.row(what, "the engine without KVBM", float(np.median(loaded)), ">=", 0.90)
+    bench.row(what, "the engine without KVBM", statistics.median(loaded), ">=", 0.90)
     for each in (plain, kvbm):
         each.close()
 

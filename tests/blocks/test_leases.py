@@ -338,7 +338,8 @@ def test_whoever_allocates_gets_what_was_forgotten(pool: Pool) -> None:
     raw = writable(pool)
     with pytest.warns(ResourceWarning), pool._ledger._lock:
         del raw
-    writable(pool, 8).drop()
+    with writable(pool, 8) as everything:
+        assert sorted(everything.slots) == list(range(8))
 
 
 def test_nobody_waits_for_what_a_forgotten_handle_staged(pool: Pool) -> None:

@@ -116,7 +116,9 @@ def test_a_child_does_not_keep_the_lock_of_a_dead_parent(tmp_path: Path) -> None
         deadline = time.monotonic() + 30
         while holder_of(tmp_path) and time.monotonic() < deadline:
             time.sleep(0.01)  # the child may not have run at all yet
+        assert holder_of(tmp_path) is None
         Folder.claim(tmp_path, "engine-1").close()
+        os.kill(child, 0)  # it is still there
         os.kill(child, signal.SIGKILL)
 
 

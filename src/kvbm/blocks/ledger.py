@@ -11,7 +11,7 @@ from kvbm.abc.policy import Mask
 from kvbm.blocks.pins import Hold
 from kvbm.blocks.slots import NEVER, REGISTERED, as_array
 from kvbm.blocks.statistics import Block, PoolStatistics
-from kvbm.blocks.transitions import SLOT_BYTES, Priorities, Seconds, Terms, Transitions
+from kvbm.blocks.transitions import SLOT_BYTES, Found, Priorities, Seconds, Terms, Transitions
 from kvbm.core.events import Cleared
 
 
@@ -60,25 +60,18 @@ class Ledger(Transitions):
             self._feed.deliver()
         return held
 
-    def adopt(
-        self,
-        slots: bytes,
-        keys: tuple[bytes, ...],
-        parents: tuple[bytes | None, ...],
-        priorities: Priorities,
-        ttls: Seconds,
-    ) -> None:
+    def adopt(self, found: Found) -> None:
         """Free to registered and inactive, the first to go first. TypeError or ValueError: nothing was changed."""
         with self._lock:
-            if len(self._table.absent(keys)) < len(keys):
+            if len(self._table.absent(found.keys)) < len(found.keys):
                 raise ValueError("a key is there already")
-            self._table.claim(slots)
+            self._table.claim(found.slots)
             try:
-                self._table.stage(slots, keys, parents)
+                self._table.stage(found.slots, found.keys, found.parents)
             except (TypeError, ValueError):
-                self._table.give_back(slots)
+                self._table.give_back(found.slots)
                 raise
-            self._adopt(slots, keys, parents, priorities, ttls)
+            self._adopt(found)
         if self._queue:
             self._feed.deliver()
 

@@ -43,6 +43,16 @@ class Terms(msgspec.Struct, frozen=True):
     generation: int
 
 
+class Found(msgspec.Struct, frozen=True):
+    """Blocks whose bytes lie in free slots already: one entry each, the one that should go first first."""
+
+    slots: bytes
+    keys: tuple[bytes, ...]
+    parents: tuple[bytes | None, ...]
+    priorities: Priorities
+    ttls: Seconds
+
+
 class Transitions:
     """The state of a pool and every step that changes it. No lock is taken here, and no event delivered.
 
@@ -137,17 +147,11 @@ class Transitions:
             for first, end in runs:
                 self._tell_stored(terms.keys, terms.parent, first, end)
 
-    def _adopt(
-        self,
-        slots: bytes,
-        keys: tuple[bytes, ...],
-        parents: tuple[bytes | None, ...],
-        priorities: Priorities,
-        ttls: Seconds,
-    ) -> None:
+    def _adopt(self, found: Found) -> None:
         """Staged slots, whose keys are new, are registered and held by nobody."""
+        slots, keys, priorities = found.slots, found.keys, found.priorities
         self._table.register(slots, None, False)
-        ends = self._clock() + ttls
+        ends = self._clock() + found.ttls
         due = float(ends.min(initial=NEVER))
         if self._special or priorities.any() or due < NEVER:
             self._special = True
@@ -161,7 +165,7 @@ class Transitions:
         self._counted["registrations"] += len(keys)
         if self._feed.observers:
             self._moved(slots, "free", "inactive")
-            self._tell_stored(keys, parents, 0, len(keys))
+            self._tell_stored(keys, found.parents, 0, len(keys))
 
     def _tell_stored(self, keys: tuple[bytes, ...], parent: Parents, first: int, end: int) -> None:
         """One event for each stretch of `keys[first:end]` whose blocks follow each other."""

@@ -44,40 +44,30 @@ class Moved(msgspec.Struct, frozen=True):
     group: int = 0
 
 
-class Offloaded(msgspec.Struct, frozen=True):
-    """A copy from the engine to host memory ended on every rank; bytes of all ranks, seconds of the slowest."""
+class Copied(msgspec.Struct, frozen=True):
+    """A copy ended on every rank; bytes of all ranks, seconds of the slowest."""
 
     blocks: int
+    """Those that were copied."""
     failed: int
     nbytes: int
     seconds: float
 
 
-class Onboarded(msgspec.Struct, frozen=True):
-    """A copy from host memory to the engine ended on every rank; bytes of all ranks, seconds of the slowest."""
-
-    blocks: int
-    failed: int
-    nbytes: int
-    seconds: float
+class Offloaded(Copied, frozen=True):
+    """From the engine to host memory."""
 
 
-class Demoted(msgspec.Struct, frozen=True):
-    """A copy from host memory to disk ended on every rank; bytes of all ranks, seconds of the slowest."""
-
-    blocks: int
-    failed: int
-    nbytes: int
-    seconds: float
+class Onboarded(Copied, frozen=True):
+    """From host memory to the engine."""
 
 
-class Promoted(msgspec.Struct, frozen=True):
-    """A copy from disk to host memory ended on every rank; bytes of all ranks, seconds of the slowest."""
+class Demoted(Copied, frozen=True):
+    """From host memory to disk."""
 
-    blocks: int
-    failed: int
-    nbytes: int
-    seconds: float
+
+class Promoted(Copied, frozen=True):
+    """From disk to host memory."""
 
 
 class Gated(msgspec.Struct, frozen=True):

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 
-from kvbm.core.events import Admitted, Demoted, Event, Gated, Offloaded, Onboarded, Promoted
+from kvbm.core.events import Admitted, Copied, Demoted, Event, Gated, Offloaded, Onboarded, Promoted
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 BYTES = tuple(float(1 << shift) for shift in range(16, 34, 2))
@@ -39,7 +39,7 @@ class Copies:
     seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
     sizes: Histogram = field(default_factory=lambda: Histogram(BYTES))
 
-    def add(self, event: Offloaded | Onboarded | Demoted | Promoted) -> None:
+    def add(self, event: Copied) -> None:
         self.blocks += event.blocks
         self.failed += event.failed
         self.nbytes += event.nbytes
