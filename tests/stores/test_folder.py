@@ -219,7 +219,7 @@ def test_a_smaller_bound_keeps_what_fits(folder: Folder) -> None:
 
 
 def test_a_bound_that_is_too_small_ends_the_start(folder: Folder) -> None:
-    with pytest.raises(ConfigError, match=r"disk_gb.*too few for one block"):
+    with pytest.raises(ConfigError, match=r"g3_gb.*too few for one block"):
         use(folder, A, bound=100_000, block=1 << 20)
 
 

@@ -31,7 +31,7 @@ _err = Console(stderr=True)
 
 app = typer.Typer(no_args_is_help=True, help="Look into the disk tier's folder, check it, empty it.")
 
-_Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The folder, as in the setting disk_dir.")]
+_Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The folder, as in the setting g3_dir.")]
 _Namespace = Annotated[
     str, typer.Option("--namespace", metavar="PREFIX", help="Only namespaces whose folder begins with this.")
 ]

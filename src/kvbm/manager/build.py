@@ -11,52 +11,36 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 from kvbm import __version__
-from kvbm.abc.policy import Drop, Move, Placement
 from kvbm.abc.transport import Transport
 from kvbm.blocks import Pool
 from kvbm.core.config import Resolved, Settings
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.core.keys import Namespace
 from kvbm.core.region import Region
+from kvbm.manager import build_disk
 from kvbm.manager.channel import Link, listen, socket_path
 from kvbm.manager.control import About, Control
-from kvbm.manager.demote import Budget, Demotion
-from kvbm.manager.disk import DiskTier, adopt
 from kvbm.manager.gate import Gate
 from kvbm.manager.leader import Leader
-from kvbm.manager.lower import Lower
-from kvbm.manager.promote import Promotion
 from kvbm.manager.wire import Allot, Hello, Ready, Refused
 from kvbm.manager.worker import Worker
 from kvbm.observe import prometheus
 from kvbm.observe.totals import Totals
-from kvbm.policy import admission, eviction_order, placement
-from kvbm.policy.admissions import Frequency
+from kvbm.policy import eviction_order
 from kvbm.stores.available import available_memory
-from kvbm.stores.cipher import Cipher
-from kvbm.stores.disk import Disk
-from kvbm.stores.folder import Folder, NamespaceFolder
-from kvbm.stores.format import padded
 from kvbm.stores.meta import Place as DiskPlace
-from kvbm.stores.meta import bytes_of
-from kvbm.stores.shard import Shard
 from kvbm.transfer.executor import Executor
-from kvbm.transfer.file import FileTransport
 from kvbm.transfer.memcpy import MemcpyTransport
 
 log = logging.getLogger(__name__)
 
-_DISK_THREADS, _DISK_DEPTH = 2, 32
-"""Threads that move blocks to and from disk, and operations that each has in flight."""
 _BOUNCE_BYTES = 1 << 30
 """Size of G2 where there is a disk tier and nothing says how large G2 is."""
-_MOVE_BYTES = 16 << 20
-"""Bytes that are moved between host memory and disk at once, over all ranks: what has arrived can be used while the
-rest is on its way."""
 _RESERVE = 1 << 30
 """Bytes of available memory that G2 never takes: the engine itself still grows."""
 
@@ -103,15 +87,11 @@ def build_worker(settings: Settings, place: Place, namespace: Namespace, g1: Reg
     def make_executor() -> Executor:
         threads = settings.copy_threads or max(1, min(4, (os.cpu_count() or 1) // place.ranks))
         transports: list[Transport] = [MemcpyTransport(threads)]
-        if settings.g3_gb is not None or settings.g3_blocks is not None:
-            transports.append(FileTransport(_DISK_THREADS, _DISK_DEPTH, settings.g3_engine))
+        if build_disk.wanted(settings):
+            transports.append(build_disk.transport(settings))
         if settings.transport_wrapper:
             transports = [_wrap(settings.transport_wrapper, transport, rank) for transport in transports]
         return Executor(transports)
-
-    def open_disk(place: DiskPlace, rank: int, memory: Region, executor: Executor) -> Disk:
-        shard = Shard(place, rank, sync=settings.g3_sync, direct=settings.g3_direct)
-        return Disk(shard, memory, executor.submit, executor.cancel, cipher=cipher_of(settings))
 
     return Worker(
         settings,
@@ -121,7 +101,7 @@ def build_worker(settings: Settings, place: Place, namespace: Namespace, g1: Reg
         fingerprint=namespace.fingerprint,
         address=channel_path(settings, place.engine),
         make_executor=make_executor,
-        open_disk=open_disk,
+        open_disk=partial(build_disk.open_shard, settings),
     )
 
 
@@ -140,26 +120,32 @@ def build_leader(
     """The leader, once every rank's worker has its arena. Raises ConfigError for a size that cannot be, Broken if a
     worker does not come or cannot get its memory."""
     settings = resolved.settings
-    below = _check_policies(settings)
+    eviction_order(settings.g2_order, 1, "g2_order")  # before anything is waited for
+    build_disk.check(settings)
     for note in resolved.notes:
         log.warning("KVBM: %s", note)
+    absent: dict[str, str] = {}
+    found: build_disk.Found | None = None
     with ExitStack() as undo:
         links, slot_bytes = _gather(settings, place, namespace, undo)
-        found: NamespaceFolder | str | None = None
-        if below is not None:
-            found = _open_disk(resolved, place, namespace, slot_bytes)
-        if isinstance(found, NamespaceFolder):
-            undo.callback(found.close)
+        if build_disk.wanted(settings):
+            try:
+                path = disk_folder(settings, place)
+                found = build_disk.find(settings, path, place.engine, place.ranks, namespace, slot_bytes)
+                undo.callback(found.folder.close)
+            except Broken as error:
+                _without_disk(settings, absent, str(error))
         with _one_at_a_time(settings):
             slots, why = _size(resolved, place, slot_bytes * place.ranks)
             log.info(
                 "KVBM: G2 holds %d blocks of %d tokens, %.2f GB over %d rank(s): %s",
                 slots, block_tokens, slots * slot_bytes * place.ranks / 1e9, place.ranks, why,
             )  # fmt: skip
-            problem = _allot(settings, links, slots, found.place if isinstance(found, NamespaceFolder) else None)
-        if problem is not None and isinstance(found, NamespaceFolder):
-            found.close()
-            found = problem
+            problem = _allot(settings, links, slots, found.folder.place if found else None)
+        if found and problem is not None:
+            _without_disk(settings, absent, problem)
+            found.folder.close()
+            found = None
         undo.pop_all()
     totals = Totals()
     pool = Pool(slots, order=eviction_order(settings.g2_order, slots), tier="g2")
@@ -172,13 +158,12 @@ def build_leader(
         shares_device_blocks=shares_device_blocks,
         observers=[totals],
     )
-    if isinstance(found, NamespaceFolder) and below is not None:
-        leader.lower = _lower(settings, leader, links, found, below, slot_bytes * place.ranks, block_tokens)
-    elif isinstance(found, str):
-        leader.absent["g3"] = found
+    leader.absent = absent
+    if found is not None:
+        leader.lower = build_disk.lower(settings, leader, links, found, slot_bytes * place.ranks, block_tokens)
     about = About(
         place.engine, __version__, namespace.fingerprint, place.ranks, slot_bytes * place.ranks, block_tokens,
-        found.path if isinstance(found, NamespaceFolder) else None,
+        found.folder.path if found else None,
     )  # fmt: skip
     control = Control(leader, totals, about, settings.run_dir)
     stop = None
@@ -244,7 +229,7 @@ def _size(resolved: Resolved, place: Place, block_bytes: int) -> tuple[int, str]
     """How many blocks G2 gets, and why."""
     settings, sources = resolved.settings, resolved.sources
     free = available_memory() - _RESERVE
-    bounce = (settings.g3_gb or settings.g3_blocks) is not None and sources["g2_share"] == "default"
+    bounce = build_disk.wanted(settings) and sources["g2_share"] == "default"
     if settings.g2_blocks is not None:
         name, slots, why = "g2_blocks", settings.g2_blocks, f"{sources['g2_blocks']}"
     elif settings.g2_gb is not None:
@@ -284,103 +269,18 @@ def _allot(settings: Settings, links: dict[int, Link], slots: int, disk: DiskPla
                 raise Broken(f"rank {rank} cannot get its host memory: {refusal}")
             case message:
                 raise Broken(f"rank {rank} did not prepare its host memory in time ({message!r})")
-    if problem is not None:
-        log.error("KVBM: there is no disk tier (G3): %s", problem)
-        if settings.strict:
-            raise Broken(problem)
     return problem
 
 
-# ---------------------------------------------------------------------- the disk tier
-
-
-def cipher_of(settings: Settings) -> Cipher | None:
-    """What encrypts the disk tier. Raises ConfigError for a key that cannot be used."""
-    return Cipher.from_file(settings.g3_key_file) if settings.g3_key_file is not None else None
-
-
-def _check_policies(settings: Settings) -> Placement | None:
-    """Where blocks live, if there is a disk tier. Raises ConfigError before anything is waited for or touched."""
-    eviction_order(settings.g2_order, 1, "g2_order")
-    if settings.g3_gb is None and settings.g3_blocks is None:
-        return None
-    eviction_order(settings.g3_order, 1, "g3_order")
-    admission(settings.g3_admission, 1, "g3_admission")
-    cipher_of(settings)
-    return placement(settings.placement, "placement")
+def _without_disk(settings: Settings, absent: dict[str, str], problem: str) -> None:
+    """Go on without a disk tier, and say why. Raises Broken instead where `strict` is set."""
+    log.error("KVBM: there is no disk tier (G3): %s", problem)
+    if settings.strict:
+        raise Broken(problem)
+    absent["g3"] = problem
 
 
 def disk_folder(settings: Settings, place: Place) -> Path:
     """The folder of one engine's disk tier."""
     folder = settings.g3_dir or settings.cache_dir / "g3"
     return folder / f"dp{place.dp_rank}" if place.dp_local > 1 else folder
-
-
-def _open_disk(resolved: Resolved, place: Place, namespace: Namespace, slot_bytes: int) -> NamespaceFolder | str:
-    """This namespace's part of the folder, or why there is none. Raises Broken instead where `strict` is set."""
-    settings = resolved.settings
-    if settings.g3_blocks is not None:
-        bound = bytes_of(settings.g3_blocks, place.ranks, padded(slot_bytes))
-    else:
-        assert settings.g3_gb is not None
-        bound = int(settings.g3_gb * 1e9)
-    cipher = cipher_of(settings)
-    try:
-        folder = Folder.claim(disk_folder(settings, place), place.engine)
-        try:
-            return folder.namespace(
-                namespace.fingerprint, namespace.facts, ranks=place.ranks, block_bytes=slot_bytes, bound_bytes=bound,
-                encryption=cipher.id if cipher else "", zerofill=settings.g3_zerofill,
-            )  # fmt: skip
-        except BaseException:
-            folder.close()
-            raise
-    except Broken as error:
-        if settings.strict:
-            raise
-        log.error("KVBM: there is no disk tier (G3): %s", error)
-        return str(error)
-
-
-def _lower(
-    settings: Settings,
-    leader: Leader,
-    links: dict[int, Link],
-    folder: NamespaceFolder,
-    below: Placement,
-    block_bytes: int,
-    block_tokens: int,
-) -> Lower:
-    """The disk tier with what it had when the process before this one ended."""
-    slots, tiers = folder.num_slots, ("g2", "g3")
-    started = time.monotonic()
-    pool = Pool(slots, order=eviction_order(settings.g3_order, slots), tier="g3")
-    found = folder.recover()
-    adopt(pool, found)
-    log.info(
-        "KVBM: G3 holds %d blocks, %.2f GB, in %s; %d of them are there from before (%.2f s)",
-        slots, slots * block_bytes / 1e9, folder.path, len(found.slots), time.monotonic() - started,
-    )  # fmt: skip
-    tier = DiskTier(
-        pool, links, folder, leader.gate,
-        generation=folder.generation, sequence=found.next_sequence, patience=settings.g3_deadline_s + 5.0,
-        next_id=leader.next_job,
-    )  # fmt: skip
-    in_flight = max(1, settings.g3_inflight_mb * 1_000_000 // block_bytes)
-    batch = max(1, _MOVE_BYTES // block_bytes)
-    quarter = leader.pool.statistics().total // 4  # of G2: what is being written is held
-    demotion = Demotion(
-        tier, leader.pool,
-        admission=admission(settings.g3_admission, slots),
-        hot=Frequency(slots),
-        exclusive=isinstance(below.evict("g2", tiers), Move),
-        budget=Budget(None if settings.g3_write_mb_s is None else settings.g3_write_mb_s * 1e6, time.monotonic),
-        block_bytes=block_bytes, most=min(in_flight, quarter), batch=batch, emit=leader.emit,
-    )  # fmt: skip
-    promotion = Promotion(
-        tier, leader.pool,
-        exclusive=isinstance(below.promote("g3", tiers), Drop),
-        most=max(1, int(leader.pool.statistics().total * settings.held_share)),
-        in_flight=in_flight, batch=batch, unmeasured=min(batch, in_flight) // 8, emit=leader.emit, clock=time.monotonic,
-    )  # fmt: skip
-    return Lower(tier, demotion, promotion, block_tokens)

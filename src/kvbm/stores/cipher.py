@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 TAG_BYTES: Final = 16
 NONCE_BYTES: Final = 12
-_SETTING: Final = "disk_key_file"
+_SETTING: Final = "g3_key_file"
 
 
 @final

@@ -50,7 +50,7 @@ class Folder:
             Broken: it cannot be made or written.
         """
         if path.exists() and not path.is_dir():
-            raise ConfigError("disk_dir", f"{path} is not a folder", remedy="Name a folder for the disk tier's files")
+            raise ConfigError("g3_dir", f"{path} is not a folder", remedy="Name a folder for the disk tier's files")
         with reported(f"make the folder {path}"):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         return cls(path, Lock(path, engine), clock)
@@ -93,7 +93,7 @@ class Folder:
             num_slots = slots_in(room, ranks, padded(block_bytes))
             if num_slots < 1:
                 raise ConfigError(
-                    "disk_gb",
+                    "g3_gb",
                     f"{room:,} of {bound_bytes:,} bytes are left for this model, too few for one block"
                     f" ({ranks} x {padded(block_bytes):,} bytes)",
                     remedy=f"Give it more, or delete what else is in {self.path} (kvbm disk purge)",

@@ -1,0 +1,149 @@
+"""The disk tier, put together: its policies, its folder, its transport, what the leader and each worker need of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from kvbm.abc.policy import Drop, Move
+from kvbm.blocks import Pool
+from kvbm.core.config import Settings
+from kvbm.core.errors import Broken, ConfigError
+from kvbm.core.keys import Namespace
+from kvbm.core.region import Region
+from kvbm.manager.channel import Link
+from kvbm.manager.demote import Budget, Demotion
+from kvbm.manager.disk import DiskTier, adopt
+from kvbm.manager.leader import Leader
+from kvbm.manager.lower import Lower
+from kvbm.manager.promote import Promotion
+from kvbm.policy import admission, eviction_order, placement
+from kvbm.policy.admissions import Frequency
+from kvbm.stores.cipher import Cipher
+from kvbm.stores.disk import Disk
+from kvbm.stores.folder import Folder, NamespaceFolder
+from kvbm.stores.format import padded
+from kvbm.stores.meta import Place, bytes_of
+from kvbm.stores.recovery import Recovered
+from kvbm.stores.shard import Shard
+from kvbm.transfer.executor import Executor
+from kvbm.transfer.file import FileTransport
+
+log = logging.getLogger(__name__)
+
+_RINGS, _DEPTH = 2, 32
+"""With io_uring: threads that move blocks to and from disk, and operations that each has in flight."""
+_THREADS = 16
+"""Without: threads, each with one operation in flight."""
+_MOVE_BYTES: Final = 16 << 20
+"""Bytes that are moved between host memory and disk at once, over all ranks: what has arrived can be used while the
+rest is on its way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """This namespace's part of the folder, and what was in it at the start."""
+
+    folder: NamespaceFolder
+    blocks: Recovered
+
+
+def wanted(settings: Settings) -> bool:
+    """Whether there is to be a disk tier."""
+    return settings.g3_gb is not None or settings.g3_blocks is not None
+
+
+def check(settings: Settings) -> None:
+    """Raises ConfigError for a policy or a key that cannot be used, before anything is waited for or touched."""
+    if wanted(settings):
+        eviction_order(settings.g3_order, 1, "g3_order")
+        admission(settings.g3_admission, 1, "g3_admission")
+        placement(settings.placement)
+        _cipher(settings)
+
+
+def transport(settings: Settings) -> FileTransport:
+    """What moves blocks to and from disk. Raises ConfigError where `g3_engine` asks for what this kernel refuses."""
+    if settings.g3_engine != "threads":
+        try:
+            rings = FileTransport(_RINGS, _DEPTH, settings.g3_engine)
+        except Broken as error:
+            raise ConfigError("g3_engine", str(error), remedy="Use auto, or threads.") from None
+        if rings.engine == "io_uring":
+            return rings
+        rings.close()
+    return FileTransport(_THREADS, 1, "threads")
+
+
+def open_shard(settings: Settings, place: Place, rank: int, memory: Region, executor: Executor) -> Disk:
+    """One rank's files. Raises Broken."""
+    shard = Shard(place, rank, sync=settings.g3_sync, direct=settings.g3_direct)
+    return Disk(shard, memory, executor.submit, executor.cancel, cipher=_cipher(settings))
+
+
+def find(settings: Settings, path: Path, engine: str, ranks: int, namespace: Namespace, slot_bytes: int) -> Found:
+    """Take the folder for this engine and look into this namespace's part of it. Raises Broken."""
+    if settings.g3_blocks is not None:
+        bound = bytes_of(settings.g3_blocks, ranks, padded(slot_bytes))
+    else:
+        assert settings.g3_gb is not None
+        bound = int(settings.g3_gb * 1e9)
+    cipher, started = _cipher(settings), time.monotonic()
+    folder = Folder.claim(path, engine)
+    try:
+        part = folder.namespace(
+            namespace.fingerprint, namespace.facts, ranks=ranks, block_bytes=slot_bytes, bound_bytes=bound,
+            encryption=cipher.id if cipher else "", zerofill=settings.g3_zerofill,
+        )  # fmt: skip
+        found = Found(part, part.recover())
+    except BaseException:
+        folder.close()
+        raise
+    log.info(
+        "KVBM: G3 holds %d blocks, %.2f GB, in %s; %d of them are there from before (%.2f s)",
+        part.num_slots, part.num_slots * slot_bytes * ranks / 1e9, part.path, len(found.blocks.slots),
+        time.monotonic() - started,
+    )  # fmt: skip
+    return found
+
+
+def lower(
+    settings: Settings, leader: Leader, links: Mapping[int, Link], found: Found, block_bytes: int, block_tokens: int
+) -> Lower:
+    """What the leader has of the tier. `block_bytes` are those of a block over all ranks."""
+    slots, tiers, below = found.folder.num_slots, ("g2", "g3"), placement(settings.placement)
+    g2_slots = leader.pool.statistics().total
+    pool = Pool(slots, order=eviction_order(settings.g3_order, slots), tier="g3")
+    adopt(pool, found.blocks)
+    tier = DiskTier(
+        pool, links, found.folder, leader.gate,
+        generation=found.folder.generation, sequence=found.blocks.next_sequence,
+        patience=settings.g3_deadline_s + 5.0, next_id=leader.next_job,
+    )  # fmt: skip
+    in_flight = max(1, settings.g3_inflight_mb * 1_000_000 // block_bytes)
+    batch = max(1, _MOVE_BYTES // block_bytes)
+    demotion = Demotion(
+        tier, leader.pool,
+        admission=admission(settings.g3_admission, slots),
+        hot=Frequency(slots),
+        exclusive=isinstance(below.evict("g2", tiers), Move),
+        budget=Budget(None if settings.g3_write_mb_s is None else settings.g3_write_mb_s * 1e6, time.monotonic),
+        block_bytes=block_bytes,
+        most=min(in_flight, g2_slots // 4),  # what is being written is held
+        batch=batch, emit=leader.emit,
+    )  # fmt: skip
+    promotion = Promotion(
+        tier, leader.pool,
+        exclusive=isinstance(below.promote("g3", tiers), Drop),
+        most=max(1, int(g2_slots * settings.held_share)),
+        in_flight=in_flight, batch=batch, unmeasured=min(batch, in_flight) // 8, emit=leader.emit, clock=time.monotonic,
+    )  # fmt: skip
+    return Lower(tier, demotion, promotion, block_tokens)
+
+
+def _cipher(settings: Settings) -> Cipher | None:
+    return Cipher.from_file(settings.g3_key_file) if settings.g3_key_file is not None else None
