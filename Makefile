@@ -19,7 +19,7 @@ test: check .venv/engine
 	$(BIN)/python -m pytest
 
 test-fast: .venv/dev
-	$(BIN)/python -m pytest -m "not e2e"
+	$(BIN)/python -m pytest -m "not e2e" --numprocesses 2 --dist worksteal
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -1,168 +1,168 @@
-"""Blocks to and from a file with a checksum of each, against fio doing as many bytes at the same depth.
+"""Blocks through the disk tier's store, checksums on, against fio doing as many bytes with the same engine and depth.
 
 python -m bench.disk [--strict]
 
-Both sides use direct I/O on the same file of 1 GiB in build/, and memory of huge pages: a virtual disk may take each
-page of memory by itself, and then the size of pages decides. Ours moves plans of 32 MiB, eight at a time, and one
-thread checks each block that was read or makes the checksum of each that is written; it is measured without that, too.
-Scattered blocks have no neighbours in a plan, so that nothing is merged; each plan is still issued in the order of the
-file, and fio's random blocks are not. Consecutive blocks are merged by us and moved one by one by fio.
+Ours is what a worker runs: the same store and transport, jobs of 16 MiB, 256 MiB in flight. Both sides use direct I/O
+on the same file of 1 GiB, in build/, and huge pages: a virtual disk may take each page of memory by itself, and then
+the size of pages decides. Of scattered blocks no two are neighbours in a job, so that nothing is merged. Neither side
+syncs (what that costs: bench.durability), and index and checksums are on our side only.
+
+fio has a buffer for each operation in flight and uses it again at once: with blocks of 64 KiB that is little memory,
+which stays in the processor's cache. A store has to put each block into memory of its own. What that costs is shown
+by two controls, a bare ring without anything around it: into buffers like fio's, and into memory like ours.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Literal
 
 import numpy as np
-from xxhash import xxh3_64_intdigest
 
 from bench.copy import buffer
 from bench.harness import Bench
-from kvbm.abc.transport import Completion, Plan
+from kvbm.abc.transport import Completion
+from kvbm.core.config import Settings
 from kvbm.core.outcome import Outcome
-from kvbm.core.region import OpenFile, Region, packed
-from kvbm.transfer.file import FileTransport
+from kvbm.core.region import Slots, packed
+from kvbm.manager.build_disk import transport
+from kvbm.native import Ring
+from kvbm.stores.disk import Disk
+from kvbm.stores.folder import Folder
+from kvbm.stores.format import Words
+from kvbm.stores.shard import Shard
+from kvbm.testing.store import key_of, labels
+from kvbm.transfer.executor import Executor
 
-PATH = Path("build/disk.bin")
-FILE_BYTES, MOVED_BYTES = 1 << 30, 512 << 20
-PLAN_BYTES, WINDOW = 32 << 20, 8
-MEMORY_BYTES = PLAN_BYTES * WINDOW
+FOLDER = Path("build")
+FILE_BYTES, MOVED_BYTES = 1 << 30, 2 << 30
+JOB_BYTES, JOBS = 16 << 20, 16
 BLOCKS = (64 << 10, 512 << 10, 2 << 20)
-ROUNDS = 4
+ROUNDS = 5
 BAR = 0.9
-Engine = Literal["io_uring", "threads"]
 
 
 @dataclass(frozen=True)
 class Setup:
-    """As many operations in flight on both sides. Stores leave a thread to loads, so they are given one more."""
+    """What a worker uses, and fio with as many operations in flight."""
 
-    engine: Engine
-    threads: int
-    depth: int
+    settings: Settings
     fio: tuple[str, ...]
-    jobs: int
-
-    def transport(self, write: bool) -> FileTransport:
-        return FileTransport(self.threads + write, self.depth, self.engine)
+    jobs: int = 1
 
 
-SETUPS = (
-    (Setup("io_uring", 2, 16, ("--ioengine=io_uring", "--iodepth=32"), 1), BLOCKS),
-    (Setup("threads", 8, 1, ("--ioengine=psync", "--numjobs=8"), 8), (512 << 10,)),
-)
+IO_URING = Setup(Settings(g3_engine="io_uring"), ("--ioengine=io_uring", "--iodepth=64"))
+DEPTH = 64
+THREADS = Setup(Settings(g3_engine="threads"), ("--ioengine=psync", "--numjobs=16"), 16)
 
 
-class Disk:
-    """The file, memory for the plans at hand, and the checksums of the file's blocks of each size."""
+class Store:
+    """A store of blocks of one size, full, and the memory they come from and go to."""
 
-    def __init__(self) -> None:
-        PATH.parent.mkdir(exist_ok=True)
-        self.array = buffer(MEMORY_BYTES)
-        self.memory = memory = memoryview(self.array)
-        self.file = OpenFile(os.open(PATH, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600))
-        self.sums: dict[int, list[int]] = {block: [] for block in BLOCKS}
-        for start in range(0, FILE_BYTES, MEMORY_BYTES):
-            memory[:] = np.random.default_rng(start).bytes(MEMORY_BYTES)
-            assert os.pwritev(self.file.fd, [memory], start) == MEMORY_BYTES
-            for block, sums in self.sums.items():
-                sums += [xxh3_64_intdigest(memory[at : at + block]) for at in range(0, MEMORY_BYTES, block)]
-        os.fsync(self.file.fd)
+    def __init__(self, stack: ExitStack, block: int) -> None:
+        self.block, self.slots = block, FILE_BYTES // block
+        folder = Folder.claim(Path(stack.enter_context(tempfile.TemporaryDirectory(dir=FOLDER))), "bench")
+        stack.callback(folder.close)
+        bound = FILE_BYTES + 2 * self.slots * 128 + (1 << 20)
+        self.place = folder.namespace("e" * 64, {}, ranks=1, block_bytes=block, bound_bytes=bound).place
+        self.path = self.place.data(0)
+        self.array = buffer(JOB_BYTES * JOBS)
+        self.array[:] = np.frombuffer(np.random.default_rng(0).bytes(self.array.nbytes), dtype=np.uint8)
+        self.host = packed("G2", int(self.array.ctypes.data), [block], self.array.nbytes // block, owner=self.array)
+        self.sequence = 0
 
-    def regions(self, block: int) -> tuple[Region, Region]:
-        host = packed("G2", int(self.array.ctypes.data), [block], MEMORY_BYTES // block, owner=self.array)
-        return host, packed("G3", 0, [block], FILE_BYTES // block, kind="file", owner=self.file)
+    def disk(self, stack: ExitStack, setup: Setup) -> Disk:
+        executor = Executor([transport(setup.settings)])
+        stack.callback(executor.close, 5)
+        disk = Disk(Shard(self.place, 0, sync="never"), self.host, executor.submit, executor.cancel)
+        stack.callback(disk.close, 5)
+        return disk
 
+    def order(self, scattered: bool) -> Slots:
+        """The slots to move, MOVED_BYTES of them, in jobs."""
+        slots = np.arange(self.slots)
+        if scattered:  # of each pair of slots first the one, later the other
+            dice = np.random.default_rng(1)
+            slots = np.concatenate([dice.permutation(slots[half::2]) for half in (0, 1)])
+        return np.tile(slots, MOVED_BYTES // FILE_BYTES).reshape(-1, JOB_BYTES // self.block)
 
-class Ours:
-    """MOVED_BYTES through a transport; a call returns the seconds from the first submit to the last checked block."""
+    def run(self, disk: Disk, jobs: Slots, *, write: bool) -> float:
+        """Move these blocks; the seconds from the first call to the last completion."""
+        windows = np.arange(self.host.num_slots).reshape(JOBS, -1)
+        keys = [[key_of(slot) for slot in slots] for slots in jobs.tolist()]
+        over: SimpleQueue[tuple[int, Completion]] = SimpleQueue()
 
-    def __init__(self, disk: Disk, setup: Setup, block: int, *, write: bool, scattered: bool) -> None:
-        self.disk, self.block, self.write, self.checks = disk, block, write, True
-        self.transport = setup.transport(write)
-        self.host, self.stored = disk.regions(block)
-        slots = np.arange(MOVED_BYTES // block)
-        if scattered:  # of each pair of slots one, so that no two are neighbours
-            slots = np.random.default_rng(1).permutation(2 * slots)
-        per_plan = PLAN_BYTES // block
-        self.windows = np.arange(MEMORY_BYTES // block).reshape(WINDOW, per_plan)
-        self.plans = slots.reshape(-1, per_plan)
-        self.over: SimpleQueue[tuple[np.ndarray, np.ndarray, Completion]] = SimpleQueue()
+        def done(job: int, completion: Completion, _: Words) -> None:
+            over.put((job, completion))
 
-    def __call__(self) -> float:
-        self.disk.array[:] = 0
         begin = time.perf_counter()
-        for stored, host in zip(self.plans, self.windows, strict=False):
-            self.start(stored, host)
-        for stored in self.plans[WINDOW:]:
-            self.start(stored, self.finish())
-        for _ in range(WINDOW):
-            self.finish()
+        free = list(range(JOBS))
+        taken: dict[int, int] = {}
+        for job, slots in enumerate(jobs):
+            window = free.pop() if free else taken.pop(self.finished(over))
+            taken[job] = window
+            if write:
+                self.sequence += len(slots)
+                disk.write(job, windows[window], slots, labels(keys[job], self.sequence), None, 60, done)
+            else:
+                disk.read(job, slots, windows[window], keys[job], 60, done)
+        for _ in taken:
+            self.finished(over)
         return time.perf_counter() - begin
 
-    def start(self, stored: np.ndarray, host: np.ndarray) -> None:
-        if self.write and self.checks:
-            self.sums(host)
-        ends = (self.host, host), (self.stored, stored)
-        here, there = ends if self.write else ends[::-1]
-        plan = Plan(*here, *there, not self.write, "store" if self.write else "load")
-        self.transport.submit(plan, lambda completion: self.over.put((stored, host, completion)))
-
-    def finish(self) -> np.ndarray:
-        """The slots in memory of the next plan that is over."""
-        stored, host, completion = self.over.get()
+    @staticmethod
+    def finished(over: SimpleQueue[tuple[int, Completion]]) -> int:
+        job, completion = over.get()
         assert (completion.outcomes == Outcome.DONE).all(), completion.error
-        if self.checks and not self.write:
-            sums = self.disk.sums[self.block]
-            assert self.sums(host) == [sums[slot] for slot in stored], "these are not the bytes of the file"
-        return host
+        return job
 
-    def sums(self, slots: np.ndarray) -> list[int]:
-        memory, block = self.disk.memory, self.block
-        return [xxh3_64_intdigest(memory[at : at + block]) for at in (slots * block).tolist()]
+    def bare(self, jobs: Slots, memory_bytes: int, *, write: bool) -> float:
+        """The same on one ring in one call, without merging, index or checksum, to and from so much memory."""
+        slots = jobs.ravel()
+        memory = np.arange(len(slots)) % (memory_bytes // self.block) * self.block + self.array.ctypes.data
+        segments = np.stack((memory, np.full(len(slots), self.block)), axis=1).ravel()
+        results, control = np.full(len(slots), -1), np.zeros(2, dtype=np.int64)
+        file = os.open(self.path, os.O_RDWR | os.O_DIRECT)
+        ring = Ring(DEPTH)
+        begin = time.perf_counter()
+        ring.run(file, write, slots * self.block, np.arange(len(slots) + 1), segments, results, control)
+        seconds = time.perf_counter() - begin
+        os.close(file)
+        assert (results == self.block).all()
+        return seconds
 
-    def unchecked(self) -> float:
-        self.checks = False
-        try:
-            return self()
-        finally:
-            self.checks = True
-
-
-def fio(setup: Setup, block: int, *, write: bool, scattered: bool) -> float:
-    """The seconds in which fio moves MOVED_BYTES (by its own clock, without its start)."""
-    each = MOVED_BYTES // setup.jobs
-    extent = [f"--size={FILE_BYTES}", f"--io_size={each}"]
-    if not scattered:
-        extent = [f"--size={each}", f"--offset_increment={each}"]
-    arguments = ["fio", "--name=disk", f"--filename={PATH}", "--direct=1", "--output-format=json", "--group_reporting"]
-    arguments.append("--iomem_align=2m")
-    mode = f"--rw={'rand' if scattered else ''}{'write' if write else 'read'}"
-    output = subprocess.run(
-        [*arguments, *setup.fio, *extent, mode, f"--bs={block}"],
-        env={**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},  # huge pages for its buffers
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    figures = json.loads(output)["jobs"][0]["write" if write else "read"]
-    assert figures["io_bytes"] == MOVED_BYTES, figures["io_bytes"]
-    return MOVED_BYTES / float(figures["bw_bytes"])
+    def fio(self, setup: Setup, *, write: bool, scattered: bool) -> float:
+        """The seconds in which fio moves as many bytes (by its own clock, without its start)."""
+        each = FILE_BYTES // setup.jobs
+        extent = [f"--size={FILE_BYTES if scattered else each}", f"--io_size={MOVED_BYTES // setup.jobs}"]
+        if not scattered:
+            extent.append(f"--offset_increment={each}")
+        mode = f"--rw={'rand' if scattered else ''}{'write' if write else 'read'}"
+        output = subprocess.run(
+            ["fio", "--name=disk", f"--filename={self.path}", "--direct=1", "--output-format=json", "--group_reporting",
+             "--iomem_align=2m", "--norandommap", *setup.fio, *extent, mode, f"--bs={self.block}"],
+            env={**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},  # huge pages for its buffers
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+        figures = json.loads(output)["jobs"][0]["write" if write else "read"]
+        assert figures["io_bytes"] == MOVED_BYTES, figures["io_bytes"]
+        return MOVED_BYTES / float(figures["bw_bytes"])
 
 
-def seconds(cases: Mapping[str, Callable[[], float]]) -> dict[str, float]:
-    """Medians of interleaved rounds, each of which begins with another case."""
+def medians(cases: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+    """Of what each case says, in interleaved rounds each of which begins with another case."""
     taken: dict[str, list[float]] = {name: [] for name in cases}
     order = list(cases.items())
     for _ in range(ROUNDS):
@@ -172,34 +172,43 @@ def seconds(cases: Mapping[str, Callable[[], float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def measure(bench: Bench, disk: Disk, setup: Setup, block: int, *, write: bool, scattered: bool) -> None:
-    ours = Ours(disk, setup, block, write=write, scattered=scattered)
+def measure(bench: Bench, store: Store, disk: Disk, setup: Setup, *, write: bool, scattered: bool) -> None:
+    jobs = store.order(scattered)
 
     def theirs() -> float:
-        return fio(setup, block, write=write, scattered=scattered)
+        return store.fio(setup, write=write, scattered=scattered)
 
-    median = seconds({"fio": theirs, "fio again": theirs, "ours": ours, "unchecked": ours.unchecked})
-    ours.transport.close()
-    kind = f"{'scattered' if scattered else 'consecutive'} {'writes' if write else 'reads'}, {block >> 10} KiB"
-    what = f"{kind}, {setup.engine}"
+    cases = {"fio": theirs, "fio again": theirs, "ours": lambda: store.run(disk, jobs, write=write)}
+    if setup is IO_URING and not write:
+        hot = min(DEPTH * store.block, store.array.nbytes)
+        cases["bare, fio's memory"] = lambda: store.bare(jobs, hot, write=write)
+        cases["bare, our memory"] = lambda: store.bare(jobs, store.array.nbytes, write=write)
+    median = medians(cases)
+    kind = f"{'scattered' if scattered else 'consecutive'} {'writes' if write else 'reads'}, {store.block >> 10} KiB"
+    what = f"{kind}, {setup.settings.g3_engine}"
     bench.info(what, " / ".join(f"{MOVED_BYTES / median[name] / 1e9:.2f}" for name in ("ours", "fio")) + " GB/s")
     bench.row(f"A/A: fio, {what}", "bandwidth of fio", median["fio"] / median["fio again"])
-    bench.row(f"{what}, without checksums", "bandwidth of fio", median["fio"] / median["unchecked"])
-    bench.row(f"{what}, with checksums", "bandwidth of fio", median["fio"] / median["ours"], ">=", BAR)
+    for name in cases:
+        if name.startswith("bare"):
+            bench.row(f"{what}, {name}", "bandwidth of fio", median["fio"] / median[name])
+    bench.row(what, "bandwidth of fio", median["fio"] / median["ours"], ">=", BAR)
 
 
 def main() -> int:
     if shutil.which("fio") is None:
         print("bench.disk compares with fio, which is not installed (Debian: apt-get install fio): skipped")
         return 0
-    bench, disk = Bench("disk"), Disk()
+    bench = Bench("disk")
     bench.info("load before", round(os.getloadavg()[0], 2))
-    for write in (False, True):  # what fio writes are not our blocks any more, so reads come first
-        for setup, blocks in SETUPS:
-            for block in blocks:
+    FOLDER.mkdir(exist_ok=True)
+    for setup, block in itertools.product((IO_URING, THREADS), BLOCKS):
+        with ExitStack() as stack:
+            store = Store(stack, block)
+            disk = store.disk(stack, setup)
+            store.run(disk, store.order(scattered=False), write=True)
+            for write in (False, True):  # what fio writes are not our blocks any more, so reads come first
                 for scattered in (False, True):
-                    measure(bench, disk, setup, block, write=write, scattered=scattered)
-    PATH.unlink()
+                    measure(bench, store, disk, setup, write=write, scattered=scattered)
     return bench.write()
 
 

@@ -9,10 +9,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-
-import numpy as np
+from typing import Any
+from unittest import mock
 
 from bench import disk
 from bench.harness import Bench
@@ -21,9 +21,10 @@ from bench.throughput import OPTIONS, against, run
 from bench.ttft import first_token
 from kvbm.blocks import Pinned, Staged
 from kvbm.manager.disk import Move
+from kvbm.manager.gate import Gate
 from tests.e2e.engine import Engine
 
-LENGTH = 2000
+LENGTH, SHORT = 2000, 1000
 PROMPTS = 3
 ROUNDS = 3
 WRITER_MB_S = 300
@@ -48,13 +49,17 @@ def forget_memory(vllm: Engine) -> None:
         held.evict()
 
 
-def first_tokens(bench: Bench, folder: Path) -> None:
+def prompt_of(dice: random.Random, length: int = LENGTH) -> list[int]:
+    return [dice.randrange(300, 40_000) for _ in range(length)]
+
+
+def first_tokens(bench: Bench, folder: Path, peer: disk.Store) -> None:
     """Disk hits between device hits; direct I/O, so the page cache has nothing."""
     dice, times = random.Random(0), dict[str, list[float]]()
     vllm = engine({"g2_gb": 1, "g3_gb": 4, "g3_dir": str(folder)}, max_model_len=4096, num_gpu_blocks_override=300)
-    first_token(vllm, [dice.randrange(300, 40_000) for _ in range(64)])
+    first_token(vllm, prompt_of(dice, 64))
     for _ in range(PROMPTS):
-        prompt = [dice.randrange(300, 40_000) for _ in range(LENGTH)]
+        prompt = prompt_of(dice)
         times.setdefault("cold", []).append(first_token(vllm, prompt))
         settle(vllm)
         for _ in range(ROUNDS):
@@ -62,7 +67,7 @@ def first_tokens(bench: Bench, folder: Path) -> None:
             forget_memory(vllm)
             times.setdefault("g3", []).append(first_token(vllm, prompt))
             settle(vllm)
-            times.setdefault("fio", []).append(disk.fio(disk.SETUPS[0][0], 2 << 20, write=False, scattered=False))
+            times.setdefault("fio", []).append(peer.fio(disk.IO_URING, write=False, scattered=False))
     median = {name: statistics.median(values) for name, values in times.items()}
     blocks = (LENGTH - 1) // 32
     assert vllm.status()["tokens"]["g3"] == PROMPTS * ROUNDS * blocks * 32, vllm.status()
@@ -76,6 +81,53 @@ def first_tokens(bench: Bench, folder: Path) -> None:
     )
     bench.row(what, "cold", median["g3"] / median["cold"])
     vllm.close()
+
+
+def partly(bench: Bench, folder: Path) -> None:
+    """A disk from which a prompt takes as long as computing another and then it, while that other is being computed.
+
+    Waiting for the disk is then as slow as not having it. What has come when it is the prompt's turn is free.
+    """
+    dice, times = random.Random(1), dict[str, list[float]]()
+    options: dict[str, Any] = {"max_model_len": 2048, "num_gpu_blocks_override": 300, "max_num_seqs": 1}
+    plain = engine(None, **options)
+    first_token(plain, prompt_of(dice, 64))
+    cold = statistics.median(first_token(plain, prompt_of(dice, SHORT)) for _ in range(ROUNDS))
+    blocks = (SHORT - 1) // 32
+    rate = blocks * 1.4746 / (2 * cold)
+    plain.close()
+    faults = f"kvbm.testing.faults:build?disk=1&load_rate={rate:.2f}"
+    vllm = engine({"g2_gb": 1, "g3_gb": 4, "g3_dir": str(folder), "transport_wrapper": faults}, **options)
+    prompts = [prompt_of(dice, SHORT) for _ in range(ROUNDS)]
+    for prompt in prompts:
+        first_token(vllm, prompt)
+        settle(vllm)
+
+    def turn(prompt: list[int]) -> float:
+        forget_memory(vllm)
+        vllm.add(prompt_of(dice, SHORT), 1)
+        seconds = first_token(vllm, prompt)
+        settle(vllm)
+        return seconds
+
+    for prompt in prompts:
+        loaded = vllm.status()["tokens"]["g3"]
+        times.setdefault("both", []).append(turn(prompt))
+        loaded = vllm.status()["tokens"]["g3"] - loaded
+        assert 0 < loaded < blocks * 32, "it was not partly loaded and partly computed"
+        bench.info("of a prompt were loaded, tokens", loaded)
+        for name in ("computed", "computed again"):
+            times.setdefault(name, []).append(turn(prompt_of(dice, SHORT)))
+        with mock.patch.object(Gate, "objection", return_value=None):
+            times.setdefault("loaded", []).append(turn(prompt))
+    vllm.close()
+    median = {name: statistics.median(values) for name, values in times.items()}
+    bench.info("slow disk, MB/s", round(rate, 1))
+    bench.info("first token behind another prompt, s", {name: round(value, 2) for name, value in median.items()})
+    what = f"slow disk, {SHORT} tokens, partly loaded and partly computed"
+    bench.row(what, "computed", median["both"] / median["computed"], "<=", 1.0)
+    bench.row(what, "loaded", median["both"] / median["loaded"], "<=", 1.0)
+    bench.row("A/A: computed", "computed", median["computed again"] / median["computed"])
 
 
 @contextmanager
@@ -138,11 +190,13 @@ def throughput(bench: Bench, folder: Path) -> None:
 def main() -> int:
     bench = Bench("g3")
     FOLDER.mkdir(exist_ok=True)
-    disk.PATH.write_bytes(np.random.default_rng(0).bytes(disk.FILE_BYTES))
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
-        first_tokens(bench, Path(folder) / "a")
-        throughput(bench, Path(folder) / "b")
-    disk.PATH.unlink()
+        with ExitStack() as stack:
+            peer = disk.Store(stack, 2 << 20)
+            peer.run(peer.disk(stack, disk.IO_URING), peer.order(scattered=False), write=True)
+            first_tokens(bench, Path(folder) / "a", peer)
+        partly(bench, Path(folder) / "b")
+        throughput(bench, Path(folder) / "c")
     return bench.write()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socketserver
 import tempfile
 import threading
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from kvbm.cli.main import app
+os.environ.pop("COLUMNS", None)  # a console that is made when a module is imported would keep that width
+
+from kvbm.cli.main import app  # noqa: E402
 
 STATUS: dict[str, Any] = {
     "healthy": True,

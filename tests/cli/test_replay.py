@@ -324,6 +324,18 @@ def test_many_policies_capacities_and_tiers_in_one_run(kvbm: Kvbm, tmp_path: Pat
     assert f"{first['tiers'][0]['evictions']:,}" in shown.stdout
 
 
+def test_an_admission_keeps_from_a_lower_tier_what_is_asked_for_once(kvbm: Kvbm, tmp_path: Path) -> None:
+    written = {}
+    for name in ("all", "presence", "frequency"):
+        path = tmp_path / f"{name}.json"
+        shown = kvbm("replay", "sample", "--tiers", "g2=50,g3=10%", "--admission", name, "--json", str(path))
+        record = figures(shown, path)
+        assert record["admission"] == name
+        written[name] = [tier["written_blocks"] for tier in record["runs"][0]["tiers"]]
+    assert written["all"] == written["presence"]
+    assert 0 < written["frequency"][1] < written["all"][1] / 2
+
+
 def test_several_traces_from_a_folder(kvbm: Kvbm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, GOOD, "one.jsonl")
     two = write(tmp_path, GOOD, "two.jsonl")
@@ -387,6 +399,7 @@ def not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--tiers", "=10"), "'=10' is no tier"),
         (("--policy", "best"), "there is no 'best'; there are fifo, lru,"),
         (("--policy", "lru,"), "a name or number is missing beside a comma"),
+        (("--admission", "nobody"), "there is no 'nobody'; there are all, presence, frequency"),
         (("--placement", "anywhere"), "there is no 'anywhere'; there are write-through, exclusive"),
         (("--plot", "plot.jpg"), "the name must end in .png or .svg"),
         (("--json", "/nowhere/figures.json"), "it cannot be written: No such file or directory"),

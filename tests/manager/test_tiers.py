@@ -12,7 +12,7 @@ from kvbm.core.errors import Misuse
 from kvbm.core.events import Event, Stored
 from kvbm.core.region import Slots
 from kvbm.manager.tiers import Stretch, Tiers
-from kvbm.policy import LRU, Exclusive, WriteThrough
+from kvbm.policy import LRU, Exclusive, Frequency, WriteThrough
 
 
 def pools(**sizes: int) -> dict[str, Pool]:
@@ -203,6 +203,27 @@ def test_a_copy_that_fails_publishes_nothing_and_loses_nothing(placement: Placem
     for pool in tier_pools.values():
         pool.check()
         assert pool.statistics().active == pool.statistics().writable == pool.statistics().staged == 0
+
+
+def test_an_admission_guards_new_blocks_until_they_are_worth_it() -> None:
+    tier_pools, memory = pools(g2=8, g3=8), Bytes()
+    tiers, a, b = Tiers(tier_pools, WriteThrough(), memory.copy, {"g3": Frequency(8)}), prompt("a", 3), prompt("b", 2)
+    for keys, stored in ((a, []), (b, []), (a, [0, 1, 2]), (a, [0, 1, 2])):
+        with tiers.match(keys) as held:
+            tiers.promote(keys, held)
+            tiers.store(keys, held, memory.fill)
+        assert (there(tier_pools["g2"], keys), there(tier_pools["g3"], keys)) == ([*range(len(keys))], stored)
+    memory.check(tier_pools)
+    assert tier_pools["g3"].statistics().registrations == 3
+
+
+def test_an_admission_guards_victims() -> None:
+    tier_pools = pools(g2=3, g3=8)
+    tiers, a, b = Tiers(tier_pools, Exclusive(), admissions={"g3": Frequency(8)}), prompt("a", 3), prompt("b", 3)
+    serve(tiers, a)
+    serve(tiers, a[:2])
+    serve(tiers, b)
+    assert (there(tier_pools["g2"], b), there(tier_pools["g3"], a)) == ([0, 1, 2], [0, 1])
 
 
 def test_misuse() -> None:

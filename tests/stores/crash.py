@@ -249,23 +249,26 @@ def one(folder: Path, judge: Judge, bound: int, seed: int, first_number: int, un
     phase, due, rest, judge.found = "at the very start", None, b"", None
     phases = {"start": "while it opened and recovered", "found": "while it read", "ready": "while it wrote"}
     deadline = time.monotonic() + 60
-    while True:
-        wait = (due if due is not None else deadline) - time.monotonic()
-        if wait <= 0 or not select.select([reader], [], [], wait)[0]:
-            assert due is not None, "the writer hangs"
-            os.kill(child, signal.SIGKILL)
-            due = deadline + 60
-        if not (data := os.read(reader, 1 << 16)):
-            break
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            judge.hear(line.decode())
-            word = line.decode().split()[0]
-            phase = phases.get(word, phase)
-            if word == until and due is None:
-                due = time.monotonic() + delay
-    os.close(reader)
-    os.waitpid(child, 0)
+    try:
+        while True:
+            wait = (due if due is not None else deadline) - time.monotonic()
+            if wait <= 0 or not select.select([reader], [], [], wait)[0]:
+                assert due is not None, "the writer hangs"
+                os.kill(child, signal.SIGKILL)
+                due = deadline + 60
+            if not (data := os.read(reader, 1 << 16)):
+                break
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                judge.hear(line.decode())
+                word = line.decode().split()[0]
+                phase = phases.get(word, phase)
+                if word == until and due is None:
+                    due = time.monotonic() + delay
+    finally:
+        os.close(reader)
+        os.kill(child, signal.SIGKILL)  # also where it was found out, for it may wait for ever
+        os.waitpid(child, 0)
     return phase
 
 

@@ -184,6 +184,7 @@ def test_a_read_that_is_overtaken_by_a_clear_is_not_served(tmp_path: Path) -> No
     rig.close()
 
 
+@pytest.mark.usefixtures("rows_by_pwrite")
 def test_errors_of_the_index_fail_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = DiskRig(tmp_path)
 

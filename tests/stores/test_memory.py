@@ -1,6 +1,7 @@
 import errno
 import mmap
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +29,20 @@ def test_touch_allocates_everything_in_slices_and_keeps_what_is_there(slices: in
     assert os.fstat(arena.fd).st_blocks * 512 == 10 * PAGE
     assert os.pread(arena.fd, 10 * PAGE, 0) == bytes(100) + b"kept" + bytes(size - 104)
     arena.touch()
+    arena.close()
+
+
+def test_what_the_kernel_lets_be_huge_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "SLICE_BYTES", 4 << 20)
+    arena = Arena((9 << 20) + 5)
+    os.pwrite(arena.fd, b"kept", 6 << 20)
+    arena.touch()
+    assert arena.address % (2 << 20) == 0
+    assert os.fstat(arena.fd).st_blocks * 512 == (9 << 20) + PAGE
+    assert os.pread(arena.fd, 6, (6 << 20) - 1) == b"\0kept\0"
+    if tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 1):
+        mapped = Path("/proc/self/smaps").read_text().split("kvbm-arena")[-1]
+        assert int(mapped.split("ShmemPmdMapped:")[1].split()[0]) > 0
     arena.close()
 
 

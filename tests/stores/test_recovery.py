@@ -165,6 +165,7 @@ def test_labels_come_back(tmp_path: Path) -> None:
     folder.close()
 
 
+@pytest.mark.usefixtures("rows_by_pwrite")
 def test_after_a_kill_at_any_instant_what_was_done_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every write of files is noted; then each prefix of them, and half of the next one, is what a kill left."""
     writes = [([1, 2, 3], [5, 6, 9]), ([4, 5], [6, 7]), ([6, 1], [9, 5]), ([7, 8, 9], [1, 2, 3])]

@@ -70,6 +70,7 @@ def test_an_open_file_lives_as_long_as_somebody_has_the_region(shard: Shard) -> 
         os.fstat(fd)
 
 
+@pytest.mark.usefixtures("rows_by_pwrite")
 def test_runs_of_slots_are_one_write(shard: Shard, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[tuple[int, int]] = []
     real = os.pwrite
@@ -95,6 +96,7 @@ def test_what_is_forgotten_does_not_come_back(shard: Shard, place: Place) -> Non
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
+@pytest.mark.usefixtures("rows_by_pwrite")
 def test_an_index_that_cannot_be_written(shard: Shard, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     commit(shard, [1, 2], [1, 2])
     at = slots(1, 3)
@@ -155,6 +157,7 @@ def test_a_bad_block_is_marked_for_good_until_its_slot_is_written(shard: Shard) 
     assert has(shard, 1, 9)
 
 
+@pytest.mark.usefixtures("rows_by_pwrite")
 def test_a_mark_that_cannot_be_written_is_no_error(
     shard: Shard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -21,6 +21,11 @@ Tags = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 
+def tags_of(keys: Sequence[bytes]) -> Tags:
+    """Their tags."""
+    return np.fromiter(map(hash, keys), np.int64, len(keys))
+
+
 class EvictionOrder(ABC):
     """In which order the blocks nobody holds give up their slots.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from kvbm.abc.policy import Admission, Tags
+from kvbm.abc.policy import Admission, tags_of
 from kvbm.blocks import Pinned, Pool
 from kvbm.core.events import Demoted
 from kvbm.manager.disk import DiskTier, Move
@@ -79,7 +79,7 @@ class Demotion:
 
     def used(self, keys: Sequence[bytes]) -> None:
         """A request asked for these."""
-        tags = _tags(keys)
+        tags = tags_of(keys)
         self._admission.use(tags)
         self._hot.use(tags)
         self._tier.pool.touch(keys)
@@ -197,7 +197,7 @@ class Demotion:
             return absent
         missing = np.zeros(len(hold), np.bool_)
         missing[absent] = True
-        tags = _tags(hold.keys)
+        tags = tags_of(hold.keys)
         mask = self._admission.admit(tags, ~missing) & missing
         left = self._budget.left()
         if left < 0.5:
@@ -206,7 +206,3 @@ class Demotion:
             mask[:] = False
         self.refused += int(missing.sum() - mask.sum())
         return [int(at) for at in np.flatnonzero(mask)]
-
-
-def _tags(keys: Sequence[bytes]) -> Tags:
-    return np.fromiter(map(hash, keys), np.int64, len(keys))

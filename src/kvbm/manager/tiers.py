@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self, final
 
-from kvbm.abc.policy import Drop, Mask, Move, Placement
+import numpy as np
+
+from kvbm.abc.policy import Admission, Drop, Mask, Move, Placement, tags_of
 from kvbm.blocks import Pinned, Pool, Writable
 from kvbm.core.errors import Misuse
 from kvbm.core.region import Slots
@@ -72,15 +74,25 @@ class Tiers:
     Every call ends after work that is bounded by the prompt, and nothing is ever waited for: what finds no room,
     because all else is held, is not stored. A tier that hands its victims down does so before it gives up their slots.
 
+    A tier below the fastest that is in `admissions` takes only what its admission lets pass, of new blocks as of
+    victims. What was not worth a copy when it was new is looked at again whenever a prompt with it is stored.
+
     One thread at a time; the pools may be used by others. Raises Misuse where the placement names a tier that is not
     below the one that evicts.
     """
 
-    def __init__(self, pools: Mapping[str, Pool], placement: Placement, copy: Copy | None = None) -> None:
+    def __init__(
+        self,
+        pools: Mapping[str, Pool],
+        placement: Placement,
+        copy: Copy | None = None,
+        admissions: Mapping[str, Admission] | None = None,
+    ) -> None:
         if not pools:
             raise Misuse("there has to be at least one tier")
         self._pools = dict(pools)
         self._copy = copy
+        self._admissions = dict(admissions or {})
         names = self._names = tuple(pools)
         self._stored = tuple(placement.store(names))
         self._once = frozenset(tier for tier in names[1:] if isinstance(placement.promote(tier, names), Drop))
@@ -94,6 +106,8 @@ class Tiers:
 
     def match(self, keys: Sequence[bytes]) -> Held:
         """Hold the longest prefix of the distinct `keys` of which each block is in a tier: in the fastest it is in."""
+        for admission in self._admissions.values():
+            admission.use(tags_of(keys))
         held, found, at, ended = Held(), [], 0, ""
         try:
             while at < len(keys):
@@ -154,13 +168,12 @@ class Tiers:
         """Put the blocks after the prefix into the tiers where the placement wants new blocks, and hold them too.
 
         A block that a tier has already is held, not stored again. Of more blocks than there is room for in a tier, the
-        first ones are stored. `fill` is called for each run of blocks before it is published.
+        first ones are stored. `fill` is called for each run of blocks before it is published; where a tier has an
+        admission, also for blocks of the prefix that it did not let pass before.
         """
         start = len(held)
-        if start == len(keys):
-            return
         for tier in self._stored:
-            self._store(tier, keys, start, held, fill)
+            self._store(tier, keys, 0 if tier in self._admissions else start, held, fill)
         for first, tier, lease in held._leases:
             if tier == self._names[0] and first >= start:
                 for below in self._once.difference(self._stored):
@@ -179,12 +192,13 @@ class Tiers:
 
     def _store(self, tier: str, keys: Sequence[bytes], start: int, held: Held, fill: Fill | None) -> None:
         pool = self._pools[tier]
-        gaps = list(_gaps(pool.absent(keys[start:]), start))
+        absent = pool.absent(keys[start:])
+        gaps = list(_gaps(absent, start))
         edges = [start, *(edge for gap in gaps for edge in gap), len(keys)]
         for first, end in zip(edges[::2], edges[1::2], strict=True):
             if first < end:  # there although a block before is not: it must not be evicted for what is missing
                 held._leases.append((first, tier, pool.scan(keys[first:end])[0]))
-        for first, end in gaps:
+        for first, end in _gaps(self._admitted(tier, keys[start:], absent), start):
             writable = self._take(tier, end - first)
             if writable is None:
                 return
@@ -212,7 +226,8 @@ class Tiers:
     def _demote(self, tier: str, victims: Pinned) -> None:
         """Copy victims, the first to go last, to the tier below; there too they go in that order."""
         target, keys, parents = self._below[tier], victims.keys, victims.parents
-        for positions in reversed(list(_chains(parents, keys, self._pools[target].absent(keys)))):
+        absent = self._admitted(target, keys, self._pools[target].absent(keys))
+        for positions in reversed(list(_chains(parents, keys, absent))):
             writable = self._take(target, len(positions))
             if writable is None:
                 return
@@ -222,6 +237,14 @@ class Tiers:
                     self._copy(tier, victims.slots[chosen], target, writable.slots)
                 chain = [keys[at] for at in chosen]
                 writable.stage(chain, parent=parents[chosen[0]]).register().drop()
+
+    def _admitted(self, tier: str, keys: Sequence[bytes], absent: Sequence[int]) -> Sequence[int]:
+        """Positions of the blocks that are `absent` in a tier and worth a copy."""
+        if not absent or (admission := self._admissions.get(tier)) is None:
+            return absent
+        present = np.ones(len(keys), np.bool_)
+        present[absent] = False
+        return list(map(int, np.flatnonzero(admission.admit(tags_of(keys), present) & ~present)))
 
     def _publish(self, writable: Writable, keys: Sequence[bytes], first: int) -> Pinned:
         """Register the keys from `first` on in these slots."""

@@ -9,9 +9,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
 
 from kvbm.core.errors import Broken
+from kvbm.native import run_io
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +87,21 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
         if not (written := os.pwrite(fd, view, offset)):
             raise OSError(errno.EIO, "nothing was written")
         view, offset = view[written:], offset + written
+
+
+def write_rows(fd: int, rows: npt.NDArray[Any], numbers: npt.NDArray[np.int64], start: int) -> None:
+    """Write rows of a table that begins at `start`, by their numbers, which ascend; what is adjacent goes at once."""
+    if not len(rows):
+        return
+    rows, size = np.ascontiguousarray(rows), rows.itemsize
+    first = np.append(np.flatnonzero(np.diff(numbers, prepend=numbers[0] - 2) != 1), len(rows))
+    lengths = np.diff(first) * size
+    segments = np.stack((rows.ctypes.data + first[:-1] * size, lengths), axis=1).ravel()
+    results, control = np.zeros(len(lengths), dtype=np.int64), np.zeros(2, dtype=np.int64)
+    run_io(fd, True, start + numbers[first[:-1]] * size, np.arange(len(first)), segments, results, control)
+    if (wrong := results[results != lengths]).size:
+        code = max(-int(wrong[0]), 0) or errno.EIO
+        raise OSError(code, os.strerror(code))
 
 
 def read_up_to(fd: int, buffer: memoryview, offset: int) -> int:

@@ -7,7 +7,6 @@ import mmap
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Final
 
 from kvbm.core.errors import Broken, Misuse
@@ -17,6 +16,18 @@ from kvbm.stores.available import available_memory
 
 SLICE_BYTES: Final = 64 << 20
 """What `Arena.touch` faults in between two looks at what is left."""
+_HUGE: Final = 2 << 20
+"""Huge pages: a disk may take each page of memory by itself, and an address in them is found faster."""
+_MADV_COLLAPSE: Final = 25
+"""Linux 6.1: make huge pages now, whatever `/sys/kernel/mm/transparent_hugepage` says about shared memory."""
+_MAP_FIXED: Final = 0x10
+_FAILED: Final = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [*(ctypes.c_void_p, ctypes.c_size_t), *(ctypes.c_int,) * 3, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Arena:
@@ -34,13 +45,14 @@ class Arena:
         self._close_fd = weakref.finalize(self, os.close, self.fd)
         try:
             os.ftruncate(self.fd, size)
-            self._map = mmap.mmap(self.fd, size, mmap.MAP_SHARED)
+            # A place to choose an aligned address in; the file then takes it over.
+            room = _mapped(None, size + _HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
         except (OSError, OverflowError) as error:
             self._close_fd()
             raise Broken(f"cannot map {_gib(size)} of shared memory: {error}") from error
-        with suppress(OSError):  # a kernel without huge pages for shared memory
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._unmap = weakref.finalize(self, _libc.munmap, room, size + _HUGE)
+        self._unmap.atexit = False  # threads may still copy then
+        self.address = _mapped(-(-room // _HUGE) * _HUGE, size, mmap.MAP_SHARED | _MAP_FIXED, self.fd)
 
     def touch(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Allocate every page now, so that no copy waits for the kernel, or dies, later. Keeps what is written.
@@ -60,6 +72,7 @@ class Arena:
                     f"host memory for the KV arena: {_gib(missing)} of {_gib(self.size)} are still to be allocated, "
                     f"{_gib(available)} are available to this process. Use a smaller arena or give it more memory."
                 )
+            self._make_huge(start, length)
             try:
                 # Reserved first: a page that is refused here is an error, one refused to a write is SIGBUS.
                 os.posix_fallocate(self.fd, start, length)
@@ -68,6 +81,17 @@ class Arena:
             touch(self.address + start, length)
             if progress is not None:
                 progress(start + length, self.size)
+
+    def _make_huge(self, start: int, length: int) -> None:
+        """Have whole huge pages there, as far as there are any; what the kernel refuses stays in small ones."""
+        end = (start + length) // _HUGE * _HUGE
+        try:
+            for at in range(start, end, _HUGE):
+                os.posix_fallocate(self.fd, at, mmap.PAGESIZE)  # it collapses what has at least a page
+        except OSError:
+            return  # what comes next says why
+        if end > start:
+            _libc.madvise(self.address + start, end - start, _MADV_COLLAPSE)
 
     def region(
         self, row_bytes: Sequence[int], num_slots: int, *, stride: int = 0, name: str = "G2", offset: int = 0
@@ -85,8 +109,18 @@ class Arena:
 
     def close(self) -> None:
         """Unmap and give the memory back, unless another process maps it too. May be called again."""
-        self._map.close()
+        self._unmap()
         self._close_fd()
+
+
+def _mapped(address: int | None, size: int, flags: int, fd: int) -> int:
+    """Readable and writable memory. Raises OSError."""
+    if size >= 1 << 63:
+        raise OverflowError("more than an address can have")
+    mapped = _libc.mmap(address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+    if mapped == _FAILED:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return int(mapped)
 
 
 def _gib(nbytes: int) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 
 from kvbm.core.errors import Broken, Misuse
 from kvbm.core.region import Plane, Region, Slots
-from kvbm.stores.files import opened, reported, write_all
+from kvbm.stores.files import opened, reported, write_all, write_rows
 from kvbm.stores.format import (
     PAGE,
     RECORD,
@@ -286,13 +286,10 @@ class Shard:
         blank = is_empty(records)
         needed = np.flatnonzero(~(blank & self._blank[slots]))
         needed = needed[np.argsort(slots[needed], kind="stable")]
-        runs = np.split(needed, np.flatnonzero(np.diff(slots[needed]) != 1) + 1) if len(needed) else []
         self._unsynced = True
         self._blank[slots[needed]] = False
         with reported(f"write {self._index.path}"):
-            for run in runs:
-                offset = PAGE + int(slots[run[0]]) * RECORD.itemsize
-                write_all(self._index.fd, records[run].tobytes(), offset)
+            write_rows(self._index.fd, records[needed], slots[needed], PAGE)
         self._blank[slots] = blank
         self._records[slots[records["key_length"] > 0]] = records[records["key_length"] > 0]
 

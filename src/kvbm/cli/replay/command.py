@@ -22,7 +22,7 @@ from kvbm.cli.replay.run import replay
 from kvbm.cli.replay.trace import SAMPLE, Workload, find, interleave, read
 from kvbm.core import config
 from kvbm.core.errors import KvbmError
-from kvbm.policy import EVICTION_ORDERS, PLACEMENTS, eviction_order, placement
+from kvbm.policy import ADMISSIONS, EVICTION_ORDERS, PLACEMENTS, admission, eviction_order, placement
 
 _out = Console(highlight=False)
 _err = Console(stderr=True)
@@ -77,6 +77,12 @@ def command(
     placed: Annotated[
         str, typer.Option("--placement", metavar="NAME", help=f"With several tiers, one of: {', '.join(PLACEMENTS)}.")
     ] = "write-through",
+    admitted: Annotated[
+        str,
+        typer.Option(
+            "--admission", metavar="NAME", help=f"What tiers below the fastest take, one of: {', '.join(ADMISSIONS)}."
+        ),
+    ] = "all",
     block_tokens: Annotated[
         int | None,
         typer.Option("--block-size", metavar="TOKENS", min=1, show_default="inferred", help="Tokens in a block."),
@@ -92,6 +98,7 @@ def command(
     for name in names:
         eviction_order(name, 1)
     placement(placed)
+    admission(admitted, 1)
     asked = _tierings(capacities, tierings)
     _check_outputs(json_file, plot_file)
     settings = config.load(options={"traces": folder}).settings
@@ -101,7 +108,7 @@ def command(
     workload = interleave([read(path, skip_bad=skip_bad, block_tokens=block_tokens) for path in paths])
     if not workload.unique:
         raise KvbmError("no request has a block: there is nothing to replay")
-    result = _measure(workload, _resolved(asked, workload.unique), names, placed)
+    result = _measure(workload, _resolved(asked, workload.unique), names, placed, admitted)
     _out.print(report.table(result))
     if json_file is not None:
         report.write(result, json_file)
@@ -115,7 +122,7 @@ def command(
 
 
 def _measure(
-    workload: Workload, configurations: Sequence[dict[str, int]], policies: Sequence[str], placed: str
+    workload: Workload, configurations: Sequence[dict[str, int]], policies: Sequence[str], placed: str, admitted: str
 ) -> Report:
     totals = list(dict.fromkeys(sum(capacities.values()) for capacities in configurations))
     rounds = len(configurations) * len(policies) + 2 * len(totals)
@@ -124,14 +131,14 @@ def _measure(
         for capacities in configurations:
             for policy in policies:
                 say(f"{policy}, {report.tiers(capacities)}")
-                order = partial(eviction_order, policy)
-                runs.append(replay(workload, capacities, policy, order, placement(placed), advance))
+                order, guard = partial(eviction_order, policy), partial(admission, admitted)
+                runs.append(replay(workload, capacities, policy, order, placement(placed), advance, guard))
         best = Min(workload)
         for capacity in totals:
             say(f"MIN, {capacity:,}")
             plain = best.hits(capacity, leaf_first=False, advance=advance)
             bounds.append(Bound(capacity, plain, best.hits(capacity, leaf_first=True, advance=advance)))
-    return Report(workload, placed, tuple(runs), everything_fits(workload), tuple(bounds))
+    return Report(workload, placed, admitted, tuple(runs), everything_fits(workload), tuple(bounds))
 
 
 def _split(texts: Sequence[str], option: str) -> list[str]:

@@ -39,6 +39,7 @@ class Report:
 
     workload: Workload
     placement: str
+    admission: str
     runs: tuple[Result, ...]
     everything_fits: Hits
     bounds: tuple[Bound, ...]
@@ -61,6 +62,7 @@ def record(report: Report) -> dict[str, Any]:
         "input_tokens": workload.tokens,
         "skipped_lines": _skipped(workload),
         "placement": report.placement,
+        "admission": report.admission,
         "everything_fits": _ratios(report.everything_fits, workload),
         "bounds": [
             {

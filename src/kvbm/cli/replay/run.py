@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvbm.abc.policy import EvictionOrder, Placement
+from kvbm.abc.policy import Admission, EvictionOrder, Placement
 from kvbm.blocks import Pool
 from kvbm.cli.replay.bounds import Advance, stepwise
 from kvbm.cli.replay.trace import Workload
@@ -69,11 +69,12 @@ def replay(
     order: Callable[[int], EvictionOrder],
     placement: Placement,
     advance: Advance,
+    admission: Callable[[int], Admission] | None = None,
 ) -> Result:
     """Every prompt in turn: match it, promote what lies below, store the rest, let go.
 
     `capacities` in blocks by the name of the tier, the fastest first; `order` makes an eviction order for a
-    number of slots.
+    number of slots, and `admission` the guard of each tier below the fastest.
     """
     results = tuple(TierResult(*entry) for entry in capacities.items())
     by_name = {result.name: result for result in results}
@@ -82,7 +83,8 @@ def replay(
         # A pool that holds everything never evicts: a larger one would only take memory.
         slots = min(result.capacity, max(1, workload.unique))
         pools[result.name] = Pool(slots, order=order(slots), tier=result.name, observers=[result])
-    tiers = Tiers(pools, placement)
+    below = results[1:] if admission else ()
+    tiers = Tiers(pools, placement, admissions={tier.name: admission(tier.capacity) for tier in below if admission})
     seconds = np.empty(len(workload.prompts))
     for at, prompt in enumerate(stepwise(workload.prompts, advance)):
         keys = [workload.keys[number] for number in prompt.blocks.tolist()]
