@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 os.environ.pop("COLUMNS", None)  # a console that is made when a module is imported would keep that width
 
-from kvbm.cli.main import app  # noqa: E402
+from kvbm.cli.main import app
 
 STATUS: dict[str, Any] = {
     "healthy": True,
