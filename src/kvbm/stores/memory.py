@@ -20,6 +20,7 @@ _HUGE: Final = 2 << 20
 """Huge pages: a disk may take each page of memory by itself, and an address in them is found faster."""
 _MADV_COLLAPSE: Final = 25
 """Linux 6.1: make huge pages now, whatever `/sys/kernel/mm/transparent_hugepage` says about shared memory."""
+_PROT_NONE: Final = 0
 _MAP_FIXED: Final = 0x10
 _FAILED: Final = ctypes.c_void_p(-1).value
 
@@ -46,13 +47,14 @@ class Arena:
         try:
             os.ftruncate(self.fd, size)
             # A place to choose an aligned address in; the file then takes it over.
-            room = _mapped(None, size + _HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+            room = _mapped(None, size + _HUGE, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+            self._unmap = weakref.finalize(self, _libc.munmap, room, size + _HUGE)
+            self._unmap.atexit = False  # threads may still copy then
+            access, aligned = mmap.PROT_READ | mmap.PROT_WRITE, -(-room // _HUGE) * _HUGE
+            self.address = _mapped(aligned, size, access, mmap.MAP_SHARED | _MAP_FIXED, self.fd)
         except (OSError, OverflowError) as error:
             self._close_fd()
             raise Broken(f"cannot map {_gib(size)} of shared memory: {error}") from error
-        self._unmap = weakref.finalize(self, _libc.munmap, room, size + _HUGE)
-        self._unmap.atexit = False  # threads may still copy then
-        self.address = _mapped(-(-room // _HUGE) * _HUGE, size, mmap.MAP_SHARED | _MAP_FIXED, self.fd)
 
     def touch(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Allocate every page now, so that no copy waits for the kernel, or dies, later. Keeps what is written.
@@ -113,11 +115,9 @@ class Arena:
         self._close_fd()
 
 
-def _mapped(address: int | None, size: int, flags: int, fd: int) -> int:
-    """Readable and writable memory. Raises OSError."""
-    if size >= 1 << 63:
-        raise OverflowError("more than an address can have")
-    mapped = _libc.mmap(address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+def _mapped(address: int | None, size: int, access: int, flags: int, fd: int) -> int:
+    """The address of a new mapping. Raises OSError."""
+    mapped = _libc.mmap(address, size, access, flags, fd, 0)
     if mapped == _FAILED:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return int(mapped)
