@@ -53,12 +53,19 @@ def expected(plain: Plain, prompts: list[list[int]]) -> list[list[int]]:
     return [done.tokens for done in plain(prompts, 12)]
 
 
-@pytest.mark.parametrize("placement", ["write-through", "exclusive"])
+@pytest.mark.parametrize(
+    "settings", [{"g3_engine": "threads"}, {"placement": "exclusive", "g2_blocks": 104, "g3_key_file": "key"}]
+)
 def test_blocks_come_back_from_disk_and_after_a_restart(
-    tiny: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]], placement: str
+    tiny: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]], settings: dict[str, Any]
 ) -> None:
-    size = {"write-through": SMALL, "exclusive": 104}[placement]
-    with closing(on_disk(tiny, tmp_path, placement=placement, g2_blocks=size)) as engine:
+    """In both placements; one by threads, one encrypted."""
+    disk = tmp_path / "disk"
+    if encrypted := "g3_key_file" in settings:
+        settings = settings | {"g3_key_file": str(tmp_path / "key")}
+        (tmp_path / "key").write_text(bytes(range(32)).hex())
+        (tmp_path / "key").chmod(0o600)
+    with closing(on_disk(tiny, disk, **settings)) as engine:
         for _ in range(2):
             for prompt, tokens in zip(prompts, expected, strict=True):
                 (done,) = engine.run([prompt], 12)
@@ -74,11 +81,14 @@ def test_blocks_come_back_from_disk_and_after_a_restart(
         assert there > 0
         engine.leader.pool.check()
         engine.leader.lower.tier.pool.check()
-    with closing(on_disk(tiny, tmp_path, placement=placement, g2_blocks=size)) as engine:
+    with closing(on_disk(tiny, disk, **settings)) as engine:
         assert engine.status()["tiers"][1]["inactive"] >= there
         (done,) = engine.run(prompts[:1], 12)
         assert (done.tokens, done.cached) == (expected[0], 384)
         assert engine.status()["tokens"]["g3"] == 384
+    if encrypted:
+        with closing(on_disk(tiny, disk)) as engine:
+            assert engine.status()["tiers"][1]["inactive"] == 0
 
 
 def test_damaged_blocks_are_noticed_and_computed(
