@@ -15,8 +15,9 @@ serve: .venv/engine
 	KVBM_G2_GB=$${KVBM_G2_GB:-2} $(BIN)/kvbm serve smollm2 --max-model-len 4096 --num-gpu-blocks-override 257 \
 	  --enforce-eager $(ARGS)
 
-test: check .venv/engine
-	$(BIN)/python -m pytest
+# What starts an engine measures times and takes both cores: one after the other.
+test: check .venv/engine test-fast
+	$(BIN)/python -m pytest -m e2e
 
 test-fast: .venv/dev
 	$(BIN)/python -m pytest -m "not e2e" --numprocesses 2 --dist worksteal

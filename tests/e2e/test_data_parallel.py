@@ -47,10 +47,10 @@ def _get(url: str, body: dict[str, Any] | None = None) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def server(tiny: Path) -> Iterator[tuple[str, Path, int]]:
-    """Its address, the folder of its control sockets, its first metrics port."""
+def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, int, Path]]:
+    """Its address, the folder of its control sockets, its first metrics port, the folder of its disk tier."""
     port = _free_ports(3)
-    metrics = port + 1
+    metrics, disk = port + 1, tmp_path_factory.mktemp("disk")
     with tempfile.TemporaryDirectory(prefix="kvbm") as run_dir, tempfile.TemporaryFile() as log:
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny),
@@ -61,7 +61,7 @@ def server(tiny: Path) -> Iterator[tuple[str, Path, int]]:
         ]  # fmt: skip
         environment = os.environ | {
             "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "KVBM_RUN_DIR": run_dir, "KVBM_G2_GB": "0.1",
-            "KVBM_METRICS": "true", "KVBM_METRICS_PORT": str(metrics),
+            "KVBM_METRICS": "true", "KVBM_METRICS_PORT": str(metrics), "KVBM_G3_GB": "0.1", "KVBM_G3_DIR": str(disk),
         }  # fmt: skip
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -75,7 +75,7 @@ def server(tiny: Path) -> Iterator[tuple[str, Path, int]]:
                     assert process.poll() is None, log.read()[-3000:]
                     assert time.monotonic() < deadline, log.read()[-3000:]
                     time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}", Path(run_dir), metrics
+            yield f"http://127.0.0.1:{port}", Path(run_dir), metrics, disk
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             try:
@@ -94,9 +94,9 @@ def _group_lives(group: int) -> bool:
     return True
 
 
-def test_each_engine_has_its_own(server: tuple[str, Path, int], dice: random.Random) -> None:
-    """Own G2, control socket and metrics port, derived from its rank; the same prompts find their blocks again."""
-    address, run_dir, metrics = server
+def test_each_engine_has_its_own(server: tuple[str, Path, int, Path], dice: random.Random) -> None:
+    """Own G2, disk folder, control socket and metrics port, from its rank; the same prompts find their blocks again."""
+    address, run_dir, metrics, disk = server
     prompts = [prompt_of(dice, 330) for _ in range(16)]
 
     def ask(prompt: list[int]) -> list[int]:
@@ -112,5 +112,7 @@ def test_each_engine_has_its_own(server: tuple[str, Path, int], dice: random.Ran
     assert sorted(report["engine"][-4:] for report in reports) == ["_dp0", "_dp1"]
     assert all(report["healthy"] and report["offload"]["blocks"] > 0 for report in reports)
     assert sum(report["onboard"]["blocks"] for report in reports) > 0
+    assert all(report["demote"]["blocks"] > 0 for report in reports)
+    assert sorted(path.relative_to(disk).parts[0] for path in disk.rglob("rank0.data")) == ["dp0", "dp1"]
     for rank in range(2):
         assert b"kvbm_offload_blocks_d2h" in _get(f"http://127.0.0.1:{metrics + rank}/metrics")

@@ -14,6 +14,7 @@ import pytest
 
 from tests.e2e.conftest import prompt_of
 from tests.e2e.engine import Done, Engine, environment, write_tiny
+from tests.e2e.test_requests import adapter
 from tests.e2e.test_serve import eventually
 
 Plain = Callable[..., list[Done]]
@@ -128,6 +129,35 @@ def test_other_weights_find_nothing(
     with closing(on_disk(model, disk)) as engine:
         (done,) = engine.run(prompts[:1], 12)
         assert (done.tokens, done.cached) == (expected[0], 384)
+
+
+def test_an_adapter_retrained_between_two_runs_finds_nothing(
+    tiny: Path, tmp_path: Path, prompts: list[list[int]]
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    folder, kvbm = tmp_path / "adapter", {"g3_gb": 0.1, "g3_dir": str(tmp_path / "disk"), "g2_blocks": SMALL}
+    request = LoRARequest("same", 7, str(adapter(folder, 1)))
+
+    def start() -> Engine:
+        return Engine(tiny, kvbm, enable_lora=True, max_lora_rank=8)
+
+    with closing(start()) as engine:
+        (first,) = engine.run(prompts[:1], 12, lora=request)
+        assert settled(engine)["demote"]["blocks"] >= 12
+    shutil.copytree(folder, tmp_path / "old")  # with its times, by which an adapter is known
+    adapter(folder, 2)
+    with closing(start()) as engine:
+        (other,) = engine.run(prompts[:1], 12, lora=request)
+        assert other.cached == 0
+        assert other.tokens != first.tokens
+        settled(engine)
+        engine.forget_device()  # vLLM's own cache knows an adapter by its name only
+        engine.vllm.remove_lora(7)
+        shutil.copytree(tmp_path / "old", folder, dirs_exist_ok=True)
+        (again,) = engine.run(prompts[:1], 12, lora=request)
+        assert (again.tokens, again.cached) == (first.tokens, 384)
+        assert engine.status()["tokens"]["g3"] == 384
 
 
 def test_two_ranks_serve_what_both_have(

@@ -168,7 +168,7 @@ def test_a_queue_of_long_requests_does_not_pin_g2(engine: Engine, plain: Plain, 
     assert engine.leader.pool.statistics().active == 0
 
 
-def _adapter(folder: Path, seed: int) -> Path:
+def adapter(folder: Path, seed: int) -> Path:
     """A LoRA adapter with random weights, strong enough to change answers."""
     import torch
     from safetensors.torch import save_file
@@ -200,7 +200,7 @@ def test_adapters_never_share(engine: Engine, plain: Plain, dice: random.Random,
     from vllm.lora.request import LoRARequest
 
     prompt = prompt_of(dice, 300)
-    a, b = (LoRARequest(name, i, str(_adapter(tmp_path / name, i))) for i, name in ((1, "one"), (2, "two")))
+    a, b = (LoRARequest(name, i, str(adapter(tmp_path / name, i))) for i, name in ((1, "one"), (2, "two")))
     (base,) = plain([prompt], 12)
     (of_a,) = engine.run([prompt], 12, lora=a)
     (of_b,) = engine.run([prompt], 12, lora=b)
@@ -218,10 +218,10 @@ def test_a_retrained_adapter_finds_nothing_of_the_old_one(engine: Engine, dice: 
     from vllm.lora.request import LoRARequest
 
     prompt = prompt_of(dice, 300)
-    folder = _adapter(tmp_path / "same", 1)
+    folder = adapter(tmp_path / "same", 1)
     engine.run([prompt], 4, lora=LoRARequest("same", 7, str(folder)))
     _forget(engine)
     engine.vllm.remove_lora(7)
-    _adapter(folder, 2)
+    adapter(folder, 2)
     (again,) = engine.run([prompt], 4, lora=LoRARequest("same", 7, str(folder)))
     assert again.cached == 0

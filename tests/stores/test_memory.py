@@ -92,7 +92,9 @@ def test_what_is_allocated_already_needs_no_room(monkeypatch: pytest.MonkeyPatch
     arena = Arena(10 * PAGE)
     arena.touch()
     monkeypatch.setattr(memory, "available_memory", lambda: 0)
-    arena.touch()
+    seen: list[int] = []
+    arena.touch(lambda done, total: seen.append(done))
+    assert seen == [arena.size]
     arena.close()
 
 

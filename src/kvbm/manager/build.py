@@ -47,10 +47,14 @@ _RESERVE = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where this engine stands: its id, its tensor-parallel ranks, its place among the data-parallel engines here."""
+    """Where this engine stands: its id, its tensor-parallel ranks, its place among the data-parallel engines here.
+
+    `dp_local` is 1 for engines that are not told how many there are; that it is one of several says `data_parallel`.
+    """
 
     engine: str
     ranks: int
+    data_parallel: bool = False
     dp_rank: int = 0
     dp_local: int = 1
 
@@ -283,4 +287,4 @@ def _without_disk(settings: Settings, absent: dict[str, str], problem: str) -> N
 def disk_folder(settings: Settings, place: Place) -> Path:
     """The folder of one engine's disk tier."""
     folder = settings.g3_dir or settings.cache_dir / "g3"
-    return folder / f"dp{place.dp_rank}" if place.dp_local > 1 else folder
+    return folder / f"dp{place.dp_rank}" if place.data_parallel else folder

@@ -79,7 +79,9 @@ def place(config: VllmConfig) -> Place:
     return Place(
         engine=transfer.engine_id,
         ranks=parallel.tensor_parallel_size,
-        # vLLM resets data_parallel_rank for dense models, whose engines are independent of each other.
+        # For dense models, whose engines are independent of each other, vLLM resets data_parallel_rank and both sizes.
+        # What it has done before is to end the ids of all data-parallel engines with their rank.
+        data_parallel=transfer.engine_id.endswith(f"_dp{parallel.data_parallel_index}"),
         dp_rank=parallel.data_parallel_index,
         dp_local=max(1, parallel.data_parallel_size_local),
     )
