@@ -35,13 +35,15 @@ from kvbm.transfer.file import FileTransport
 
 log = logging.getLogger(__name__)
 
-_RINGS, _DEPTH = 2, 32
+_RINGS, _DEPTH = 3, 64
 """With io_uring: threads that move blocks to and from disk, and operations that each has in flight."""
 _THREADS = 16
 """Without: threads, each with one operation in flight."""
-_MOVE_BYTES: Final = 16 << 20
+_MOVE_BYTES: Final = 32 << 20
 """Bytes that are moved between host memory and disk at once, over all ranks: what has arrived can be used while the
-rest is on its way."""
+rest is on its way. Each move has work of its own, which costs a fast disk up to a tenth with half of this."""
+_UNMEASURED: Final = 16
+"""The first moves, while nothing is known about the disk, are this part of that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,8 @@ def lower(
         tier, leader.pool,
         exclusive=isinstance(below.promote("g3", tiers), Drop),
         most=max(1, int(g2_slots * settings.held_share)),
-        in_flight=in_flight, batch=batch, unmeasured=min(batch, in_flight) // 8, emit=leader.emit, clock=time.monotonic,
+        in_flight=in_flight, batch=batch, unmeasured=min(batch, in_flight) // _UNMEASURED,
+        emit=leader.emit, clock=time.monotonic,
     )  # fmt: skip
     return Lower(tier, demotion, promotion, block_tokens)
 
