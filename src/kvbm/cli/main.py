@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from kvbm.cli import disk, engines, models, serve, settings
+from kvbm.cli import disk, doctor, engines, models, serve, settings
 from kvbm.cli.demo import run as demo
 from kvbm.cli.replay import command as replay
 from kvbm.core import config
@@ -47,6 +47,7 @@ app.command()(engines.status)
 app.command()(engines.explain)
 app.command()(engines.pause)
 app.command()(engines.resume)
+app.command()(doctor.doctor)
 app.add_typer(disk.app, name="disk")
 
 if __name__ == "__main__":

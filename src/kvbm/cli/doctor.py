@@ -1,0 +1,91 @@
+"""``kvbm doctor``: what this machine has of what KVBM can use, each thing tried and not looked up."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kvbm import __version__
+from kvbm.cli.render import size
+from kvbm.core import config
+from kvbm.core.errors import Broken
+from kvbm.native import Ring
+from kvbm.transfer.file import REFUSALS
+from kvbm.transfer.nixl import BACKENDS, probe
+from kvbm.transfer.nixl.agent import installed
+
+_out = Console(highlight=False)
+_USED_FOR: Final = {
+    "UCX": "memory of other instances",
+    "POSIX": "files, as io_uring without NIXL does it",
+    "GDS": "between GPU memory and files",
+    "GDS_MT": "between GPU memory and files, several threads",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was tried."""
+
+    what: str
+    ok: bool
+    says: str
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """Try what KVBM can use on this machine, and say what of it works and why the rest does not.
+
+    Nothing here has to work: without it KVBM does without, as each line says. Ends with status 0 unless a setting is
+    wrong.
+    """
+    settings = config.load().settings
+    folder = settings.g3_dir if settings.g3_dir is not None and settings.g3_dir.is_dir() else None
+    findings = []
+    table = Table("", "what", "finding", header_style="bold", title=f"KVBM {__version__}", title_justify="left")
+    for finding in _findings(folder):
+        findings.append(finding)
+        table.add_row("[green]yes[/]" if finding.ok else "[yellow]no[/]", Text(finding.what), Text(finding.says))
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        _out.print(table)
+
+
+def _findings(folder: Path | None) -> Iterator[Finding]:
+    yield Finding("machine", True, f"Linux {platform.release()}, {os.cpu_count()} processors, {platform.machine()}")
+    try:
+        Ring(1)
+        yield Finding("io_uring", True, "the disk tier uses it")
+    except OSError as error:
+        reason = REFUSALS.get(error.errno or 0, str(error))
+        yield Finding("io_uring", False, f"{reason}: the disk tier uses threads")
+    yield _direct(folder or Path(tempfile.gettempdir()))
+    try:
+        yield Finding("NIXL", True, f"version {installed()}")
+    except Broken as error:
+        yield Finding("NIXL", False, f"{error}: nothing is shared between instances")
+        return
+    for backend in BACKENDS:
+        report = probe(backend, folder)
+        fast = f"{report.gb_s:.1f} GB/s in small transfers" if report.gb_s is not None else ""
+        yield Finding(f"NIXL {backend}: {_USED_FOR[backend]}", report.problem is None, report.problem or fast)
+
+
+def _direct(folder: Path) -> Finding:
+    try:
+        os.close(os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_DIRECT, 0o600))
+    except OSError as error:
+        return Finding(f"direct I/O in {folder}", False, f"{error.strerror}: the disk tier goes through the page cache")
+    free = os.statvfs(folder)
+    return Finding(f"direct I/O in {folder}", True, f"{size(free.f_bavail * free.f_frsize)} are free there")

@@ -1,0 +1,10 @@
+"""NIXL, the optional layer under everything that leaves this process: peers' memory, and devices with their own I/O.
+
+Without the wheel (`pip install 'pykvbm[nixl]'`) nothing of this is imported and everything local works.
+"""
+
+from kvbm.transfer.nixl.agent import Agent, RemoteMemory
+from kvbm.transfer.nixl.probe import BACKENDS, Report, probe
+from kvbm.transfer.nixl.transport import NixlTransport
+
+__all__ = ["BACKENDS", "Agent", "NixlTransport", "RemoteMemory", "Report", "probe"]

@@ -1,0 +1,440 @@
+"""Plans over NIXL, on one thread that owns the agent: it posts pieces of plans, looks after them, and reports.
+
+NIXL has no completion events and cannot take a transfer back. So the thread asks, in naps that grow while nothing
+comes, and sleeps when nothing is on its way; and a plan that is cancelled while pieces of it fly ends when they do. If
+they never do, because the other side is frozen, their memory is not usable while the agent lives: after `stuck_s`
+it is replaced by a new one, what flew has failed, and peers have to be connected anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kvbm.abc.transport import Completion, Plan, Quiet, Transport
+from kvbm.core.errors import Broken, Misuse
+from kvbm.core.outcome import Outcome
+from kvbm.core.region import Region, Slots
+from kvbm.transfer.nixl.agent import MEMORY, Agent, Lost
+from kvbm.transfer.plan import checked_slots, chunk_blocks
+
+logger = logging.getLogger(__name__)
+
+PIECE_BYTES: Final = 32 << 20
+"""Bytes of one transfer. Within a machine they are copied inside the call that posts it, and all others wait for it."""
+PIECE_ROWS: Final = 4096
+"""Rows of one transfer: preparing more takes long, and some backends have only so many places."""
+WINDOW: Final = 8
+"""Transfers on their way to or from one agent; half as many that are not urgent, and only while no urgent one is. One
+that is frozen has no more."""
+PATIENCE_S: Final = 0.05
+"""How long a cancel waits for what flies."""
+NAPS_S: Final = (5e-5, 1e-3)
+"""Between two looks at transfers: an eighth of their age, at least and at most this. Spinning would take a core."""
+CLOSE_S: Final = 1.0
+"""How long `close` waits for what flies between memories."""
+COMMAND_S: Final = 30.0
+
+_DONE: Final = np.uint8(Outcome.DONE)
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    plan: Plan
+    source: Slots
+    destination: Slots
+    done: Callable[[Completion], None]
+    ticket: int
+    outcomes: npt.NDArray[np.uint8]
+    step: int
+    next: int = 0
+    """The first block that is in no piece yet."""
+    flying: int = 0
+    error: str | None = None
+    started: float = 0.0
+    ended: float = 0.0
+
+    @property
+    def open(self) -> bool:
+        """Whether another piece of it is to be posted."""
+        return self.error is None and self.next < len(self.source)
+
+    @property
+    def peer(self) -> str:
+        """The agent on the other side; empty if it is ours."""
+        for region in (self.plan.source, self.plan.destination):
+            if region.kind == "peer":
+                return str(region.owner.agent)
+        return ""
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    job: _Job
+    blocks: slice
+    begun: float
+    handle: Any = None
+
+
+@dataclass(slots=True, eq=False)
+class _Queues:
+    urgent: deque[_Job] = field(default_factory=deque)
+    background: deque[_Job] = field(default_factory=deque)
+
+
+class NixlTransport(Transport):
+    """Moves slots between regions over one NIXL backend.
+
+    `backend` is "UCX" (host memory, GPU memory and peers'; regions of kind "host", "cuda", "peer") or one for files
+    ("POSIX", "GDS", "GDS_MT": "host" or "cuda", and "file"). A region is registered when it is first used and stays
+    so until `forget`. `device`: GPU memory is reached, too.
+
+    `cancel` waits 50 ms for pieces that fly and is then `UNCERTAIN`. `done` runs on the one thread there is.
+
+    Raises:
+        Broken: NIXL or the backend is not there.
+    """
+
+    def __init__(
+        self,
+        backend: str = "UCX",
+        options: dict[str, str] | None = None,
+        *,
+        device: bool = False,
+        piece_bytes: int = PIECE_BYTES,
+        stuck_s: float = 30.0,
+    ) -> None:
+        self.backend = backend
+        self._options, self._device = options, device
+        self._piece_bytes, self._stuck_s = piece_bytes, stuck_s
+        self._lock = threading.RLock()
+        self._work = threading.Condition(self._lock)
+        self._quiet = threading.Condition(self._lock)
+        self._queues = _Queues()
+        self._over: deque[_Job] = deque()
+        self._jobs: dict[int, _Job] = {}
+        self._flights: list[_Flight] = []
+        self._window = Counter[tuple[str, bool]]()
+        """Pieces that fly, by peer and by whether they are urgent."""
+        self._commands: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._lost: set[str] = set()
+        self._tickets = 0
+        self._closed = False
+        self._dead: str | None = None
+        self.restarts = 0
+        """How often the agent was replaced. Metadata and connections from before are void."""
+        self._agent = self._new_agent()
+        self._kinds = {kind for kind, memory in MEMORY.items() if memory in self._agent.memory_types}
+        if not device:
+            self._kinds.discard("cuda")
+        self._thread = threading.Thread(target=self._run, name=f"kvbm-nixl-{backend.lower()}", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------ the contract
+
+    def reaches(self, source: Region, destination: Region) -> bool:
+        return source.fits(destination) and self._obstacle(source, destination) is None
+
+    def submit(self, plan: Plan, done: Callable[[Completion], None]) -> int:
+        if (obstacle := self._obstacle(plan.source, plan.destination)) is not None:
+            raise Misuse(obstacle)
+        source, destination = checked_slots(plan)
+        rows = len(plan.source.planes)
+        step = max(1, min(chunk_blocks(plan.source.slot_bytes, self._piece_bytes), PIECE_ROWS // rows))
+        outcomes = np.full(len(source), Outcome.FAILED, dtype=np.uint8)
+        with self._lock:
+            if self._closed:
+                raise Misuse("this transport is closed")
+            self._tickets += 1
+            job = _Job(plan, source, destination, done, self._tickets, outcomes, step)
+            self._jobs[job.ticket] = job
+            job.error = self._dead
+            if job.open:
+                (self._queues.urgent if plan.urgent else self._queues.background).append(job)
+            else:
+                self._end(job)
+            self._work.notify()
+            return job.ticket
+
+    def cancel(self, ticket: int) -> Quiet:
+        with self._lock:
+            if (job := self._jobs.get(ticket)) is not None:
+                job.error = job.error or "cancelled"
+                self._end(job)
+                here = threading.current_thread() is self._thread  # which would wait for itself
+                if not self._quiet.wait_for(lambda: not job.flying, 0.0 if here else PATIENCE_S):
+                    return Quiet.UNCERTAIN
+        return Quiet.QUIESCED
+
+    def alive(self) -> bool:
+        return not self._closed and self._dead is None and self._thread.is_alive()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._fail("the transport was closed")
+            self._work.notify()
+        self._thread.join()
+
+    # ------------------------------------------------------------------ memory and peers
+
+    def register(self, region: Region) -> None:
+        """Register a region of ours now, so that others can reach it. Raises Broken."""
+        self._on_thread(lambda: self._agent.register(region))
+
+    def forget(self, region: Region) -> None:
+        """A region is not used any more: no plan with it may be pending. Raises Broken."""
+        self._on_thread(lambda: self._agent.forget(region))
+
+    def metadata(self) -> bytes:
+        """What others `connect` to, with all that has been registered. It does not outlive a restart. Raises Broken."""
+        return self._on_thread(lambda: self._agent.metadata())
+
+    def connect(self, metadata: bytes) -> str:
+        """Make an agent's memory reachable; the name it returns is the owner of its regions (`RemoteMemory`).
+
+        Raises Broken: it cannot be, or is connected already.
+        """
+
+        def connect() -> str:
+            name = self._agent.connect(metadata)
+            self._lost.discard(name)
+            return name
+
+        return self._on_thread(connect)
+
+    def disconnect(self, peer: str) -> None:
+        """Forget an agent. Pending plans with it fail, those that fly when they end. Raises Broken."""
+
+        def disconnect() -> None:
+            self._lose(peer, "the peer was disconnected")
+            self._lost.discard(peer)
+            self._agent.disconnect(peer)
+
+        self._on_thread(disconnect)
+
+    # ------------------------------------------------------------------ the thread
+
+    def _on_thread(self, call: Callable[[], _T]) -> _T:
+        result: Future[_T] = Future()
+        with self._lock:
+            if self._closed or self._dead is not None:
+                raise Broken(self._dead or "this transport is closed")
+            self._commands.append((result, call))
+            self._work.notify()
+        try:
+            return result.result(COMMAND_S)
+        except TimeoutError:
+            raise Broken(f"NIXL does not answer within {COMMAND_S:.0f} s") from None
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+            return
+        except BaseException as error:
+            logger.exception("the NIXL thread died: this transport moves nothing more")
+            with self._lock:
+                self._dead = f"the NIXL thread died: {error!r}"
+                self._fail(self._dead)
+                for result, _ in self._commands:
+                    result.set_exception(Broken(self._dead))
+            self._settle_all(self._dead)
+        while True:  # somebody has to say that plans failed
+            with self._lock:
+                self._work.wait_for(lambda: self._over or self._closed)
+            if not self._next_over() and self._closed:
+                return
+
+    def _serve(self) -> None:
+        while True:
+            with self._lock:
+                while not (self._commands or self._over or self._flights or self._ready() or self._closed):
+                    self._work.wait()
+            moved = self._obey() + self._next_over() + self._look() + self._post()
+            if self._closed and not (self._jobs or self._over or self._commands):
+                self._agent.close([])
+                return
+            if moved or not self._flights:
+                continue
+            if self._stuck():
+                self._restart(f"a transfer has not ended in {self._stuck_s:.0f} s")
+                continue
+            age = time.monotonic() - self._flights[-1].begun
+            with self._lock:
+                if not (self._commands or self._over):
+                    self._work.wait(min(max(age / 8, NAPS_S[0]), NAPS_S[1]))
+
+    def _obey(self) -> int:
+        """Do the next thing that somebody waits for."""
+        with self._lock:
+            if not self._commands:
+                return 0
+            result, call = self._commands.popleft()
+        try:
+            result.set_result(call())
+        except Broken as error:
+            result.set_exception(error)
+        return 1
+
+    def _ready(self) -> bool:
+        """Whether a piece can be posted. Lock held."""
+        return self._choose() is not None
+
+    def _choose(self) -> _Job | None:
+        for queue in (self._queues.urgent, self._queues.background):
+            while queue and not queue[0].open:
+                queue.popleft()
+            for job in queue:
+                if job.open and self._room(job):
+                    return job
+        return None
+
+    def _room(self, job: _Job) -> bool:
+        urgent, background = (self._window[job.peer, kind] for kind in (True, False))
+        return urgent + background < WINDOW if job.plan.urgent else not urgent and background < WINDOW // 2
+
+    def _post(self) -> int:
+        """Begin the next piece, if there is one. The lock is not held while NIXL is in it."""
+        with self._lock:
+            if (job := self._choose()) is None:
+                return 0
+            if job.peer in self._lost:
+                job.error = "the peer is not connected any more"
+                self._end(job)
+                return 1
+            blocks = slice(job.next, min(job.next + job.step, len(job.source)))
+            job.next = blocks.stop
+            job.flying += 1
+            self._window[job.peer, job.plan.urgent] += 1
+            job.started = job.started or time.perf_counter()
+        flight = _Flight(job, blocks, time.monotonic())
+        self._flights.append(flight)
+        try:
+            pair = self._agent.prepare(job.plan.source, job.plan.destination)
+            flight.handle, over = self._agent.begin(pair, job.source[blocks], job.destination[blocks])
+        except Broken as error:
+            self._settle(flight, error)
+        else:
+            if over:
+                self._settle(flight, None)
+        return 1
+
+    def _look(self) -> int:
+        """Ask after everything that flies."""
+        ended = 0
+        for flight in list(self._flights):
+            error: Exception | None = None
+            try:
+                if not self._agent.ended(flight.handle):
+                    continue
+            except Broken as problem:
+                error = problem
+            self._settle(flight, error)
+            ended += 1
+        return ended
+
+    def _settle(self, flight: _Flight, error: Exception | None) -> None:
+        """A piece has ended: its outcome, and its job's if that was the last one."""
+        self._flights.remove(flight)
+        if flight.handle is not None:
+            self._agent.release(flight.handle)
+        with self._lock:
+            job = flight.job
+            job.flying -= 1
+            job.ended = time.perf_counter()
+            self._window -= Counter([(job.peer, job.plan.urgent)])  # which leaves no zeros
+            if error is None:
+                job.outcomes[flight.blocks] = _DONE
+            else:
+                job.error = job.error or str(error)
+                if isinstance(error, Lost):
+                    self._lose(job.peer, f"the peer is gone: {error}")
+            self._end(job)
+            self._quiet.notify_all()
+
+    def _lose(self, peer: str, why: str) -> None:
+        """Let nothing more be posted to this peer."""
+        with self._lock:
+            self._lost.add(peer)
+            for job in list(self._jobs.values()):
+                if job.peer == peer:
+                    job.error = job.error or why
+                    self._end(job)
+
+    def _end(self, job: _Job) -> None:
+        """Have a job reported, once, when no piece of it flies and none is to come. Lock held."""
+        if not job.open and not job.flying and job.ticket in self._jobs:
+            del self._jobs[job.ticket]
+            self._over.append(job)
+            self._work.notify()
+
+    def _next_over(self) -> int:
+        """Report the next job that is over."""
+        with self._lock:
+            if not self._over:
+                return 0
+            job = self._over.popleft()
+        moved = job.outcomes == Outcome.DONE
+        error = None if moved.all() else job.error
+        nbytes = int(moved.sum()) * job.plan.source.slot_bytes
+        try:
+            job.done(Completion(job.ticket, job.outcomes, error, job.ended - job.started, nbytes))
+        except Exception:
+            logger.exception("the completion of a plan was not processed")
+        return 1
+
+    def _fail(self, why: str) -> None:
+        """Let nothing more be posted. Lock held."""
+        for job in list(self._jobs.values()):
+            job.error = job.error or why
+            self._end(job)
+
+    # ------------------------------------------------------------------ when something does not end
+
+    def _stuck(self) -> bool:
+        # Files end some day; and destroying an agent would not stop their reads.
+        limit = min(self._stuck_s, CLOSE_S) if self._closed else self._stuck_s
+        return self.backend == "UCX" and time.monotonic() - self._flights[0].begun > limit
+
+    def _restart(self, why: str) -> None:
+        """Replace the agent, so that nothing that flew touches memory any more."""
+        logger.warning("NIXL (%s) is started anew: %s", self.backend, why)
+        self._settle_all(f"NIXL was started anew: {why}")
+        self._agent = self._new_agent()
+        self.restarts += 1
+
+    def _settle_all(self, why: str) -> None:
+        self._agent.close([flight.handle for flight in self._flights if flight.handle is not None])
+        for flight in list(self._flights):
+            flight.handle = None
+            self._settle(flight, Broken(why))
+        with self._lock:
+            self._lost = {job.peer for job in self._jobs.values() if job.peer}
+
+    def _new_agent(self) -> Agent:
+        return Agent(f"kvbm-{uuid.uuid4().hex}", self.backend, self._options)
+
+    def _obstacle(self, source: Region, destination: Region) -> str | None:
+        """Why no bytes can go from one to the other, apart from rows that differ."""
+        for region in (source, destination):
+            if region.kind not in self._kinds:
+                return f"NIXL's {self.backend} does not reach region {region.name!r} of kind {region.kind!r}"
+            if any(plane.stride < 0 for plane in region.planes):
+                return f"region {region.name!r} runs backwards in memory"
+        far = {"peer", "file"} & {source.kind, destination.kind}
+        if self.backend != "UCX" and far != {"file"}:
+            return f"NIXL's {self.backend} moves to and from files only"
+        if source.kind == destination.kind and far:
+            return f"neither {source.name!r} nor {destination.name!r} is this process's"
+        return None

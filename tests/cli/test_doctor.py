@@ -1,0 +1,41 @@
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvbm.cli.main import app
+from kvbm.transfer.nixl import agent
+
+
+def findings(*options: str) -> dict[str, tuple[bool, str]]:
+    result = CliRunner().invoke(app, ["doctor", "--json", *options])
+    assert result.exit_code == 0, result.output
+    return {finding["what"]: (finding["ok"], finding["says"]) for finding in json.loads(result.output)}
+
+
+def test_what_is_missing_is_a_finding_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "WHEEL", "no-such-wheel")
+    found = findings()
+    assert "pykvbm[nixl]" in found["NIXL"][1]
+    assert not found["NIXL"][0]
+    assert "io_uring" in found
+
+
+def test_the_folder_of_the_disk_tier_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "WHEEL", "no-such-wheel")
+    monkeypatch.setenv("KVBM_G3_DIR", str(tmp_path))
+    assert f"direct I/O in {tmp_path}" in findings()
+
+
+def test_backends_are_tried() -> None:
+    pytest.importorskip("nixl_cu12", reason="NIXL is not installed: pip install 'pykvbm[nixl]'")
+    found = findings()
+    assert found["NIXL UCX: memory of other instances"][0]
+    assert "GB/s" in found["NIXL UCX: memory of other instances"][1]
+
+
+def test_people_get_a_table() -> None:
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    assert "io_uring" in result.output

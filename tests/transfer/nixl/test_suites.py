@@ -1,0 +1,86 @@
+"""The transport's contract over NIXL: within a process, to and from another agent's memory, to and from files."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kvbm.abc.transport import Transport
+from kvbm.core.region import Region
+from kvbm.testing.transport import FileMemory, HostMemory, Memory, TransportSuite
+
+pytest.importorskip("nixl_cu12", reason="NIXL is not installed: pip install 'pykvbm[nixl]'")
+
+from kvbm.transfer.nixl import NixlTransport, RemoteMemory
+
+
+class TestWithinAProcess(TransportSuite):
+    def make_transport(self) -> Transport:
+        return NixlTransport()
+
+    def make_regions(self, row_bytes: Sequence[int], slots: int) -> tuple[Memory, Memory]:
+        return HostMemory(row_bytes, slots), HostMemory(row_bytes, slots)
+
+
+class PeerSide:
+    """Another agent's memory, in this process, so that the suite can see it."""
+
+    def __init__(self, memory: HostMemory, owner: RemoteMemory) -> None:
+        self.region: Region = replace(memory.region, kind="peer", owner=owner)
+        self.get, self.put, self.guards_intact = memory.get, memory.put, memory.guards_intact
+
+
+class PeerSuite(TransportSuite):
+    write = False
+
+    @pytest.fixture(autouse=True)
+    def _peer(self) -> Iterator[None]:
+        self.peer = NixlTransport()
+        yield
+        self.peer.close()
+
+    def make_transport(self) -> Transport:
+        self.transport_ = NixlTransport()
+        return self.transport_
+
+    def make_regions(self, row_bytes: Sequence[int], slots: int) -> tuple[Memory, Memory]:
+        here, there = HostMemory(row_bytes, slots), HostMemory(row_bytes, slots)
+        self.peer.register(there.region)
+        far = PeerSide(there, RemoteMemory(self.transport_.connect(self.peer.metadata())))
+        return (here, far) if self.write else (far, here)
+
+
+class TestFromPeer(PeerSuite):
+    pass
+
+
+class TestToPeer(PeerSuite):
+    write = True
+
+
+class FileSuite(TransportSuite):
+    write = False
+
+    @pytest.fixture(autouse=True)
+    def _files(self, tmp_path: Path) -> Iterator[None]:
+        with ExitStack() as self.files:
+            self.path = tmp_path
+            yield
+
+    def make_transport(self) -> Transport:
+        return NixlTransport("POSIX")
+
+    def make_regions(self, row_bytes: Sequence[int], slots: int) -> tuple[Memory, Memory]:
+        path = self.path / f"{len(list(self.path.iterdir()))}"
+        there, here = self.files.enter_context(FileMemory(path, row_bytes, slots)), HostMemory(row_bytes, slots)
+        return (here, there) if self.write else (there, here)
+
+
+class TestFileReads(FileSuite):
+    pass
+
+
+class TestFileWrites(FileSuite):
+    write = True
