@@ -41,10 +41,11 @@ from kvbm.core.outcome import Outcome
 from kvbm.core.region import Slots, packed
 from kvbm.manager.build_disk import transport
 from kvbm.native import Ring
+from kvbm.stores.cipher import Cipher
 from kvbm.stores.disk import Disk
 from kvbm.stores.folder import Folder
 from kvbm.stores.format import Words, checksums
-from kvbm.stores.shard import Shard
+from kvbm.stores.shard import Shard, Sync
 from kvbm.testing.store import key_of, labels
 from kvbm.transfer.executor import Executor
 
@@ -73,12 +74,14 @@ THREADS = Setup(Settings(g3_engine="threads"), ("--ioengine=psync", "--numjobs=1
 class Store:
     """A store of blocks of one size, full, and the memory they come from and go to."""
 
-    def __init__(self, stack: ExitStack, block: int) -> None:
+    def __init__(self, stack: ExitStack, block: int, encryption: str = "") -> None:
         self.block, self.slots = block, FILE_BYTES // block
         folder = Folder.claim(Path(stack.enter_context(tempfile.TemporaryDirectory(dir=FOLDER))), "bench")
         stack.callback(folder.close)
         bound = FILE_BYTES + 2 * self.slots * 128 + (1 << 20)
-        self.place = folder.namespace("e" * 64, {}, ranks=1, block_bytes=block, bound_bytes=bound).place
+        self.place = folder.namespace(
+            "e" * 64, {}, ranks=1, block_bytes=block, bound_bytes=bound, encryption=encryption
+        ).place
         self.path = self.place.data(0)
         self.array = buffer(JOB_BYTES * JOBS)
         self.array[:] = np.frombuffer(np.random.default_rng(0).bytes(self.array.nbytes), dtype=np.uint8)
@@ -86,10 +89,10 @@ class Store:
         self.sums = checksums(self.host, np.arange(self.host.num_slots), block)
         self.sequence = 0
 
-    def disk(self, stack: ExitStack, setup: Setup) -> Disk:
+    def disk(self, stack: ExitStack, setup: Setup, sync: Sync = "never", cipher: Cipher | None = None) -> Disk:
         executor = Executor([transport(setup.settings)])
         stack.callback(executor.close, 5)
-        disk = Disk(Shard(self.place, 0, sync="never"), self.host, executor.submit, executor.cancel)
+        disk = Disk(Shard(self.place, 0, sync=sync), self.host, executor.submit, executor.cancel, cipher=cipher)
         stack.callback(disk.close, 5)
         return disk
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from ctypes import addressof, c_char
 from dataclasses import dataclass
 from typing import final
@@ -170,7 +171,9 @@ class Bounce:
     """Anonymous memory for encrypted blocks: `region` as a transport sees it, `wide` with a tag's room per slot."""
 
     def __init__(self, slot_bytes: int, slots: int) -> None:
-        memory = mmap.mmap(-1, slots * (slot_bytes + PAGE))
+        memory = mmap.mmap(-1, slots * (slot_bytes + PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel without; a virtual disk can take several times as long with small pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
         address, stride = addressof(c_char.from_buffer(memory)), slot_bytes + PAGE
         self.region = Region("G3 bounce", "host", slots, (Plane(address, stride, slot_bytes),), owner=memory)
         self.wide = Region("G3 bounce", "host", slots, (Plane(address, stride, stride),), owner=memory)
