@@ -92,6 +92,31 @@ def test_blocks_come_back_from_disk_and_after_a_restart(
             assert engine.status()["tiers"][1]["inactive"] == 0
 
 
+def test_a_budget_that_runs_low_is_kept_for_what_is_hot(
+    tiny: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    """Six prompts may be written. Three take half of that; of the rest only the one that comes again is written."""
+    blocks, size = 6 * 25, 24_576
+    with closing(on_disk(tiny, tmp_path, g3_write_gb_day=blocks * size / 1e9)) as engine:
+        assert engine.status()["block_bytes"] == size
+        for prompt, tokens in zip(prompts, expected, strict=True):
+            (done,) = engine.run([prompt], 12)
+            assert done.tokens == tokens
+            cold = settled(engine)["demote"]
+        assert blocks / 2 <= cold["blocks"] < blocks / 2 + 25
+        assert cold["refused"] > 0
+        for _ in range(2):
+            engine.forget_device()
+            (done,) = engine.run(prompts[-1:], 12)
+            assert done.tokens == expected[-1]
+        hot = settled(engine)["demote"]
+        assert hot["blocks"] > cold["blocks"]
+        engine.forget_device()
+        (done,) = engine.run(prompts[:1], 12)
+        assert (done.tokens, done.cached) == (expected[0], 384)
+        assert engine.status()["tokens"]["g3"] > 0
+
+
 def test_damaged_blocks_are_noticed_and_computed(
     tiny: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:

@@ -179,7 +179,7 @@ class Stage:
         *,
         exclusive: bool = False,
         admit: str = "all",
-        write_bytes_s: float | None = None,
+        write_bytes: float | None = None,
         in_flight: int = 64,
         batch: int = 4,
         most: int = 32,
@@ -196,7 +196,7 @@ class Stage:
         self.demotion = Demotion(
             self.tier, self.pool,
             admission=admission(admit, slots), hot=Frequency(slots), exclusive=exclusive,
-            budget=Budget(write_bytes_s, self.clock),
+            budget=Budget(write_bytes, 3600, self.clock),
             block_bytes=BLOCK_BYTES, most=in_flight, batch=batch, emit=leader.emit,
         )  # fmt: skip
         self.promotion = Promotion(

@@ -171,7 +171,7 @@ def test_a_block_is_written_once_it_is_asked_for_again(make_stage: Make) -> None
 
 def test_below_half_the_budget_only_hot_blocks_are_written_and_without_one_nothing(make_stage: Make) -> None:
     hour = 10 * BLOCK_BYTES
-    stage = make_stage().add_disk(write_bytes_s=hour / 3600)
+    stage = make_stage().add_disk(write_bytes=hour)
     hot = keys_of("hot", 4)
     stage.begin("hot 1", hot)
     stage.begin("hot 2", hot)
@@ -195,8 +195,8 @@ def test_below_half_the_budget_only_hot_blocks_are_written_and_without_one_nothi
 
 def test_a_budget_is_saved_up_for_an_hour_at_most() -> None:
     clock = ManualClock()
-    assert Budget(None, clock).left() == 1.0
-    budget = Budget(10.0, clock)
+    assert Budget(None, 3600, clock).left() == 1.0
+    budget = Budget(36_000, 3600, clock)
     budget.spend(36_000)
     assert budget.left() == 0
     clock.advance(1800)

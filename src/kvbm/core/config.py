@@ -60,7 +60,10 @@ class Settings(BaseSettings):
     g3_engine: Literal["auto", "io_uring", "threads"] = "auto"
     """How the disk is read and written: io_uring where the kernel has it, else threads."""
     g3_write_mb_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Megabytes per second that may be written to disk over time; when they run short, hot blocks only. Unset: all."""
+    """Megabytes per second that may be written to disk over time; when they run short, hot blocks only. Unset: all.
+    Wins over g3_write_gb_day."""
+    g3_write_gb_day: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """The same in gigabytes per day, which may be saved up for a day instead of an hour."""
     g3_inflight_mb: Annotated[int, Field(ge=1, le=1_000_000)] = 256
     """Most megabytes being written to disk, and most being read from it, at once, over all ranks of one engine."""
     g3_deadline_s: Seconds = 30.0
@@ -153,6 +156,8 @@ _WITHOUT_EFFECT = {
 """Upstream's other variables (patterns, without DYN_KVBM_) and why they do nothing here."""
 
 _ELSEWHERE = {"KVBM_CONFIG"}
+_WINNERS = {"g2_gb": "g2_blocks", "g3_gb": "g3_blocks", "g3_write_gb_day": "g3_write_mb_s"}
+"""What has no effect beside what."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,9 +197,9 @@ def load(
         if value is not None:
             source = f"option --{name.replace('_', '-')}"
             given |= _from_mapping({name: value}, source)
-    for tier in ("g2", "g3"):
-        if {f"{tier}_gb", f"{tier}_blocks"} <= given.keys():
-            notes.append(f"{tier}_gb from {given[f'{tier}_gb'].source} has no effect: {tier}_blocks is set and wins.")
+    for loser, winner in _WINNERS.items():
+        if {loser, winner} <= given.keys():
+            notes.append(f"{loser} from {given[loser].source} has no effect: {winner} is set and wins.")
     sources = {name: given[name].source if name in given else "default" for name in Settings.model_fields}
     return Resolved(_validated(given, environ), sources, notes)
 

@@ -133,7 +133,7 @@ def lower(
         admission=admission(settings.g3_admission, slots),
         hot=Frequency(slots),
         exclusive=isinstance(below.evict("g2", tiers), Move),
-        budget=Budget(None if settings.g3_write_mb_s is None else settings.g3_write_mb_s * 1e6, time.monotonic),
+        budget=_budget(settings),
         block_bytes=block_bytes,
         most=min(in_flight, g2_slots // 4),  # what is being written is held
         batch=batch, emit=leader.emit,
@@ -146,6 +146,13 @@ def lower(
         emit=leader.emit, clock=time.monotonic,
     )  # fmt: skip
     return Lower(tier, demotion, promotion, block_tokens)
+
+
+def _budget(settings: Settings) -> Budget:
+    if settings.g3_write_mb_s is not None:
+        return Budget(settings.g3_write_mb_s * 1e6 * 3600, 3600, time.monotonic)
+    day = settings.g3_write_gb_day
+    return Budget(None if day is None else day * 1e9, 86_400, time.monotonic)
 
 
 def _cipher(settings: Settings) -> Cipher | None:

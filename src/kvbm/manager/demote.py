@@ -14,13 +14,11 @@ from kvbm.manager.disk import DiskTier, Move
 
 
 class Budget:
-    """Bytes that may be written: `per_second` of them, saved up for an hour at most. Unlimited where it is None."""
+    """`nbytes` that may be written in `seconds`, and saved up for as long. Unlimited where they are None."""
 
-    _HOUR = 3600.0
-
-    def __init__(self, per_second: float | None, clock: Callable[[], float]) -> None:
-        self._rate, self._clock = per_second, clock
-        self._left = self._most = (per_second or 0.0) * self._HOUR
+    def __init__(self, nbytes: float | None, seconds: float, clock: Callable[[], float]) -> None:
+        self._rate, self._clock = None if nbytes is None else nbytes / seconds, clock
+        self._left = self._most = nbytes or 0.0
         self._then = clock()
 
     def left(self) -> float:
