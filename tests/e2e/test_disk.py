@@ -96,14 +96,14 @@ def test_a_budget_that_runs_low_is_kept_for_what_is_hot(
     tiny: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     """Six prompts may be written. Three take half of that; of the rest only the one that comes again is written."""
-    blocks, size = 6 * 25, 24_576
+    blocks, size = 6 * 12, 49_152
     with closing(on_disk(tiny, tmp_path, g3_write_gb_day=blocks * size / 1e9)) as engine:
         assert engine.status()["block_bytes"] == size
         for prompt, tokens in zip(prompts, expected, strict=True):
             (done,) = engine.run([prompt], 12)
             assert done.tokens == tokens
             cold = settled(engine)["demote"]
-        assert blocks / 2 <= cold["blocks"] < blocks / 2 + 25
+        assert blocks / 2 <= cold["blocks"] < blocks / 2 + 12
         assert cold["refused"] > 0
         for _ in range(2):
             engine.forget_device()
