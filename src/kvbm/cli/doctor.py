@@ -31,6 +31,7 @@ _USED_FOR: Final = {
     "POSIX": "files, as io_uring without NIXL does it",
     "GDS": "between GPU memory and files",
     "GDS_MT": "between GPU memory and files, several threads",
+    "OBJ": "object storage",
 }
 
 
@@ -43,17 +44,23 @@ class Finding:
     says: str
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    bucket: Annotated[str, typer.Option(help="A bucket to try object storage in: small objects stay there.")] = "",
+    endpoint: Annotated[str, typer.Option(metavar="URL", help="Where it is, if not at AWS.")] = "",
+) -> None:
     """Try what KVBM can use on this machine, and say what of it works and why the rest does not.
 
     Nothing here has to work: without it KVBM does without, as each line says. Ends with status 0 unless a setting is
-    wrong.
+    wrong. Object storage is tried where a bucket is given; credentials are found where AWS's tools find them.
     """
     settings = config.load().settings
     folder = settings.g3_dir if settings.g3_dir is not None and settings.g3_dir.is_dir() else None
     findings = []
     table = Table("", "what", "finding", header_style="bold", title=f"KVBM {__version__}", title_justify="left")
-    for finding in _findings(folder):
+    objects = {"bucket": bucket} if bucket else {}
+    objects |= {"endpoint_override": endpoint} if endpoint else {}
+    for finding in _findings(folder, objects):
         findings.append(finding)
         table.add_row("[green]yes[/]" if finding.ok else "[yellow]no[/]", Text(finding.what), Text(finding.says))
     if as_json:
@@ -62,7 +69,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="For programs.")
         _out.print(table)
 
 
-def _findings(folder: Path | None) -> Iterator[Finding]:
+def _findings(folder: Path | None, objects: dict[str, str]) -> Iterator[Finding]:
     yield Finding("machine", True, f"Linux {platform.release()}, {os.cpu_count()} processors, {platform.machine()}")
     try:
         Ring(1)
@@ -77,8 +84,11 @@ def _findings(folder: Path | None) -> Iterator[Finding]:
         yield Finding("NIXL", False, f"{error}: nothing is shared between instances")
         return
     for backend in BACKENDS:
-        report = probe(backend, folder)
-        fast = f"{report.gb_s:.1f} GB/s in small transfers" if report.gb_s is not None else ""
+        if backend == "OBJ" and "bucket" not in objects:
+            yield Finding(f"NIXL OBJ: {_USED_FOR['OBJ']}", False, "not tried: --bucket says where")
+            continue
+        report = probe(backend, folder, objects if backend == "OBJ" else None)
+        fast = f"{size(report.gb_s * 1e9)}/s in small transfers" if report.gb_s is not None else ""
         yield Finding(f"NIXL {backend}: {_USED_FOR[backend]}", report.problem is None, report.problem or fast)
 
 

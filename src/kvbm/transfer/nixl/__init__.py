@@ -3,8 +3,8 @@
 Without the wheel (`pip install 'pykvbm[nixl]'`) nothing of this is imported and everything local works.
 """
 
-from kvbm.transfer.nixl.agent import Agent, RemoteMemory
+from kvbm.transfer.nixl.agent import Agent, Objects, RemoteMemory
 from kvbm.transfer.nixl.probe import BACKENDS, Report, probe
 from kvbm.transfer.nixl.transport import NixlTransport
 
-__all__ = ["BACKENDS", "Agent", "NixlTransport", "RemoteMemory", "Report", "probe"]
+__all__ = ["BACKENDS", "Agent", "NixlTransport", "Objects", "RemoteMemory", "Report", "probe"]

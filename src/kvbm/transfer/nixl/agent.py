@@ -18,7 +18,7 @@ import gc
 import importlib
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from kvbm.transfer.plan import coalesce
 
 WHEEL: Final = "nixl-cu12"
 OLDEST: Final = (1, 5, 0)
-MEMORY: Final = {"host": "DRAM", "peer": "DRAM", "cuda": "VRAM", "file": "FILE"}
+MEMORY: Final = {"host": "DRAM", "peer": "DRAM", "cuda": "VRAM", "file": "FILE", "object": "OBJ"}
 """NIXL's name for each kind of region."""
 _RDMA: Final = Path("/sys/class/infiniband")
 _NAP_US: Final = 100_000
@@ -50,6 +50,13 @@ class RemoteMemory:
     """
 
     agent: str
+
+
+@dataclass(frozen=True, slots=True)
+class Objects:
+    """Owner of a region of kind "object", whose slots are objects of a bucket, by these keys. It has one plane."""
+
+    keys: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,8 +121,10 @@ class Agent:
         """Make a region known to the backend, once. A peer's is known already."""
         if region.kind == "peer" or id(region) in self._registered:
             return
-        device = device_of(region)
-        descriptors = [(address, size, device, "") for address, size in spans(region)]
+        if region.kind == "object":
+            descriptors = [(0, region.slot_bytes, slot, key) for slot, key in enumerate(region.owner.keys)]
+        else:
+            descriptors = [(address, size, device_of(region), "") for address, size in spans(region)]
         with self._reported(f"region {region.name!r} cannot be registered"):
             self._registered[id(region)] = region, self._nixl.register_memory(descriptors, MEMORY[region.kind])
 
@@ -152,7 +161,7 @@ class Agent:
         self.register(source)
         self.register(destination)
         rows = coalesce(source, destination)
-        pulls = source.kind in ("peer", "file")
+        pulls = source.kind in ("peer", "file", "object")
         near, far = (destination, source) if pulls else (source, destination)
         sides = {
             id(source): (rows.source_address, rows.source_stride),
@@ -162,7 +171,7 @@ class Agent:
         with self._reported(f"nothing moves from region {source.name!r} to {destination.name!r}"):
             local, remote = (
                 self._nixl.prep_xfer_dlist(
-                    agent, strided(region, *sides[id(region)], rows.row_bytes), MEMORY[region.kind]
+                    agent, listed(region, *sides[id(region)], rows.row_bytes), MEMORY[region.kind]
                 )
                 for region, agent in ((near, "NIXL_INIT_AGENT"), (far, self._owner_of(far)))
             )
@@ -270,8 +279,13 @@ def spans(region: Region) -> list[tuple[int, int]]:
     return merged
 
 
-def strided(region: Region, address: Slots, stride: Slots, row_bytes: Slots) -> npt.NDArray[np.uint64]:
-    """All rows of all slots, as NIXL takes them: an entry per row of a slot (address, bytes, device, stride, slots)."""
+def listed(region: Region, address: Slots, stride: Slots, row_bytes: Slots) -> npt.NDArray[np.uint64]:
+    """All rows of all slots, as NIXL takes them: an entry per row of a slot (address, bytes, device, stride, slots), or
+    per object (address, bytes, device)."""
+    if region.kind == "object":
+        objects = np.zeros((region.num_slots, 3), dtype=np.uint64)
+        objects[:, 1], objects[:, 2] = row_bytes[0], np.arange(region.num_slots)
+        return objects
     table = np.empty((len(address), 5), dtype=np.uint64)
     table[:, 0], table[:, 1], table[:, 2] = address, row_bytes, device_of(region)
     table[:, 3], table[:, 4] = stride, region.num_slots

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,10 +24,10 @@ from kvbm.abc.transport import Completion, Plan
 from kvbm.core.errors import Broken
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import OpenFile, Region, packed
-from kvbm.transfer.nixl.agent import RemoteMemory
+from kvbm.transfer.nixl.agent import Objects, RemoteMemory
 from kvbm.transfer.nixl.transport import NixlTransport
 
-BACKENDS: Final = ("UCX", "POSIX", "GDS", "GDS_MT")
+BACKENDS: Final = ("UCX", "POSIX", "GDS", "GDS_MT", "OBJ")
 """What there is a probe for."""
 _BLOCK, _SLOTS, _ROUNDS = 256 << 10, 64, 4
 
@@ -41,11 +41,20 @@ class Report:
     problem: str | None = None
 
 
-def probe(backend: str, folder: Path | None = None, timeout_s: float = 30.0) -> Report:
-    """Try a backend; file backends in `folder` (default: where temporary files go)."""
-    command = [sys.executable, "-m", "kvbm.transfer.nixl.probe", backend, str(folder or tempfile.gettempdir())]
+def probe(
+    backend: str, folder: Path | None = None, options: Mapping[str, str] | None = None, timeout_s: float = 30.0
+) -> Report:
+    """Try a backend; file backends in `folder` (default: where temporary files go).
+
+    `options` are NIXL's for the backend, and no secrets: for "OBJ" `bucket` and `endpoint_override` at least; who may
+    write there the child finds where AWS's SDK looks. It leaves small objects named kvbm-probe-... behind.
+    """
+    run = f"from {__name__} import main; main()"
+    given = [backend, str(folder or tempfile.gettempdir()), json.dumps(dict(options or {}))]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        ended = subprocess.run(
+            [sys.executable, "-c", run, *given], capture_output=True, text=True, timeout=timeout_s, check=False
+        )
     except subprocess.TimeoutExpired:
         return Report(backend, problem=f"it does not answer within {timeout_s:.0f} s")
     if ended.returncode:
@@ -54,10 +63,13 @@ def probe(backend: str, folder: Path | None = None, timeout_s: float = 30.0) -> 
     return Report(**json.loads(ended.stdout.splitlines()[-1]))
 
 
-def _prove(backend: str, folder: Path) -> Report:
+def _prove(backend: str, folder: Path, options: dict[str, str]) -> Report:
     try:
-        with_peer = backend == "UCX"
-        return Report(backend, gb_s=_over_memory() if with_peer else _over_file(backend, folder))
+        if backend == "UCX":
+            return Report(backend, gb_s=_over_memory())
+        if backend == "OBJ":
+            return Report(backend, gb_s=_over_objects(options))
+        return Report(backend, gb_s=_over_file(backend, folder))
     except (Broken, OSError, AssertionError) as error:
         return Report(backend, problem=str(error) or repr(error))
 
@@ -89,6 +101,17 @@ def _over_file(backend: str, folder: Path) -> float:
     finally:
         transport.close()
         os.close(fd)
+
+
+def _over_objects(options: dict[str, str]) -> float:
+    transport = NixlTransport("OBJ", options)
+    keys = Objects([f"kvbm-probe-{slot}" for slot in range(_SLOTS)])
+    objects = packed("objects", 0, [_BLOCK], _SLOTS, kind="object", owner=keys)
+    source, back = _blocks(0), _blocks(1)
+    try:
+        return _there_and_back(transport, source, objects, back, lambda: source)
+    finally:
+        transport.close()
 
 
 def _there_and_back(
@@ -133,5 +156,6 @@ def _region(blocks: npt.NDArray[np.uint8]) -> Region:
     return packed("probe", int(blocks.ctypes.data), [_BLOCK], len(blocks), owner=blocks)
 
 
-if __name__ == "__main__":
-    print(json.dumps(asdict(_prove(sys.argv[1], Path(sys.argv[2])))))
+def main() -> None:
+    """The process of a probe: backend, folder and options are its arguments, the report as JSON its last line."""
+    print(json.dumps(asdict(_prove(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])))))

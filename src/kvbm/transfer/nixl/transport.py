@@ -96,9 +96,9 @@ class _Queues:
 class NixlTransport(Transport):
     """Moves slots between regions over one NIXL backend.
 
-    `backend` is "UCX" (host memory, GPU memory and peers'; regions of kind "host", "cuda", "peer") or one for files
-    ("POSIX", "GDS", "GDS_MT": "host" or "cuda", and "file"). A region is registered when it is first used and stays
-    so until `forget`. `device`: GPU memory is reached, too.
+    `backend` is "UCX" (host memory, GPU memory and peers'; regions of kind "host", "cuda", "peer"), one for files
+    ("POSIX", "GDS", "GDS_MT": "host" or "cuda", and "file"), or "OBJ" ("host" and "object"). A region is registered
+    when it is first used and stays so until `forget`. `device`: GPU memory is reached, too.
 
     `cancel` waits 50 ms for pieces that fly and is then `UNCERTAIN`. `done` runs on the one thread there is.
 
@@ -152,6 +152,8 @@ class NixlTransport(Transport):
         source, destination = checked_slots(plan)
         rows = len(plan.source.planes)
         step = max(1, min(chunk_blocks(plan.source.slot_bytes, self._piece_bytes), PIECE_ROWS // rows))
+        if self.backend == "OBJ":  # when one object's request fails, those of its piece still write
+            step = 1
         outcomes = np.full(len(source), Outcome.FAILED, dtype=np.uint8)
         with self._lock:
             if self._closed:
@@ -432,9 +434,11 @@ class NixlTransport(Transport):
                 return f"NIXL's {self.backend} does not reach region {region.name!r} of kind {region.kind!r}"
             if any(plane.stride < 0 for plane in region.planes):
                 return f"region {region.name!r} runs backwards in memory"
-        far = {"peer", "file"} & {source.kind, destination.kind}
-        if self.backend != "UCX" and far != {"file"}:
-            return f"NIXL's {self.backend} moves to and from files only"
+            if region.kind == "object" and len(region.planes) != 1:
+                return f"an object of region {region.name!r} would be written in parts"
+        far = {"peer", "file", "object"} & {source.kind, destination.kind}
+        if self.backend != "UCX" and not far - {"peer"}:
+            return f"NIXL's {self.backend} does not move between memories"
         if source.kind == destination.kind and far:
             return f"neither {source.name!r} nor {destination.name!r} is this process's"
         return None
