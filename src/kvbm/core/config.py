@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     g3_engine: Literal["auto", "io_uring", "threads"] = "auto"
     """How the disk is read and written: io_uring where the kernel has it, else threads."""
     g3_write_mb_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Megabytes per second that may be written to disk over time; if short, hot blocks only. Wins over g3_write_gb_day."""
+    """Megabytes per second that may be written to disk over time; if short, hot blocks only. Beats g3_write_gb_day."""
     g3_write_gb_day: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """The same in gigabytes per day, which may be saved up for a day instead of an hour."""
     g3_inflight_mb: Annotated[int, Field(ge=1, le=1_000_000)] = 256

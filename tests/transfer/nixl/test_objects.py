@@ -55,6 +55,7 @@ class ObjectMemory:
 
 class ObjectSuite(TransportSuite):
     row_bytes = (4096,)
+    plans = 5
     write = False
     numbers = itertools.count()
 
