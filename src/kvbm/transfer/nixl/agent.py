@@ -206,16 +206,21 @@ class Agent:
         try:
             handle.release()
         except self._errors:
-            handle._released = True  # or it tries again, and says so, whenever it is collected
+            self.abandon(handle)
 
-    def close(self, unended: list[Any]) -> None:
-        """Destroy the agent; with UCX nothing is read or written any more afterwards, not even by these transfers."""
-        for handle in unended:
-            handle._released = True
-        unended.clear()
+    @staticmethod
+    def abandon(handle: Any) -> None:
+        """Leave a transfer or a list to the agent's end: it does not try to release itself when it is collected.
+
+        It holds the agent: drop it before `close`.
+        """
+        handle._released = True
+
+    def close(self) -> None:
+        """Destroy the agent; with UCX nothing is read or written afterwards, not even by abandoned transfers."""
         for pair in self._prepared.values():
-            for prepared in (pair.local, pair.remote):
-                prepared._released = True
+            self.abandon(pair.local)
+            self.abandon(pair.remote)
         self._prepared.clear()
         self._registered.clear()
         self._nixl = None

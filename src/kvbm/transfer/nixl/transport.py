@@ -229,6 +229,8 @@ class NixlTransport(Transport):
     # ------------------------------------------------------------------ the thread
 
     def _on_thread(self, call: Callable[[], _T]) -> _T:
+        if threading.current_thread() is self._thread:  # inside a `done`
+            return call()
         result: Future[_T] = Future()
         with self._lock:
             if self._closed or self._dead is not None:
@@ -265,7 +267,7 @@ class NixlTransport(Transport):
                     self._work.wait()
             moved = self._obey() + self._next_over() + self._look() + self._post()
             if self._closed and not (self._jobs or self._over or self._commands):
-                self._agent.close([])
+                self._agent.close()
                 return
             if moved or not self._flights:
                 continue
@@ -417,9 +419,12 @@ class NixlTransport(Transport):
         self.restarts += 1
 
     def _settle_all(self, why: str) -> None:
-        self._agent.close([flight.handle for flight in self._flights if flight.handle is not None])
+        for flight in self._flights:
+            if flight.handle is not None:
+                self._agent.abandon(flight.handle)
+                flight.handle = None
+        self._agent.close()
         for flight in list(self._flights):
-            flight.handle = None
             self._settle(flight, Broken(why))
         with self._lock:
             self._lost = {job.peer for job in self._jobs.values() if job.peer}
