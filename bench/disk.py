@@ -20,12 +20,10 @@ import itertools
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +32,7 @@ from queue import SimpleQueue
 import numpy as np
 
 from bench.copy import buffer
-from bench.harness import Bench
+from bench.harness import Bench, medians_of
 from kvbm.abc.transport import Completion
 from kvbm.core.config import Settings
 from kvbm.core.outcome import Outcome
@@ -170,17 +168,6 @@ class Store:
         return MOVED_BYTES / float(figures["bw_bytes"])
 
 
-def medians(cases: Mapping[str, Callable[[], float]]) -> dict[str, float]:
-    """Of what each case says, in interleaved rounds each of which begins with another case."""
-    taken: dict[str, list[float]] = {name: [] for name in cases}
-    order = list(cases.items())
-    for _ in range(ROUNDS):
-        order.append(order.pop(0))
-        for name, case in order:
-            taken[name].append(case())
-    return {name: statistics.median(values) for name, values in taken.items()}
-
-
 def measure(bench: Bench, store: Store, disk: Disk, setup: Setup, *, write: bool, scattered: bool) -> None:
     jobs = store.order(scattered)
 
@@ -195,7 +182,7 @@ def measure(bench: Bench, store: Store, disk: Disk, setup: Setup, *, write: bool
         hot = min(DEPTHS[write] * store.block, store.array.nbytes)
         cases["bare, fio's memory"] = lambda: store.bare(jobs, hot, write=write)
         cases["bare, our memory"] = lambda: store.bare(jobs, store.array.nbytes, write=write)
-    median = medians(cases)
+    median = medians_of(ROUNDS, cases)
     kind = f"{'scattered' if scattered else 'consecutive'} {'writes' if write else 'reads'}, {store.block >> 10} KiB"
     what = f"{kind}, {setup.settings.g3_engine}"
     bench.info(what, " / ".join(f"{MOVED_BYTES / median[name] / 1e9:.2f}" for name in ("ours", "fio")) + " GB/s")

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from functools import partial
 
 from bench.disk import FOLDER, IO_URING, MOVED_BYTES, Store
-from bench.harness import Bench, medians
+from bench.harness import Bench, medians_of
 from kvbm.stores.cipher import Cipher
 from kvbm.stores.shard import Sync
 
@@ -35,7 +35,7 @@ def main() -> int:
         beds["again"] = bed(stack, "never")
         beds["encrypted"] = bed(stack, "never", Cipher(bytes(32)))
         for what, write in (("writes", True), ("reads", False)):
-            seconds = medians(ROUNDS, {name: partial(run, write) for name, run in beds.items()})
+            seconds = medians_of(ROUNDS, {name: partial(run, write) for name, run in beds.items()})
             bench.info(f"{what}, sync=never, MB/s", round(MOVED_BYTES / seconds["sync=never"] / 1e6))
             for name in beds:
                 if name != "sync=never" and (write or not name.startswith("sync")):

@@ -13,6 +13,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,10 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
             yield f"http://127.0.0.1:{port}", Path(run_dir), metrics, disk
         finally:
             os.killpg(process.pid, signal.SIGTERM)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(20)
-            except subprocess.TimeoutExpired:
-                pass
-            finally:
-                os.killpg(process.pid, signal.SIGKILL) if _group_lives(process.pid) else None
+            if _group_lives(process.pid):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _group_lives(group: int) -> bool:

@@ -2,7 +2,7 @@ import errno
 import os
 import resource
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +18,9 @@ from kvbm.core.outcome import Outcome
 from kvbm.core.region import OpenFile, Plane, packed
 from kvbm.testing.transport import (
     FileMemory,
+    FileTransportSuite,
     HostMemory,
-    Memory,
     Recorder,
-    TransportSuite,
     blocked,
     contents,
     fill,
@@ -34,28 +33,13 @@ from kvbm.transfer.file import FileTransport, operations
 ENGINES = ("io_uring", "threads")
 
 
-class FileSuite(TransportSuite):
-    """The contract, one way, with one engine; a subclass for each."""
+class FileSuite(FileTransportSuite):
+    """With one engine; a subclass for each."""
 
     engine = "threads"
-    write = False
-    direct = False
-
-    @pytest.fixture(autouse=True)
-    def _files(self, tmp_path: Path) -> Iterator[None]:
-        with ExitStack() as self.files:
-            self.path = tmp_path
-            yield
 
     def make_transport(self) -> Transport:
         return FileTransport(1, 8, self.engine)  # type: ignore[arg-type]
-
-    def make_regions(self, row_bytes: Sequence[int], slots: int) -> tuple[Memory, Memory]:
-        flags, gap = (os.O_RDWR | os.O_DIRECT, 4096) if self.direct else (os.O_RDWR, 5)
-        path = self.path / f"{len(list(self.path.iterdir()))}"
-        there = self.files.enter_context(FileMemory(path, row_bytes, slots, gap=gap, flags=flags))
-        here = HostMemory(row_bytes, slots, gap=gap, align=4096)
-        return (here, there) if self.write else (there, here)
 
 
 class TestReads(FileSuite):

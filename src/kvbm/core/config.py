@@ -208,6 +208,11 @@ def child_environment(**defaults: str) -> dict[str, str]:
     return defaults | os.environ
 
 
+def set_for_library(name: str, value: str) -> None:
+    """Set a variable that a library in this process reads, unless somebody has."""
+    os.environ.setdefault(name, value)
+
+
 def _from_file(path: Path) -> dict[str, _Given]:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, Protocol, Self
@@ -324,6 +324,27 @@ class TransportSuite:
         run(transport, plan_of(pair, [], []))
         assert recorder.completions == []
         assert contents(destination) == old
+
+
+class FileTransportSuite(TransportSuite):
+    """The contract between host memory and files, one way; `make_transport` is still to be supplied."""
+
+    write = False
+    direct = False
+    """With `O_DIRECT`: `row_bytes` have to be multiples of 4096."""
+
+    @pytest.fixture(autouse=True)
+    def _files(self, tmp_path: Path) -> Iterator[None]:
+        with ExitStack() as self._open:
+            self._folder = tmp_path
+            yield
+
+    def make_regions(self, row_bytes: Sequence[int], slots: int) -> tuple[Memory, Memory]:
+        flags, gap = (os.O_RDWR | os.O_DIRECT, 4096) if self.direct else (os.O_RDWR, 5)
+        path = self._folder / f"{len(list(self._folder.iterdir()))}"
+        there = self._open.enter_context(FileMemory(path, row_bytes, slots, gap=gap, flags=flags))
+        here = HostMemory(row_bytes, slots, gap=gap, align=4096)
+        return (here, there) if self.write else (there, here)
 
 
 def aligned(shape: tuple[int, int], align: int) -> npt.NDArray[np.uint8]:

@@ -1,15 +1,13 @@
 """The transport's contract over NIXL: within a process, to and from another agent's memory, to and from files."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from kvbm.abc.transport import Transport
 from kvbm.core.region import Region
-from kvbm.testing.transport import FileMemory, HostMemory, Memory, TransportSuite
+from kvbm.testing.transport import FileTransportSuite, HostMemory, Memory, TransportSuite
 
 pytest.importorskip("nixl_cu12", reason="NIXL is not installed: pip install 'pykvbm[nixl]'")
 
@@ -60,22 +58,9 @@ class TestToPeer(PeerSuite):
     write = True
 
 
-class FileSuite(TransportSuite):
-    write = False
-
-    @pytest.fixture(autouse=True)
-    def _files(self, tmp_path: Path) -> Iterator[None]:
-        with ExitStack() as self.files:
-            self.path = tmp_path
-            yield
-
+class FileSuite(FileTransportSuite):
     def make_transport(self) -> Transport:
         return NixlTransport("POSIX")
-
-    def make_regions(self, row_bytes: Sequence[int], slots: int) -> tuple[Memory, Memory]:
-        path = self.path / f"{len(list(self.path.iterdir()))}"
-        there, here = self.files.enter_context(FileMemory(path, row_bytes, slots)), HostMemory(row_bytes, slots)
-        return (here, there) if self.write else (there, here)
 
 
 class TestFileReads(FileSuite):

@@ -17,7 +17,6 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.metadata
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
+from kvbm.core.config import set_for_library
 from kvbm.core.errors import Broken
 from kvbm.core.region import Region, Slots
 from kvbm.transfer.plan import coalesce
@@ -256,9 +256,9 @@ def installed() -> str:
 
 def _load() -> Any:
     installed()
-    os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")  # its other levels write to stdout; read once, at import
+    set_for_library("NIXL_LOG_LEVEL", "WARN")  # its other levels write to stdout; read once, at import
     if not any(_RDMA.glob("*")):
-        os.environ.setdefault("UCX_MODULES", "^ib,rdmacm")
+        set_for_library("UCX_MODULES", "^ib,rdmacm")
     try:
         return importlib.import_module("nixl_cu12._api")
     except ImportError as error:

@@ -12,20 +12,19 @@ import logging
 import threading
 import time
 import uuid
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from kvbm.abc.transport import Completion, Plan, Quiet, Transport
 from kvbm.core.errors import Broken, Misuse
 from kvbm.core.outcome import Outcome
-from kvbm.core.region import Region, Slots
+from kvbm.core.region import Region
 from kvbm.transfer.nixl.agent import MEMORY, Agent, Lost
+from kvbm.transfer.nixl.queues import Flight, Job, Queues
 from kvbm.transfer.plan import checked_slots, chunk_blocks
 
 logger = logging.getLogger(__name__)
@@ -34,9 +33,6 @@ PIECE_BYTES: Final = 32 << 20
 """Bytes of one transfer. Within a machine they are copied inside the call that posts it, and all others wait for it."""
 PIECE_ROWS: Final = 4096
 """Rows of one transfer: preparing more takes long, and some backends have only so many places."""
-WINDOW: Final = 8
-"""Transfers on their way to or from one agent; half as many that are not urgent, and only while no urgent one is. One
-that is frozen has no more."""
 PATIENCE_S: Final = 0.05
 """How long a cancel waits for what flies."""
 NAPS_S: Final = (5e-5, 1e-3)
@@ -47,50 +43,6 @@ COMMAND_S: Final = 30.0
 
 _DONE: Final = np.uint8(Outcome.DONE)
 _T = TypeVar("_T")
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    plan: Plan
-    source: Slots
-    destination: Slots
-    done: Callable[[Completion], None]
-    ticket: int
-    outcomes: npt.NDArray[np.uint8]
-    step: int
-    next: int = 0
-    """The first block that is in no piece yet."""
-    flying: int = 0
-    error: str | None = None
-    started: float = 0.0
-    ended: float = 0.0
-
-    @property
-    def open(self) -> bool:
-        """Whether another piece of it is to be posted."""
-        return self.error is None and self.next < len(self.source)
-
-    @property
-    def peer(self) -> str:
-        """The agent on the other side; empty if it is ours."""
-        for region in (self.plan.source, self.plan.destination):
-            if region.kind == "peer":
-                return str(region.owner.agent)
-        return ""
-
-
-@dataclass(slots=True, eq=False)
-class _Flight:
-    job: _Job
-    blocks: slice
-    begun: float
-    handle: Any = None
-
-
-@dataclass(slots=True, eq=False)
-class _Queues:
-    urgent: deque[_Job] = field(default_factory=deque)
-    background: deque[_Job] = field(default_factory=deque)
 
 
 class NixlTransport(Transport):
@@ -116,17 +68,15 @@ class NixlTransport(Transport):
         stuck_s: float = 30.0,
     ) -> None:
         self.backend = backend
-        self._options, self._device = options, device
+        self._options = options
         self._piece_bytes, self._stuck_s = piece_bytes, stuck_s
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
         self._quiet = threading.Condition(self._lock)
-        self._queues = _Queues()
-        self._over: deque[_Job] = deque()
-        self._jobs: dict[int, _Job] = {}
-        self._flights: list[_Flight] = []
-        self._window = Counter[tuple[str, bool]]()
-        """Pieces that fly, by peer and by whether they are urgent."""
+        self._queues = Queues()
+        self._over: deque[Job] = deque()
+        self._jobs: dict[int, Job] = {}
+        self._flights: list[Flight] = []
         self._commands: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._lost: set[str] = set()
         self._tickets = 0
@@ -159,11 +109,11 @@ class NixlTransport(Transport):
             if self._closed:
                 raise Misuse("this transport is closed")
             self._tickets += 1
-            job = _Job(plan, source, destination, done, self._tickets, outcomes, step)
+            job = Job(plan, source, destination, done, self._tickets, outcomes, step)
             self._jobs[job.ticket] = job
             job.error = self._dead
             if job.open:
-                (self._queues.urgent if plan.urgent else self._queues.background).append(job)
+                self._queues.add(job)
             else:
                 self._end(job)
             self._work.notify()
@@ -263,7 +213,7 @@ class NixlTransport(Transport):
     def _serve(self) -> None:
         while True:
             with self._lock:
-                while not (self._commands or self._over or self._flights or self._ready() or self._closed):
+                while not (self._commands or self._over or self._flights or self._queues.ready() or self._closed):
                     self._work.wait()
             moved = self._obey() + self._next_over() + self._look() + self._post()
             if self._closed and not (self._jobs or self._over or self._commands):
@@ -289,44 +239,25 @@ class NixlTransport(Transport):
             result.set_result(call())
         except Broken as error:
             result.set_exception(error)
+        except BaseException as error:
+            result.set_exception(Broken(f"NIXL: {error!r}"))
+            raise
         return 1
-
-    def _ready(self) -> bool:
-        """Whether a piece can be posted. Lock held."""
-        return self._choose() is not None
-
-    def _choose(self) -> _Job | None:
-        for queue in (self._queues.urgent, self._queues.background):
-            while queue and not queue[0].open:
-                queue.popleft()
-            for job in queue:
-                if job.open and self._room(job):
-                    return job
-        return None
-
-    def _room(self, job: _Job) -> bool:
-        urgent, background = (self._window[job.peer, kind] for kind in (True, False))
-        return urgent + background < WINDOW if job.plan.urgent else not urgent and background < WINDOW // 2
 
     def _post(self) -> int:
         """Begin the next piece, if there is one. The lock is not held while NIXL is in it."""
         with self._lock:
-            if (job := self._choose()) is None:
+            if (job := self._queues.ready()) is None:
                 return 0
             if job.peer in self._lost:
                 job.error = "the peer is not connected any more"
                 self._end(job)
                 return 1
-            blocks = slice(job.next, min(job.next + job.step, len(job.source)))
-            job.next = blocks.stop
-            job.flying += 1
-            self._window[job.peer, job.plan.urgent] += 1
-            job.started = job.started or time.perf_counter()
-        flight = _Flight(job, blocks, time.monotonic())
+            flight = self._queues.take(job)
         self._flights.append(flight)
         try:
             pair = self._agent.prepare(job.plan.source, job.plan.destination)
-            flight.handle, over = self._agent.begin(pair, job.source[blocks], job.destination[blocks])
+            flight.handle, over = self._agent.begin(pair, job.source[flight.blocks], job.destination[flight.blocks])
         except Broken as error:
             self._settle(flight, error)
         else:
@@ -348,16 +279,14 @@ class NixlTransport(Transport):
             ended += 1
         return ended
 
-    def _settle(self, flight: _Flight, error: Exception | None) -> None:
+    def _settle(self, flight: Flight, error: Exception | None) -> None:
         """A piece has ended: its outcome, and its job's if that was the last one."""
         self._flights.remove(flight)
         if flight.handle is not None:
             self._agent.release(flight.handle)
         with self._lock:
             job = flight.job
-            job.flying -= 1
-            job.ended = time.perf_counter()
-            self._window -= Counter([(job.peer, job.plan.urgent)])  # which leaves no zeros
+            self._queues.settled(job)
             if error is None:
                 job.outcomes[flight.blocks] = _DONE
             else:
@@ -376,7 +305,7 @@ class NixlTransport(Transport):
                     job.error = job.error or why
                     self._end(job)
 
-    def _end(self, job: _Job) -> None:
+    def _end(self, job: Job) -> None:
         """Have a job reported, once, when no piece of it flies and none is to come. Lock held."""
         if not job.open and not job.flying and job.ticket in self._jobs:
             del self._jobs[job.ticket]
