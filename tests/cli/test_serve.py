@@ -233,6 +233,7 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
 from kvbm.cli import launch, serve
 launch.Server.is_healthy = lambda _: sys.argv[1] == "up"
 serve.curl = lambda _: "curl"
+serve.engine_build = lambda: "cpu"
 server = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
@@ -253,7 +254,9 @@ def test_signals_end_the_server_too(number: signal.Signals, state: str) -> None:
     with kvbm:
         missing = {"up\n", "  curl\n"} if state == "up" else {"up\n"}
         while missing:
-            missing.discard(kvbm.stdout.readline())
+            line = kvbm.stdout.readline()
+            assert line, "it ended before it was up"
+            missing.discard(line)
         os.kill(kvbm.pid, number)
         handed_on = number == signal.SIGTERM and state == "up"
         assert kvbm.wait(20) == (3 if handed_on else 128 + number)
