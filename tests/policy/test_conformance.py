@@ -360,13 +360,16 @@ def test_drawn_calls_find_a_broken_order(order: Callable[[int], EvictionOrder]) 
         def make(self, num_slots: int) -> EvictionOrder:
             return order(num_slots)
 
+    def search() -> None:
+        for _ in range(8):  # one run draws so few that it can miss the mistake
+            getattr(Suite(), DRAWN)()
+
     before = settings.get_current_profile_name()
     settings.register_profile("no shrinking", phases=[Phase.generate])
     settings.load_profile("no shrinking")
     try:
         with pytest.raises((AssertionError, ValueError, ExceptionGroup)):
-            for _ in range(8):  # one run draws so few that it can miss the mistake
-                getattr(Suite(), DRAWN)()
+            search()
     finally:
         settings.load_profile(before)
 
