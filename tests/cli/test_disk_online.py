@@ -16,8 +16,8 @@ from kvbm.core.errors import KvbmError
 from kvbm.stores.folder import Folder
 from tests.cli.conftest import Engine, good
 from tests.cli.test_disk import A, fill, spoil
-from tests.manager.test_lower_whole import Engine as Whole
 from tests.manager.test_upkeep import stored
+from tests.manager.whole import Engine as Whole
 
 Kvbm = Callable[..., Result]
 
@@ -40,7 +40,8 @@ def test_inspect_says_what_the_engine_says(kvbm: Kvbm, engine: Whole) -> None:
     assert "engine" not in told[A[:16]]
     with engine.leader.below() as lower:
         assert lower is not None
-        lower.tier.fail("[Errno 5] it is broken")
+        assert lower.disk is not None
+        lower.disk.tier.fail("[Errno 5] it is broken")
     shown = kvbm("disk", "inspect", str(engine.folder)).stdout
     assert f"{engine.own.name} is in use by engine e, process {os.getpid()}" in shown
     assert ", which leaves it alone: [Errno 5] it is broken" in shown

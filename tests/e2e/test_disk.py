@@ -30,7 +30,7 @@ def on_disk(model: Path, folder: Path, max_num_seqs: int = 128, **settings: Any)
 def settled(engine: Engine) -> dict[str, Any]:
     """What `kvbm status` shows once nothing moves any more."""
     engine.settle()
-    if (lower := engine.leader.lower) is not None:
+    if (lower := engine.leader.disk) is not None:
         eventually(lambda: engine.leader.tick() or not any(lower.tier.in_flight()))
     return engine.status()
 
@@ -81,7 +81,7 @@ def test_blocks_come_back_from_disk_and_after_a_restart(
         there = status["tiers"][1]["inactive"]
         assert there > 0
         engine.leader.pool.check()
-        engine.leader.lower.tier.pool.check()
+        engine.leader.disk.tier.pool.check()
     with closing(on_disk(tiny, disk, **settings)) as engine:
         assert engine.status()["tiers"][1]["inactive"] >= there
         (done,) = engine.run(prompts[:1], 12)

@@ -156,7 +156,7 @@ def test_input_and_output_errors_and_seconds_per_operation(
         asked.until(lambda status: status["promote"]["failed"] > 0 and status["demote"]["failed"] > 0)
         asked.until(works_again)
         engine.leader.pool.check()
-        engine.leader.lower.tier.pool.check()
+        engine.leader.disk.tier.pool.check()
     slow = "kvbm.testing.faults:build?disk=1&delay=3"
     with closing(on_disk(tiny, tmp_path / "b", transport_wrapper=slow)) as engine:
         asked = talk(engine)

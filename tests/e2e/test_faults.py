@@ -76,7 +76,7 @@ def test_a_lost_worker_channel_leaves_the_engine_serving(tiny: Path, plain: Plai
         engine.forget_device()
         names = [engine.add(prompt, 16) for prompt in prompts]
         engine.step()
-        engine.leader._links[0].close()
+        engine.leader.links[0].close()
         engine.drain()
         assert [engine.results[name].tokens for name in names] == expected
         assert not engine.side.control.health()["healthy"]

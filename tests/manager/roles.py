@@ -19,9 +19,10 @@ from kvbm.manager.demote import Budget, Demotion
 from kvbm.manager.disk import DiskTier
 from kvbm.manager.gate import Gate
 from kvbm.manager.leader import Leader
-from kvbm.manager.lower import Lower
+from kvbm.manager.lower import DiskSide, Lower
 from kvbm.manager.promote import Promotion
 from kvbm.manager.requests import RequestParams
+from kvbm.manager.sources import DiskSource
 from kvbm.manager.wire import Copy, Message, Probe, Probed, Read, Result, Step, Write
 from kvbm.policy import admission
 from kvbm.policy.admissions import Frequency
@@ -190,7 +191,7 @@ class Stage:
         self.folder = FakeFolder()
         self.disk = Pool(slots, order=LRU(slots), tier="g3", clock=self.clock)
         self.tier = DiskTier(
-            self.disk, leader._links, self.folder, leader.gate,
+            self.disk, leader.links, self.folder, leader.gate,
             generation=0, sequence=0, patience=patience, next_id=leader.next_job, clock=self.clock,
         )  # fmt: skip
         self.demotion = Demotion(
@@ -200,11 +201,11 @@ class Stage:
             block_bytes=BLOCK_BYTES, most=in_flight, batch=batch, emit=leader.emit,
         )  # fmt: skip
         self.promotion = Promotion(
-            self.tier, self.pool,
-            exclusive=exclusive, most=most, in_flight=in_flight, batch=batch, unmeasured=batch,
+            DiskSource(self.tier, exclusive=exclusive), self.pool,
+            most=most, in_flight=in_flight, batch=batch, unmeasured=batch,
             emit=leader.emit, clock=self.clock,
         )  # fmt: skip
-        leader.lower = Lower(self.tier, self.demotion, self.promotion, BLOCK_TOKENS)
+        leader.lower = Lower(self.promotion, BLOCK_TOKENS, DiskSide(self.tier, self.demotion))
         return self
 
     def hear(self, kind: type[Any], rank: int = 0) -> list[Any]:

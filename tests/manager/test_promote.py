@@ -58,7 +58,7 @@ def test_reading_begins_when_a_request_arrives_and_is_promised_when_all_is_there
     assert Promoted(4, 0, ranks * 4 * BLOCK_BYTES, 0.001) in stage.events
     assert Admitted(5 * BLOCK_TOKENS, 0, 4 * BLOCK_TOKENS, 4 * BLOCK_TOKENS) in stage.events
     record = stage.leader.records["a"]
-    assert (record.staged, record.why) == (4, ["waited for blocks that come from disk"])
+    assert (record.staged, record.why) == ({"g3": 4}, ["waited for blocks that come from disk"])
 
 
 def test_what_is_read_is_bounded_and_goes_on_as_batches_end(make_stage: Make) -> None:
@@ -176,7 +176,7 @@ def test_a_request_waits_while_loading_is_faster_and_then_takes_what_has_come(ma
     assert not stage.hear(Read)
     assert stage.disk.peek(keys) == 8
     assert stage.tier.problem is None
-    assert not stage.promotion._suspects
+    assert not stage.promotion._disk._suspects
 
 
 def test_what_is_slower_from_the_start_is_read_only_while_the_request_waits_for_its_turn(make_stage: Make) -> None:
@@ -289,7 +289,7 @@ def test_others_wait_for_the_same_read_and_keep_it_when_the_first_goes(make_stag
     assert not stage.hear(Cancel)
     stage.moved(read)
     assert match(stage, "only arrived", keys) == 4
-    assert stage.leader.records["only arrived"].staged == 4
+    assert stage.leader.records["only arrived"].staged == {"g3": 4}
 
 
 def test_a_request_that_comes_while_its_blocks_are_given_up_reads_them_again(make_stage: Make) -> None:
@@ -423,7 +423,7 @@ def test_a_block_that_cannot_be_read_twice_is_lost_and_once_is_not(make_stage: M
     (read,) = start(stage, "b", keys)
     stage.moved(read)
     assert match(stage, "b", keys) == 3  # it was read: the failure is forgotten
-    assert not stage.promotion._suspects
+    assert not stage.promotion._disk._suspects
     stage.leader.finish("b", [], 0)
     stage.pool.discard(keys)
     for name in ("c", "d"):
@@ -431,7 +431,7 @@ def test_a_block_that_cannot_be_read_twice_is_lost_and_once_is_not(make_stage: M
         (read,) = start(stage, name, keys)
         fails(name, read)
     assert stage.disk.present(keys).tolist() == [True, False, True]
-    assert not stage.promotion._suspects
+    assert not stage.promotion._disk._suspects
 
 
 def test_an_outcome_that_does_not_exist_is_a_failure(make_stage: Make) -> None:

@@ -11,14 +11,15 @@ import pytest
 
 from kvbm.manager import verify
 from kvbm.manager.gate import Gate
-from kvbm.manager.lower import Lower
+from kvbm.manager.lower import DiskSide
 from kvbm.manager.verify import Verification
 from kvbm.stores import meta
 from tests.cli.test_disk import A
 from tests.cli.test_disk import fill as fill_other
 from tests.manager.roles import keys_of
 from tests.manager.test_control import ask
-from tests.manager.test_lower_whole import Engine, start
+from tests.manager.test_lower_whole import start
+from tests.manager.whole import Engine
 
 Start = Callable[..., Engine]
 __all__ = ["start"]
@@ -33,9 +34,9 @@ def stored(engine: Engine, name: str, count: int) -> list[bytes]:
     return keys
 
 
-def lower_of(engine: Engine) -> Lower:
-    assert engine.leader.lower is not None
-    return engine.leader.lower
+def lower_of(engine: Engine) -> DiskSide:
+    assert engine.leader.disk is not None
+    return engine.leader.disk
 
 
 def verified(engine: Engine) -> Any:
@@ -85,11 +86,12 @@ def test_serving_goes_on_between_slices(start: Start, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Gate, "soon", lambda *_: 1)
     with engine.leader.below() as lower:
         assert lower is not None
-        run = lower.verification = Verification(lower.tier, engine.leader.pool)
+        assert lower.disk is not None
+        run = lower.disk.verification = Verification(lower.disk.tier, engine.leader.pool)
         run.pump()
-        assert (run.looked, run.over, lower.tier.in_flight()) == (0, False, (0, 1))
+        assert (run.looked, run.over, lower.disk.tier.in_flight()) == (0, False, (0, 1))
         run.pump()
-        assert lower.tier.in_flight() == (0, 1)
+        assert lower.disk.tier.in_flight() == (0, 1)
     stored(engine, "b", 4)
     engine.until(lambda: run.over)
     assert run.whole >= 12
@@ -134,7 +136,8 @@ def test_a_new_generation_while_a_slice_is_read_counts_nothing_as_bad(start: Sta
     stored(engine, "a", 12)
     with engine.leader.below() as lower:
         assert lower is not None
-        run = lower.verification = Verification(lower.tier, engine.leader.pool)
+        assert lower.disk is not None
+        run = lower.disk.verification = Verification(lower.disk.tier, engine.leader.pool)
         run.pump()
         lower.clear()
     engine.until(lambda: lower_of(engine).tier.in_flight() == (0, 0) and not engine.leader.degraded())

@@ -30,7 +30,7 @@ def serve(port: int, totals: Totals, *pools: Pool, healthy: bool = True) -> Call
         healthy=lambda: healthy,
         tiers=lambda: dict(zip(names, (True, False), strict=False)),
         pools=lambda: {name: asdict(pool.statistics()) for name, pool in zip(names, pools, strict=True)},
-        lower=lambda: dict(zip(prometheus.LOWER_COUNTERS, (7, 8, 9), strict=True)) if len(pools) > 1 else {},
+        lower=lambda: dict(zip(prometheus.LOWER_COUNTERS, (7, 8, 9, 1, 2, 3), strict=True)) if len(pools) > 1 else {},
     )
     return prometheus.serve("127.0.0.1", port, sources)
 

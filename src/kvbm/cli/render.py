@@ -76,6 +76,18 @@ def _traffic(result: dict[str, Any]) -> list[str]:
         f"up   {size(onboard['bytes'])} in {onboard['blocks']:,} blocks ({onboard['in_flight']} in flight,"
         f" {onboard['failed']} failed)",
         *(_disk(result) if "demote" in result else ()),
+        *(_peers(result) if "peers" in result else ()),
+    ]
+
+
+def _peers(result: dict[str, Any]) -> list[str]:
+    fetch, sharing = result["fetch"], result["sharing"]
+    known = [escape(name) + ("" if peer["usable"] else " (left alone)") for name, peer in result["peers"].items()]
+    return [
+        f"peers: {', '.join(known) or 'none'}; {sharing['entries']:,} entries in the directory",
+        f"from peers {size(fetch['bytes'])} in {fetch['blocks']:,} blocks ({fetch['in_flight']} in flight,"
+        f" {fetch['failed']} failed, {sharing['peer_corrupt']} corrupt); {sharing['promised']:,} held for them,"
+        f" {sharing['lapsed']} of these too long",
     ]
 
 
@@ -108,7 +120,7 @@ def explain(engine: str, result: dict[str, Any]) -> RenderableType:
     table.add_row("in the device", f"{result['device_tokens']:,} tokens")
     for tier, blocks in result["matched"].items():
         # What was on disk is matched once it is in host memory.
-        name = "staged from disk" if tier == "g3" else f"matched in {tier.upper()}"
+        name = {"g3": "staged from disk", "peer": "from other instances"}.get(tier, f"matched in {tier.upper()}")
         table.add_row(name, f"{blocks:,} blocks = {blocks * block:,} tokens")
     took = "" if result["load_ms"] is None else f" in {result['load_ms']:,.1f} ms"
     how = "" if result["load"] == "none" else f" ({result['load']}){took}"

@@ -71,6 +71,24 @@ class Settings(BaseSettings):
     """Longest time, in seconds, that an engine that is told to end (SIGTERM) writes to disk what only G2 has."""
     g3_key_file: Path | None = None
     """File with the key (32 bytes, or 64 hexadecimal digits) that encrypts what is on disk. Unset: not encrypted."""
+    directory: Annotated[str, Field(pattern=r"^(valkey|valkeys|redis|rediss|unix)://.+")] | None = None
+    """Address of the Valkey or Redis server where instances find each other. Unset: blocks are not shared."""
+    directory_lease_s: Annotated[float, Field(ge=1, le=3600)] = 10.0
+    """Seconds after which an instance that is silent counts as dead, and its entries in the directory are gone."""
+    peer_name: Annotated[str, Field(pattern=r"^[\w.:-]{1,100}$")] | None = None
+    """Name of this instance among those that share blocks; unlike any other's. Unset: the engine's id."""
+    peer_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address on which this instance listens for others, and under which they find it."""
+    peer_port: Annotated[int, Field(ge=0, le=65_535)] = 0
+    """Port of that; data-parallel rank r uses this port plus r. 0: any that is free."""
+    peer_secret_file: Path | None = None
+    """File with the secret that instances know each other by, the same for all, at least 16 bytes."""
+    peer_deadline_s: Annotated[float, Field(ge=0.05, le=60)] = 2.0
+    """Longest time, in seconds, that a request waits for an instance that does not answer."""
+    peer_lease_s: Annotated[float, Field(ge=1, le=600)] = 10.0
+    """Seconds that blocks are held for an instance which reads them and does not say that it has them."""
+    pull_wait_s: Seconds = 60.0
+    """Longest time, in seconds, that a request with pull_from waits for the instance that computes its prompt."""
     onboard: Literal["async", "sync"] = "async"
     """When blocks come back: between engine steps (async) or inside the step, before its forward pass (sync)."""
     enabled: bool = True
@@ -108,7 +126,7 @@ class Settings(BaseSettings):
     transport_wrapper: Annotated[str, Field(pattern=r"^([\w.]+:\w+(\?.*)?)?$")] = ""
     """For tests: module:function?query that wraps the transport of each worker."""
 
-    @field_validator("run_dir", "cache_dir", "traces", "g3_dir", "g3_key_file")
+    @field_validator("run_dir", "cache_dir", "traces", "g3_dir", "g3_key_file", "peer_secret_file")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser().absolute()

@@ -70,8 +70,12 @@ class Promoted(Copied, frozen=True):
     """From disk to host memory."""
 
 
+class Fetched(Copied, frozen=True):
+    """From another instance's host memory to ours."""
+
+
 class Gated(msgspec.Struct, frozen=True):
-    """So many blocks were left on disk, because computing them was faster."""
+    """So many blocks were left on disk or with a peer, because computing them was faster."""
 
     blocks: int
 
@@ -79,13 +83,14 @@ class Gated(msgspec.Struct, frozen=True):
 class Admitted(msgspec.Struct, frozen=True):
     """A request got its blocks: so many tokens of its prompt, held by the engine itself, promised from host memory.
 
-    `g3_tokens` of the latter had been read from disk for it.
+    `g3_tokens` of the latter had been read from disk for it, `peer_tokens` had come from other instances.
     """
 
     prompt_tokens: int
     device_tokens: int
     g2_tokens: int
     g3_tokens: int = 0
+    peer_tokens: int = 0
 
 
-Event = Stored | Removed | Cleared | Moved | Offloaded | Onboarded | Demoted | Promoted | Gated | Admitted
+Event = Stored | Removed | Cleared | Moved | Offloaded | Onboarded | Demoted | Promoted | Fetched | Gated | Admitted

@@ -22,11 +22,12 @@ from kvbm.core.config import Resolved, Settings
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.core.keys import Namespace
 from kvbm.core.region import Region
-from kvbm.manager import build_disk
+from kvbm.manager import build_disk, build_peers
 from kvbm.manager.channel import Link, listen, socket_path
 from kvbm.manager.control import About, Control
 from kvbm.manager.gate import Gate
 from kvbm.manager.leader import Leader
+from kvbm.manager.lower import Lower
 from kvbm.manager.wire import Allot, Hello, Ready, Refused
 from kvbm.manager.worker import Worker
 from kvbm.observe import prometheus
@@ -75,6 +76,8 @@ class LeaderSide:
     def close(self) -> None:
         """Stops threads and says goodbye to the workers."""
         self.control.close()
+        if self.leader.lower is not None and self.leader.lower.peers is not None:
+            self.leader.lower.peers.network.close()
         if callable(self.stop_metrics):
             self.stop_metrics()
         self.leader.close()
@@ -106,6 +109,7 @@ def build_worker(settings: Settings, place: Place, namespace: Namespace, g1: Reg
         address=channel_path(settings, place.engine),
         make_executor=make_executor,
         open_disk=partial(build_disk.open_shard, settings),
+        open_peers=partial(build_peers.open_memory, settings) if build_peers.wanted(settings) else None,
     )
 
 
@@ -126,6 +130,7 @@ def build_leader(
     settings = resolved.settings
     eviction_order(settings.g2_order, 1, "g2_order")  # before anything is waited for
     build_disk.check(settings)
+    build_peers.check(settings)
     for note in resolved.notes:
         log.warning("KVBM: %s", note)
     absent: dict[str, str] = {}
@@ -163,8 +168,7 @@ def build_leader(
         observers=[totals],
     )
     leader.absent = absent
-    if found is not None:
-        leader.lower = build_disk.lower(settings, leader, links, found, slot_bytes * place.ranks, block_tokens)
+    _add_lower(settings, place, namespace, leader, found, slot_bytes * place.ranks, block_tokens)
     about = About(
         place.engine, __version__, namespace.fingerprint, place.ranks, slot_bytes * place.ranks, block_tokens,
         found.folder.path if found else None,
@@ -175,6 +179,37 @@ def build_leader(
         port = settings.metrics_port + place.dp_rank
         stop = prometheus.serve(settings.metrics_host, port, control.sources())
     return LeaderSide(leader, totals, control, stop)
+
+
+def _add_lower(
+    settings: Settings, place: Place, namespace: Namespace, leader: Leader, found: build_disk.Found | None,
+    block_bytes: int, block_tokens: int,
+) -> None:  # fmt: skip
+    """Put below host memory what there is to be."""
+    shares = build_peers.wanted(settings)
+    if found is None and not shares:
+        return
+    disk = build_disk.disk_side(settings, leader, leader.links, found, block_bytes) if found is not None else None
+    promotion = build_disk.promotion(settings, leader, disk, block_bytes)
+    lower = Lower(promotion, block_tokens, disk)
+    if shares:
+        try:
+            lower.peers = build_peers.peers(
+                settings, leader, promotion, disk, namespace, peer_name(settings, place), place.dp_rank
+            )
+        except Broken as error:
+            log.error("KVBM: no blocks are shared with other instances: %s", error)
+            if settings.strict:
+                raise
+            leader.absent["peers"] = str(error)
+    leader.lower = lower
+
+
+def peer_name(settings: Settings, place: Place) -> str:
+    """What other instances call this one."""
+    if settings.peer_name is None:
+        return place.engine
+    return f"{settings.peer_name}_dp{place.dp_rank}" if place.data_parallel else settings.peer_name
 
 
 def _gather(settings: Settings, place: Place, namespace: Namespace, undo: ExitStack) -> tuple[dict[int, Link], int]:

@@ -19,8 +19,9 @@ from kvbm.manager.channel import Link
 from kvbm.manager.demote import Budget, Demotion
 from kvbm.manager.disk import DiskTier, adopt
 from kvbm.manager.leader import Leader
-from kvbm.manager.lower import Lower
+from kvbm.manager.lower import DiskSide
 from kvbm.manager.promote import Promotion
+from kvbm.manager.sources import DiskSource
 from kvbm.policy import admission, eviction_order, placement
 from kvbm.policy.admissions import Frequency
 from kvbm.stores.cipher import Cipher
@@ -42,6 +43,7 @@ _THREADS = 16
 _MOVE_BYTES: Final = 32 << 20
 """Bytes that are moved between host memory and disk at once, over all ranks: what has arrived can be used while the
 rest is on its way. Each move has work of its own, which costs a fast disk up to a tenth with half of this."""
+_TIERS: Final = ("g2", "g3")
 _UNMEASURED: Final = 16
 """The first moves, while nothing is known about the disk, are this part of that."""
 
@@ -113,11 +115,24 @@ def find(settings: Settings, path: Path, engine: str, ranks: int, namespace: Nam
     return found
 
 
-def lower(
-    settings: Settings, leader: Leader, links: Mapping[int, Link], found: Found, block_bytes: int, block_tokens: int
-) -> Lower:
+def promotion(settings: Settings, leader: Leader, disk: DiskSide | None, block_bytes: int) -> Promotion:
+    """What brings blocks up to host memory. `block_bytes` are those of a block over all ranks."""
+    slots, batch = leader.pool.statistics().total, max(1, _MOVE_BYTES // block_bytes)
+    in_flight = max(1, settings.g3_inflight_mb * 1_000_000 // block_bytes)
+    exclusive = isinstance(placement(settings.placement).promote("g3", _TIERS), Drop)
+    return Promotion(
+        None if disk is None else DiskSource(disk.tier, exclusive=exclusive), leader.pool,
+        most=max(1, int(slots * settings.held_share)),
+        in_flight=in_flight, batch=batch, unmeasured=min(batch, in_flight) // _UNMEASURED,
+        emit=leader.emit, clock=time.monotonic,
+    )  # fmt: skip
+
+
+def disk_side(
+    settings: Settings, leader: Leader, links: Mapping[int, Link], found: Found, block_bytes: int
+) -> DiskSide:
     """What the leader has of the tier. `block_bytes` are those of a block over all ranks."""
-    slots, tiers, below = found.folder.num_slots, ("g2", "g3"), placement(settings.placement)
+    slots, below = found.folder.num_slots, placement(settings.placement)
     g2_slots = leader.pool.statistics().total
     pool = Pool(slots, order=eviction_order(settings.g3_order, slots), tier="g3")
     adopt(pool, found.blocks)
@@ -132,20 +147,13 @@ def lower(
         tier, leader.pool,
         admission=admission(settings.g3_admission, slots),
         hot=Frequency(slots),
-        exclusive=isinstance(below.evict("g2", tiers), Move),
+        exclusive=isinstance(below.evict("g2", _TIERS), Move),
         budget=_budget(settings),
         block_bytes=block_bytes,
         most=min(in_flight, g2_slots // 4),  # what is being written is held
         batch=batch, emit=leader.emit,
     )  # fmt: skip
-    promotion = Promotion(
-        tier, leader.pool,
-        exclusive=isinstance(below.promote("g3", tiers), Drop),
-        most=max(1, int(g2_slots * settings.held_share)),
-        in_flight=in_flight, batch=batch, unmeasured=min(batch, in_flight) // _UNMEASURED,
-        emit=leader.emit, clock=time.monotonic,
-    )  # fmt: skip
-    return Lower(tier, demotion, promotion, block_tokens)
+    return DiskSide(tier, demotion)
 
 
 def _budget(settings: Settings) -> Budget:

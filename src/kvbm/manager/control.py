@@ -162,12 +162,14 @@ class Control:
                 "device": totals.device_tokens,
                 "g2": totals.g2_tokens,
                 "g3": totals.g3_tokens,
+                "peer": totals.peer_tokens,
             },
             "hit_rate": {"g2": totals.hit_rate(), "g3": totals.disk_hit_rate()},
             "offload": {**_copies(totals.offload), "in_flight": stores, "skipped": leader.deferred},
             "onboard": {**_copies(totals.onboard), "in_flight": loads},
             "evictions": pool.evictions,
             **self._disk(),
+            **self._peers(),
         }
 
     def sources(self) -> Sources:
@@ -184,16 +186,16 @@ class Control:
 
     def _pools(self) -> dict[str, PoolStatistics]:
         pools = {"g2": self._leader.pool}
-        if self._leader.lower is not None:
-            pools["g3"] = self._leader.lower.tier.pool
+        if self._leader.disk is not None:
+            pools["g3"] = self._leader.disk.tier.pool
         return {name: pool.statistics() for name, pool in pools.items()}
 
     def _disk(self) -> dict[str, Any]:
         with self._leader.below() as lower:
-            if lower is None:
+            if lower is None or (disk := lower.disk) is None:
                 return {}
-            (down, up), counts = lower.tier.in_flight(), lower.counts()
-            rates = lower.tier.gate.rates()
+            (down, up), counts = disk.tier.in_flight(), disk.counts()
+            rates = disk.tier.gate.rates()
         refused, cancelled, corrupt = (counts[name] for name in ("refused", "cancelled", "corrupt"))
         demote, promote, gated = _copies(self._totals.demote), _copies(self._totals.promote), self._totals.gated
         return {
@@ -201,6 +203,13 @@ class Control:
             "promote": {**promote, "in_flight": up, "gated": gated, "corrupt": corrupt},
             "rates": rates,
         }
+
+    def _peers(self) -> dict[str, Any]:
+        with self._leader.below() as lower:
+            if lower is None or (peers := lower.peers) is None:
+                return {}
+            known, counts, reading = peers.known(), peers.counts(), peers.in_flight()
+        return {"fetch": {**_copies(self._totals.fetch), "in_flight": reading}, "peers": known, "sharing": counts}
 
     def explain(self, request_id: str) -> dict[str, Any]:
         """What happened to one of the last requests. An engine may have added to the id its clients know, so a unique
@@ -219,7 +228,7 @@ class Control:
             "prompt_tokens": record.prompt_tokens,
             "block_tokens": tokens,
             "device_tokens": record.device_blocks * tokens,
-            "matched": {"g2": record.matched, "g3": record.staged},
+            "matched": {"g2": record.matched, "g3": record.staged.get("g3", 0), "peer": record.staged.get("peer", 0)},
             "loaded_blocks": record.loaded,
             "load": record.load,
             "load_ms": record.load_ms,

@@ -10,7 +10,8 @@ import numpy as np
 from kvbm.abc.policy import Admission, tags_of
 from kvbm.blocks import Pinned, Pool
 from kvbm.core.events import Demoted
-from kvbm.manager.disk import DiskTier, Move
+from kvbm.manager.disk import DiskTier
+from kvbm.manager.jobs import Move
 
 
 class Budget:

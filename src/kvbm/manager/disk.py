@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -21,7 +20,7 @@ from kvbm.core.outcome import Outcome
 from kvbm.core.region import Slots
 from kvbm.manager.channel import Link
 from kvbm.manager.gate import Gate
-from kvbm.manager.jobs import Tally
+from kvbm.manager.jobs import Move
 from kvbm.manager.wire import Cancel, Forget, Generation, Message, Probe, Probed, Read, Result, Write, pack
 from kvbm.stores.recovery import Recovered
 
@@ -52,16 +51,6 @@ class Durable(Protocol):
 
     def close(self) -> None:
         """Let others have it."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Move(Tally):
-    """`ended` is called once every rank has answered."""
-
-    down: bool
-    ended: Callable[[Move], None]
-    wanted: bool = True
-    """False once its failure says nothing of the disk: it was given up."""
 
 
 class DiskTier:

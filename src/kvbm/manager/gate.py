@@ -51,6 +51,12 @@ class Gate:
         self._measured = 0.0
         """When a block was read last, or nothing was known any more."""
 
+    def beside(self) -> Gate:
+        """One for another tier of the same engine: what it computes is measured once."""
+        other = Gate(self._block_tokens, self._clock)
+        other._computed = self._computed
+        return other
+
     # ------------------------------------------------------------------ measuring
 
     def step_begins(self, tokens: int) -> None:

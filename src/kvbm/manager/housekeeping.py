@@ -20,9 +20,9 @@ from kvbm.core.events import Event, Offloaded, Onboarded
 from kvbm.manager.channel import Link
 from kvbm.manager.gate import Gate
 from kvbm.manager.jobs import InFlight
-from kvbm.manager.lower import Lower
+from kvbm.manager.lower import DiskSide, Lower
 from kvbm.manager.requests import Record, Request
-from kvbm.manager.wire import Bye, Probed, Result, Sick
+from kvbm.manager.wire import Bye, Mine, Probed, Result, Sick
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Housekeeping:
         self.paused = not settings.enabled
         self.requests: dict[str, Request] = {}
         self.records: OrderedDict[str, Record] = OrderedDict()
-        self._links = links
+        self.links = links
         self._observers = list(observers)
         self._lock = threading.RLock()
         self._copies = InFlight(links, clock)
@@ -56,14 +56,14 @@ class Housekeeping:
         self.absent: dict[str, str] = {}
         """Tiers that were asked for and are not there, and why."""
         self.lower: Lower | None = None
-        """The tier below host memory, if there is one."""
+        """What is below host memory, if there is anything."""
         self.gate = gate
 
     # ------------------------------------------------------------------ answers
 
     def _drain(self) -> None:
         heard = False
-        for rank, link in self._links.items():
+        for rank, link in self.links.items():
             try:
                 messages = link.take()
             except Broken as error:
@@ -72,7 +72,7 @@ class Housekeeping:
             heard |= bool(messages)
             for message in messages:
                 match message:
-                    case Result() | Probed() if self.lower is not None and self.lower.take(message):
+                    case Result() | Probed() | Mine() if self.lower is not None and self.lower.take(message):
                         pass
                     case Result():
                         self._answer(message)
@@ -90,7 +90,7 @@ class Housekeeping:
     def _pump(self) -> None:
         if self.lower is None:
             return
-        if self._standing_aside() is None:
+        if self.standing_aside() is None:
             self.lower.pump()
         else:
             self.lower.stand_aside()
@@ -102,9 +102,11 @@ class Housekeeping:
         failed = int((~job.done).sum())
         record = job.request.record
         if isinstance(job.lease, Staged):
+            if self.lower is not None:
+                self.lower.storing(job)
             with job.lease.register(job.done) as stored:
                 if self.lower is not None:
-                    self.lower.demotion.offer(stored.keys)
+                    self.lower.stored(job, stored)
             record.offloaded += len(job.g1) - failed
             self.emit(Offloaded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
         else:
@@ -138,7 +140,8 @@ class Housekeeping:
                 log.exception("KVBM: an observer failed and is removed")
                 self._observers.remove(observer)
 
-    def _standing_aside(self) -> str | None:
+    def standing_aside(self) -> str | None:
+        """Why KVBM does nothing, if so."""
         if self.problems:
             return f"KVBM is not healthy: {self.problems[0]}"
         if self._ending:
@@ -154,7 +157,7 @@ class Housekeeping:
             if (job := self._copies.overdue()) is not None:
                 self._sick(f"no answer about a copy from rank {min(job.ranks)} within its deadline")
             if self.lower is not None:
-                self.lower.tier.tick()
+                self.lower.tick()
             self._pump()
 
     def reset(self) -> None:
@@ -178,9 +181,14 @@ class Housekeeping:
         with self._lock:
             self.paused = False
 
+    @property
+    def disk(self) -> DiskSide | None:
+        """The disk tier, if there is one."""
+        return self.lower.disk if self.lower is not None else None
+
     @contextmanager
     def below(self) -> Iterator[Lower | None]:
-        """The tier below host memory, which nobody else uses meanwhile."""
+        """What is below host memory, which nobody else uses meanwhile."""
         with self._lock:
             yield self.lower
 
@@ -191,41 +199,39 @@ class Housekeeping:
 
     def degraded(self) -> dict[str, str]:
         """Tiers that are left alone, or are not there, and why. The engine does without them."""
-        if self.lower is not None and self.lower.tier.problem is not None:
-            return {"g3": self.lower.tier.problem}
-        return self.absent
+        return self.absent | (self.lower.problems() if self.lower is not None else {})
 
     def drain(self, seconds: float) -> None:
         """Writes to disk what only host memory has, for so long at most, while the engine may go on."""
-        if self.lower is None or seconds <= 0:
+        if (disk := self.disk) is None or seconds <= 0:
             return
         begun = time.monotonic()
         with self._lock:
             self._drain()
-            self.lower.demotion.drain()
+            disk.demotion.drain()
             self._pump()
-        while not self.lower.demotion.idle and time.monotonic() - begun < seconds:
-            if self._standing_aside() is not None:
+        while not disk.demotion.idle and time.monotonic() - begun < seconds:
+            if self.standing_aside() is not None:
                 break
             time.sleep(0.002)
             self.tick()
         with self._lock:
             total = self.pool.statistics().registered
             with self.pool.candidates(total) as hold:  # not what requests or writes still hold
-                there = int(self.lower.tier.pool.present(hold.keys).sum())
+                there = int(disk.tier.pool.present(hold.keys).sum())
         log.info(
             "KVBM: %d of %d blocks of host memory are on disk, after %.1f s", there, total, time.monotonic() - begun
         )
 
     def channels(self) -> list[Link]:
         """What to watch beside a clock: when something arrives, `tick` is due at once. Empty where it can wait."""
-        return [link for link in self._links.values() if link.open] if self.lower is not None else []
+        return [link for link in self.links.values() if link.open] if self.lower is not None else []
 
     def close(self) -> None:
         """Says goodbye to the workers. Blocks stay where they are; the process is about to end."""
         with self._lock:
             self._ending = True
-            for link in self._links.values():
+            for link in self.links.values():
                 if link.open:
                     try:
                         link.send(Bye())
@@ -233,4 +239,4 @@ class Housekeeping:
                         log.debug("KVBM: %s", error)
                 link.close()
             if self.lower is not None:
-                self.lower.tier.close()
+                self.lower.close()

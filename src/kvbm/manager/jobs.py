@@ -29,6 +29,8 @@ class Tally:
     nbytes: int = 0
     seconds: float = 0.0
     error: str | None = None
+    sums: dict[int, bytes] = field(default_factory=dict)
+    """By rank, the checksums it has sent."""
 
     def __post_init__(self) -> None:
         self.outcomes = np.full(self.blocks, Outcome.DONE, np.uint8)
@@ -43,6 +45,8 @@ class Tally:
             theirs = np.full(len(self.outcomes), Outcome.FAILED, np.uint8)
         np.maximum(self.outcomes, theirs, out=self.outcomes)
         self.nbytes += result.nbytes
+        if result.sums:
+            self.sums[result.rank] = result.sums
         self.seconds = max(self.seconds, result.seconds)
         self.error = self.error or result.error
         return not self.ranks
@@ -61,10 +65,22 @@ class Job(Tally):
     request: Request
     lease: Staged | Pinned
     g1: Slots
+    places: Slots
+    """Which blocks of the request these are."""
 
     @property
     def is_store(self) -> bool:
         return isinstance(self.lease, Staged)
+
+
+@dataclass(slots=True, kw_only=True)
+class Move(Tally):
+    """Blocks between host memory and somewhere below it. `ended` is called once every rank has answered."""
+
+    down: bool
+    ended: Callable[[Move], None]
+    wanted: bool = True
+    """False once its failure says nothing of where it went: it was given up."""
 
 
 class InFlight:
@@ -84,11 +100,11 @@ class InFlight:
         self._last += 1
         return self._last
 
-    def start(self, request: Request, lease: Staged | Pinned, g1: Slots, patience: float) -> Job:
+    def start(self, request: Request, lease: Staged | Pinned, g1: Slots, places: Slots, patience: float) -> Job:
         """A job that every rank will answer."""
         job = Job(
             id=self.next_id(), ranks=set(self._ranks), blocks=len(g1), patience=patience, request=request, lease=lease,
-            g1=g1,
+            g1=g1, places=places,
         )  # fmt: skip
         self._jobs[job.id] = job
         if job.is_store:

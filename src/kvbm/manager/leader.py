@@ -65,7 +65,7 @@ class Leader(Housekeeping):
             while len(self.records) > self._settings.explain_requests:
                 self.records.popitem(last=False)
             request = self.requests[request_id] = Request(request_id, keys, params, record)
-            if self.lower is not None and self._standing_aside() is None:
+            if self.lower is not None and self.standing_aside() is None:
                 self.lower.begin(request, prompt_tokens)
 
     def match(self, request_id: str, computed: int, limit: int) -> int | None:
@@ -118,7 +118,7 @@ class Leader(Housekeeping):
         return len(hold)
 
     def _no_load(self, request: Request) -> str | None:
-        if (reason := self._standing_aside()) is not None:
+        if (reason := self.standing_aside()) is not None:
             return reason
         return None if request.params.load else "the request opted out of loading"
 
@@ -151,8 +151,9 @@ class Leader(Housekeeping):
             self._loading[request.loading] = request_id
             first = request.record.device_blocks
             targets = np.asarray(request.g1[first : first + len(hold)], np.int64)
+            places = np.arange(first, first + len(hold))
             self.reuse(targets.tolist())
-            job = self._copies.start(request, hold, targets, self._settings.load_deadline_s + _GRACE)
+            job = self._copies.start(request, hold, targets, places, self._settings.load_deadline_s + _GRACE)
             self._step.loads.append(Copy.of(job.id, request_id, targets, hold.slots))
             self._admit(request, tokens)
 
@@ -209,6 +210,7 @@ class Leader(Housekeeping):
                 fence=self._copies.still(draft.fence),
                 finishing=draft.finishing,
                 idle=not tokens,
+                waiting=self.lower is not None and self.lower.waiting,
                 sync=self._settings.onboard == "sync" and bool(draft.loads),
             )
 
@@ -266,16 +268,17 @@ class Leader(Housekeeping):
             return
         if slots is not None:
             chosen = [keys[i] for i in absent]
-            sources = np.asarray([request.g1[request.offered + i] for i in absent], np.int64)
+            places = np.asarray(absent, np.int64) + request.offered
+            sources = np.asarray([request.g1[place] for place in places.tolist()], np.int64)
             parent = request.keys[request.offered + absent[0] - 1] if request.offered + absent[0] else None
             params = request.params
             staged = slots.stage(chosen, parent=parent, priority=params.priority, ttl=params.ttl)
-            job = self._copies.start(request, staged, sources, self._settings.store_deadline_s + _GRACE)
+            job = self._copies.start(request, staged, sources, places, self._settings.store_deadline_s + _GRACE)
             self._step.stores.append(Copy.of(job.id, request.id, sources, staged.slots))
         request.offered += absent[-1] + 1 if len(absent) < wanted else len(keys)
 
     def _no_store(self, request: Request) -> str | None:
-        if (reason := self._standing_aside()) is not None:
+        if (reason := self.standing_aside()) is not None:
             return reason
         if not request.params.save:
             return "the request opted out of saving"

@@ -1,4 +1,4 @@
-"""What the leader does with the tier below host memory, in the order in which things happen to a request."""
+"""What the leader does with what is below host memory, in the order in which things happen to a request."""
 
 from __future__ import annotations
 
@@ -7,62 +7,26 @@ from dataclasses import dataclass
 
 import msgspec
 
+from kvbm.blocks import Pinned
 from kvbm.core.events import Admitted
 from kvbm.manager.demote import Demotion
 from kvbm.manager.disk import DiskTier
+from kvbm.manager.jobs import Job
+from kvbm.manager.peers.fetch import Peers
 from kvbm.manager.promote import Promotion
 from kvbm.manager.requests import Request
 from kvbm.manager.verify import Verification
-from kvbm.manager.wire import Probed, Result
+from kvbm.manager.wire import Mine, Probed, Result
 
 
 @dataclass(slots=True)
-class Lower:
-    """The disk tier, and what moves down to it and up from it. Under the leader's lock."""
+class DiskSide:
+    """The disk tier, and what moves down to it."""
 
     tier: DiskTier
     demotion: Demotion
-    promotion: Promotion
-    block_tokens: int
     verification: Verification | None = None
     """The last that was asked for."""
-
-    def begin(self, request: Request, prompt_tokens: int) -> None:
-        """A request arrives: its blocks on disk start to move before it is scheduled."""
-        keys = request.keys[: (prompt_tokens - 1) // self.block_tokens]
-        self.demotion.used(keys)
-        if request.params.load:
-            self.promotion.begin(request.id, request.record, keys)
-
-    def waits(self, request: Request, keys: Sequence[bytes]) -> bool:
-        """The engine asks: whether it should ask again later for what follows its match."""
-        return bool(len(keys)) and self.promotion.waits(request.id, request.record, keys)
-
-    def placed(self, request: Request, tokens: Admitted) -> Admitted:
-        """The request got its blocks, and holds what it matched itself."""
-        self.promotion.drop(request.id)
-        staged = min(request.record.staged * self.block_tokens, tokens.g2_tokens)
-        return msgspec.structs.replace(tokens, g3_tokens=staged) if staged else tokens
-
-    def finished(self, request: Request) -> None:
-        """The request is over, or gone."""
-        self.promotion.drop(request.id)
-        # Written batch by batch, its root first; together, its leaf goes before its root.
-        self.tier.pool.touch(request.keys[: request.offered])
-
-    def take(self, answer: Result | Probed) -> bool:
-        """An answer from a worker; false where it is about something else."""
-        if isinstance(answer, Result):
-            return self.tier.answer(answer)
-        self.tier.probed(answer)
-        return True
-
-    def pump(self) -> None:
-        """Start the moves that can start now."""
-        self.promotion.pump()
-        self.demotion.pump()
-        if self.verification is not None:
-            self.verification.pump()
 
     def counts(self) -> dict[str, int]:
         """Blocks that were kept from disk, and those that were damaged there."""
@@ -72,14 +36,140 @@ class Lower:
             "corrupt": self.tier.corrupt,
         }
 
+
+@dataclass(slots=True)
+class Lower:
+    """The disk tier and other instances, as far as there are such, and what comes up from them. Under the leader's
+    lock."""
+
+    promotion: Promotion
+    block_tokens: int
+    disk: DiskSide | None = None
+    peers: Peers | None = None
+
+    def begin(self, request: Request, prompt_tokens: int) -> None:
+        """A request arrives: its blocks start to move before it is scheduled."""
+        keys = request.keys[: (prompt_tokens - 1) // self.block_tokens]
+        if self.disk is not None:
+            self.disk.demotion.used(keys)
+        if request.params.load:
+            reach = self.promotion.begin(request.id, request.record, keys)
+            if self.peers is not None:
+                self.peers.begin(request, keys, reach)
+
+    def storing(self, job: Job) -> None:
+        """Blocks were offloaded, and are about to be published."""
+        if self.peers is not None:
+            self.peers.serving.sums.note(job.lease.slots, job.lease.keys, job.sums)
+
+    def stored(self, job: Job, blocks: Pinned) -> None:
+        """They are published."""
+        if self.disk is not None:
+            self.disk.demotion.offer(blocks.keys)
+        if self.peers is not None and len(blocks):
+            self.peers.published.stored(blocks.keys, job.places[job.done])
+
+    def waits(self, request: Request, keys: Sequence[bytes]) -> bool:
+        """The engine asks: whether it should ask again later for what follows its match."""
+        if not len(keys):
+            return False
+        if self.promotion.waits(request.id, request.record, keys):
+            return True
+        return self.peers is not None and self.peers.waits(request, keys)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a request waits for what comes from below."""
+        return self.promotion.waiting or (self.peers is not None and self.peers.waiting)
+
+    def placed(self, request: Request, tokens: Admitted) -> Admitted:
+        """The request got its blocks, and holds what it matched itself."""
+        self._done_with(request)
+        staged, block = request.record.staged, self.block_tokens
+        if not staged:
+            return tokens
+        peer = min(staged.get("peer", 0) * block, tokens.g2_tokens)
+        disk = min(staged.get("g3", 0) * block, tokens.g2_tokens - peer)
+        return msgspec.structs.replace(tokens, g3_tokens=disk, peer_tokens=peer)
+
+    def finished(self, request: Request) -> None:
+        """The request is over, or gone."""
+        self._done_with(request)
+        if self.disk is not None:
+            # Written batch by batch, its root first; together, its leaf goes before its root.
+            self.disk.tier.pool.touch(request.keys[: request.offered])
+
+    def _done_with(self, request: Request) -> None:
+        self.promotion.drop(request.id)
+        if self.peers is not None:
+            self.peers.drop(request.id)
+
+    def take(self, answer: Result | Probed | Mine) -> bool:
+        """An answer from a worker; false where it is about something else."""
+        match answer:
+            case Result():
+                return (self.disk is not None and self.disk.tier.answer(answer)) or (
+                    self.peers is not None and self.peers.answer(answer)
+                )
+            case Probed() if self.disk is not None:
+                self.disk.tier.probed(answer)
+            case Mine() if self.peers is not None:
+                self.peers.mine(answer)
+        return True
+
+    def tick(self) -> None:
+        """A few times a second."""
+        if self.disk is not None:
+            self.disk.tier.tick()
+        if self.peers is not None:
+            self.peers.tick()
+
+    def pump(self) -> None:
+        """Start the moves that can start now."""
+        self.promotion.pump()
+        if self.disk is not None:
+            self.disk.demotion.pump()
+            if self.disk.verification is not None:
+                self.disk.verification.pump()
+
     def stand_aside(self) -> None:
         """Nothing is moved for requests while the engine is to work as if there were no KVBM."""
         self.promotion.clear()
+        if self.peers is not None:
+            self.peers.stand_aside()
 
     def clear(self) -> None:
         """A new generation."""
+        self.clear_disk()
+        if self.peers is not None:
+            self.peers.clear()
+
+    def clear_disk(self) -> None:
+        """Nothing that is on disk now is served any more."""
         self.promotion.clear()
-        self.demotion.clear()
-        if self.verification is not None:
-            self.verification.end("a new generation began")
-        self.tier.clear()
+        if self.disk is not None:
+            self.disk.demotion.clear()
+            if self.disk.verification is not None:
+                self.disk.verification.end("a new generation began")
+            self.disk.tier.clear()
+
+    def counts(self) -> dict[str, int]:
+        """What is not a copy, for metrics."""
+        counts = self.disk.counts() if self.disk is not None else {}
+        return counts | (self.peers.counts() if self.peers is not None else {})
+
+    def problems(self) -> dict[str, str]:
+        """Tiers that are left alone, and why."""
+        found: dict[str, str] = {}
+        if self.disk is not None and self.disk.tier.problem is not None:
+            found["g3"] = self.disk.tier.problem
+        if self.peers is not None and self.peers.problem is not None:
+            found["peers"] = self.peers.problem
+        return found
+
+    def close(self) -> None:
+        """The process is about to end."""
+        if self.peers is not None:
+            self.peers.close()
+        if self.disk is not None:
+            self.disk.tier.close()

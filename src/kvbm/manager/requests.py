@@ -17,16 +17,19 @@ _LONGEST_TTL = 1e9
 
 @dataclass(frozen=True, slots=True)
 class RequestParams:
-    """What a request may ask for: `{"kvbm": {"load": false, "save": false, "priority": 0..100, "ttl": seconds}}`.
+    """What a request may ask for: `{"kvbm": {"load": false, "save": false, "priority": 0..100, "ttl": seconds,
+    "pull_from": "name"}}`.
 
     load: whether its prompt may come from KVBM. save: whether its blocks may be kept. priority: blocks of lower
-    priority are evicted first. ttl: seconds after which its blocks are no longer matched.
+    priority are evicted first. ttl: seconds after which its blocks are no longer matched. pull_from: the instance that
+    computes its prompt at this moment, whose blocks it waits for.
     """
 
     load: bool = True
     save: bool = True
     priority: int = 0
     ttl: float | None = None
+    pull_from: str | None = None
 
     @classmethod
     def parse(cls, params: Mapping[str, Any] | None) -> tuple[RequestParams, list[str]]:
@@ -47,6 +50,8 @@ class RequestParams:
                     good[name] = value
                 case "ttl" if number and 0 < value <= _LONGEST_TTL:
                     good[name] = float(value)
+                case "pull_from" if isinstance(value, str) and value:
+                    good[name] = value
                 case _:
                     wrong.append(f'kv_transfer_params["{PARAMS_KEY}"]["{name}"] = {value!r} is not understood: ignored')
         return cls(**good), wrong
@@ -61,10 +66,10 @@ class Record:
     when: float = field(default_factory=time.time)
     device_blocks: int = 0
     matched: int = 0
-    staged: int = 0
-    """Blocks that were read from disk for it."""
+    staged: dict[str, int] = field(default_factory=dict)
+    """Blocks that were read for it, by where they were: g3 (the disk), peer."""
     gated: bool = False
-    """Nothing more is read from disk for it: computing was faster, or a read failed."""
+    """Nothing more is read for it: computing was faster, or a read failed."""
     loaded: int = 0
     load: str = "none"
     load_ms: float | None = None

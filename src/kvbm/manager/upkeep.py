@@ -9,7 +9,7 @@ from typing import Any
 
 from kvbm.core.errors import Broken
 from kvbm.manager.leader import Leader
-from kvbm.manager.lower import Lower
+from kvbm.manager.lower import DiskSide, Lower
 from kvbm.manager.verify import Verification
 from kvbm.stores.files import reported
 from kvbm.stores.meta import delete, listed
@@ -31,25 +31,25 @@ class Upkeep:
     def inspect(self) -> dict[str, Any]:
         """What this engine has there now."""
         with self._leader.below() as lower:
-            folder, lower = self._there(lower)
-            pool = lower.tier.pool.statistics()
+            folder, disk = self._there(lower)
+            pool = disk.tier.pool.statistics()
             return {
                 "folder": str(folder),
                 "slots": pool.total,
                 "blocks": pool.registered,
-                "corrupt": lower.tier.corrupt,
-                "problem": lower.tier.problem,
+                "corrupt": disk.tier.corrupt,
+                "problem": disk.tier.problem,
             }
 
     def verify(self, action: str | None) -> dict[str, Any]:
         """How far the last verification is; `begin` starts one unless one is going on, `stop` ends it."""
         with self._leader.below() as lower:
-            _, lower = self._there(lower)
+            _, disk = self._there(lower)
             aside = self._leader.problems[0] if self._leader.problems else "paused" if self._leader.paused else None
-            if action == "begin" and aside is None and (lower.verification is None or lower.verification.over):
-                lower.verification = Verification(lower.tier, self._leader.pool)
-                lower.verification.pump()
-            if (run := lower.verification) is None:
+            if action == "begin" and aside is None and (disk.verification is None or disk.verification.over):
+                disk.verification = Verification(disk.tier, self._leader.pool)
+                disk.verification.pump()
+            if (run := disk.verification) is None:
                 raise LookupError(f"KVBM stands aside: {aside}" if aside else "no verification was begun")
             if action == "stop" or aside:
                 run.end(aside or "stopped")
@@ -59,25 +59,25 @@ class Upkeep:
     def purge(self, names: object) -> dict[str, Any]:
         """Begin to delete a list of namespaces of the folder; None: how far that is. Its own is emptied and stays."""
         with self._leader.below() as lower:
-            folder, lower = self._there(lower)
+            folder, disk = self._there(lower)
             if isinstance(names, list):
                 if self._purging is not None and self._purging.is_alive():
                     raise LookupError("a purge is going on already")
-                if folder.name in names:
-                    lower.clear()
+                if folder.name in names and lower is not None:
+                    lower.clear_disk()
                 self._left = {}
                 others = set(map(str, names)) - {folder.name}
                 self._purging = threading.Thread(
                     target=self._delete, args=(folder.parent, others), name="kvbm-purge", daemon=True
                 )
                 self._purging.start()
-            running = lower.tier.clearing or (self._purging is not None and self._purging.is_alive())
-            return {"running": running, "left": dict(self._left), "problem": lower.tier.problem}
+            running = disk.tier.clearing or (self._purging is not None and self._purging.is_alive())
+            return {"running": running, "left": dict(self._left), "problem": disk.tier.problem}
 
-    def _there(self, lower: Lower | None) -> tuple[Path, Lower]:
-        if lower is None or self._folder is None:
+    def _there(self, lower: Lower | None) -> tuple[Path, DiskSide]:
+        if lower is None or lower.disk is None or self._folder is None:
             raise LookupError("this engine has no disk tier")
-        return self._folder, lower
+        return self._folder, lower.disk
 
     def _delete(self, folder: Path, names: set[str]) -> None:
         """On a thread of its own. No other process can use them: this one has the folder's lock."""

@@ -6,7 +6,8 @@ from functools import partial
 
 from kvbm.blocks import Pinned, Pool, Writable
 from kvbm.core.outcome import Outcome
-from kvbm.manager.disk import DiskTier, Move
+from kvbm.manager.disk import DiskTier
+from kvbm.manager.jobs import Move
 
 _SOON = 0.05
 """Seconds that reading one slice should take at most: what a request wants waits for it."""

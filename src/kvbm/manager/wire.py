@@ -54,6 +54,8 @@ class Step(msgspec.Struct, frozen=True):
     """Finished requests whose blocks the engine keeps until these store jobs ended."""
     idle: bool = False
     """Nothing is computed in this step: waiting a moment for a copy costs nobody anything."""
+    waiting: bool = False
+    """A request waits for blocks that come from elsewhere: an idle step waits a moment."""
     sync: bool = False
     """The loads must be complete before this step's forward pass."""
 
@@ -95,6 +97,8 @@ class Result(msgspec.Struct, frozen=True, tag=True):
     nbytes: int
     seconds: float
     error: str | None = None
+    sums: bytes = b""
+    """Where instances share blocks: the checksum of each block as it is in host memory now (uint64)."""
 
 
 class Write(msgspec.Struct, frozen=True, tag=True):
@@ -155,6 +159,40 @@ class Probed(msgspec.Struct, frozen=True, tag=True):
     number: int = 0
 
 
+class Mine(msgspec.Struct, frozen=True, tag=True):
+    """Where a rank's host memory is, for other instances: NIXL's metadata, address, bytes between slots. Said again
+    when that changes; `problem` says why nobody can read it."""
+
+    rank: int
+    metadata: bytes = b""
+    address: int = 0
+    stride: int = 0
+    slots: int = 0
+    problem: str | None = None
+
+
+class Attach(msgspec.Struct, frozen=True, tag=True):
+    """Make the memory of the same rank of another instance reachable, under this name, in place of what was so before
+    under `old`."""
+
+    peer: str
+    metadata: bytes
+    address: int
+    stride: int
+    slots: int
+    old: str | None = None
+
+
+class Pull(msgspec.Struct, frozen=True, tag=True):
+    """Copy blocks from an attached peer's slots to ours; both int32 arrays. `sums` (uint64) are what they must be."""
+
+    job: int
+    peer: str
+    theirs: bytes
+    g2: bytes
+    sums: bytes
+
+
 class Sick(msgspec.Struct, frozen=True, tag=True):
     """A worker can no longer copy."""
 
@@ -167,7 +205,23 @@ class Bye(msgspec.Struct, frozen=True, tag=True):
 
 
 Message = (
-    Hello | Allot | Ready | Refused | Result | Write | Read | Cancel | Forget | Generation | Probe | Probed | Sick | Bye
+    Hello
+    | Allot
+    | Ready
+    | Refused
+    | Result
+    | Write
+    | Read
+    | Cancel
+    | Forget
+    | Generation
+    | Probe
+    | Probed
+    | Mine
+    | Attach
+    | Pull
+    | Sick
+    | Bye
 )
 
 encode = msgspec.msgpack.Encoder().encode

@@ -25,16 +25,20 @@ from kvbm.core.errors import Broken, Misuse
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Region, Slots
 from kvbm.manager.channel import Link, connect
+from kvbm.manager.peers.memory import PeerMemory
 from kvbm.manager.wire import (
     Allot,
+    Attach,
     Bye,
     Cancel,
     Copy,
     Forget,
     Generation,
     Hello,
+    Mine,
     Probe,
     Probed,
+    Pull,
     Read,
     Ready,
     Refused,
@@ -43,7 +47,7 @@ from kvbm.manager.wire import (
     Step,
     Write,
     unpack,
-)
+)  # fmt: skip
 from kvbm.stores.disk import Disk
 from kvbm.stores.format import Labels, Words, checksums
 from kvbm.stores.memory import Arena
@@ -54,6 +58,8 @@ log = logging.getLogger(__name__)
 
 _TOUCH_REPORT = 2.0
 
+OpenPeers = Callable[[int, Region, Callable[[Mine], None]], PeerMemory]
+"""Opens a rank's host memory to other instances; raises Broken."""
 OpenDisk = Callable[[Place, int, Region, Executor], Disk]
 """Opens a rank's file for blocks in this host memory; raises Broken."""
 
@@ -84,18 +90,20 @@ class Worker:
         address: Path,
         make_executor: Callable[[], Executor],
         open_disk: OpenDisk | None = None,
+        open_peers: OpenPeers | None = None,
     ) -> None:
         self._settings, self._g1, self._rank = settings, g1, rank
         self._hello = Hello(rank, world, fingerprint, g1.slot_bytes)
         self._address = address
         self._executor = make_executor()
-        self._open_disk = open_disk
+        self._open_disk, self._open_peers = open_disk, open_peers
+        self._peers: PeerMemory | None = None
         self._disk: Disk | None = None
         self._chores = ThreadPoolExecutor(1, "kvbm-chores")
         """For what may wait for the disk and is no transfer, in order."""
         self._last_chore: Future[None] | None = None
         self._sums = np.zeros(0, np.uint64)
-        """Of each host slot, the checksum of what left the engine, where there is a disk tier."""
+        """Of each host slot, the checksum of what left the engine, where there is a tier below."""
         self._arena: Arena | None = None
         self._g2: Region | None = None
         self._extents: Region | None = None
@@ -126,11 +134,16 @@ class Worker:
         if step.fence and not self._executor.wait(step.fence, self._settings.store_deadline_s):
             log.error("KVBM: copies %s did not end in time; what they copied is given up", step.fence)
             self._executor.cancel(step.fence)
-        self._executor.expire()
+        self._expire()
         if not step.sync:
             for copy in step.loads:
                 self._loads[copy.request] = copy.job
                 self._submit(copy, is_load=True)
+
+    def _expire(self) -> None:
+        self._executor.expire()
+        if self._peers is not None:
+            self._peers.expire()
 
     def before_forward(self, step: Step) -> None:
         """Loads that this step's forward pass needs: returns when they ended, well or not."""
@@ -164,15 +177,20 @@ class Worker:
         for request, jobs in step.finishing.items():
             self._finishing[request] = set(jobs)
 
-    def collect(self, *, idle: bool) -> Collected:
-        """What ended. An idle step waits a moment for the next copy to end, instead of letting the engine spin."""
+    def collect(self, *, idle: bool, waiting: bool = False) -> Collected:
+        """What ended. An idle step waits a moment for the next copy to end, or, where the leader is `waiting`, for what
+        it waits for, instead of letting the engine spin."""
         if not self._executor.alive() and not self._sick:
             self._sick = True
             self._tell(Sick(self._rank, "a copy thread died"))
         out = Collected()
         with self._ended:
             self._gather(out)
-            if idle and not (out.loaded or out.released) and (self._loads or self._finishing or self._reading):
+            if (
+                idle
+                and not (out.loaded or out.released)
+                and (self._loads or self._finishing or self._reading or waiting)
+            ):
                 self._ended.wait(self._settings.idle_wait_ms / 1e3)
                 self._gather(out)
         return out
@@ -217,20 +235,22 @@ class Worker:
             self._ended.notify_all()
 
     def _store_ended(self, slots: Slots, job: int, completion: Completion) -> None:
-        if self._disk is not None:
+        if len(self._sums):
             assert self._extents is not None
             there = slots[completion.outcomes == Outcome.DONE]
             self._sums[there] = checksums(self._extents, there, self._g1.slot_bytes)
-        self._report(job, completion)
+        self._report(job, completion, slots)
         with self._ended:
             self._live.discard(job)
             self._ended.notify_all()
 
-    def _report(self, job: int, completion: Completion) -> None:
+    def _report(self, job: int, completion: Completion, written: Slots | None = None) -> None:
+        """`written` are the slots of host memory that have a new checksum."""
         outcomes = completion.outcomes.astype(np.uint8).tobytes()
-        self._tell(Result(job, self._rank, outcomes, completion.nbytes, completion.seconds, completion.error))
+        sums = self._sums[written].tobytes() if written is not None and self._open_peers is not None else b""
+        self._tell(Result(job, self._rank, outcomes, completion.nbytes, completion.seconds, completion.error, sums))
 
-    def _tell(self, message: Result | Sick | Probed | Bye) -> None:
+    def _tell(self, message: Result | Sick | Probed | Mine | Bye) -> None:
         try:
             if self._link is not None:
                 self._link.send(message)
@@ -249,12 +269,19 @@ class Worker:
                 match link.wait(1.0):
                     case Allot(num_slots=slots, disk=place):
                         self._allot(link, slots, place)
-                    case Write() | Read() | Cancel() | Forget() | Generation() | Probe() as message:
+                    case Cancel(jobs=jobs):
+                        if self._disk is not None:
+                            self._disk.cancel(jobs)
+                        if self._peers is not None:
+                            self._peers.cancel(jobs)
+                    case Write() | Read() | Forget() | Generation() | Probe() as message:
                         self._on_disk(message)
+                    case Attach() | Pull() as message:
+                        self._from_peers(message)
                     case Bye():
                         break
                     case None:
-                        self._executor.expire()  # the engine may sleep
+                        self._expire()  # the engine may sleep
                     case message:
                         log.warning("KVBM: unexpected %s from the leader", type(message).__name__)
         except (Broken, OSError) as error:
@@ -287,18 +314,37 @@ class Worker:
         self._g2 = arena.region([plane.row_bytes for plane in self._g1.planes], slots, stride=stride)
         self._link = link
         problem = None
-        if place is not None and self._open_disk is not None:
+        if (place is not None and self._open_disk is not None) or self._open_peers is not None:
             self._sums = np.zeros(slots, np.uint64)
             self._extents = arena.region([stride], slots, name="G2 for the disk")
+        if place is not None and self._open_disk is not None:
+            assert self._extents is not None
             try:
                 self._disk = self._open_disk(place, self._rank, self._extents, self._executor)
             except Broken as error:
                 problem = str(error)
         link.send(Ready(self._rank, problem))
+        if self._open_peers is not None:
+            mine = arena.region([self._g1.slot_bytes], slots, stride=stride, name="G2 for peers")
+            try:
+                self._peers = self._open_peers(self._rank, mine, self._tell)
+            except Broken as error:
+                self._tell(Mine(self._rank, problem=str(error)))
+
+    # ------------------------------------------------------------------ other instances
+
+    def _from_peers(self, message: Attach | Pull) -> None:
+        assert self._peers is not None, "the leader reads from peers that this rank does not have"
+        if isinstance(message, Attach):
+            self._peers.attach(message)
+            return
+        with self._ended:
+            self._reading.add(message.job)
+        self._peers.pull(message, partial(self._read_ended, unpack(message.g2)))
 
     # ------------------------------------------------------------------ the disk
 
-    def _on_disk(self, message: Write | Read | Cancel | Forget | Generation | Probe) -> None:
+    def _on_disk(self, message: Write | Read | Forget | Generation | Probe) -> None:
         """What the leader wants of the disk. Returns at once."""
         disk = self._disk
         assert disk is not None, "the leader uses a disk tier that this rank does not have"
@@ -318,8 +364,6 @@ class Worker:
                     disk.read(message.job, unpack(message.g3), g2, message.keys, deadline, ended)
                 except Misuse as error:  # it is being closed
                     ended(message.job, _failed(message.job, len(g2), str(error)), np.zeros(len(g2), np.uint64))
-            case Cancel():
-                disk.cancel(message.jobs)
             case Forget():
                 self._chore(self._forget, disk, unpack(message.g3), message.keys)
             case Generation():
@@ -351,7 +395,7 @@ class Worker:
 
     def _read_ended(self, g2: Slots, job: int, completion: Completion, sums: Words) -> None:
         self._sums[g2] = sums
-        self._report(job, completion)
+        self._report(job, completion, g2)
         with self._ended:
             self._reading.discard(job)
             self._ended.notify_all()
@@ -381,6 +425,8 @@ class Worker:
     def close(self) -> None:
         """Waits briefly for copies in flight and gives the memory back. The engine must not step any more."""
         self._closing.set()
+        if self._peers is not None:
+            self._peers.close()
         if self._disk is not None:
             self._disk.close(2.0)
         self._chores.shutdown(wait=False, cancel_futures=True)

@@ -39,6 +39,9 @@ LOWER_COUNTERS = {
     "refused": ("kvbm_demote_refused_blocks", "blocks that admission or the write budget kept from disk"),
     "cancelled": ("kvbm_demote_cancelled_blocks", "blocks that had left host memory before their write began"),
     "corrupt": ("kvbm_corrupt_blocks", "blocks on disk that were not what had been written"),
+    "peer_corrupt": ("kvbm_peer_corrupt_blocks", "blocks from other instances that were not what they had promised"),
+    "promised": ("kvbm_peer_promised_blocks", "blocks that were held for other instances to read"),
+    "searches": ("kvbm_peer_searches", "requests whose blocks were looked for at other instances"),
 }
 
 
@@ -84,14 +87,17 @@ class _Collector(Collector):
         yield tiers
         yield CounterMetricFamily("kvbm_requests", "requests that got their blocks", totals.requests)
         yield CounterMetricFamily("kvbm_requested_tokens", "prompt tokens of those requests", totals.prompt_tokens)
+        yield CounterMetricFamily("kvbm_peer_tokens", "of those, had come from other instances", totals.peer_tokens)
         yield CounterMetricFamily("kvbm_device_tokens", "of those, held by the engine itself", totals.device_tokens)
-        for way in ("offload", "onboard", "demote", "promote"):
+        for way in ("offload", "onboard", "demote", "promote", "fetch"):
             copies: Copies = getattr(totals, way)
             yield CounterMetricFamily(f"kvbm_{way}_failed_blocks", "blocks whose copy failed", copies.failed)
             yield CounterMetricFamily(f"kvbm_{way}_bytes", "bytes copied, over all ranks", copies.nbytes)
             yield _histogram(f"kvbm_{way}_seconds", "time of one copy on the slowest rank", copies.seconds)
             yield _histogram(f"kvbm_{way}_copy_bytes", "size of one copy, over all ranks", copies.sizes)
-        yield CounterMetricFamily("kvbm_gated_blocks", "blocks left on disk, computing was faster", totals.gated)
+        yield CounterMetricFamily(
+            "kvbm_gated_blocks", "blocks left where they were, computing was faster", totals.gated
+        )
         for key, (name, text) in LOWER_COUNTERS.items():
             yield CounterMetricFamily(name, text, lower.get(key, 0))
         for family, rows in ((CounterMetricFamily, POOL_COUNTERS), (GaugeMetricFamily, POOL_GAUGES)):

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 
-from kvbm.core.events import Admitted, Copied, Demoted, Event, Gated, Offloaded, Onboarded, Promoted
+from kvbm.core.events import Admitted, Copied, Demoted, Event, Fetched, Gated, Offloaded, Onboarded, Promoted
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 BYTES = tuple(float(1 << shift) for shift in range(16, 34, 2))
@@ -57,19 +57,23 @@ class Totals:
         self.g2_tokens = 0
         self.g3_tokens = 0
         """Of g2_tokens, those that had been read from disk for the request."""
+        self.peer_tokens = 0
+        """Of g2_tokens, those that had come from other instances for the request."""
         self.gated = 0
-        """Blocks that were left on disk because computing them was faster."""
-        self.offload, self.onboard, self.demote, self.promote = Copies(), Copies(), Copies(), Copies()
+        """Blocks that were left where they were because computing them was faster."""
+        self.offload, self.onboard = Copies(), Copies()
+        self.demote, self.promote, self.fetch = Copies(), Copies(), Copies()
         self._recent: deque[tuple[int, int, int]] = deque(maxlen=_WINDOW)
 
     def on_event(self, event: Event) -> None:
         match event:
-            case Admitted(prompt_tokens, device_tokens, g2_tokens, g3_tokens):
+            case Admitted(prompt_tokens, device_tokens, g2_tokens, g3_tokens, peer_tokens):
                 self.requests += 1
                 self.prompt_tokens += prompt_tokens
                 self.device_tokens += device_tokens
                 self.g2_tokens += g2_tokens
                 self.g3_tokens += g3_tokens
+                self.peer_tokens += peer_tokens
                 self._recent.append((prompt_tokens - device_tokens, g2_tokens, g3_tokens))
             case Offloaded():
                 self.offload.add(event)
@@ -79,6 +83,8 @@ class Totals:
                 self.demote.add(event)
             case Promoted():
                 self.promote.add(event)
+            case Fetched():
+                self.fetch.add(event)
             case Gated(blocks):
                 self.gated += blocks
 

@@ -15,6 +15,7 @@ WAYS = {
     "onboard": "from host memory to the engine",
     "demote": "from host memory to disk",
     "promote": "from disk to host memory",
+    "fetch": "from other instances to host memory",
 }
 COUNTERS = {
     f"{way}_{what}": text.format(where)
@@ -25,13 +26,18 @@ COUNTERS = {
         ("bytes", "bytes copied {}, over all ranks"),
     )
 } | {
-    "gated_blocks": "blocks that were left on disk because computing them was faster",
+    "gated_blocks": "blocks that were left on disk or with peers because computing them was faster",
     "matched_tokens": "prompt tokens promised from host memory",
+    "peer_tokens": "of these, those that had come from other instances",
 }
 
 
 def _read(totals: Totals) -> dict[str, int]:
-    now = {"gated_blocks": totals.gated, "matched_tokens": totals.g2_tokens}
+    now = {
+        "gated_blocks": totals.gated,
+        "matched_tokens": totals.g2_tokens,
+        "peer_tokens": totals.peer_tokens,
+    }
     for way in WAYS:
         copies: Copies = getattr(totals, way)
         now |= {f"{way}_blocks": copies.blocks, f"{way}_failed_blocks": copies.failed, f"{way}_bytes": copies.nbytes}

@@ -93,7 +93,7 @@ class SchedulerSide:
         )
         self._leader = self.side.leader
         seconds = resolved.settings.g3_drain_s
-        if self._leader.lower is not None and seconds > 0:
+        if self._leader.disk is not None and seconds > 0:
             before_sigterm(lambda: self.side.drain(seconds))
         self._events: list[Event] = []
         if config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events:
@@ -261,7 +261,7 @@ class WorkerSide:
         self.worker.after_forward(self._step)
 
     def results(self) -> KVConnectorTransferResults:
-        ended = self.worker.collect(idle=self._step.idle)
+        ended = self.worker.collect(idle=self._step.idle, waiting=self._step.waiting)
         return KVConnectorTransferResults(
             finished_sending=ended.released, finished_recving=ended.loaded, failed_recving=ended.failed
         )

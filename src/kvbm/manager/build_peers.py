@@ -1,0 +1,134 @@
+"""Sharing with other instances, put together: what the leader and each worker need of it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import time
+from collections.abc import Callable
+from ipaddress import ip_address
+from typing import Final
+
+from kvbm import __version__
+from kvbm.core.config import Settings, set_for_library
+from kvbm.core.errors import ConfigError
+from kvbm.core.keys import Namespace
+from kvbm.core.region import Region
+from kvbm.manager.leader import Leader
+from kvbm.manager.lower import DiskSide
+from kvbm.manager.peers.client import Us
+from kvbm.manager.peers.fetch import Peers
+from kvbm.manager.peers.memory import PeerMemory
+from kvbm.manager.peers.network import Address, Network
+from kvbm.manager.peers.published import Published
+from kvbm.manager.peers.serving import Serving
+from kvbm.manager.peers.sums import Sums
+from kvbm.manager.promote import Promotion
+from kvbm.manager.wire import Mine
+from kvbm.stores.directory import Directory
+from kvbm.transfer.nixl.agent import installed
+from kvbm.transfer.nixl.transport import NixlTransport
+
+log = logging.getLogger(__name__)
+
+_SECRET_BYTES: Final = 16
+_START_S: Final = 10.0
+_DIRECTORY_S: Final = 1.0
+"""The longest that the directory may take to take what is written to it."""
+
+
+def wanted(settings: Settings) -> bool:
+    """Whether blocks are to be shared."""
+    return settings.directory is not None
+
+
+def check(settings: Settings) -> None:
+    """Raises ConfigError for what cannot be used, before anything is waited for or touched."""
+    if wanted(settings):
+        _secret(settings)
+        if settings.peer_host in ("0.0.0.0", "::"):
+            raise ConfigError(
+                "peer_host", f"others cannot find this instance under {settings.peer_host}",
+                remedy="Give the address of this machine that others reach it by.",
+            )  # fmt: skip
+
+
+def _secret(settings: Settings) -> bytes:
+    path = settings.peer_secret_file
+    if path is None:
+        raise ConfigError(
+            "peer_secret_file", "instances that share blocks need a secret", remedy="Name a file with the same "
+            f"{_SECRET_BYTES} bytes or more for all of them, that only you can read.",
+        )  # fmt: skip
+    try:
+        secret = path.read_bytes().strip()
+        if path.stat().st_mode & 0o077:
+            raise ConfigError("peer_secret_file", f"others may read {path}", remedy=f"chmod 600 {path}")
+    except OSError as error:
+        raise ConfigError("peer_secret_file", f"cannot read {path}: {error.strerror}") from None
+    if len(secret) < _SECRET_BYTES:
+        raise ConfigError("peer_secret_file", f"{path} has {len(secret)} bytes, at least {_SECRET_BYTES} are needed")
+    return secret
+
+
+def open_memory(settings: Settings, rank: int, memory: Region, tell: Callable[[Mine], None]) -> PeerMemory:
+    """One rank's part. Raises Broken: NIXL is not there."""
+    if _loopback(settings.peer_host):
+        set_for_library("UCX_NET_DEVICES", "lo")  # or its port would be open to the world
+    return PeerMemory(NixlTransport("UCX"), memory, rank, tell, settings.peer_deadline_s)
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def peers(
+    settings: Settings,
+    leader: Leader,
+    promotion: Promotion,
+    disk: DiskSide | None,
+    namespace: Namespace,
+    name: str,
+    dp_rank: int,
+) -> Peers:
+    """What the leader has of it. Raises ConfigError, and Broken where it cannot be had now."""
+    installed()
+    secret, incarnation = _secret(settings), random.SystemRandom().getrandbits(63)
+    slots = leader.pool.statistics().total
+    sums = Sums(len(leader.links), slots)
+    serving = Serving(
+        leader.pool, promotion, sums, leader.requests,
+        most=max(1, int(slots * settings.held_share)), seconds=settings.peer_lease_s, aside=leader.standing_aside,
+        clock=time.monotonic,
+    )  # fmt: skip
+    pools = [leader.pool] if disk is None else [leader.pool, disk.tier.pool]
+    published = Published(lambda key: any(pool.peek([key]) for pool in pools))
+    for pool in pools:
+        pool.add_observer(published)
+    assert settings.directory is not None
+    url = settings.directory
+    network = Network(
+        lambda: Directory(url, _shared(namespace), name, incarnation, lease_s=settings.directory_lease_s,
+                          timeout=_DIRECTORY_S),
+        Us(name, incarnation, namespace.fingerprint, __version__, secret),
+        Address(settings.peer_host, settings.peer_port and settings.peer_port + dp_rank), serving, published,
+        leader.below,
+        lease_s=settings.directory_lease_s, deadline_s=settings.peer_deadline_s,
+    )  # fmt: skip
+    network.wait(_START_S)
+    promotion.sums = sums
+    log.info("KVBM: shares blocks with other instances as %s", name)
+    return Peers(
+        network, serving, published, promotion, leader.pool, leader.gate, leader.links, leader.requests,
+        deadline_s=settings.peer_deadline_s, patience_s=settings.pull_wait_s, next_id=leader.next_job,
+        lock=leader.below, clock=time.monotonic,
+    )  # fmt: skip
+
+
+def _shared(namespace: Namespace) -> str:
+    """The namespace's name in the directory."""
+    return hashlib.sha256(namespace.fingerprint.encode()).hexdigest()

@@ -1,0 +1,405 @@
+"""Other instances' blocks for our requests. Under the leader's lock, but for what says otherwise.
+
+A request that wants more than is here has the network look for it from the moment it arrives. What a peer promises is
+read into host memory as the disk's blocks are (`manager/promote.py`); the engine is promised what has arrived.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+import numpy as np
+
+from kvbm.blocks import Pinned, Pool, Staged
+from kvbm.core.errors import Broken
+from kvbm.core.events import Fetched, Promoted
+from kvbm.core.outcome import Outcome
+from kvbm.core.region import Slots
+from kvbm.manager.channel import Link
+from kvbm.manager.gate import Gate
+from kvbm.manager.jobs import Move
+from kvbm.manager.peers.client import Client
+from kvbm.manager.peers.messages import Memory, Promise, Slab
+from kvbm.manager.peers.network import Network, Search
+from kvbm.manager.peers.published import Published
+from kvbm.manager.peers.serving import Serving
+from kvbm.manager.peers.sums import Words, bound
+from kvbm.manager.promote import Promotion
+from kvbm.manager.requests import Request
+from kvbm.manager.wire import Attach, Cancel, Mine, Pull, Result, pack, unpack
+
+log = logging.getLogger(__name__)
+
+CANCELLED: Final = "cancelled"
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """What is known of one that was read from. `attached` names its memory as the workers know it."""
+
+    gate: Gate
+    attached: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sought:
+    """A request that looks for blocks elsewhere."""
+
+    request: Request
+    search: Search
+    until: float
+    patient: bool
+    """Whether it waits for what a peer computes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A peer's promise, until it is not needed."""
+
+    network: Network
+    client: Client
+    number: int
+
+    def drop(self) -> None:
+        self.network.release(self.client, self.number)
+
+
+@dataclass(slots=True, eq=False)
+class PeerSource:
+    """One promise of one peer, as the promotion reads it."""
+
+    name: ClassVar[str] = "a peer"
+    tier: ClassVar[str] = "peer"
+    event: ClassVar[type[Promoted] | type[Fetched]] = Fetched
+
+    peers: Peers
+    client: Client
+    gate: Gate
+    attached: str
+    rows: dict[int, int]
+    """Their slot -> its place in the promise."""
+    sums: list[Words]
+    """By rank, what the bytes must have as checksums."""
+    places: dict[bytes, int]
+    """Which block of its prompt each is."""
+    until: float
+    due: float
+    """When the peer counts as dead if nothing has come. Moves with all that comes."""
+    reading: int = 0
+    broken: str | None = None
+
+    @property
+    def problem(self) -> str | None:
+        now = self.peers.clock()
+        if self.broken is None and self.reading and now > self.due:
+            self.fail("its blocks do not come")
+        if self.broken is None and now > self.until:
+            self.broken = "its promise is over"
+        return self.broken
+
+    def read(self, slots: Slots, into: Staged, ended: Callable[[Move], None]) -> int:
+        if not self.reading:
+            self.due = self.peers.due(len(slots))
+        self.reading += 1
+        return self.peers.pull(self, slots, into, ended)
+
+    def cancel(self, jobs: Collection[int]) -> None:
+        self.peers.cancel(jobs)
+
+    def judge(self, keys: Sequence[bytes], slots: Slots, move: Move) -> None:
+        self.reading -= 1
+        corrupt = int((move.outcomes == Outcome.CORRUPT).sum())
+        if corrupt:
+            self.peers.corrupt += corrupt
+            log.error("KVBM: peer %s gave %d blocks that are not what it promised", self.client.name, corrupt)
+            self.fail("its blocks are not what it promised")
+        elif not move.done.all():
+            if move.wanted:
+                self.fail(move.error or "its blocks do not come")
+        else:
+            self.due = self.peers.due(len(slots))
+            self.peers.network.works(self.client)
+
+    def fail(self, problem: str) -> None:
+        self.broken = self.broken or problem
+        self.peers.failed(self, problem)
+
+    def arrived(self, blocks: Pinned) -> None:
+        places = np.array([self.places[key] for key in blocks.keys], np.int64)
+        self.peers.published.stored(blocks.keys, places)
+
+
+class Peers:
+    """`deadline_s` is the longest that a peer may be silent; `patience_s` the longest that a request waits for what a
+    peer computes for it. Also what the network tells what it finds (`network.Asker`)."""
+
+    def __init__(
+        self,
+        network: Network,
+        serving: Serving,
+        published: Published,
+        promotion: Promotion,
+        pool: Pool,
+        gate: Gate,
+        links: Mapping[int, Link],
+        requests: Mapping[str, Request],
+        *,
+        deadline_s: float,
+        patience_s: float,
+        next_id: Callable[[], int],
+        lock: Callable[[], AbstractContextManager[object]],
+        clock: Callable[[], float],
+    ) -> None:
+        self.network, self.serving, self.published = network, serving, published
+        self.clock = clock
+        self._promotion, self._pool, self._gate, self._links, self._requests = promotion, pool, gate, links, requests
+        self._deadline_s, self._patience_s, self._next_id, self._lock = deadline_s, patience_s, next_id, lock
+        self.corrupt = 0
+        """Blocks that came and were not what had been promised."""
+        self.searches = self.found = 0
+        """Searches that began; those that a peer promised something to."""
+        self._peers: dict[str, Peer] = {}
+        self._sought: dict[str, Sought] = {}
+        self._moves: dict[int, tuple[Move, Gate]] = {}
+        self._numbers = itertools.count(1)
+        self._mine: dict[int, Mine] = {}
+        self._closed: str | None = None
+        network.asker = self
+
+    # ------------------------------------------------------------------ requests
+
+    def begin(self, request: Request, keys: Sequence[bytes], reach: int) -> None:
+        """Look for `keys` from `reach` on, once for each request."""
+        source = request.params.pull_from
+        if reach >= len(keys) or request.record.gated or request.id in self._sought or self.problem is not None:
+            return
+        if not self.network.peers or self._promotion.coming(keys[reach]):
+            return
+        seconds = self._within(len(keys) - reach)
+        if source is not None:
+            seconds = self._patience_s
+        search = Search(next(self._numbers), list(keys[reach:]), reach, seconds, source)
+        self._sought[request.id] = Sought(request, search, self.clock() + seconds, source is not None)
+        self.searches += 1
+        self.network.search(search)
+
+    def _within(self, blocks: int) -> float:
+        """How long to wait for so many blocks: no longer than it takes to compute them."""
+        computing = self._gate.computing_s(blocks)
+        return self._deadline_s if computing is None else min(self._deadline_s, computing)
+
+    def due(self, blocks: int) -> float:
+        """When a peer from which so many are read counts as dead."""
+        return self.clock() + max(self._within(blocks), 0.05)
+
+    def waits(self, request: Request, keys: Sequence[bytes]) -> bool:
+        """Whether the request should ask again later, since peers may have what follows."""
+        if request.id not in self._sought:
+            self.begin(request, request.keys[: _position(request, keys)], _position(request, keys) - len(keys))
+        sought = self._sought.get(request.id)
+        if sought is None or sought.search.ended or request.record.gated:
+            return False
+        if self.clock() > sought.until:
+            request.record.note("did not wait any longer for other instances")
+            self._end(sought)
+            return False
+        request.record.note("waited for other instances")
+        return True
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a request waits for the network."""
+        return any(not sought.search.ended for sought in self._sought.values())
+
+    def drop(self, request: str) -> None:
+        """The request got its blocks, or is gone."""
+        if (sought := self._sought.pop(request, None)) is not None:
+            self._end(sought)
+
+    @staticmethod
+    def _end(sought: Sought) -> None:
+        sought.search.ended = True
+
+    # ------------------------------------------------------------------ what the network finds (on its thread)
+
+    def promised(self, search: Search, client: Client, promise: Promise, memory: Memory, start: int) -> bool:
+        """See `Asker`. Takes the lock."""
+        with self._lock():
+            sought = next((each for each in self._sought.values() if each.search is search), None)
+            if sought is None or search.ended or self._closed is not None:
+                return False
+            return self._stage(sought.request, client, promise, memory, start)
+
+    def over(self, search: Search) -> None:
+        """See `Asker`: `search.ended` says it, and the engine asks again."""
+
+    def _stage(self, request: Request, client: Client, promise: Promise, memory: Memory, start: int) -> bool:
+        count = promise.count
+        keys = tuple(request.keys[start : start + count])
+        sums = [np.frombuffer(each, np.uint64) for each in promise.sums]
+        slots, ttls = unpack(promise.slots), np.frombuffer(promise.ttls, np.float64)
+        priorities = np.frombuffer(promise.priorities, np.uint8)
+        ranks = len(self._links)
+        if {len(keys), len(ttls), len(priorities), *map(len, sums)} != {count} or len(memory.slabs) != ranks != 0:
+            self.network.failed(client, "its promise does not make sense")
+            return False
+        if len(sums) != ranks or any(slots.max() >= slab.slots for slab in memory.slabs) or slots.min() < 0:
+            self.network.failed(client, "its promise does not make sense")
+            return False
+        near = self._pool.present(keys)
+        wanted = [at for at, key in enumerate(keys) if not near[at] and not self._promotion.coming(key)]
+        before = [key for at, key in enumerate(keys) if near[at]]
+        wanted = wanted[: max(0, self._promotion.room - len(before))]
+        if not wanted:
+            return False
+        self.found += 1
+        at, now = np.array(wanted), self.clock()
+        peer = self._peers.setdefault(client.name, Peer(self._gate.beside()))
+        source = PeerSource(
+            self, client, peer.gate, self._attach(peer, client, memory),
+            {int(slots[place]): place for place in wanted}, [bound(each, keys) for each in sums],
+            {keys[place]: start + place for place in wanted},
+            # The promise began before it came.
+            until=now + promise.seconds - self._deadline_s, due=np.inf,
+        )  # fmt: skip
+        parents = tuple(request.keys[start + place - 1] if start + place else None for place in wanted)
+        terms = [(int(priorities[place]), now + float(ttls[place])) for place in wanted]
+        self._promotion.stage(
+            source, tuple(keys[place] for place in wanted), parents, terms, slots[at],
+            Lease(self.network, client, promise.lease), before, {request.id: request.record},
+        )  # fmt: skip
+        return True
+
+    def _attach(self, peer: Peer, client: Client, memory: Memory) -> str:
+        """Have the workers know the peer's memory; by what name they do."""
+        name = f"{client.name}/{client.instance.incarnation:x}/{memory.number}/{client.connections}"
+        if peer.attached != name:
+            for (_, link), slab in zip(sorted(self._links.items()), memory.slabs, strict=True):
+                self._send(link, Attach(name, slab.metadata, slab.address, slab.stride, slab.slots, peer.attached))
+            peer.attached = name
+            peer.gate.forget_reads()
+        return name
+
+    # ------------------------------------------------------------------ reading
+
+    def pull(self, source: PeerSource, slots: Slots, into: Staged, ended: Callable[[Move], None]) -> int:
+        """Copy a peer's slots to those of host memory, which the caller holds; returns the move's number."""
+        move = Move(
+            id=self._next_id(), ranks=set(self._links), blocks=len(slots), patience=np.inf, down=False, ended=ended,
+        )  # fmt: skip
+        self._moves[move.id] = move, source.gate
+        source.gate.read_begins(len(slots))
+        rows = [source.rows[slot] for slot in slots.tolist()]
+        for (_, link), sums in zip(sorted(self._links.items()), source.sums, strict=True):
+            self._send(
+                link,
+                Pull(
+                    move.id, source.attached, pack(slots), pack(into.slots), np.ascontiguousarray(sums[rows]).tobytes()
+                ),
+            )
+        return move.id
+
+    def cancel(self, jobs: Collection[int]) -> None:
+        """Nobody wants these any more. They end all the same, when nothing writes to their slots any more."""
+        live = [job for job in sorted(jobs) if job in self._moves and self._moves[job][0].wanted]
+        for job in live:
+            self._moves[job][0].wanted = False
+        for link in self._links.values() if live else ():
+            self._send(link, Cancel(live))
+
+    def answer(self, result: Result) -> bool:
+        """Takes one rank's result; False where it is about none of these."""
+        if result.job not in self._moves:
+            return False
+        move, gate = self._moves[result.job]
+        if move.answer(result):
+            del self._moves[move.id]
+            move.wanted &= move.error != CANCELLED
+            gate.read_ends(move.blocks, int((move.outcomes < Outcome.FAILED).sum()))
+            move.ended(move)
+        return True
+
+    def failed(self, source: PeerSource, problem: str) -> None:
+        """A peer's blocks do not come: it is left alone until it answers a probe, and its memory is attached anew."""
+        self.network.failed(source.client, problem)
+
+    def counts(self) -> dict[str, int]:
+        """What is not a copy."""
+        return {
+            "searches": self.searches, "found": self.found, "peer_corrupt": self.corrupt,
+            "promised": self.serving.promised, "lapsed": self.serving.lapsed, "entries": len(self.published),
+        }  # fmt: skip
+
+    def known(self) -> dict[str, dict[str, Any]]:
+        """Instances that live, by name: whether they are asked, and blocks per second that came from them."""
+        usable = self.network.usable()
+        return {
+            name: {"usable": works, "read_blocks_per_s": peer.gate.rates()["read_blocks_per_s"] if peer else None}
+            for name, works in usable.items()
+            for peer in (self._peers.get(name),)
+        }
+
+    def in_flight(self) -> int:
+        """Reads that some rank has not answered."""
+        return len(self._moves)
+
+    # ------------------------------------------------------------------ our memory, and the end
+
+    def mine(self, message: Mine) -> None:
+        """Where a rank's memory is now."""
+        self._mine[message.rank] = message
+        ranks = [self._mine.get(rank) for rank in sorted(self._links)]
+        slabs = [Slab(each.metadata, each.address, each.stride, each.slots) for each in ranks if each is not None]
+        if any(each is not None and each.problem for each in ranks):
+            log.error("KVBM: rank %d shares nothing with other instances: %s", message.rank, message.problem)
+            self._close(message.problem or "a rank cannot share its memory")
+        elif len(slabs) == len(self._links):
+            server = self.network.server
+            server.slabs = server.slabs[0] + 1, slabs
+
+    @property
+    def problem(self) -> str | None:
+        """Why nothing is shared; None while it is."""
+        return self._closed or self.network.problem
+
+    def tick(self) -> None:
+        """A few times a second: promises end."""
+        self.serving.tick()
+
+    def stand_aside(self) -> None:
+        """Nothing is looked for."""
+        for sought in self._sought.values():
+            self._end(sought)
+
+    def clear(self) -> None:
+        """A new generation. Whether others have begun it too is not known, so this instance shares nothing any more."""
+        if self._closed is None:
+            log.warning("KVBM: a reset began a new generation: until it is started anew this engine shares no blocks")
+            self._close("a reset began a new generation")
+
+    def _close(self, why: str) -> None:
+        self._closed = why
+        self.stand_aside()
+        self.serving.close()
+        self.network.leave()
+
+    def close(self) -> None:
+        """The process is about to end."""
+        self._closed = self._closed or "the engine ends"
+        self.serving.close()
+
+    def _send(self, link: Link, message: Attach | Pull | Cancel) -> None:
+        try:
+            link.send(message)
+        except Broken as error:  # the leader notices when it looks for results
+            log.debug("KVBM: %s", error)
+
+
+def _position(request: Request, keys: Sequence[bytes]) -> int:
+    """Where `keys`, a stretch of the request's, ends."""
+    return list(request.keys).index(keys[0]) + len(keys)

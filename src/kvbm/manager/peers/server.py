@@ -1,0 +1,133 @@
+"""Answers other instances. On the network's thread; the leader's state under its lock only."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from typing import Final
+
+import msgspec
+
+from kvbm.core.errors import Broken
+from kvbm.manager.peers.client import Us
+from kvbm.manager.peers.messages import (
+    Describe,
+    Done,
+    Join,
+    Memory,
+    Ping,
+    Pong,
+    Refused,
+    Release,
+    Reserve,
+    Said,
+    Slab,
+    Welcome,
+)  # fmt: skip
+from kvbm.manager.peers.serving import Serving
+from kvbm.manager.peers.session import Session
+
+log = logging.getLogger(__name__)
+
+HANDSHAKE_S: Final = 2.0
+_READERS: Final = 256
+"""Connections from other instances at once."""
+_POLL_S: Final = 0.005
+"""Between two looks whether a block that is on its way has come."""
+
+
+class Server:
+    """`lock` is the leader's, under which `serving` is used. No question waits longer than `deadline_s`."""
+
+    def __init__(
+        self, us: Us, serving: Serving, lock: Callable[[], AbstractContextManager[object]], deadline_s: float
+    ) -> None:
+        self._us, self._serving, self._lock, self._deadline_s = us, serving, lock, deadline_s
+        self.slabs: tuple[int, list[Slab]] = 0, []
+        """Where our memory is; its number rises with each change. Replaced as a whole."""
+        self.readers: set[asyncio.Task[None]] = set()
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve a connection until it ends."""
+        task = asyncio.current_task()
+        assert task is not None
+        if len(self.readers) >= _READERS:
+            writer.close()
+            return
+        self.readers.add(task)
+        try:
+            async with asyncio.timeout(HANDSHAKE_S):
+                session = await Session.open(reader, writer, self._us.secret, client=False)
+                join = await session.hear()
+                refusal = self._objection(join)
+                await session.say(Refused(refusal) if refusal else Welcome(self._us.name, self._us.incarnation))
+            if refusal:
+                log.warning("KVBM: another instance was refused: %s", refusal)
+            elif isinstance(join, Join):
+                await self._serve(session, f"{join.name}/{join.incarnation}")
+        except (Broken, TimeoutError) as error:
+            log.info("KVBM: a connection from another instance ended: %s", error or "it did not say who it is")
+        finally:
+            self.readers.discard(task)
+            writer.close()
+
+    def _objection(self, join: Said) -> str | None:
+        """Why somebody may not read here."""
+        if not isinstance(join, Join):
+            return "it did not say who it is"
+        if join.namespace != self._us.namespace:
+            return (
+                f"it runs namespace {join.namespace[:16]}, this instance {self._us.namespace[:16]}: another model, "
+                "other weights, or other settings that change what is in a block"
+            )
+        if join.version != self._us.version:
+            return f"it runs KVBM {join.version}, this instance {self._us.version}"
+        return "it shares nothing any more: a reset began a new generation" if self._serving.closed else None
+
+    async def _serve(self, session: Session, reader: str) -> None:
+        searches: set[str] = set()
+        waiting: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                match await session.hear():
+                    case Reserve() as asked:
+                        searches.add(f"{reader} {asked.search}")
+                        task = asyncio.create_task(self._reserve(session, f"{reader} {asked.search}", asked))
+                        waiting.add(task)
+                        task.add_done_callback(waiting.discard)
+                    case Release(lease=lease):
+                        with self._lock():
+                            self._serving.release(lease)
+                    case Done(search=search):
+                        searches.discard(f"{reader} {search}")
+                        with self._lock():
+                            self._serving.done(f"{reader} {search}")
+                    case Describe(id=number):
+                        version, slabs = self.slabs
+                        await session.say(Memory(number, version, slabs))
+                    case Ping(id=number):
+                        await session.say(Pong(number))
+                    case _:
+                        raise Broken("it said what only who answers says")
+        finally:
+            for task in waiting:
+                task.cancel()
+            with self._lock():
+                for name in searches:
+                    self._serving.done(name)
+
+    async def _reserve(self, session: Session, search: str, asked: Reserve) -> None:
+        until = asyncio.get_running_loop().time() + min(asked.wait_s, self._deadline_s)
+        patient = asked.expected  # its request may not have come yet
+        while True:
+            with self._lock():
+                promise = self._serving.reserve(asked, self.slabs[0])
+                rest = asked.keys[promise.count :]
+                coming = bool(rest) and self._serving.comes(search, rest, asked.start + promise.count, asked.expected)
+            if promise.count or not (coming or patient) or asyncio.get_running_loop().time() >= until:
+                break
+            await asyncio.sleep(_POLL_S)
+        with suppress(Broken):
+            await session.say(msgspec.structs.replace(promise, coming=coming or (patient and not promise.count)))

@@ -1,0 +1,178 @@
+"""Who is alive and who holds what, in Valkey or Redis.
+
+Every instance of a namespace has a lease, and beside it one set of what it holds, which ends with the lease: a dead
+instance's entries are gone when its time is over, without anybody removing them. What is looked up is asked of every
+living instance's set, all in one round trip.
+
+Not every block has an entry. A holder is asked anyway how far it really goes, so it is enough to know that it goes
+about as far: block `n` of a prompt (from 1) has one if `n` has at most four significant bits, so 1 to 16, 18, 20, ...
+32, 36, ... An entry is the first 8 bytes of the block's key. One that is wrong, or old, costs a question.
+
+    kvbm:{namespace}:names              set of the names of instances, living or not
+    kvbm:{namespace}:lease:NAME         msgpack [host, port, incarnation], for as long as the lease
+    kvbm:{namespace}:has:NAME:NUMBER    set of entries of the incarnation NUMBER of NAME, for as long
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import msgspec
+import numpy as np
+
+from kvbm.core.errors import Broken, ConfigError
+from kvbm.core.region import Slots
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+_SIGNIFICANT: Final = 4
+"""Bits. Each less halves the entries, and doubles what may be overlooked of a prompt: up to an eighth now."""
+_BATCH: Final = 4096
+"""Entries of one command."""
+
+
+class Instance(NamedTuple):
+    """A living instance, as the directory knows it."""
+
+    host: str
+    port: int
+    incarnation: int
+
+
+def indexed(first: int, last: int) -> Slots:
+    """Which blocks `first` to `last - 1` of a prompt, counted from 0, have an entry: their numbers."""
+    numbers = np.arange(first + 1, last + 1)
+    low = np.maximum(0, np.frexp(numbers)[1] - _SIGNIFICANT)  # bits that have to be zero
+    found: Slots = numbers[numbers & ((1 << low) - 1) == 0] - 1
+    return found
+
+
+def entry(key: bytes) -> bytes:
+    """What stands for a block in the directory."""
+    return key[:8]
+
+
+class Directory:
+    """One connection to one server. All methods belong to one event loop; all raise Broken where the server does not
+    answer, or not within `timeout` seconds."""
+
+    def __init__(
+        self, url: str, namespace: str, name: str, incarnation: int, *, lease_s: float, timeout: float
+    ) -> None:
+        """Raises ConfigError: the URL cannot be used, or the client library is missing."""
+        try:
+            from valkey import asyncio as valkey
+            from valkey.exceptions import ValkeyError
+        except ImportError:
+            raise ConfigError(
+                "directory", "the client for Valkey is not installed", remedy="pip install 'pykvbm[cluster]'"
+            ) from None
+        try:
+            self._server: Any = valkey.from_url(  # type: ignore[no-untyped-call]
+                url, socket_timeout=timeout, socket_connect_timeout=timeout, protocol=3, max_connections=4
+            )
+        except ValueError:
+            # Its own message would show the URL, which may have a password in it.
+            raise ConfigError(
+                "directory", "this is not the address of a Valkey or Redis server",
+                remedy="Give it as valkey://HOST:PORT/0, valkeys://... for TLS, or unix://PATH.",
+            ) from None  # fmt: skip
+        self._errors = (ValkeyError, OSError, TimeoutError)
+        prefix = f"kvbm:{namespace[:16]}"
+        self._names, self._lease_of = f"{prefix}:names", f"{prefix}:lease:"
+        self._has = f"{prefix}:has:"
+        self.name, self.incarnation = name, incarnation
+        self._lease_ms = int(lease_s * 1000)
+        self._mine = self._set_of(name, incarnation)
+
+    def _set_of(self, name: str, incarnation: int) -> str:
+        return f"{self._has}{name}:{incarnation:x}"
+
+    async def renew(self, host: str, port: int) -> int:
+        """Say that this instance lives. Returns how many entries the server has of it, which is less than was written
+        where the server has lost some."""
+        async with self._reported():
+            pipe = self._server.pipeline(transaction=False)
+            pipe.set(
+                self._lease_of + self.name, msgspec.msgpack.encode([host, port, self.incarnation]), px=self._lease_ms
+            )
+            pipe.sadd(self._names, self.name)
+            pipe.pexpire(self._mine, self._lease_ms)
+            pipe.scard(self._mine)
+            return int((await pipe.execute())[-1])
+
+    async def instances(self) -> dict[str, Instance]:
+        """Every living instance but this one, by name. Names whose lease has ended are forgotten."""
+        async with self._reported():
+            names = [_text(name) for name in await self._server.smembers(self._names)]
+            names = [name for name in names if name != self.name]
+            if not names:
+                return {}
+            leases = await self._server.mget([self._lease_of + name for name in names])
+            if ended := [name for name, lease in zip(names, leases, strict=True) if lease is None]:
+                await self._server.srem(self._names, *ended)
+        found: dict[str, Instance] = {}
+        for name, lease in zip(names, leases, strict=True):
+            try:
+                if lease is not None:
+                    found[name] = Instance(*msgspec.msgpack.decode(lease, type=tuple[str, int, int]))
+            except msgspec.MsgspecError:
+                continue  # not written by an instance
+        return found
+
+    async def update(self, added: Collection[bytes], removed: Collection[bytes], *, afresh: bool = False) -> None:
+        """Write down which entries this instance has now, and which no more; `afresh`: all others are forgotten."""
+        async with self._reported():
+            pipe = self._server.pipeline(transaction=False)
+            if afresh:
+                pipe.delete(self._mine)
+            for command, entries in ((pipe.srem, list(removed)), (pipe.sadd, list(added))):
+                for at in range(0, len(entries), _BATCH):
+                    command(self._mine, *entries[at : at + _BATCH])
+            pipe.pexpire(self._mine, self._lease_ms)
+            await pipe.execute()
+
+    async def find(self, instances: Mapping[str, Instance], entries: Sequence[bytes]) -> dict[str, int]:
+        """Of each instance the last of `entries` that it has, as a number from 0; those that have none are left out.
+        One round trip."""
+        if not instances or not entries:
+            return {}
+        async with self._reported():
+            pipe = self._server.pipeline(transaction=False)
+            for name, instance in instances.items():
+                pipe.smismember(self._set_of(name, instance.incarnation), entries)
+            answers = await pipe.execute()
+        found: dict[str, int] = {}
+        for name, answer in zip(instances, answers, strict=True):
+            there = [at for at, yes in enumerate(answer) if yes]
+            if there:
+                found[name] = there[-1]
+        return found
+
+    async def leave(self) -> None:
+        """This instance shares nothing any more."""
+        async with self._reported():
+            await self._server.delete(self._lease_of + self.name, self._mine)
+            await self._server.srem(self._names, self.name)
+
+    async def close(self) -> None:
+        """End the connections."""
+        try:
+            await self._server.aclose()
+        except self._errors:
+            return
+
+    @asynccontextmanager
+    async def _reported(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except self._errors as error:
+            # Not its text: that has the server's address in it.
+            raise Broken(f"the directory does not answer ({type(error).__name__})") from error
+
+
+def _text(name: bytes | str) -> str:
+    return name.decode(errors="replace") if isinstance(name, bytes) else name
