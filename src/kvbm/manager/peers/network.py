@@ -294,7 +294,7 @@ class Network:
     async def _ask(self, search: Search, client: Client) -> None:
         """Have the peer hold what it has, and what comes, until nothing more comes."""
         assert self.asker is not None
-        at, keys = 0, search.keys
+        at, keys, begun = 0, search.keys, self._loop.time()
         while at < len(keys) and not search.ended and self._sharing:
             rest, start = list(keys[at:]), search.start + at
             answer, memory = await self._reserve(client, search, rest, start)
@@ -304,7 +304,9 @@ class Network:
                 self._task(self._tell(client, Release(answer.lease)))
                 return
             at += answer.count
-            if not answer.coming:
+            # A request that is to compute them may not have come there yet.
+            early = search.peer is not None and not at and self._loop.time() < begun + self._deadline_s
+            if not (answer.coming or early):
                 return
 
     async def _reserve(

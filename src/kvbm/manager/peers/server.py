@@ -119,15 +119,16 @@ class Server:
                     self._serving.done(name)
 
     async def _reserve(self, session: Session, search: str, asked: Reserve) -> None:
-        until = asyncio.get_running_loop().time() + min(asked.wait_s, self._deadline_s)
-        patient = asked.expected  # its request may not have come yet
+        loop = asyncio.get_running_loop()
+        until = loop.time() + min(asked.wait_s, self._deadline_s)
         while True:
             with self._lock():
                 promise = self._serving.reserve(asked, self.slabs[0])
                 rest = asked.keys[promise.count :]
                 coming = bool(rest) and self._serving.comes(search, rest, asked.start + promise.count, asked.expected)
-            if promise.count or not (coming or patient) or asyncio.get_running_loop().time() >= until:
+            # A request that is to compute them may not have come yet.
+            if promise.count or not (coming or asked.expected) or loop.time() >= until:
                 break
             await asyncio.sleep(_POLL_S)
         with suppress(Broken):
-            await session.say(msgspec.structs.replace(promise, coming=coming or (patient and not promise.count)))
+            await session.say(msgspec.structs.replace(promise, coming=coming))
