@@ -5,10 +5,13 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install
 NIXL := $(shell sed -n 's/^nixl = \["\(.*\)"\]$$/\1/p' pyproject.toml)
 
-.PHONY: demo serve test test-fast check coverage bench docs clean
+.PHONY: demo demo-disagg serve test test-fast check coverage bench docs clean
 
 demo: .venv/engine
 	$(BIN)/kvbm demo
+
+demo-disagg: .venv/engine
+	$(BIN)/kvbm demo-disagg
 
 # Small, so that it starts fast: compiling (what --enforce-eager leaves out) would take longer than it saves a model of
 # this size, the device cache holds two conversations of full length, and 2 GB of host memory are touched at once.

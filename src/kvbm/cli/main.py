@@ -10,6 +10,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from kvbm.cli import disk, doctor, engines, models, serve, settings
+from kvbm.cli.demo import disagg
 from kvbm.cli.demo import run as demo
 from kvbm.cli.replay import command as replay
 from kvbm.core import config
@@ -40,6 +41,7 @@ def model(
 # Options before MODEL would be ours, all after it is the engine's, --help included.
 app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(serve.serve)
 app.command()(demo.demo)
+app.command("demo-disagg")(disagg.demo_disagg)
 app.command("replay")(replay.command)
 app.command()(model)
 app.command("config")(settings.show)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import re
 import time
@@ -21,13 +22,15 @@ _METRIC = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{.*\})? (\S+)$", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One answer. `cached_tokens` are those of the prompt that the engine did not compute, as it reports them."""
+    """One answer. `cached_tokens` are those of the prompt that the engine did not compute, as it reports them; `gaps_s`
+    the times between its pieces."""
 
     text: str
     ttft_s: float
     prompt_tokens: int
     answer_tokens: int
     cached_tokens: int
+    gaps_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +51,21 @@ class Client:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        text, first, usage = "", None, None
+        text, usage, times = "", None, list[float]()
         start = time.perf_counter()
         with self._request("POST", "/v1/chat/completions", body) as response:
             for event in _events(response):
                 usage = event.get("usage") or usage
                 for choice in event.get("choices", ()):
                     part = choice["delta"].get("content") or ""
-                    if part and first is None:
-                        first = time.perf_counter() - start
+                    if part:
+                        times.append(time.perf_counter() - start)
                     text += part
-        if first is None or usage is None:
+        if not times or usage is None:
             raise Broken("the server ended its answer without text or without counting its tokens")
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        return Reply(text, first, usage["prompt_tokens"], usage["completion_tokens"], cached)
+        gaps = tuple(b - a for a, b in itertools.pairwise(times))
+        return Reply(text, times[0], usage["prompt_tokens"], usage["completion_tokens"], cached, gaps)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of `text` alone."""

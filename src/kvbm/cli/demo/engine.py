@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,15 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """One way to run the engine. `settings` are KVBM's, None without it; `log` is a path without its ending."""
+    """One way to run the engine. `settings` are KVBM's, None without it; `environment` is the engine's; `log` is a path
+    without its ending."""
 
     name: str
     model: str
     arguments: list[str]
     log: Path
     settings: dict[str, str] | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @contextmanager
     def start(self, advance: Advance, again: str = "") -> Iterator[Engine]:
@@ -70,7 +72,11 @@ class Setup:
             port = serve.free_port("127.0.0.1", random.randrange(20_000, 30_000))
             arguments = [*self.arguments, "--port", str(port)]
             launch = serve.plan(
-                "smollm2", arguments, self.model, with_kvbm=with_kvbm, environment=environment | (self.settings or {})
+                "smollm2",
+                arguments,
+                self.model,
+                with_kvbm=with_kvbm,
+                environment=environment | dict(self.environment) | (self.settings or {}),
             )
             advance(f"Starting {self.name}{' again' if again else ''} (about half a minute)")
             start = time.monotonic()

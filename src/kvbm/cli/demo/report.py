@@ -15,7 +15,7 @@ from kvbm.cli.render import size
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One answer. Tokens of the prompt were found on the device, found in G2, or computed; `known_tokens` of them
-    had been computed for the same user before."""
+    had been computed for the same user before. `gap_ms` is the mean time between its pieces."""
 
     user: int
     turn: int
@@ -25,6 +25,7 @@ class Turn:
     g2_tokens: int
     ttft_ms: float
     text: str
+    gap_ms: float = 0.0
 
     @property
     def computed_tokens(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -91,12 +92,12 @@ def demo(
 
 def measure(plan: Plan, model: str, logs: Path) -> report.Demo:
     """Run both. Raises Broken when an engine does not start or does not answer."""
-    with _progress() as advance:
+    with progress() as advance:
         alone = Setup("vLLM alone", model, plan.arguments(), logs / "demo-plain")
         with alone.start(advance) as engine:
             advance("Preparing the documents")
             talks = conversations(plan.users, plan.turns, plan.document_tokens, engine.client.count_tokens)
-            turns, asked = _play(plan, talks, engine.client, advance, alone.name)
+            turns, asked = play(plan, talks, engine.client, advance, alone.name)
             pairs = _ask_again(plan, asked, engine.client, advance)
             engine.server.kill()
         plain = report.Run(turns, engine.start_s, _restart(plan, alone, turns, asked, advance))
@@ -106,7 +107,7 @@ def measure(plan: Plan, model: str, logs: Path) -> report.Demo:
             sizes = {"KVBM_G2_GB": str(G2_GB), "KVBM_G3_GB": str(G3_GB), "KVBM_G3_DIR": disk, "KVBM_ENABLED": "true"}
             both = Setup("vLLM with KVBM", model, plan.arguments(), logs / "demo-kvbm", sizes)
             with both.start(advance) as engine:
-                turns, asked = _play(plan, talks, engine.client, advance, both.name)
+                turns, asked = play(plan, talks, engine.client, advance, both.name)
                 status = engine.status()
                 engine.server.kill()
             moved = status and {"down": status["offload"]["bytes"], "up": status["onboard"]["bytes"]}
@@ -128,10 +129,18 @@ def _restart(
     return report.Restart(turn, engine.start_s, status["tokens"]["g3"] if status else 0)
 
 
-def _play(
-    plan: Plan, talks: list[Conversation], client: Client, advance: Advance, name: str
+def play(
+    plan: Plan,
+    talks: list[Conversation],
+    client: Client,
+    advance: Advance,
+    name: str,
+    *,
+    meter: Client | None = None,
 ) -> tuple[list[report.Turn], list[tuple[list[Message], str]]]:
-    """Every user's first turn, then every user's second ...; also what was asked and answered."""
+    """Every user's first turn, then every user's second ...; also what was asked and answered. `meter` is the engine
+    that answers, where `client` is not."""
+    meter = meter or client
     histories: list[list[Message]] = [[] for _ in talks]
     known = [0 for _ in talks]
     done, asked = [], []
@@ -140,9 +149,9 @@ def _play(
             advance(f"{name}: turn {turn + 1} of {plan.turns}, user {talk.user + 1} of {plan.users}")
             history = histories[talk.user]
             history.append({"role": "user", "content": talk.says(turn)})
-            before = client.metrics()
+            before = meter.metrics()
             reply = client.chat(history, plan.answer_tokens)
-            done.append(_turn(talk.user, turn, known[talk.user], reply, before, client.metrics()))
+            done.append(_turn(talk.user, turn, known[talk.user], reply, before, meter.metrics()))
             asked.append((list(history), reply.text))
             history.append({"role": "assistant", "content": reply.text})
             known[talk.user] = reply.prompt_tokens + reply.answer_tokens
@@ -164,6 +173,7 @@ def _turn(
         g2_tokens=grown("vllm:external_prefix_cache_hits_total"),
         ttft_ms=reply.ttft_s * 1000,
         text=reply.text,
+        gap_ms=statistics.fmean(reply.gaps_s) * 1000 if reply.gaps_s else 0.0,
     )
 
 
@@ -198,7 +208,7 @@ def _settings(plan: Plan, turns: list[report.Turn]) -> dict[str, Any]:
 
 
 @contextmanager
-def _progress() -> Iterator[Advance]:
+def progress() -> Iterator[Advance]:
     """A line that moves on a terminal, a line for each step elsewhere."""
     if not _out.is_terminal:
         start = time.monotonic()
