@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from kvbm.cli import disk, doctor, engines, models, serve, settings
 from kvbm.cli.demo import run as demo
 from kvbm.cli.replay import command as replay
+from kvbm.cli.route import command as route
 from kvbm.core import config
 from kvbm.core.errors import KvbmError
 
@@ -41,6 +42,7 @@ def model(
 app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(serve.serve)
 app.command()(demo.demo)
 app.command("replay")(replay.command)
+app.command("route")(route.command)
 app.command()(model)
 app.command("config")(settings.show)
 app.command()(engines.status)
