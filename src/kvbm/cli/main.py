@@ -13,6 +13,7 @@ from kvbm.cli import disk, doctor, engines, models, serve, settings
 from kvbm.cli.demo import disagg
 from kvbm.cli.demo import run as demo
 from kvbm.cli.replay import command as replay
+from kvbm.cli.route import command as route
 from kvbm.core import config
 from kvbm.core.errors import KvbmError
 
@@ -43,6 +44,7 @@ app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args
 app.command()(demo.demo)
 app.command("demo-disagg")(disagg.demo_disagg)
 app.command("replay")(replay.command)
+app.command("route")(route.command)
 app.command()(model)
 app.command("config")(settings.show)
 app.command()(engines.status)

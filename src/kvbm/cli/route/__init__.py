@@ -1,0 +1,1 @@
+"""``kvbm route``: one OpenAI-compatible address in front of prefill and decode engines."""
