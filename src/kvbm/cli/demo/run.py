@@ -43,6 +43,8 @@ class Plan:
     turns: int
     document_tokens: int
     answer_tokens: int
+    dtype: str | None = None
+    """Unset: the one that the processor is fast in."""
 
     @property
     def max_model_len(self) -> int:
@@ -61,7 +63,7 @@ class Plan:
             "--max-model-len": self.max_model_len,
             "--block-size": BLOCK_TOKENS,
             "--num-gpu-blocks-override": self.device_blocks,
-            "--dtype": "bfloat16" if serve.engine_build() == "gpu" else serve.fast_dtype(),
+            "--dtype": self.dtype or ("bfloat16" if serve.engine_build() == "gpu" else serve.fast_dtype()),
             "--seed": 0,
         }
         switches = ["--enforce-eager", "--enable-prefix-caching"]
