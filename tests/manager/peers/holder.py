@@ -1,13 +1,16 @@
-"""An instance in a process of its own, for tests that kill or freeze it.
+"""An instance in a process of its own, for tests that kill it, freeze it, or put it into a network of its own.
 
-`python -m tests.manager.peers.holder PATH NAME URL SECRET PROMPT BLOCKS` computes a prompt's blocks, says "ready", and
-serves them until its stdin ends.
+`python -m tests.manager.peers.holder PATH NAME URL SECRET HOST PROMPT BLOCKS` computes a prompt's blocks (0: none),
+says "ready", and serves them until its stdin ends. A line "PROMPT BLOCKS" there is a request: the answer is how many
+blocks were loaded, in how many seconds, and how many slots something may still write to.
 """
 
 from __future__ import annotations
 
+import json
 import select
 import sys
+import time
 from pathlib import Path
 
 from tests.manager.peers.conftest import peers_of
@@ -15,19 +18,32 @@ from tests.manager.roles import keys_of
 from tests.manager.whole import Engine
 
 
-def main(path: str, name: str, url: str, secret: str, prompt: str, blocks: str) -> None:
+def main(path: str, name: str, url: str, secret: str, host: str, prompt: str, blocks: str) -> None:
     """See the module."""
     engine = Engine(
         Path(path), engine=name, g3_blocks=None, directory=url, peer_secret_file=secret, directory_lease_s=1.0,
-        g2_blocks=64,
+        g2_blocks=64, peer_host=host,
     )  # fmt: skip
-    keys = keys_of(prompt, int(blocks))
-    engine.serve(keys)
-    engine.until(lambda: peers_of(engine).network.server.slabs[0] and not peers_of(engine).published.pending)
-    engine.until(lambda: peers_of(engine).network.problem is None)
+    if int(blocks):
+        engine.serve(keys_of(prompt, int(blocks)))
+    peers = peers_of(engine)
+    engine.until(lambda: peers.network.server.slabs[0] and not peers.published.pending and not peers.network.problem)
     print("ready", flush=True)
-    while not select.select([sys.stdin], [], [], 0.05)[0]:
+    while True:
         engine.leader.tick()
+        if not select.select([sys.stdin], [], [], 0.02)[0]:
+            continue
+        if not (line := sys.stdin.readline()):
+            break
+        wanted, count = line.split()
+        engine.leader.pool.discard(keys_of(wanted, int(count)))
+        begun = time.monotonic()
+        found = engine.serve(keys_of(wanted, int(count)))
+        answer = {
+            "found": found, "seconds": time.monotonic() - begun, "staged": engine.leader.pool.statistics().staged,
+            "peers": len(peers.network.peers),
+        }  # fmt: skip
+        print(json.dumps(answer), flush=True)
     engine.close()
 
 

@@ -33,7 +33,18 @@ def hold(tmp_path: Path, valkey: Server, secret: Path) -> Iterator[Hold]:
     def make(name: str = "h", prompt: str = "p", blocks: int = 6) -> subprocess.Popen[str]:
         path = tmp_path / f"{name}{len(processes)}"
         path.mkdir()
-        command = [sys.executable, "-m", "tests.manager.peers.holder", path, name, valkey.url, secret, prompt, blocks]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.manager.peers.holder",
+            path,
+            name,
+            valkey.url,
+            secret,
+            "127.0.0.1",
+            prompt,
+            blocks,
+        ]
         process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         processes.append(process)
         assert process.stdout is not None
