@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e.conftest import prompt_of
 from tests.e2e.engine import Done, Engine
+from tests.e2e.soak_peers import soak
 from tests.valkey import Server
 
 Plain = Callable[..., list[Done]]
@@ -81,3 +82,37 @@ def test_wrong_bytes_change_the_answer(
         know(first, second)
         assert [done.tokens for done in second.run(prompts, 24)] != expected
         assert second.status()["tokens"]["peer"] > 0
+
+
+def test_a_decode_engine_waits_for_what_a_prefill_engine_computes(
+    tiny: Path, plain: Plain, dice: random.Random, settings: dict[str, object], first: Engine
+) -> None:
+    """Disaggregated serving: both get the request at once, and the one that answers computes the last block only."""
+    prompts = [prompt_of(dice, length) for length in (320, 601)]
+    expected = [done.tokens for done in plain(prompts, 24)]
+    name = first.leader.lower.peers.network._us.name
+    with closing(Engine(tiny, settings)) as second:
+        know(first, second)
+        for prompt, answer in zip(prompts, expected, strict=True):
+            request = second.add(prompt, 24, params={"pull_from": name})
+            for _ in range(20):  # it is there before the other one, and waits
+                second.step()
+            assert not second.results[request].tokens
+            first.add(prompt, 1)
+            deadline = time.monotonic() + 30
+            while not second.results[request].reason:
+                first.step()
+                second.step()
+                assert time.monotonic() < deadline
+            first.drain()
+            done = second.results[request]
+            assert done.tokens == answer
+            assert done.cached == (len(prompt) - 1) // 32 * 32
+        assert second.status()["tokens"]["peer"] == 288 + 576
+
+
+def test_a_soak_of_a_minute(tmp_path: Path) -> None:
+    """The short form of `python -m tests.e2e.soak_peers`."""
+    result = soak(1.0, 22.0, tmp_path)
+    assert result.problem() is None, result
+    assert result.kills >= 2

@@ -36,6 +36,8 @@ from kvbm.manager.wire import Attach, Cancel, Mine, Pull, Result, pack, unpack
 log = logging.getLogger(__name__)
 
 CANCELLED: Final = "cancelled"
+_WORTH_S: Final = 0.005
+"""What is computed in less is not looked for: asking takes about a millisecond."""
 
 
 @dataclass(slots=True, eq=False)
@@ -180,9 +182,9 @@ class Peers:
             return
         if not self.network.peers or self._promotion.coming(keys[reach]):
             return
-        seconds = self._within(len(keys) - reach)
-        if source is not None:
-            seconds = self._patience_s
+        seconds = self._patience_s if source is not None else self._within(len(keys) - reach)
+        if seconds < _WORTH_S:
+            return
         search = Search(next(self._numbers), list(keys[reach:]), reach, seconds, source)
         self._sought[request.id] = Sought(request, search, self.clock() + seconds, source is not None)
         self.searches += 1
