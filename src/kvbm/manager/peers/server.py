@@ -54,7 +54,7 @@ class Server:
         task = asyncio.current_task()
         assert task is not None
         if len(self.readers) >= _READERS:
-            writer.close()
+            writer.transport.abort()
             return
         self.readers.add(task)
         try:
@@ -67,11 +67,15 @@ class Server:
                 log.warning("KVBM: another instance was refused: %s", refusal)
             elif isinstance(join, Join):
                 await self._serve(session, f"{join.name}/{join.incarnation}")
+        except asyncio.CancelledError:
+            return  # this thread ends; asyncio would log that a task was cancelled
         except (Broken, TimeoutError) as error:
             log.info("KVBM: a connection from another instance ended: %s", error or "it did not say who it is")
         finally:
             self.readers.discard(task)
             writer.close()
+            # It may never take what was said last.
+            asyncio.get_running_loop().call_later(HANDSHAKE_S, writer.transport.abort)
 
     def _objection(self, join: Said) -> str | None:
         """Why somebody may not read here."""

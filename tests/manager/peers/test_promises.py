@@ -1,0 +1,231 @@
+"""Promises that are wrong, late, or not wanted any more: no request is harmed and nothing stays held."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from kvbm.core.errors import Broken
+from kvbm.manager.peers.client import Client
+from kvbm.manager.peers.messages import Memory, Ping, Pong, Promise
+from kvbm.manager.peers.server import Server
+from kvbm.manager.peers.serving import Serving
+from kvbm.manager.requests import RequestParams
+from tests.manager.peers.conftest import Start, know_each_other, peers_of, published
+from tests.manager.peers.test_failures import clean, timed, until
+from tests.manager.roles import keys_of
+from tests.manager.whole import LAST, TOKENS, Engine
+
+
+def pair(start: Start, **settings: Any) -> tuple[Engine, Engine]:
+    """A holder of six blocks of "p", and a reader that knows of it."""
+    holder, reader = start("h", **settings), start("r", **settings)
+    know_each_other(holder, reader)
+    holder.serve(keys_of("p", 6))
+    published(holder, 6)
+    return holder, reader
+
+
+def lie(**changes: Callable[[Any], Any]) -> Callable[..., Promise]:
+    reserve = Serving.reserve
+
+    def wrong(serving: Serving, asked: Any, memory: int) -> Promise:
+        promise = reserve(serving, asked, memory)
+        said = {name: change(getattr(promise, name)) for name, change in changes.items()} if promise.count else {}
+        return msgspec.structs.replace(promise, **said)
+
+    return wrong
+
+
+def fetched(reader: Engine) -> bool:
+    reader.leader.pool.clear()
+    return reader.serve(keys_of("p", 6)) == 6
+
+
+LIES: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "priority": {"priorities": lambda _: bytes([200] * 6)},
+    "ttl": {"ttls": lambda _: np.full(6, np.nan).tobytes()},
+    "seconds": {"seconds": lambda _: float("nan")},
+    "slots": {"slots": lambda slots: slots + b"\0"},
+    "negative": {"slots": lambda slots: b"\xff" * len(slots)},
+    "far": {"slots": lambda slots: np.full(6, 16, np.int32).tobytes()},
+    "sums": {"sums": lambda sums: [sums[0][:-1]]},
+    "ranks": {"sums": lambda sums: sums * 2},
+    "few": {"priorities": lambda _: b""},
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_promise_that_makes_no_sense_is_not_used(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    holder, reader = pair(start)
+    monkeypatch.setattr(Serving, "reserve", lie(**LIES[name]))
+    assert reader.serve(keys_of("p", 6)) == 0
+    assert peers_of(reader).found == 0
+    assert "Traceback" not in caplog.text
+    monkeypatch.undo()
+    until(reader, lambda: peers_of(reader).network.usable() == {"h": True})
+    holder.serve(keys_of("q", 6))
+    published(holder, 12)
+    assert reader.serve(keys_of("q", 6)) == 6
+    clean(reader)
+
+
+def test_a_slot_that_is_promised_twice_is_read_once_as_what_it_is(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, reader = pair(start)
+    monkeypatch.setattr(Serving, "reserve", lie(slots=lambda slots: slots[:4] * 6))
+    assert reader.serve(keys_of("p", 6)) <= 1
+    clean(reader)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"address": 2**64 - 1}, {"address": -1}, {"stride": 0}, {"stride": 2**60}, {"slots": 2**40}]
+)
+def test_memory_that_cannot_be_is_not_attached(
+    start: Start, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, int]
+) -> None:
+    holder, reader = pair(start)
+    server = peers_of(holder).network.server
+    right = server.slabs
+    server.slabs = right[0], [msgspec.structs.replace(slab, **wrong) for slab in right[1]]
+    assert reader.serve(keys_of("p", 6)) == 0
+    server.slabs = right[0] + 1, right[1]
+    until(reader, partial(fetched, reader))
+    clean(reader)
+
+
+def test_memory_under_garbage_costs_one_read(start: Start) -> None:
+    holder, reader = pair(start)
+    server = peers_of(holder).network.server
+    right = server.slabs
+    server.slabs = right[0], [msgspec.structs.replace(slab, metadata=b"\xff" * 50) for slab in right[1]]
+    assert reader.serve(keys_of("p", 6)) == 0
+    server.slabs = right[0] + 1, right[1]
+    until(reader, partial(fetched, reader))
+    clean(reader)
+
+
+def test_a_lease_that_is_shorter_than_the_deadline_is_of_use(start: Start) -> None:
+    _, reader = pair(start, peer_lease_s=1.0, peer_deadline_s=5.0)
+    assert reader.serve(keys_of("p", 6)) == 6
+    clean(reader)
+
+
+def test_a_promise_that_comes_too_late_is_given_back(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    holder, reader = pair(start, peer_deadline_s=0.3, peer_lease_s=60.0)
+    reserve = Serving.reserve
+
+    def slow(serving: Serving, asked: Any, memory: int) -> Promise:
+        promise = reserve(serving, asked, memory)
+        time.sleep(0.5)
+        return promise
+
+    monkeypatch.setattr(Serving, "reserve", slow)
+    assert reader.serve(keys_of("p", 6)) == 0
+    monkeypatch.undo()
+    until(holder, lambda: peers_of(holder).serving.promised == 6)
+    until(holder, lambda: not peers_of(holder).serving.held, 3.0)
+    clean(reader)
+
+
+def test_a_promise_whose_memory_is_not_told_is_given_back(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    holder, reader = pair(start, peer_deadline_s=0.3, peer_lease_s=60.0)
+    ask = Client.ask
+
+    async def never(client: Client, question: Any, kind: Any) -> Any:
+        if kind is Memory:
+            raise TimeoutError
+        return await ask(client, question, kind)
+
+    monkeypatch.setattr(Client, "ask", never)
+    assert reader.serve(keys_of("p", 6)) == 0
+    assert peers_of(holder).serving.promised == 6
+    until(holder, lambda: not peers_of(holder).serving.held, 3.0)
+
+
+def test_who_answers_probes_only_is_asked_ever_less_often(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, reader = pair(start, peer_deadline_s=0.2)
+
+    async def mute(*_: object) -> None:
+        return
+
+    monkeypatch.setattr(Server, "_reserve", mute)
+    waited: list[bool] = []
+    for number in range(8):
+        waited.append(timed(reader, "p", 6)[1] > 0.2)
+        for _ in range(20):
+            time.sleep(0.005)
+            reader.leader.tick()
+        reader.leader.pool.clear()
+        assert number or waited == [True]
+    assert sum(waited) <= 3
+    clean(reader)
+
+
+def test_two_requests_that_want_the_same_at_once(start: Start) -> None:
+    """The second waits for what the first has read; each lease is ended once, and no block is read twice."""
+    holder, reader = pair(start)
+    keys = keys_of("p", 6)
+    for name in ("a", "b"):
+        reader.leader.begin(name, [*keys, LAST], RequestParams(), 7 * TOKENS)
+
+    def found(name: str) -> bool:
+        return reader.leader.match(name, 0, 6) == 6
+
+    for name in ("a", "b"):
+        reader.until(partial(found, name))
+        reader.step(name, 0)  # lets go of the match
+    for name in ("a", "b"):
+        reader.leader.finish(name, [], 0)
+    reader.step("a", 0)
+    assert not peers_of(reader)._sought
+    until(holder, lambda: not peers_of(holder).serving.held)
+    assert reader.leader.pool.statistics().registered == 6
+    clean(reader)
+
+
+def test_a_request_that_is_gone_before_the_answer_leaves_nothing(start: Start) -> None:
+    holder, reader = pair(start, peer_lease_s=60.0)
+    for number in range(20):
+        reader.leader.begin(f"x{number}", [*keys_of("p", 6), LAST], RequestParams(), 7 * TOKENS)
+        time.sleep(0.0005 * number)
+        reader.leader.finish(f"x{number}", [], 0)
+    assert not peers_of(reader)._sought
+    assert not peers_of(reader).waiting
+    until(holder, lambda: not peers_of(holder).serving.held, 5.0)
+    clean(reader)
+
+
+def test_many_requests_at_once_do_not_make_the_directory_look_dead(start: Start) -> None:
+    _, reader = pair(start)
+    for number in range(40):
+        reader.leader.begin(f"x{number}", [*keys_of(f"n{number}", 6), LAST], RequestParams(), 7 * TOKENS)
+    deadline = time.monotonic() + 2
+    while peers_of(reader).waiting and time.monotonic() < deadline:
+        assert reader.leader.degraded() == {}
+        time.sleep(0.001)
+    assert peers_of(reader).network.peers == ("h",)
+    for number in range(40):
+        reader.leader.finish(f"x{number}", [], 0)
+    clean(reader)
+
+
+def test_what_a_peer_cannot_be_connected_at_is_no_error_of_ours(start: Start) -> None:
+    _, reader = pair(start)
+    network = peers_of(reader).network
+    client = network._client("h")
+    for host, port in (("x\0y", 1), ("a" * 300, 1), ("127.0.0.1", 99999)):
+        client.instance = client.instance._replace(host=host, port=port)
+        asked = asyncio.run_coroutine_threadsafe(client.ask(Ping, Pong), network._loop)
+        with pytest.raises(Broken, match="peer h cannot be reached"):
+            asked.result(5)
