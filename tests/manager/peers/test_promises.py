@@ -18,6 +18,7 @@ from kvbm.manager.peers.messages import Memory, Ping, Pong, Promise
 from kvbm.manager.peers.server import Server
 from kvbm.manager.peers.serving import Serving
 from kvbm.manager.requests import RequestParams
+from kvbm.stores.directory import Directory
 from tests.manager.peers.conftest import Start, know_each_other, peers_of, published
 from tests.manager.peers.test_failures import clean, timed, until
 from tests.manager.roles import keys_of
@@ -229,3 +230,31 @@ def test_what_a_peer_cannot_be_connected_at_is_no_error_of_ours(start: Start) ->
         asked = asyncio.run_coroutine_threadsafe(client.ask(Ping, Pong), network._loop)
         with pytest.raises(Broken, match="peer h cannot be reached"):
             asked.result(5)
+
+
+def test_blocks_that_are_here_already_are_not_read(start: Start) -> None:
+    holder, reader = pair(start)
+    keys = keys_of("p", 6)
+    assert reader.serve(keys) == 6
+    reader.leader.pool.discard([keys[0], keys[1], keys[4]])
+    assert reader.serve(keys) == 6
+    assert reader.leader.records["r1"].staged == {"peer": 3}
+    until(holder, lambda: not peers_of(holder).serving.held)
+    clean(reader)
+
+
+def test_a_directory_that_fails_in_an_unknown_way_is_kept_all_the_same(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, reader = pair(start)
+
+    async def odd(*_: object) -> None:
+        raise RuntimeError("at 10.9.8.7")
+
+    monkeypatch.setattr(Directory, "instances", odd)
+    until(reader, lambda: reader.leader.degraded())
+    assert reader.leader.degraded() == {"peers": "the directory cannot be used (RuntimeError)"}
+    monkeypatch.undo()
+    until(reader, lambda: not reader.leader.degraded() and peers_of(reader).network.peers == ("h",))
+    assert reader.serve(keys_of("p", 6)) == 6
+    assert "10.9.8.7" not in caplog.text
