@@ -14,7 +14,7 @@ import pytest
 
 from kvbm.core.errors import Broken
 from kvbm.manager.peers.client import Client
-from kvbm.manager.peers.messages import Memory, Ping, Pong, Promise
+from kvbm.manager.peers.messages import Memory, Ping, Pong, Promise, Reserve
 from kvbm.manager.peers.server import Server
 from kvbm.manager.peers.serving import Serving
 from kvbm.manager.requests import RequestParams
@@ -258,3 +258,37 @@ def test_a_directory_that_fails_in_an_unknown_way_is_kept_all_the_same(
     until(reader, lambda: not reader.leader.degraded() and peers_of(reader).network.peers == ("h",))
     assert reader.serve(keys_of("p", 6)) == 6
     assert "10.9.8.7" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"start": -9}, {"wait_s": float("nan")}, {"keys": keys_of("p", 2) * 2}], ids=["start", "wait", "keys"]
+)
+def test_a_question_that_makes_no_sense_ends_the_connection(start: Start, wrong: dict[str, Any]) -> None:
+    holder, reader = pair(start, g3_blocks=32)
+    network = peers_of(reader).network
+    right: dict[str, Any] = {"search": 1, "keys": keys_of("p", 2), "start": 0, "wait_s": 0.1}
+
+    def ask(**changes: Any) -> Promise:
+        asked = right | changes
+        work = network._client("h").ask(lambda number: Reserve(number, expected=True, **asked), Promise)
+        return asyncio.run_coroutine_threadsafe(work, network._loop).result(2)
+
+    with pytest.raises(Broken, match="ended"):
+        ask(**wrong)
+    assert ask().count == 2
+    assert ask(keys=[b"", b"x" * 1000]).count == 0
+    assert ask(keys=[]).count == 0
+    assert ask(start=2**62, keys=keys_of("none", 1)).count == 0
+    until(holder, lambda: not peers_of(holder).network._tasks)
+
+
+def test_leases_that_do_not_exist_can_be_ended(start: Start) -> None:
+    holder, reader = pair(start)
+    network = peers_of(reader).network
+    assert reader.serve(keys_of("p", 6)) == 6
+    for lease in (0, 1, -5, 2**63 - 1):
+        network.release(network._client("h"), lease)
+    reader.leader.pool.clear()
+    assert reader.serve(keys_of("p", 6)) == 6
+    until(holder, lambda: not peers_of(holder).serving.held)
+    clean(holder)

@@ -79,6 +79,8 @@ class Client:
             answer = await future
         finally:
             self._waiting.pop(number, None)
+            if future.done() and not future.cancelled():
+                future.exception()  # has been seen, also where it came when nobody waited any more
         if not isinstance(answer, kind):
             raise Broken("a peer gave an answer to another question")
         return answer

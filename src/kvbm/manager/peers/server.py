@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 HANDSHAKE_S: Final = 2.0
 _READERS: Final = 256
 """Connections from other instances at once."""
+_QUESTIONS: Final = 4096
+"""That are not answered, of one connection."""
 _POLL_S: Final = 0.005
 """Between two looks whether a block that is on its way has come."""
 
@@ -97,6 +99,8 @@ class Server:
             while True:
                 match await session.hear():
                     case Reserve() as asked:
+                        if len(waiting) >= _QUESTIONS or not _makes_sense(asked):
+                            raise Broken("its questions do not make sense")
                         searches.add(f"{reader} {asked.search}")
                         task = asyncio.create_task(self._reserve(session, f"{reader} {asked.search}", asked))
                         waiting.add(task)
@@ -136,3 +140,8 @@ class Server:
             await asyncio.sleep(_POLL_S)
         with suppress(Broken):
             await session.say(msgspec.structs.replace(promise, coming=coming))
+
+
+def _makes_sense(asked: Reserve) -> bool:
+    """Whether this is looked for: what others say is looked at before anything is done with it."""
+    return asked.start >= 0 and asked.wait_s >= 0 and len(set(asked.keys)) == len(asked.keys)
