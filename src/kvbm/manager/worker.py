@@ -334,7 +334,11 @@ class Worker:
     # ------------------------------------------------------------------ other instances
 
     def _from_peers(self, message: Attach | Pull) -> None:
-        assert self._peers is not None, "the leader reads from peers that this rank does not have"
+        if self._peers is None:  # it has been told so, but may not have read that yet
+            if isinstance(message, Pull):
+                blocks = len(unpack(message.g2))
+                self._report(message.job, _failed(message.job, blocks, "this rank shares nothing"))
+            return
         if isinstance(message, Attach):
             self._peers.attach(message)
             return

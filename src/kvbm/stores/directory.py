@@ -15,9 +15,10 @@ about as far: block `n` of a prompt (from 1) has one if `n` has at most four sig
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 _SIGNIFICANT: Final = 4
 """Bits. Each less halves the entries, and doubles what may be overlooked of a prompt: up to an eighth now."""
+_NAME: Final = re.compile(r"[\w.:-]{1,120}")
+"""What an instance may be called: names are logged."""
+_LEASE: Final = msgspec.msgpack.Decoder(tuple[str, Annotated[int, msgspec.Meta(ge=1, le=65_535)], int])
 _BATCH: Final = 4096
 """Entries of one command."""
 
@@ -71,16 +75,19 @@ class Directory:
                 "directory", "the client for Valkey is not installed", remedy="pip install 'pykvbm[cluster]'"
             ) from None
         try:
-            self._server: Any = valkey.from_url(  # type: ignore[no-untyped-call]
-                url, socket_timeout=timeout, socket_connect_timeout=timeout, protocol=3, max_connections=4
-            )
+            # One that is asked more waits; the other kind of pool says that the server is dead.
+            connections = valkey.BlockingConnectionPool.from_url(
+                url, socket_timeout=timeout, socket_connect_timeout=timeout, protocol=3, max_connections=4,
+                timeout=timeout,
+            )  # fmt: skip
+            self._server: Any = valkey.Valkey.from_pool(connections)
         except ValueError:
             # Its own message would show the URL, which may have a password in it.
             raise ConfigError(
                 "directory", "this is not the address of a Valkey or Redis server",
                 remedy="Give it as valkey://HOST:PORT/0, valkeys://... for TLS, or unix://PATH.",
             ) from None  # fmt: skip
-        self._errors = (ValkeyError, OSError, TimeoutError)
+        self._errors = (ValkeyError, OSError, TimeoutError, UnicodeError)
         prefix = f"kvbm:{namespace[:16]}"
         self._names, self._lease_of = f"{prefix}:names", f"{prefix}:lease:"
         self._has = f"{prefix}:has:"
@@ -117,9 +124,9 @@ class Directory:
         found: dict[str, Instance] = {}
         for name, lease in zip(names, leases, strict=True):
             try:
-                if lease is not None:
-                    found[name] = Instance(*msgspec.msgpack.decode(lease, type=tuple[str, int, int]))
-            except msgspec.MsgspecError:
+                if lease is not None and _NAME.fullmatch(name):
+                    found[name] = Instance(*_LEASE.decode(lease))
+            except (msgspec.MsgspecError, UnicodeError):
                 continue  # not written by an instance
         return found
 

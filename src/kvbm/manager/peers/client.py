@@ -56,6 +56,7 @@ class Client:
         self._listener: asyncio.Task[None] | None = None
         self._waiting: dict[int, asyncio.Future[Said]] = {}
         self._memory: Memory | None = None
+        self._ended = False
 
     @property
     def open(self) -> bool:
@@ -78,6 +79,8 @@ class Client:
             answer = await future
         finally:
             self._waiting.pop(number, None)
+            if future.done() and not future.cancelled():
+                future.exception()  # has been seen, also where it came when nobody waited any more
         if not isinstance(answer, kind):
             raise Broken("a peer gave an answer to another question")
         return answer
@@ -106,13 +109,19 @@ class Client:
             with suppress(OSError):
                 await session.close()
 
+    async def end(self) -> None:
+        """The instance is gone: no question makes a new connection any more."""
+        self._ended = True
+        await self.close()
+
     async def _connected(self) -> Session:
         async with self._connecting:
             if self._session is not None:
                 return self._session
+            self._unless_ended()
             try:
                 reader, writer = await asyncio.open_connection(self.instance.host, self.instance.port)
-            except OSError as error:
+            except (OSError, ValueError, OverflowError) as error:  # what the directory has may be no address at all
                 raise Broken(f"peer {self.name} cannot be reached ({type(error).__name__})") from error
             try:
                 session = await Session.open(reader, writer, self._us.secret, client=True)
@@ -126,6 +135,7 @@ class Client:
                         raise Broken(f"peer {self.name} refuses: {reason}")
                     case _:
                         raise Broken(f"peer {self.name} does not keep to the protocol")
+                self._unless_ended()
             except BaseException:
                 writer.close()
                 raise
@@ -134,6 +144,10 @@ class Client:
             self._listener = asyncio.create_task(self._listen(session))
             return session
 
+    def _unless_ended(self) -> None:
+        if self._ended:
+            raise Broken(f"peer {self.name} is gone")
+
     async def _listen(self, session: Session) -> None:
         try:
             while True:
@@ -141,6 +155,8 @@ class Client:
                 future = self._waiting.get(getattr(answer, "id", 0))
                 if future is not None and not future.done():
                     future.set_result(answer)
+                elif isinstance(answer, Promise) and answer.lease:  # nobody waits for it any more
+                    await session.say(Release(answer.lease))
         except Broken:
             if self._session is session:
                 await self.close()

@@ -38,6 +38,10 @@ log = logging.getLogger(__name__)
 CANCELLED: Final = "cancelled"
 _WORTH_S: Final = 0.005
 """What is computed in less is not looked for: asking takes about a millisecond."""
+_TOP: Final = 100
+"""The highest priority."""
+_MOST_SLOTS: Final = 1 << 29
+_TOP_ADDRESS: Final = 1 << 62
 
 
 @dataclass(slots=True, eq=False)
@@ -241,18 +245,13 @@ class Peers:
         """See `Asker`: `search.ended` says it, and the engine asks again."""
 
     def _stage(self, request: Request, client: Client, promise: Promise, memory: Memory, start: int) -> bool:
-        count = promise.count
-        keys = tuple(request.keys[start : start + count])
+        keys = tuple(request.keys[start : start + promise.count])
+        if not _makes_sense(promise, memory, len(keys), len(self._links)):
+            self.network.failed(client, "its promise does not make sense")
+            return False
         sums = [np.frombuffer(each, np.uint64) for each in promise.sums]
         slots, ttls = unpack(promise.slots), np.frombuffer(promise.ttls, np.float64)
         priorities = np.frombuffer(promise.priorities, np.uint8)
-        ranks = len(self._links)
-        if {len(keys), len(ttls), len(priorities), *map(len, sums)} != {count} or len(memory.slabs) != ranks != 0:
-            self.network.failed(client, "its promise does not make sense")
-            return False
-        if len(sums) != ranks or any(slots.max() >= slab.slots for slab in memory.slabs) or slots.min() < 0:
-            self.network.failed(client, "its promise does not make sense")
-            return False
         near = self._pool.present(keys)
         wanted = [at for at, key in enumerate(keys) if not near[at] and not self._promotion.coming(key)]
         before = [key for at, key in enumerate(keys) if near[at]]
@@ -266,8 +265,7 @@ class Peers:
             self, client, peer.gate, self._attach(peer, client, memory),
             {int(slots[place]): place for place in wanted}, [bound(each, keys) for each in sums],
             {keys[place]: start + place for place in wanted},
-            # The promise began before it came.
-            until=now + promise.seconds - self._deadline_s, due=np.inf,
+            until=now + promise.seconds, due=np.inf,
         )  # fmt: skip
         parents = tuple(request.keys[start + place - 1] if start + place else None for place in wanted)
         terms = [(int(priorities[place]), now + float(ttls[place])) for place in wanted]
@@ -400,6 +398,26 @@ class Peers:
             link.send(message)
         except Broken as error:  # the leader notices when it looks for results
             log.debug("KVBM: %s", error)
+
+
+def _makes_sense(promise: Promise, memory: Memory, count: int, ranks: int) -> bool:
+    """Whether a promise of so many blocks can be used: what others say is looked at before anything is done with it."""
+    words = {len(promise.priorities) * 8, len(promise.ttls), len(promise.slots) * 2, *map(len, promise.sums)}
+    if not count or words != {count * 8} or not ranks == len(promise.sums) == len(memory.slabs):
+        return False
+    slots, ttls = unpack(promise.slots), np.frombuffer(promise.ttls, np.float64)
+    return (
+        max(promise.priorities) <= _TOP
+        and not np.isnan(ttls).any()
+        and promise.seconds >= 0
+        and int(slots.min()) >= 0
+        and all(int(slots.max()) < slab.slots and _can_be(slab) for slab in memory.slabs)
+    )
+
+
+def _can_be(slab: Slab) -> bool:
+    """Whether this can be memory of a process."""
+    return 0 < slab.slots <= _MOST_SLOTS and slab.stride > 0 < slab.address < _TOP_ADDRESS - slab.slots * slab.stride
 
 
 def _position(request: Request, keys: Sequence[bytes]) -> int:

@@ -46,6 +46,7 @@ class PeerMemory:
         self._known: dict[str, Attach] = {}
         self._regions: dict[str, Region] = {}
         self._problems: dict[str, str] = {}
+        self._expiring = False
         self._agents = -1
         """How many agents there were before the one that all this is registered with."""
         self._do(self._announce)
@@ -60,22 +61,30 @@ class PeerMemory:
 
     def cancel(self, jobs: list[int]) -> None:
         """Nobody wants these any more."""
-        self._executor.cancel(jobs)
+        self._do(partial(self._executor.cancel, jobs))  # behind what it is about; and it may take a moment
 
     def expire(self) -> None:
-        """To be called every now and then: ends what takes too long."""
-        self._executor.expire()
+        """To be called every now and then, waits for nothing: ends what takes too long."""
+        if not self._expiring:
+            self._expiring = True
+            self._do(self._expire)
 
     def close(self) -> None:
         """Wait briefly for what is on its way."""
         self._executor.close(_CLOSE_S)
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _do(self, call: Callable[[], None]) -> None:
+    def _do(self, call: Callable[[], object]) -> None:
         with suppress(RuntimeError):  # closed: nobody waits for it any more
             self._thread.submit(call)
 
     # ------------------------------------------------------------------ on the thread
+
+    def _expire(self) -> None:
+        self._expiring = False
+        self._executor.expire()
+        if self._transport.restarts != self._agents:
+            self._announce()  # or nobody could read here before we read from somebody
 
     def _announce(self) -> None:
         """Register our memory and say where it is; again after the agent was replaced, which forgot all peers, too."""
@@ -126,7 +135,9 @@ class PeerMemory:
                 message.job, plan, self._deadline_s,
                 lambda job, completion: self._do(partial(self._check, ours, wanted, ended, job, completion)),
             )  # fmt: skip
-        except (Broken, Misuse) as error:
+        except Exception as error:  # or its slots would never come back
+            if not isinstance(error, Broken | Misuse):
+                log.exception("KVBM: a read from a peer could not begin")
             failed = np.full(len(ours), Outcome.FAILED, np.uint8)
             ended(message.job, Completion(message.job, failed, str(error), 0.0, 0), np.zeros(len(ours), np.uint64))
 

@@ -15,6 +15,8 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+import msgspec
+
 from kvbm.core.errors import Broken, KvbmError
 from kvbm.manager.peers.client import Client, Us
 from kvbm.manager.peers.messages import Done, Memory, Ping, Pong, Promise, Release, Reserve
@@ -90,6 +92,8 @@ class Network:
         self._clients: dict[str, Client] = {}
         self._instances: dict[str, Instance] = {}
         self._sharing = True
+        self._renewed = 0.0
+        """When the directory last said who lives."""
         self._loop = asyncio.new_event_loop()
         self._started: threading.Event = threading.Event()
         self._failure: KvbmError | None = None
@@ -175,8 +179,8 @@ class Network:
         server.close()
         for task in (keeper, *self._tasks, *self.server.readers):
             task.cancel()
-        for client in self._clients.values():
-            await client.close()
+        for client in tuple(self._clients.values()):
+            await client.end()
         if self._sharing and self.problem is None:
             with suppress(Broken):
                 await self._directory.leave()
@@ -199,11 +203,11 @@ class Network:
 
     async def _keep(self) -> None:
         """Renew our lease, learn who lives, write down what changed."""
-        every, failures, written, renewed = min(0.25, self._lease_s / 10), 0, 0, 0.0
+        every, failures, written = min(0.25, self._lease_s / 10), 0, 0
         while self._sharing:
             try:
                 now = time.monotonic()
-                if now - renewed >= self._lease_s / 4:
+                if now - self._renewed >= self._lease_s / 4:
                     there = await self._directory.renew(self._address.host, self._port)
                     if there < written:
                         log.warning("KVBM: the directory has lost what this instance wrote; it is written again")
@@ -211,13 +215,13 @@ class Network:
                         self._published.again()
                     self._instances = await self._directory.instances()
                     self.peers = tuple(self._instances)
-                    renewed = now
+                    self._renewed = now
                     await self._forget()
                 added, removed, afresh = self._published.take()
                 if added or removed or afresh:
                     try:
                         await self._directory.update(added, removed, afresh=afresh)
-                    except Broken:
+                    except Exception:
                         self._published.again()
                         raise
                 written = self._published.written
@@ -226,9 +230,10 @@ class Network:
                         log.warning("KVBM: the directory answers again")
                     self.problem, failures = None, 0
                 await asyncio.sleep(every)
-            except Broken as error:
-                self._fail(str(error))
-                renewed = 0.0
+            except Exception as error:  # noqa: BLE001  # or the lease would end, and nobody notice
+                # The text of what is not ours may have the server's address in it.
+                ours = isinstance(error, Broken)
+                self._fail(str(error) if ours else f"the directory cannot be used ({type(error).__name__})")
                 await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
                 failures += 1
 
@@ -237,19 +242,21 @@ class Network:
             log.warning("KVBM: nothing is shared with other instances meanwhile: %s", problem)
         self.problem = problem
         self.peers = ()
+        self._renewed = 0.0  # only a directory that has said who lives is well again
 
     async def _forget(self) -> None:
         """End connections to those that are dead or have started anew."""
-        for name, client in list(self._clients.items()):
-            instance = self._instances.get(name)
-            if instance is None or instance.incarnation != client.instance.incarnation:
-                del self._clients[name]
-                await client.close()
+        alive = {name: self._instances.get(name) for name in self._clients}
+        dead = [each for name, each in self._clients.items() if alive[name] != each.instance]
+        for client in dead:  # before anything is waited for: a search may make new ones meanwhile
+            del self._clients[client.name]
+        for client in dead:
+            await client.end()
 
     async def _left(self) -> None:
         self.problem = "a reset began a new generation"
-        for client in self._clients.values():
-            await client.close()
+        for client in tuple(self._clients.values()):
+            await client.end()
         with suppress(Broken):
             await self._directory.leave()
 
@@ -314,9 +321,16 @@ class Network:
     ) -> tuple[Promise, Memory | None]:
         # It waits for what comes, but answers within the deadline.
         wait_s, expected = min(self._deadline_s / 2, 0.5), search.peer is not None
+        begun = self._loop.time()
         async with asyncio.timeout(self._deadline_s):
             answer = await client.ask(lambda number: Reserve(number, search.id, keys, start, wait_s, expected), Promise)
-            return answer, await client.memory(answer.memory) if answer.count else None
+            try:
+                memory = await client.memory(answer.memory) if answer.count else None
+            except BaseException:
+                self._task(self._tell(client, Release(answer.lease)))
+                raise
+        # It began before it came: when, we do not know, but not before it was asked for.
+        return msgspec.structs.replace(answer, seconds=answer.seconds - (self._loop.time() - begun)), memory
 
     def _client(self, name: str) -> Client:
         instance = self._instances[name]
@@ -350,6 +364,7 @@ class Network:
                 told = True
             else:
                 client.usable = True
+                client.failures += 1  # until blocks come: who answers this, and nothing else, is asked ever less often
                 if told:
                     log.warning("KVBM: peer %s answers again", client.name)
                 return

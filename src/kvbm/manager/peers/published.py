@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from kvbm.core.events import Event, Removed
+from kvbm.core.events import Cleared, Event, Removed
 from kvbm.core.region import Slots
 from kvbm.stores.directory import entry, indexed
 
@@ -56,6 +56,9 @@ class Published:
         if isinstance(event, Removed):
             with self._lock:
                 self._gone += [key for key in event.keys if entry(key) in self._keys]
+        elif isinstance(event, Cleared):
+            with self._lock:
+                self._gone = list(self._keys.values())
 
     def take(self) -> tuple[set[bytes], set[bytes], bool]:
         """What to add and what to remove since the last call; and whether everything else is to go."""

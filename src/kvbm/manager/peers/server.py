@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 HANDSHAKE_S: Final = 2.0
 _READERS: Final = 256
 """Connections from other instances at once."""
+_QUESTIONS: Final = 4096
+"""That are not answered, of one connection."""
 _POLL_S: Final = 0.005
 """Between two looks whether a block that is on its way has come."""
 
@@ -54,7 +56,7 @@ class Server:
         task = asyncio.current_task()
         assert task is not None
         if len(self.readers) >= _READERS:
-            writer.close()
+            writer.transport.abort()
             return
         self.readers.add(task)
         try:
@@ -67,11 +69,15 @@ class Server:
                 log.warning("KVBM: another instance was refused: %s", refusal)
             elif isinstance(join, Join):
                 await self._serve(session, f"{join.name}/{join.incarnation}")
+        except asyncio.CancelledError:
+            return  # this thread ends; asyncio would log that a task was cancelled
         except (Broken, TimeoutError) as error:
             log.info("KVBM: a connection from another instance ended: %s", error or "it did not say who it is")
         finally:
             self.readers.discard(task)
             writer.close()
+            # It may never take what was said last.
+            asyncio.get_running_loop().call_later(HANDSHAKE_S, writer.transport.abort)
 
     def _objection(self, join: Said) -> str | None:
         """Why somebody may not read here."""
@@ -93,6 +99,8 @@ class Server:
             while True:
                 match await session.hear():
                     case Reserve() as asked:
+                        if len(waiting) >= _QUESTIONS or not _makes_sense(asked):
+                            raise Broken("its questions do not make sense")
                         searches.add(f"{reader} {asked.search}")
                         task = asyncio.create_task(self._reserve(session, f"{reader} {asked.search}", asked))
                         waiting.add(task)
@@ -132,3 +140,8 @@ class Server:
             await asyncio.sleep(_POLL_S)
         with suppress(Broken):
             await session.say(msgspec.structs.replace(promise, coming=coming))
+
+
+def _makes_sense(asked: Reserve) -> bool:
+    """Whether this is looked for: what others say is looked at before anything is done with it."""
+    return asked.start >= 0 and asked.wait_s >= 0 and len(set(asked.keys)) == len(asked.keys)

@@ -15,7 +15,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 import os
+import socket
 import struct
+from contextlib import suppress
 from typing import Final
 
 import msgspec
@@ -29,6 +31,8 @@ _HEAD = struct.Struct("<I")
 _COUNTER = struct.Struct("<Q")
 MAX_FRAME: Final = 4 << 20
 """Bytes; a prompt of 8,000 blocks asks with 272 kB."""
+MAX_FIRST: Final = 4096
+"""The same, before the other side has shown that it knows the secret."""
 
 
 class Session:
@@ -47,6 +51,7 @@ class Session:
 
         Raises Broken: it is not a KVBM instance, or one of another version.
         """
+        _watch(writer)
         ours = os.urandom(_NONCE)
         writer.write(_MAGIC + bytes([PROTOCOL]) + ours)
         try:
@@ -78,7 +83,7 @@ class Session:
         """The next message. Raises Broken: the other side is gone, or does not know the secret."""
         try:
             (size,) = _HEAD.unpack(await self._reader.readexactly(_HEAD.size))
-            if size > MAX_FRAME:
+            if size > (MAX_FRAME if self._heard else MAX_FIRST):
                 raise Broken("a message is longer than any of KVBM's")
             frame = await self._reader.readexactly(size + _MAC)
         except (OSError, asyncio.IncompleteReadError) as error:
@@ -90,13 +95,22 @@ class Session:
         try:
             message: Said = decode(body)
             return message
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise Broken("a message cannot be read") from error
 
     async def close(self) -> None:
-        """End the connection."""
-        self._writer.close()
+        """End the connection. What is not sent yet is not sent: the other side may never take it."""
+        self._writer.transport.abort()
         try:
             await self._writer.wait_closed()
         except OSError:
             return
+
+
+def _watch(writer: asyncio.StreamWriter) -> None:
+    """Have the kernel end the connection when the other machine is gone without a word."""
+    sock = writer.get_extra_info("socket")
+    with suppress(OSError, AttributeError):  # no TCP
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3)):
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
