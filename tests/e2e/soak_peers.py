@@ -82,7 +82,7 @@ def peer(model: str, settings: str) -> None:
 def start(model: Path, settings: dict[str, Any], log: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "tests.e2e.soak_peers", "--peer", str(model), "--settings", json.dumps(settings)]
     with log.open("ab") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+        return subprocess.Popen(command, stdout=file, stderr=file, process_group=0)
 
 
 def kill(process: subprocess.Popen[bytes], *, frozen_s: float = 0.0) -> None:

@@ -21,6 +21,8 @@ from tests.manager.roles import keys_of
 from tests.manager.whole import Engine
 from tests.valkey import Server
 
+pytestmark = pytest.mark.e2e  # no engine, but processes and seconds of waiting
+
 Hold = Callable[..., subprocess.Popen[str]]
 DEADLINE = 2.0
 

@@ -25,6 +25,8 @@ from tests.manager.peers.test_failures import clean, timed, until
 from tests.manager.roles import keys_of
 from tests.manager.whole import LAST, TOKENS, Engine
 
+pytestmark = pytest.mark.e2e  # no engine, but processes and seconds of waiting
+
 
 def pair(start: Start, **settings: Any) -> tuple[Engine, Engine]:
     """A holder of six blocks of "p", and a reader that knows of it."""
