@@ -72,10 +72,21 @@ def test_who_lives_and_how_far_each_goes(run: Run) -> None:
         alive = await c.instances()
         assert alive == {"a": Instance("10.1.2.3", 7, 1), "b": Instance("10.1.2.3", 7, 2**63 - 1)}
         assert await a.instances() == {"b": alive["b"]}
-        assert await c.find(alive, ENTRIES) == {"a": 2, "b": 19}
+        assert await c.find(alive, ENTRIES) == {"a": 2, "b": 0}  # what comes behind a gap is of no use
+        assert await c.find(alive, ENTRIES[7:]) == {"b": 0}
         assert await c.find(alive, ENTRIES[8:19]) == {}
         assert await c.find(alive, []) == {}
         assert await c.find({}, ENTRIES) == {}
+
+    run(work)
+
+
+def test_what_is_no_set_is_its_owners_matter(run: Run) -> None:
+    async def work(make: Callable[..., Directory]) -> None:
+        good, bad, reader = make("a"), make("b"), make("c")
+        alive = {"a": await joined(good), "b": await joined(bad, [])}
+        await bad._server.set(bad._mine, "not a set")
+        assert await reader.find(alive, ENTRIES) == {"a": 19}
 
     run(work)
 

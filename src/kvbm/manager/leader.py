@@ -98,7 +98,8 @@ class Leader(Housekeeping):
         room = max(1, int(self._total * self._settings.held_share))
         hold = self.pool.match(keys, computed)
         found = request.record.matched = len(hold)
-        if self.lower is not None and self.lower.waits(request, keys[computed + found : computed + room]):
+        rest = keys[computed + found : computed + room]
+        if self.lower is not None and self.lower.waits(request, rest, computed + found):
             hold.drop()
             return None
         if found > max(0, room - self._held):

@@ -69,13 +69,13 @@ class Lower:
         if self.peers is not None and len(blocks):
             self.peers.published.stored(blocks.keys, job.places[job.done])
 
-    def waits(self, request: Request, keys: Sequence[bytes]) -> bool:
-        """The engine asks: whether it should ask again later for what follows its match."""
+    def waits(self, request: Request, keys: Sequence[bytes], at: int) -> bool:
+        """The engine asks: whether it should ask again later for what follows its match: `keys`, from block `at` on."""
         if not len(keys):
             return False
         if self.promotion.waits(request.id, request.record, keys):
             return True
-        return self.peers is not None and self.peers.waits(request, keys)
+        return self.peers is not None and self.peers.waits(request, keys, at)
 
     @property
     def waiting(self) -> bool:

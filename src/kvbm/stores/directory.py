@@ -15,6 +15,7 @@ about as far: block `n` of a prompt (from 1) has one if `n` has at most four sig
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -143,20 +144,21 @@ class Directory:
             await pipe.execute()
 
     async def find(self, instances: Mapping[str, Instance], entries: Sequence[bytes]) -> dict[str, int]:
-        """Of each instance the last of `entries` that it has, as a number from 0; those that have none are left out.
-        One round trip."""
+        """Of each instance the last of `entries`, as a number from 0, that it has together with all before it; those
+        that do not have the first are left out. One round trip."""
         if not instances or not entries:
             return {}
         async with self._reported():
             pipe = self._server.pipeline(transaction=False)
             for name, instance in instances.items():
                 pipe.smismember(self._set_of(name, instance.incarnation), entries)
-            answers = await pipe.execute()
+            # What is no set, and so an error of one command, is nobody else's matter.
+            answers = await pipe.execute(raise_on_error=False)
         found: dict[str, int] = {}
         for name, answer in zip(instances, answers, strict=True):
-            there = [at for at, yes in enumerate(answer) if yes]
+            there = list(itertools.takewhile(bool, answer)) if isinstance(answer, list) else []
             if there:
-                found[name] = there[-1]
+                found[name] = len(there) - 1
         return found
 
     async def leave(self) -> None:

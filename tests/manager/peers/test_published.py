@@ -160,3 +160,19 @@ def test_threads_end_with_what_is_there() -> None:
     stop.set()
     teller.join()
     assert told >= names([key for key in KEYS if tiers.g2.peek([key])])
+
+
+def test_what_is_stored_again_while_it_is_looked_for_stays(tiers: Tiers) -> None:
+    tiers.store(KEYS[:3])
+    tiers.told()
+    tiers.g2.discard(KEYS[:3])
+
+    def stored_meanwhile(key: bytes) -> bool:
+        if key == KEYS[1]:
+            tiers.published.stored([key], np.array([1]))
+        return False
+
+    tiers.published._holds = stored_meanwhile
+    added, removed, _ = tiers.told()
+    assert (added, removed) == (names(KEYS[1:2]), names([KEYS[0], KEYS[2]]))
+    assert len(tiers.published) == 1

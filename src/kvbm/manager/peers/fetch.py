@@ -168,7 +168,7 @@ class Peers:
         self.corrupt = 0
         """Blocks that came and were not what had been promised."""
         self.searches = self.found = 0
-        """Searches that began; those that a peer promised something to."""
+        """Searches that began; promises that were used."""
         self._peers: dict[str, Peer] = {}
         self._sought: dict[str, Sought] = {}
         self._moves: dict[int, tuple[Move, Gate]] = {}
@@ -203,10 +203,10 @@ class Peers:
         """When a peer from which so many are read counts as dead."""
         return self.clock() + max(self._within(blocks), 0.05)
 
-    def waits(self, request: Request, keys: Sequence[bytes]) -> bool:
-        """Whether the request should ask again later, since peers may have what follows."""
-        if request.id not in self._sought:
-            self.begin(request, request.keys[: _position(request, keys)], _position(request, keys) - len(keys))
+    def waits(self, request: Request, keys: Sequence[bytes], at: int) -> bool:
+        """Whether the request should ask again later, since peers may have `keys`, block `at` and following."""
+        if request.id not in self._sought and self.network.peers:
+            self.begin(request, request.keys[: at + len(keys)], at)
         sought = self._sought.get(request.id)
         if sought is None or sought.search.ended or request.record.gated:
             return False
@@ -418,8 +418,3 @@ def _makes_sense(promise: Promise, memory: Memory, count: int, ranks: int) -> bo
 def _can_be(slab: Slab) -> bool:
     """Whether this can be memory of a process."""
     return 0 < slab.slots <= _MOST_SLOTS and slab.stride > 0 < slab.address < _TOP_ADDRESS - slab.slots * slab.stride
-
-
-def _position(request: Request, keys: Sequence[bytes]) -> int:
-    """Where `keys`, a stretch of the request's, ends."""
-    return list(request.keys).index(keys[0]) + len(keys)

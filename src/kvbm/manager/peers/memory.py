@@ -45,7 +45,6 @@ class PeerMemory:
         self._thread = ThreadPoolExecutor(1, "kvbm-peers")
         self._known: dict[str, Attach] = {}
         self._regions: dict[str, Region] = {}
-        self._problems: dict[str, str] = {}
         self._expiring = False
         self._agents = -1
         """How many agents there were before the one that all this is registered with."""
@@ -106,7 +105,6 @@ class PeerMemory:
 
     def _detach(self, peer: str) -> None:
         self._known.pop(peer, None)
-        self._problems.pop(peer, None)
         if (region := self._regions.pop(peer, None)) is not None:
             with suppress(Broken):
                 self._transport.disconnect(region.owner.agent)

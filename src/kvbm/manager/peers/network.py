@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 _NOT_YET: Final = "the directory has not answered yet"
 _LOOKUP_S: Final = 0.25
 """The longest that the directory may take to answer."""
+_PAUSE_S: Final = 0.01
+"""Before a peer that has nothing yet is asked again; one that behaves has waited itself."""
 _BACKOFF_S: Final = (0.02, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
 """Before each new try after the directory or a peer has failed; the last goes on."""
 
@@ -315,6 +317,8 @@ class Network:
             early = search.peer is not None and not at and self._loop.time() < begun + self._deadline_s
             if not (answer.coming or early):
                 return
+            if not answer.count:
+                await asyncio.sleep(_PAUSE_S)
 
     async def _reserve(
         self, client: Client, search: Search, keys: list[bytes], start: int

@@ -63,14 +63,19 @@ class Published:
     def take(self) -> tuple[set[bytes], set[bytes], bool]:
         """What to add and what to remove since the last call; and whether everything else is to go."""
         with self._lock:
-            gone, self._gone = self._gone, []
-        gone = [key for key in gone if not self._holds(key)]  # takes the pools' locks
+            gone = {entry(key): key for key in self._gone}
+            self._gone = []
+            for name in gone:  # what is stored from now on counts as new
+                self._keys.pop(name, None)
+        held = {name for name, key in gone.items() if self._holds(key)}  # takes the pools' locks
         with self._lock:
-            for key in gone:
-                name = entry(key)
-                if self._keys.pop(name, None) is not None and name not in self._added:
-                    self._removed.add(name)
-                self._added.discard(name)
+            for name, key in gone.items():
+                if name in held:
+                    self._keys.setdefault(name, key)
+                elif name not in self._keys:
+                    if name not in self._added:
+                        self._removed.add(name)
+                    self._added.discard(name)
             added, self._added = self._added, set()
             removed, self._removed = self._removed, set()
             afresh, self._afresh = self._afresh, False

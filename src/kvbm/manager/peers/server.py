@@ -94,6 +94,7 @@ class Server:
 
     async def _serve(self, session: Session, reader: str) -> None:
         searches: set[str] = set()
+        leases: set[int] = set()
         waiting: set[asyncio.Task[None]] = set()
         try:
             while True:
@@ -102,12 +103,14 @@ class Server:
                         if len(waiting) >= _QUESTIONS or not _makes_sense(asked):
                             raise Broken("its questions do not make sense")
                         searches.add(f"{reader} {asked.search}")
-                        task = asyncio.create_task(self._reserve(session, f"{reader} {asked.search}", asked))
+                        task = asyncio.create_task(self._reserve(session, f"{reader} {asked.search}", asked, leases))
                         waiting.add(task)
                         task.add_done_callback(waiting.discard)
                     case Release(lease=lease):
-                        with self._lock():
-                            self._serving.release(lease)
+                        if lease in leases:  # others' are not its matter
+                            leases.discard(lease)
+                            with self._lock():
+                                self._serving.release(lease)
                     case Done(search=search):
                         searches.discard(f"{reader} {search}")
                         with self._lock():
@@ -126,7 +129,7 @@ class Server:
                 for name in searches:
                     self._serving.done(name)
 
-    async def _reserve(self, session: Session, search: str, asked: Reserve) -> None:
+    async def _reserve(self, session: Session, search: str, asked: Reserve, leases: set[int]) -> None:
         loop = asyncio.get_running_loop()
         until = loop.time() + min(asked.wait_s, self._deadline_s)
         while True:
@@ -138,6 +141,7 @@ class Server:
             if promise.count or not (coming or asked.expected) or loop.time() >= until:
                 break
             await asyncio.sleep(_POLL_S)
+        leases.add(promise.lease)
         with suppress(Broken):
             await session.say(msgspec.structs.replace(promise, coming=coming))
 
