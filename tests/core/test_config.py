@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvbm.core.config import UPSTREAM, Settings, allowed, child_environment, load
+from kvbm.core.config import UPSTREAM, Settings, allowed, child_environment, load, shown
 from kvbm.core.errors import ConfigError
 
 
@@ -261,3 +261,22 @@ def test_a_child_gets_this_environment_and_defaults_for_the_rest(monkeypatch: py
     child = child_environment(ONE="default", TWO="default")
     assert (child["ONE"], child["TWO"]) == ("given", "default")
     assert "TWO" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ("valkey://user:pass@host:6379/0", "valkey://***@host:6379/0"),
+        ("valkey://:pass@host:6379/0", "valkey://***@host:6379/0"),
+        ("http://user:pass@host", "http://***@host"),
+        ("valkey://host:6379/0", "valkey://host:6379/0"),
+        ("unix:///a@b/c", "unix:///a@b/c"),
+        (7, 7),
+    ],
+)
+def test_passwords_of_addresses_are_not_shown(given: Any, seen: Any) -> None:
+    assert shown(given) == seen
+    if given != seen:
+        with pytest.raises(ConfigError) as caught:
+            load(environ={}, extra={"directory": given.replace("valkey", "ftp")})
+        assert "pass" not in str(caught.value)

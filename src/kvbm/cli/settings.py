@@ -29,7 +29,7 @@ def show(
     if as_json:
         settings = {
             name: {
-                "value": values[name],
+                "value": config.shown(values[name]),
                 "source": resolved.sources[name],
                 "allowed": config.allowed(name),
                 "meaning": field.description,
@@ -40,7 +40,7 @@ def show(
         return
     table = Table("setting", "value", "source", "meaning", header_style="bold")
     for name, field in fields.items():
-        value = "" if values[name] is None else str(values[name])
+        value = "" if values[name] is None else str(config.shown(values[name]))
         table.add_row(name, *map(Text, (value, resolved.sources[name], field.description or "")))
     _out.print(table)
     for note in resolved.notes:

@@ -321,7 +321,12 @@ def _validated(given: Mapping[str, _Given], environ: Mapping[str, str]) -> Setti
 
 
 def _bad(name: str, entry: _Given) -> ConfigError:
-    return ConfigError(name, f"{entry.value!r} is not allowed, it must be {allowed(name)}", source=entry.source)
+    return ConfigError(name, f"{shown(entry.value)!r} is not allowed, it must be {allowed(name)}", source=entry.source)
+
+
+def shown(value: Any) -> Any:
+    """A value as it may be shown: without the user and the password of an address."""
+    return re.sub(r"(?<=://)[^/@]*@", "***@", value) if isinstance(value, str) else value
 
 
 def allowed(name: str) -> str:
@@ -340,7 +345,7 @@ def allowed(name: str) -> str:
     if annotation is Path:
         return "a path"
     if annotation is str:
-        return "module:function?query" if name == "transport_wrapper" else "a text that is not empty"
+        return _TEXTS.get(name, "a text that is not empty")
     bounds = []
     for constraint in constraints:
         if isinstance(constraint, at.Gt):
@@ -350,6 +355,13 @@ def allowed(name: str) -> str:
         elif isinstance(constraint, at.Le):
             bounds.append(f"at most {constraint.le:,}")
     return f"a {'whole number' if annotation is int else 'number'}, " + " and ".join(bounds)
+
+
+_TEXTS = {
+    "transport_wrapper": "module:function?query",
+    "directory": "an address: valkey://HOST:PORT/0, valkeys://... for TLS, or unix://PATH",
+    "peer_name": "a name of at most 100 letters, digits and .:_-",
+}
 
 
 def _run_dir(environ: Mapping[str, str]) -> Path:

@@ -12,9 +12,12 @@ import msgspec
 import numpy as np
 import pytest
 
+from kvbm.abc.transport import Completion
 from kvbm.core.errors import Broken
+from kvbm.core.outcome import Outcome
 from kvbm.manager.peers import network
 from kvbm.manager.peers.client import Client
+from kvbm.manager.peers.memory import PeerMemory
 from kvbm.manager.peers.messages import Memory, Ping, Pong, Promise, Reserve
 from kvbm.manager.peers.server import Server
 from kvbm.manager.peers.serving import Serving
@@ -293,3 +296,31 @@ def test_leases_that_do_not_exist_can_be_ended(start: Start) -> None:
     assert reader.serve(keys_of("p", 6)) == 6
     until(holder, lambda: not peers_of(holder).serving.held)
     clean(holder)
+
+
+def test_the_search_is_part_of_the_wait(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A holder that answers late, and whose blocks then do not come, costs one deadline and not two; the next request
+    does not wait for it again."""
+    held: list[Callable[[], None]] = []
+
+    def never(memory: PeerMemory, message: Any, ended: Any) -> None:
+        blocks = len(message.g2) // 4
+        failed = Completion(message.job, np.full(blocks, Outcome.FAILED, np.uint8), "late", 0.0, 0)
+        held.append(partial(ended, message.job, failed, np.zeros(blocks, np.uint64)))
+
+    reserve = Server._reserve
+
+    async def late(*arguments: Any) -> None:
+        await asyncio.sleep(0.7)
+        await reserve(*arguments)
+
+    _, reader = pair(start, peer_deadline_s=1.0)
+    monkeypatch.setattr(Server, "_reserve", late)
+    monkeypatch.setattr(PeerMemory, "pull", never)
+    begun = time.monotonic()
+    assert reader.serve(keys_of("p", 6)) == 0
+    assert 0.7 < time.monotonic() - begun < 1.4
+    assert reader.leader.pool.statistics().staged  # what may still be written to is not reused
+    for end in held:
+        end()
+    clean(reader)

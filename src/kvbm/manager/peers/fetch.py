@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 CANCELLED: Final = "cancelled"
 _WORTH_S: Final = 0.005
 """What is computed in less is not looked for: asking takes about a millisecond."""
+_LEAST_S: Final = 0.05
+"""Blocks that are on their way are waited for at least so long: what is busy for a moment is not dead."""
 _TOP: Final = 100
 """The highest priority."""
 _MOST_SLOTS: Final = 1 << 29
@@ -94,7 +97,9 @@ class PeerSource:
     places: dict[bytes, int]
     """Which block of its prompt each is."""
     until: float
-    due: float
+    limit: float
+    """When the request does not wait any longer for the first blocks: the search was part of its wait."""
+    due: float = math.inf
     """When the peer counts as dead if nothing has come. Moves with all that comes."""
     reading: int = 0
     broken: str | None = None
@@ -104,6 +109,9 @@ class PeerSource:
         now = self.peers.clock()
         if self.broken is None and self.reading and now > self.due:
             self.fail("its blocks do not come")
+        if self.broken is None and self.reading and now > self.limit:
+            self.broken = "its blocks do not come in time"
+            self.peers.network.slow(self.client, self.broken)
         if self.broken is None and now > self.until:
             self.broken = "its promise is over"
         return self.broken
@@ -128,7 +136,7 @@ class PeerSource:
             if move.wanted:
                 self.fail(move.error or "its blocks do not come")
         else:
-            self.due = self.peers.due(len(slots))
+            self.due, self.limit = self.peers.due(len(slots)), math.inf
             self.peers.network.works(self.client)
 
     def fail(self, problem: str) -> None:
@@ -201,7 +209,7 @@ class Peers:
 
     def due(self, blocks: int) -> float:
         """When a peer from which so many are read counts as dead."""
-        return self.clock() + max(self._within(blocks), 0.05)
+        return self.clock() + max(self._within(blocks), _LEAST_S)
 
     def waits(self, request: Request, keys: Sequence[bytes], at: int) -> bool:
         """Whether the request should ask again later, since peers may have `keys`, block `at` and following."""
@@ -239,12 +247,13 @@ class Peers:
             sought = next((each for each in self._sought.values() if each.search is search), None)
             if sought is None or search.ended or self._closed is not None:
                 return False
-            return self._stage(sought.request, client, promise, memory, start)
+            return self._stage(sought, client, promise, memory, start)
 
     def over(self, search: Search) -> None:
         """See `Asker`: `search.ended` says it, and the engine asks again."""
 
-    def _stage(self, request: Request, client: Client, promise: Promise, memory: Memory, start: int) -> bool:
+    def _stage(self, sought: Sought, client: Client, promise: Promise, memory: Memory, start: int) -> bool:
+        request = sought.request
         keys = tuple(request.keys[start : start + promise.count])
         if not _makes_sense(promise, memory, len(keys), len(self._links)):
             self.network.failed(client, "its promise does not make sense")
@@ -265,7 +274,7 @@ class Peers:
             self, client, peer.gate, self._attach(peer, client, memory),
             {int(slots[place]): place for place in wanted}, [bound(each, keys) for each in sums],
             {keys[place]: start + place for place in wanted},
-            until=now + promise.seconds, due=np.inf,
+            until=now + promise.seconds, limit=math.inf if sought.patient else max(sought.until, now + _LEAST_S),
         )  # fmt: skip
         parents = tuple(request.keys[start + place - 1] if start + place else None for place in wanted)
         terms = [(int(priorities[place]), now + float(ttls[place])) for place in wanted]

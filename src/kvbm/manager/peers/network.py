@@ -124,6 +124,10 @@ class Network:
         client.failures += 1
         self._soon(lambda: self._task(self._failed(client, problem, broken=True)))
 
+    def slow(self, client: Client, problem: str) -> None:
+        """A peer's blocks do not come in time: it is left alone until it answers a probe."""
+        self._soon(lambda: self._task(self._failed(client, problem, broken=False)))
+
     def works(self, client: Client) -> None:
         """A peer's blocks have come."""
         client.failures = 0
