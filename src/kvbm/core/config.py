@@ -87,6 +87,8 @@ class Settings(BaseSettings):
     """Longest time, in seconds, that a request waits for an instance that does not answer."""
     peer_lease_s: Annotated[float, Field(ge=1, le=600)] = 10.0
     """Seconds that blocks are held for an instance which reads them and does not say that it has them."""
+    peer_copies: Literal["keep", "drop"] = "keep"
+    """Whether blocks from other instances stay in G2, or go once the request that wanted them has them."""
     pull_wait_s: Seconds = 60.0
     """Longest time, in seconds, that a request with pull_from waits for the instance that computes its prompt."""
     onboard: Literal["async", "sync"] = "async"

@@ -88,6 +88,9 @@ class Lower:
         staged, block = request.record.staged, self.block_tokens
         if not staged:
             return tokens
+        if self.peers is not None and not self.peers.keep and "peer" in staged:
+            # Or what is not to be kept would be offloaded again.
+            request.offered = max(request.offered, (tokens.device_tokens + tokens.g2_tokens) // block)
         peer = min(staged.get("peer", 0) * block, tokens.g2_tokens)
         disk = min(staged.get("g3", 0) * block, tokens.g2_tokens - peer)
         return msgspec.structs.replace(tokens, g3_tokens=disk, peer_tokens=peer)

@@ -267,6 +267,8 @@ class Promotion:
         """Nobody wants it: stop reading. What is being read is let go when it ends."""
         self._abandon(staging)
         staging.source.cancel(staging.jobs)
+        if not staging.source.keep:
+            self._g2.discard(staging.keys)  # what is being loaded is held, and goes after that
         while staging.there:
             staging.there.pop().drop()
         if not staging.jobs and staging in self._stagings:

@@ -35,6 +35,8 @@ class Source(Protocol):
     event: ClassVar[type[Promoted] | type[Fetched]]
     """What is told of a read that ended."""
     gate: Gate
+    keep: bool
+    """Whether host memory keeps what came after the requests that waited for it got it."""
 
     @property
     def problem(self) -> str | None: ...
@@ -61,7 +63,7 @@ class DiskSource:
 
     def __init__(self, tier: DiskTier, *, exclusive: bool) -> None:
         self._tier, self._exclusive = tier, exclusive
-        self.gate, self.pool = tier.gate, tier.pool
+        self.gate, self.pool, self.keep = tier.gate, tier.pool, True
         self._suspects: set[bytes] = set()
 
     @property

@@ -65,3 +65,22 @@ def test_a_request_that_nobody_computes_is_waited_for_only_briefly(start: Start)
     assert reader.serve(keys_of("p", 6), pull_from="h") == 0
     assert reader.serve(keys_of("q", 6), pull_from="nobody") == 0
     assert time.monotonic() - begun < 0.5 + 0.5 + 0.5
+
+
+def test_copies_that_are_not_kept_go_once_they_are_loaded(start: Start) -> None:
+    holder, reader = start("h"), start("r", peer_copies="drop")
+    know_each_other(holder, reader)
+    keys = keys_of("p", 6)
+    own = keys_of("own", 3)
+    reader.serve(own)
+    holder.serve(keys)
+    published(holder, 6)
+    for _ in range(2):  # again from the other, every byte compared
+        assert reader.serve(keys) == 6
+        reader.leader.tick()
+        assert reader.leader.pool.peek(keys) == 0
+    assert reader.leader.pool.peek(own) == 3
+    assert peers_of(reader).searches == 3
+    reader.leader.pool.check()
+    now = reader.leader.pool.statistics()
+    assert (now.active, now.orphaned, now.staged) == (0, 0, 0)

@@ -97,6 +97,7 @@ class PeerSource:
     places: dict[bytes, int]
     """Which block of its prompt each is."""
     until: float
+    keep: bool
     limit: float
     """When the request does not wait any longer for the first blocks: the search was part of its wait."""
     due: float = math.inf
@@ -150,7 +151,8 @@ class PeerSource:
 
 class Peers:
     """`deadline_s` is the longest that a peer may be silent; `patience_s` the longest that a request waits for what a
-    peer computes for it. Also what the network tells what it finds (`network.Asker`)."""
+    peer computes for it; `keep` whether what came stays in host memory. Also what the network tells what it finds
+    (`network.Asker`)."""
 
     def __init__(
         self,
@@ -165,6 +167,7 @@ class Peers:
         *,
         deadline_s: float,
         patience_s: float,
+        keep: bool,
         next_id: Callable[[], int],
         lock: Callable[[], AbstractContextManager[object]],
         clock: Callable[[], float],
@@ -173,6 +176,7 @@ class Peers:
         self.clock = clock
         self._promotion, self._pool, self._gate, self._links, self._requests = promotion, pool, gate, links, requests
         self._deadline_s, self._patience_s, self._next_id, self._lock = deadline_s, patience_s, next_id, lock
+        self.keep = keep
         self.corrupt = 0
         """Blocks that came and were not what had been promised."""
         self.searches = self.found = 0
@@ -274,7 +278,8 @@ class Peers:
             self, client, peer.gate, self._attach(peer, client, memory),
             {int(slots[place]): place for place in wanted}, [bound(each, keys) for each in sums],
             {keys[place]: start + place for place in wanted},
-            until=now + promise.seconds, limit=math.inf if sought.patient else max(sought.until, now + _LEAST_S),
+            until=now + promise.seconds, keep=self.keep,
+            limit=math.inf if sought.patient else max(sought.until, now + _LEAST_S),
         )  # fmt: skip
         parents = tuple(request.keys[start + place - 1] if start + place else None for place in wanted)
         terms = [(int(priorities[place]), now + float(ttls[place])) for place in wanted]
