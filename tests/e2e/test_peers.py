@@ -113,6 +113,6 @@ def test_a_decode_engine_waits_for_what_a_prefill_engine_computes(
 
 def test_a_soak_of_a_minute(tmp_path: Path) -> None:
     """The short form of `python -m tests.e2e.soak_peers`."""
-    result = soak(1.0, 22.0, tmp_path)
+    result = soak(1.0, 14.0, tmp_path)
     assert result.problem() is None, result
-    assert result.kills >= 2
+    assert result.kills >= 1

@@ -221,7 +221,7 @@ def test_explain_tells_what_happened_to_a_request(server: Served) -> None:
     again = server.ask(text("numeric-types"))
     blocks = first.could_hit // BLOCK
     (told,) = json.loads(server.kvbm("explain", first.id, "--json"))
-    assert told["matched"] == {"g2": 0, "g3": 0}
+    assert told["matched"] == {"g2": 0, "g3": 0, "peer": 0}
     assert told["offloaded_blocks"] >= blocks
     assert told["why"] == ["G2 did not hold the next block"]
     (told,) = json.loads(server.kvbm("explain", again.id, "--json"))
