@@ -225,7 +225,7 @@ def test_explain_tells_what_happened_to_a_request(server: Served) -> None:
     assert told["offloaded_blocks"] >= blocks
     assert told["why"] == ["G2 did not hold the next block"]
     (told,) = json.loads(server.kvbm("explain", again.id, "--json"))
-    assert told["matched"] == {"g2": blocks, "g3": 0}
+    assert told["matched"] == {"g2": blocks, "g3": 0, "peer": 0}
     assert (told["loaded_blocks"], told["load"], told["prompt_tokens"]) == (blocks, "async", first.prompt)
     assert f"{blocks} blocks = {again.cached} tokens" in server.kvbm("explain", again.id)
 

@@ -44,7 +44,7 @@ class Plan:
     document_tokens: int
     answer_tokens: int
     dtype: str | None = None
-    """Unset: the one that the processor is fast in."""
+    """Unset: float32 on a CPU, where an engine answers alike in whatever pieces it computes a prompt."""
 
     @property
     def max_model_len(self) -> int:
@@ -63,7 +63,7 @@ class Plan:
             "--max-model-len": self.max_model_len,
             "--block-size": BLOCK_TOKENS,
             "--num-gpu-blocks-override": self.device_blocks,
-            "--dtype": self.dtype or ("bfloat16" if serve.engine_build() == "gpu" else serve.fast_dtype()),
+            "--dtype": self.dtype or ("bfloat16" if serve.engine_build() == "gpu" else "float32"),
             "--seed": 0,
         }
         switches = ["--enforce-eager", "--enable-prefix-caching"]
