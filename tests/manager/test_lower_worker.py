@@ -232,7 +232,7 @@ def test_a_file_that_changed_is_noticed(make_node: Make) -> None:
     rank.spoil_file(1)
     assert rank.read([0, 1, 2], [3, 4, 5], keys).outcomes == DONE + CORRUPT + DONE
     assert rank.worker._disk is not None
-    assert rank.worker._disk.shard.bad_slots() == [1]
+    assert rank.worker._disk.disk.shard.bad_slots() == [1]
 
 
 def test_what_is_forgotten_is_gone_and_what_was_written_since_stays(make_node: Make) -> None:
@@ -252,7 +252,8 @@ def test_a_block_written_again_into_its_slot_is_not_forgotten(make_node: Make) -
     keys = keys_of("a", 1)
     rank.offload([0], [0])
     rank.write([0], [0], keys)
-    rank.worker._chores.submit(time.sleep, 0.2)
+    assert rank.worker._disk is not None
+    rank.worker._disk.chores.submit(time.sleep, 0.2)
     rank.link.send(Forget(pack([0]), keys))
     assert rank.write([0], [0], keys).outcomes == DONE
     assert rank.probe() is None
@@ -265,7 +266,8 @@ def test_a_new_generation(make_node: Make) -> None:
     keys = keys_of("a", 2)
     rank.offload([0, 1], [0, 1])
     rank.write([0, 1], [0, 1], keys)
-    rank.worker._chores.submit(time.sleep, 0.2)
+    assert rank.worker._disk is not None
+    rank.worker._disk.chores.submit(time.sleep, 0.2)
     rank.link.send(Generation(node.folder.clear()))
     # A write of the new generation does not overtake its beginning.
     assert rank.write([1], [1], keys[1:], generation=1).outcomes == DONE
@@ -306,7 +308,6 @@ def test_a_disk_that_is_closed_answers(make_node: Make) -> None:
     rank.offload([0], [0])
     assert rank.worker._disk is not None
     rank.worker._disk.close(1.0)
-    rank.worker._chores.shutdown()
     assert rank.write([0], [0], keys_of("a", 1)).error == "this disk is closed"
     assert rank.read([0], [0], keys_of("a", 1)).outcomes == FAILED
     rank.link.send(Generation(3))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kvbm.core.outcome import Outcome
 from kvbm.core.region import Region, Slots
 
 
@@ -42,6 +43,11 @@ class Completion:
     error: str | None
     seconds: float
     nbytes: int
+
+    @classmethod
+    def failed(cls, ticket: int, blocks: int, error: str) -> Completion:
+        """Of a plan of so many blocks, none of which was copied."""
+        return cls(ticket, np.full(blocks, Outcome.FAILED, dtype=np.uint8), error, 0.0, 0)
 
 
 class Quiet(enum.Enum):

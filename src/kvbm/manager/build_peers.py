@@ -123,10 +123,9 @@ def peers(
     promotion.sums = sums
     log.info("KVBM: shares blocks with other instances as %s", name)
     return Peers(
-        network, serving, published, promotion, leader.pool, leader.gate, leader.links, leader.requests,
+        network, serving, published, promotion, leader.pool, leader.gate, leader.links,
         deadline_s=settings.peer_deadline_s, patience_s=settings.pull_wait_s, keep=settings.peer_copies == "keep",
-        next_id=leader.next_job,
-        lock=leader.below, clock=time.monotonic,
+        next_id=leader.next_job, lock=leader.below, clock=time.monotonic,
     )  # fmt: skip
 
 

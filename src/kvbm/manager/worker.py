@@ -11,8 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,10 +19,11 @@ import numpy as np
 
 from kvbm.abc.transport import Completion, Plan
 from kvbm.core.config import Settings
-from kvbm.core.errors import Broken, Misuse
+from kvbm.core.errors import Broken
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Region, Slots
 from kvbm.manager.channel import Link, connect
+from kvbm.manager.disk_worker import DiskWorker
 from kvbm.manager.peers.memory import PeerMemory
 from kvbm.manager.wire import (
     Allot,
@@ -49,7 +48,7 @@ from kvbm.manager.wire import (
     unpack,
 )  # fmt: skip
 from kvbm.stores.disk import Disk
-from kvbm.stores.format import Labels, Words, checksums
+from kvbm.stores.format import Words, checksums
 from kvbm.stores.memory import Arena
 from kvbm.stores.meta import Place
 from kvbm.transfer.executor import Executor
@@ -98,10 +97,7 @@ class Worker:
         self._executor = make_executor()
         self._open_disk, self._open_peers = open_disk, open_peers
         self._peers: PeerMemory | None = None
-        self._disk: Disk | None = None
-        self._chores = ThreadPoolExecutor(1, "kvbm-chores")
-        """For what may wait for the disk and is no transfer, in order."""
-        self._last_chore: Future[None] | None = None
+        self._disk: DiskWorker | None = None
         self._sums = np.zeros(0, np.uint64)
         """Of each host slot, the checksum of what left the engine, where there is a tier below."""
         self._arena: Arena | None = None
@@ -170,7 +166,7 @@ class Worker:
         for copy in step.stores:
             if self._spoiled:
                 blocks = len(copy.g1_slots())
-                self._report(copy.job, _failed(copy.job, blocks, "computed from a load that failed"))
+                self._report(copy.job, Completion.failed(copy.job, blocks, "computed from a load that failed"))
             else:
                 self._submit(copy, is_load=False)
         self._spoiled = False
@@ -275,7 +271,11 @@ class Worker:
                         if self._peers is not None:
                             self._peers.cancel(jobs)
                     case Write() | Read() | Forget() | Generation() | Probe() as message:
-                        self._on_disk(message)
+                        assert self._disk is not None, "the leader uses a disk tier that this rank does not have"
+                        if isinstance(message, Read):
+                            with self._ended:
+                                self._reading.add(message.job)
+                        self._disk.take(message)
                     case Attach() | Pull() as message:
                         self._from_peers(message)
                     case Bye():
@@ -320,7 +320,11 @@ class Worker:
         if place is not None and self._open_disk is not None:
             assert self._extents is not None
             try:
-                self._disk = self._open_disk(place, self._rank, self._extents, self._executor)
+                disk = self._open_disk(place, self._rank, self._extents, self._executor)
+                self._disk = DiskWorker(
+                    disk, self._rank, self._sums, self._settings.g3_deadline_s,
+                    report=self._report, read=self._read_ended, tell=self._tell,
+                )  # fmt: skip
             except Broken as error:
                 problem = str(error)
         link.send(Ready(self._rank, problem))
@@ -331,13 +335,13 @@ class Worker:
             except Broken as error:
                 self._tell(Mine(self._rank, problem=str(error)))
 
-    # ------------------------------------------------------------------ other instances
+    # ------------------------------------------------------------------ the disk, other instances
 
     def _from_peers(self, message: Attach | Pull) -> None:
         if self._peers is None:  # it has been told so, but may not have read that yet
             if isinstance(message, Pull):
                 blocks = len(unpack(message.g2))
-                self._report(message.job, _failed(message.job, blocks, "this rank shares nothing"))
+                self._report(message.job, Completion.failed(message.job, blocks, "this rank shares nothing"))
             return
         if isinstance(message, Attach):
             self._peers.attach(message)
@@ -346,81 +350,13 @@ class Worker:
             self._reading.add(message.job)
         self._peers.pull(message, partial(self._read_ended, unpack(message.g2)))
 
-    # ------------------------------------------------------------------ the disk
-
-    def _on_disk(self, message: Write | Read | Forget | Generation | Probe) -> None:
-        """What the leader wants of the disk. Returns at once."""
-        disk = self._disk
-        assert disk is not None, "the leader uses a disk tier that this rank does not have"
-        deadline = self._settings.g3_deadline_s
-        match message:
-            case Write() if self._last_chore is not None and not self._last_chore.done():
-                # Behind the beginning of its generation, and before it nothing of its slots is forgotten any more.
-                self._chore(self._write, disk, message)
-            case Write():
-                self._write(disk, message)
-            case Read():
-                g2 = unpack(message.g2)
-                with self._ended:
-                    self._reading.add(message.job)
-                ended = partial(self._read_ended, g2)
-                try:
-                    disk.read(message.job, unpack(message.g3), g2, message.keys, deadline, ended)
-                except Misuse as error:  # it is being closed
-                    ended(message.job, _failed(message.job, len(g2), str(error)), np.zeros(len(g2), np.uint64))
-            case Forget():
-                self._chore(self._forget, disk, unpack(message.g3), message.keys)
-            case Generation():
-                self._chore(disk.shard.clear, message.number)
-            case Probe():
-                self._chore(self._probe, disk, message)
-
-    def _chore(self, call: Callable[..., None], *args: object) -> None:
-        with suppress(RuntimeError):  # closed: nobody waits for it any more
-            self._last_chore = self._chores.submit(call, *args)
-
-    def _write(self, disk: Disk, message: Write) -> None:
-        g2 = unpack(message.g2)
-        labels = Labels(
-            keys=message.keys,
-            parents=[parent or b"" for parent in message.parents],
-            priorities=np.frombuffer(message.priorities, np.int32),
-            expires=np.frombuffer(message.expires, np.float64),
-            sequence=message.sequence,
-            generation=message.generation,
-        )
-        try:
-            disk.write(
-                message.job, g2, unpack(message.g3), labels, self._sums[g2], self._settings.g3_deadline_s,
-                lambda job, completion, _: self._report(job, completion),
-            )  # fmt: skip
-        except Misuse as error:  # it is being closed
-            self._report(message.job, _failed(message.job, len(g2), str(error)))
-
     def _read_ended(self, g2: Slots, job: int, completion: Completion, sums: Words) -> None:
+        """A read from the disk or a peer ended."""
         self._sums[g2] = sums
         self._report(job, completion, g2)
         with self._ended:
             self._reading.discard(job)
             self._ended.notify_all()
-
-    def _forget(self, disk: Disk, slots: Slots, keys: list[bytes]) -> None:
-        """Slots that hold another block by now are left alone."""
-        try:
-            same, _ = disk.shard.expect(slots, keys)
-            disk.shard.forget(slots[same])
-        except Broken as error:
-            log.warning("KVBM: rank %d: %s", self._rank, error)
-
-    def _probe(self, disk: Disk, probe: Probe) -> None:
-        problem = None
-        try:
-            if probe.reopen:
-                disk.shard.reopen()
-            disk.shard.probe()
-        except Broken as error:
-            problem = str(error)
-        self._tell(Probed(self._rank, problem, probe.number))
 
     def outlast_leader(self, seconds: float) -> None:
         """Returns when the leader has said goodbye or is gone, or after so many seconds."""
@@ -433,7 +369,6 @@ class Worker:
             self._peers.close()
         if self._disk is not None:
             self._disk.close(2.0)
-        self._chores.shutdown(wait=False, cancel_futures=True)
         self._executor.close(5.0)
         if self._link is not None:
             self._tell(Bye())
@@ -441,7 +376,3 @@ class Worker:
         self._thread.join(2.0)
         if self._arena is not None:
             self._arena.close()
-
-
-def _failed(job: int, blocks: int, error: str) -> Completion:
-    return Completion(job, np.full(blocks, Outcome.FAILED, np.uint8), error, 0.0, 0)

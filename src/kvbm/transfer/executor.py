@@ -9,11 +9,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-import numpy as np
-
 from kvbm.abc.transport import Completion, Plan, Quiet, Transport
 from kvbm.core.errors import Misuse
-from kvbm.core.outcome import Outcome
 from kvbm.core.region import Region
 
 logger = logging.getLogger(__name__)
@@ -63,8 +60,7 @@ class Executor:
             if isinstance(transport, Transport):
                 self._jobs[job_id] = job = _Job(done, self._clock() + deadline_s, transport)
         if isinstance(transport, str):
-            outcomes = np.full(len(plan.destination_slots), Outcome.FAILED, dtype=np.uint8)
-            self._call(done, job_id, Completion(NO_TICKET, outcomes, transport, 0.0, 0))
+            self._call(done, job_id, Completion.failed(NO_TICKET, len(plan.destination_slots), transport))
             return
         try:
             ticket = transport.submit(plan, lambda completion: self._finish(job_id, job, completion))

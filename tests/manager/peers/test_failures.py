@@ -3,6 +3,7 @@ and never with other bytes (`Engine.serve` compares each)."""
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import signal
 import subprocess
@@ -14,8 +15,14 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from valkey import Valkey
 
+from kvbm import __version__
+from kvbm.core.errors import Broken
+from kvbm.manager.peers.client import Client, Us
+from kvbm.manager.peers.messages import Ping, Pong
 from kvbm.manager.peers.serving import Serving
+from kvbm.stores.directory import Instance, entry
 from tests.manager.peers.conftest import Start, know_each_other, peers_of, published
 from tests.manager.roles import keys_of
 from tests.manager.whole import Engine
@@ -226,16 +233,47 @@ def test_a_wrong_entry_costs_a_question(start: Start) -> None:
     clean(reader)
 
 
-def test_entries_go_with_their_blocks(start: Start) -> None:
+def test_entries_go_with_their_blocks(start: Start, valkey: Server) -> None:
+    holder, keys = start("h"), keys_of("p", 6)
+    know_each_other(holder)
+    holder.serve(keys)
+    published(holder, 6)
+    client = Valkey(port=valkey.port)
+
+    def written() -> set[bytes]:
+        (name,) = client.keys("kvbm:*:has:h:*")
+        return set(client.smembers(name))
+
+    until(holder, lambda: written() == {entry(key) for key in keys})
+    holder.leader.pool.discard(keys[2:])
+    published(holder, 2)
+    until(holder, lambda: written() == {entry(key) for key in keys[:2]})
+
+
+@pytest.mark.parametrize(("namespace", "version"), [("f" * 64, __version__), (None, "0.0.1")])
+def test_another_model_or_version_is_refused_on_both_sides(
+    start: Start, caplog: pytest.LogCaptureFixture, namespace: str | None, version: str
+) -> None:
     holder = start("h")
     know_each_other(holder)
-    holder.serve(keys_of("p", 6))
-    published(holder, 6)
-    holder.leader.pool.discard(keys_of("p", 6)[2:])
-    published(holder, 2)
+    network = peers_of(holder).network
+    wanted = Us("other", 1, namespace or network._us.namespace, version, network._us.secret)
+    instance = Instance("127.0.0.1", network._port, network._us.incarnation)
+
+    async def ask() -> str:
+        with pytest.raises(Broken) as refusal:
+            await Client("h", instance, wanted).ask(Ping, Pong)
+        return str(refusal.value)
+
+    said = asyncio.run(ask())
+    mine = namespace[:16] if namespace else version
+    assert said.startswith("peer h refuses: it runs ")
+    assert mine in said
+    until(holder, lambda: f"another instance was refused: {said.split(': ', 1)[1]}" in caplog.text)
+    assert "127.0.0.1" not in caplog.text
 
 
-def test_another_secret_and_another_model_are_refused_on_both_sides(
+def test_another_secret_is_refused_on_both_sides(
     start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = tmp_path / "other"

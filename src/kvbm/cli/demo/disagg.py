@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +24,17 @@ from kvbm.cli.demo.client import Client
 from kvbm.cli.demo.conversations import conversations
 from kvbm.cli.demo.engine import Advance, Engine, Setup
 from kvbm.cli.demo.report import Same, Turn, same
-from kvbm.cli.demo.run import BLOCK_TOKENS, Plan, play, progress
+from kvbm.cli.demo.run import (
+    BLOCK_TOKENS,
+    AnswerTokens,
+    DocumentTokens,
+    Output,
+    Plan,
+    Turns,
+    Users,
+    play,
+    progress,
+)  # fmt: skip
 from kvbm.core import config
 from kvbm.core.errors import Broken, KvbmError
 
@@ -93,18 +102,17 @@ def _median(values: Iterator[float]) -> str:
 
 
 def demo_disagg(
-    users: Annotated[int, typer.Option(min=1, max=32, help="Users who take turns.")] = 4,
-    turns: Annotated[int, typer.Option(min=2, max=12, help="Turns of each user.")] = 3,
-    document_tokens: Annotated[int, typer.Option(min=200, max=6000, help="Length of each user's document.")] = 800,
-    answer_tokens: Annotated[int, typer.Option(min=4, max=256, help="Length of an answer.")] = 24,
-    output: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("build/demo-disagg.json"),
+    users: Users = 4,
+    turns: Turns = 3,
+    document_tokens: DocumentTokens = 800,
+    answer_tokens: AnswerTokens = 24,
+    output: Output = Path("build/demo-disagg.json"),
 ) -> None:
     """Compare one engine with a prefill and a decode engine behind a router: the same conversations. A few minutes."""
     # As an exception, so that the engines are ended with the demo.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     output.parent.mkdir(parents=True, exist_ok=True)
-    # In bfloat16 an engine differs from itself as soon as it computes a prompt in other pieces.
-    plan = Plan(users, turns, document_tokens, answer_tokens, "float32")
+    plan = Plan(users, turns, document_tokens, answer_tokens)
     model = models.resolve("smollm2", config.load().settings.cache_dir, _out)
     with progress() as advance:
         result = measure(plan, model, output.parent, advance)

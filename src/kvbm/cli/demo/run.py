@@ -43,8 +43,6 @@ class Plan:
     turns: int
     document_tokens: int
     answer_tokens: int
-    dtype: str | None = None
-    """Unset: float32 on a CPU, where an engine answers alike in whatever pieces it computes a prompt."""
 
     @property
     def max_model_len(self) -> int:
@@ -63,19 +61,27 @@ class Plan:
             "--max-model-len": self.max_model_len,
             "--block-size": BLOCK_TOKENS,
             "--num-gpu-blocks-override": self.device_blocks,
-            "--dtype": self.dtype or ("bfloat16" if serve.engine_build() == "gpu" else "float32"),
+            # In bfloat16 an engine differs from itself as soon as it computes a prompt in other pieces.
+            "--dtype": "bfloat16" if serve.engine_build() == "gpu" else "float32",
             "--seed": 0,
         }
         switches = ["--enforce-eager", "--enable-prefix-caching"]
         return [part for flag, value in flags.items() for part in (flag, str(value))] + switches
 
 
+Users = Annotated[int, typer.Option(min=2, max=32, help="Users who take turns.")]
+Turns = Annotated[int, typer.Option(min=2, max=12, help="Turns of each user.")]
+DocumentTokens = Annotated[int, typer.Option(min=200, max=6000, help="Length of each user's document.")]
+AnswerTokens = Annotated[int, typer.Option(min=4, max=256, help="Length of an answer.")]
+Output = Annotated[Path, typer.Option(help="Where the figures go.")]
+
+
 def demo(
-    users: Annotated[int, typer.Option(min=2, max=32, help="Users who take turns.")] = 4,
-    turns: Annotated[int, typer.Option(min=2, max=12, help="Turns of each user.")] = 3,
-    document_tokens: Annotated[int, typer.Option(min=200, max=6000, help="Length of each user's document.")] = 1400,
-    answer_tokens: Annotated[int, typer.Option(min=4, max=256, help="Length of an answer.")] = 24,
-    output: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("build/demo.json"),
+    users: Users = 4,
+    turns: Turns = 3,
+    document_tokens: DocumentTokens = 1400,
+    answer_tokens: AnswerTokens = 24,
+    output: Output = Path("build/demo.json"),
 ) -> None:
     """Compare vLLM alone with vLLM and KVBM: the same conversations and settings, then a crash. A few minutes."""
     # As an exception, so that the engines are ended with the demo.

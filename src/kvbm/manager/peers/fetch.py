@@ -12,16 +12,16 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import numpy as np
 
-from kvbm.blocks import Pinned, Pool, Staged
+from kvbm.blocks import Pool, Staged
 from kvbm.core.errors import Broken
-from kvbm.core.events import Fetched, Promoted
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Slots
 from kvbm.manager.channel import Link
+from kvbm.manager.disk import CANCELLED
 from kvbm.manager.gate import Gate
 from kvbm.manager.jobs import Move
 from kvbm.manager.peers.client import Client
@@ -29,14 +29,14 @@ from kvbm.manager.peers.messages import Memory, Promise, Slab
 from kvbm.manager.peers.network import Network, Search
 from kvbm.manager.peers.published import Published
 from kvbm.manager.peers.serving import Serving
-from kvbm.manager.peers.sums import Words, bound
+from kvbm.manager.peers.source import Lease, PeerSource
+from kvbm.manager.peers.sums import bound
 from kvbm.manager.promote import Promotion
 from kvbm.manager.requests import Request
 from kvbm.manager.wire import Attach, Cancel, Mine, Pull, Result, pack, unpack
 
 log = logging.getLogger(__name__)
 
-CANCELLED: Final = "cancelled"
 _WORTH_S: Final = 0.005
 """What is computed in less is not looked for: asking takes about a millisecond."""
 _LEAST_S: Final = 0.05
@@ -66,89 +66,6 @@ class Sought:
     """Whether it waits for what a peer computes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """A peer's promise, until it is not needed."""
-
-    network: Network
-    client: Client
-    number: int
-
-    def drop(self) -> None:
-        self.network.release(self.client, self.number)
-
-
-@dataclass(slots=True, eq=False)
-class PeerSource:
-    """One promise of one peer, as the promotion reads it."""
-
-    name: ClassVar[str] = "a peer"
-    tier: ClassVar[str] = "peer"
-    event: ClassVar[type[Promoted] | type[Fetched]] = Fetched
-
-    peers: Peers
-    client: Client
-    gate: Gate
-    attached: str
-    rows: dict[int, int]
-    """Their slot -> its place in the promise."""
-    sums: list[Words]
-    """By rank, what the bytes must have as checksums."""
-    places: dict[bytes, int]
-    """Which block of its prompt each is."""
-    until: float
-    keep: bool
-    limit: float
-    """When the request does not wait any longer for the first blocks: the search was part of its wait."""
-    due: float = math.inf
-    """When the peer counts as dead if nothing has come. Moves with all that comes."""
-    reading: int = 0
-    broken: str | None = None
-
-    @property
-    def problem(self) -> str | None:
-        now = self.peers.clock()
-        if self.broken is None and self.reading and now > self.due:
-            self.fail("its blocks do not come")
-        if self.broken is None and self.reading and now > self.limit:
-            self.broken = "its blocks do not come in time"
-            self.peers.network.slow(self.client, self.broken)
-        if self.broken is None and now > self.until:
-            self.broken = "its promise is over"
-        return self.broken
-
-    def read(self, slots: Slots, into: Staged, ended: Callable[[Move], None]) -> int:
-        if not self.reading:
-            self.due = self.peers.due(len(slots))
-        self.reading += 1
-        return self.peers.pull(self, slots, into, ended)
-
-    def cancel(self, jobs: Collection[int]) -> None:
-        self.peers.cancel(jobs)
-
-    def judge(self, keys: Sequence[bytes], slots: Slots, move: Move) -> None:
-        self.reading -= 1
-        corrupt = int((move.outcomes == Outcome.CORRUPT).sum())
-        if corrupt:
-            self.peers.corrupt += corrupt
-            log.error("KVBM: peer %s gave %d blocks that are not what it promised", self.client.name, corrupt)
-            self.fail("its blocks are not what it promised")
-        elif not move.done.all():
-            if move.wanted:
-                self.fail(move.error or "its blocks do not come")
-        else:
-            self.due, self.limit = self.peers.due(len(slots)), math.inf
-            self.peers.network.works(self.client)
-
-    def fail(self, problem: str) -> None:
-        self.broken = self.broken or problem
-        self.peers.failed(self, problem)
-
-    def arrived(self, blocks: Pinned) -> None:
-        places = np.array([self.places[key] for key in blocks.keys], np.int64)
-        self.peers.published.stored(blocks.keys, places)
-
-
 class Peers:
     """`deadline_s` is the longest that a peer may be silent; `patience_s` the longest that a request waits for what a
     peer computes for it; `keep` whether what came stays in host memory. Also what the network tells what it finds
@@ -163,7 +80,6 @@ class Peers:
         pool: Pool,
         gate: Gate,
         links: Mapping[int, Link],
-        requests: Mapping[str, Request],
         *,
         deadline_s: float,
         patience_s: float,
@@ -174,7 +90,7 @@ class Peers:
     ) -> None:
         self.network, self.serving, self.published = network, serving, published
         self.clock = clock
-        self._promotion, self._pool, self._gate, self._links, self._requests = promotion, pool, gate, links, requests
+        self._promotion, self._pool, self._gate, self._links = promotion, pool, gate, links
         self._deadline_s, self._patience_s, self._next_id, self._lock = deadline_s, patience_s, next_id, lock
         self.keep = keep
         self.corrupt = 0
@@ -252,9 +168,6 @@ class Peers:
             if sought is None or search.ended or self._closed is not None:
                 return False
             return self._stage(sought, client, promise, memory, start)
-
-    def over(self, search: Search) -> None:
-        """See `Asker`: `search.ended` says it, and the engine asks again."""
 
     def _stage(self, sought: Sought, client: Client, promise: Promise, memory: Memory, start: int) -> bool:
         request = sought.request

@@ -136,8 +136,7 @@ class PeerMemory:
         except Exception as error:  # or its slots would never come back
             if not isinstance(error, Broken | Misuse):
                 log.exception("KVBM: a read from a peer could not begin")
-            failed = np.full(len(ours), Outcome.FAILED, np.uint8)
-            ended(message.job, Completion(message.job, failed, str(error), 0.0, 0), np.zeros(len(ours), np.uint64))
+            ended(message.job, Completion.failed(message.job, len(ours), str(error)), np.zeros(len(ours), np.uint64))
 
     def _check(self, ours: Slots, wanted: Words, ended: Ended, job: int, completion: Completion) -> None:
         """What has come has to be what was promised."""

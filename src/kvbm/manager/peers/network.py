@@ -55,9 +55,6 @@ class Asker(Protocol):
     def promised(self, search: Search, client: Client, promise: Promise, memory: Memory, start: int) -> bool:
         """A peer holds blocks `start` and following. False: nobody wants them any more."""
 
-    def over(self, search: Search) -> None:
-        """Nothing more will come of it."""
-
 
 @dataclass(frozen=True, slots=True)
 class Address:
@@ -286,7 +283,6 @@ class Network:
             search.ended = True
             if client is not None and client.open:
                 self._task(self._tell(client, Done(search.id)))
-            self.asker.over(search)
 
     async def _choose(self, search: Search) -> Client | None:
         """The peer that holds most, if one holds anything."""

@@ -1,0 +1,116 @@
+"""What the leader wants of a rank's files, done: in the order in which it was asked for, waiting for nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+
+import numpy as np
+
+from kvbm.abc.transport import Completion
+from kvbm.core.errors import Broken, Misuse
+from kvbm.core.region import Slots
+from kvbm.manager.wire import Forget, Generation, Probe, Probed, Read, Write, unpack
+from kvbm.stores.disk import Disk
+from kvbm.stores.format import Labels, Words
+
+log = logging.getLogger(__name__)
+
+
+class DiskWorker:
+    """Of one rank. `sums` has the checksum of each slot of host memory. A write that ended is told to `report`, a read
+    to `read` with its slots and their checksums, the answer to a probe to `tell`; from threads of the transport, or its
+    own."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        rank: int,
+        sums: Words,
+        deadline_s: float,
+        *,
+        report: Callable[[int, Completion], None],
+        read: Callable[[Slots, int, Completion, Words], None],
+        tell: Callable[[Probed], None],
+    ) -> None:
+        self.disk, self._rank, self._sums, self._deadline_s = disk, rank, sums, deadline_s
+        self._report, self._read, self._tell = report, read, tell
+        self.chores = ThreadPoolExecutor(1, "kvbm-chores")
+        """For what may wait for the disk and is no transfer, in order."""
+        self._last_chore: Future[None] | None = None
+
+    def take(self, message: Write | Read | Forget | Generation | Probe) -> None:
+        """Do this. Returns at once."""
+        match message:
+            case Write() if self._last_chore is not None and not self._last_chore.done():
+                # Behind the beginning of its generation, and before it nothing of its slots is forgotten any more.
+                self._chore(self._write, message)
+            case Write():
+                self._write(message)
+            case Read():
+                g2 = unpack(message.g2)
+                ended = partial(self._read, g2)
+                try:
+                    self.disk.read(message.job, unpack(message.g3), g2, message.keys, self._deadline_s, ended)
+                except Misuse as error:  # it is being closed
+                    ended(
+                        message.job, Completion.failed(message.job, len(g2), str(error)), np.zeros(len(g2), np.uint64)
+                    )
+            case Forget():
+                self._chore(self._forget, unpack(message.g3), message.keys)
+            case Generation():
+                self._chore(self.disk.shard.clear, message.number)
+            case Probe():
+                self._chore(self._probe, message)
+
+    def cancel(self, jobs: list[int]) -> None:
+        """Nobody wants these any more."""
+        self.disk.cancel(jobs)
+
+    def close(self, seconds: float) -> None:
+        """Wait so long at most for what is on its way, and do nothing more."""
+        self.disk.close(seconds)
+        self.chores.shutdown(wait=False, cancel_futures=True)
+
+    def _chore(self, call: Callable[..., None], *args: object) -> None:
+        with suppress(RuntimeError):  # closed: nobody waits for it any more
+            self._last_chore = self.chores.submit(call, *args)
+
+    def _write(self, message: Write) -> None:
+        g2 = unpack(message.g2)
+        labels = Labels(
+            keys=message.keys,
+            parents=[parent or b"" for parent in message.parents],
+            priorities=np.frombuffer(message.priorities, np.int32),
+            expires=np.frombuffer(message.expires, np.float64),
+            sequence=message.sequence,
+            generation=message.generation,
+        )
+        try:
+            self.disk.write(
+                message.job, g2, unpack(message.g3), labels, self._sums[g2], self._deadline_s,
+                lambda job, completion, _: self._report(job, completion),
+            )  # fmt: skip
+        except Misuse as error:  # it is being closed
+            self._report(message.job, Completion.failed(message.job, len(g2), str(error)))
+
+    def _forget(self, slots: Slots, keys: list[bytes]) -> None:
+        """Slots that hold another block by now are left alone."""
+        try:
+            same, _ = self.disk.shard.expect(slots, keys)
+            self.disk.shard.forget(slots[same])
+        except Broken as error:
+            log.warning("KVBM: rank %d: %s", self._rank, error)
+
+    def _probe(self, probe: Probe) -> None:
+        problem = None
+        try:
+            if probe.reopen:
+                self.disk.shard.reopen()
+            self.disk.shard.probe()
+        except Broken as error:
+            problem = str(error)
+        self._tell(Probed(self._rank, problem, probe.number))
