@@ -183,6 +183,12 @@ class Attach(msgspec.Struct, frozen=True, tag=True):
     old: str | None = None
 
 
+class Detach(msgspec.Struct, frozen=True, tag=True):
+    """This peer is gone: forget its memory."""
+
+    peer: str
+
+
 class Pull(msgspec.Struct, frozen=True, tag=True):
     """Copy blocks from an attached peer's slots to ours; both int32 arrays. `sums` (uint64) are what they must be."""
 
@@ -219,6 +225,7 @@ Message = (
     | Probed
     | Mine
     | Attach
+    | Detach
     | Pull
     | Sick
     | Bye

@@ -31,6 +31,7 @@ from kvbm.manager.wire import (
     Bye,
     Cancel,
     Copy,
+    Detach,
     Forget,
     Generation,
     Hello,
@@ -276,7 +277,7 @@ class Worker:
                             with self._ended:
                                 self._reading.add(message.job)
                         self._disk.take(message)
-                    case Attach() | Pull() as message:
+                    case Attach() | Detach() | Pull() as message:
                         self._from_peers(message)
                     case Bye():
                         break
@@ -337,18 +338,21 @@ class Worker:
 
     # ------------------------------------------------------------------ the disk, other instances
 
-    def _from_peers(self, message: Attach | Pull) -> None:
+    def _from_peers(self, message: Attach | Detach | Pull) -> None:
         if self._peers is None:  # it has been told so, but may not have read that yet
             if isinstance(message, Pull):
                 blocks = len(unpack(message.g2))
                 self._report(message.job, Completion.failed(message.job, blocks, "this rank shares nothing"))
             return
-        if isinstance(message, Attach):
-            self._peers.attach(message)
-            return
-        with self._ended:
-            self._reading.add(message.job)
-        self._peers.pull(message, partial(self._read_ended, unpack(message.g2)))
+        match message:
+            case Attach():
+                self._peers.attach(message)
+            case Detach(peer=peer):
+                self._peers.detach(peer)
+            case Pull():
+                with self._ended:
+                    self._reading.add(message.job)
+                self._peers.pull(message, partial(self._read_ended, unpack(message.g2)))
 
     def _read_ended(self, g2: Slots, job: int, completion: Completion, sums: Words) -> None:
         """A read from the disk or a peer ended."""

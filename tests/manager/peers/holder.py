@@ -2,12 +2,15 @@
 
 `python -m tests.manager.peers.holder PATH NAME URL SECRET HOST PROMPT BLOCKS` computes a prompt's blocks (0: none),
 says "ready", and serves them until its stdin ends. A line "PROMPT BLOCKS" there is a request: the answer is how many
-blocks were loaded, in how many seconds, and how many slots something may still write to.
+blocks were loaded, in how many seconds, and how many slots something may still write to. After the line "starve" it has no
+byte of memory left.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import resource
 import select
 import sys
 import time
@@ -35,6 +38,9 @@ def main(path: str, name: str, url: str, secret: str, host: str, prompt: str, bl
             continue
         if not (line := sys.stdin.readline()):
             break
+        if line == "starve\n":
+            starve()
+            continue
         wanted, count = line.split()
         engine.leader.pool.discard(keys_of(wanted, int(count)))
         begun = time.monotonic()
@@ -45,6 +51,22 @@ def main(path: str, name: str, url: str, secret: str, host: str, prompt: str, bl
         }  # fmt: skip
         print(json.dumps(answer), flush=True)
     engine.close()
+
+
+def starve() -> None:
+    """Take all memory there is, down to the smallest pieces, and keep it: what needs some, on any thread, fails."""
+    os.write(1, b"starved\n")
+    resource.setrlimit(resource.RLIMIT_AS, (0, resource.RLIM_INFINITY))
+    kept: list[bytes] = [b""] * 1_000_000
+    place = 0
+    for size in (1 << 20, 1 << 16, 1 << 12, 400, 32):
+        try:
+            while True:
+                kept[place] = bytes(size)
+                place += 1
+        except (MemoryError, IndexError):
+            pass
+    select.select([], [], [])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -133,6 +134,69 @@ def test_a_frozen_holder_is_left_alone_and_used_again_when_it_answers(start: Sta
         return reader.serve(keys_of("p", 6)) == 6
 
     until(reader, served)
+    clean(reader)
+
+
+def test_a_holder_that_is_out_of_memory_costs_at_most_the_deadline(start: Start, hold: Hold) -> None:
+    holder, reader = hold(), start("r")
+    knows(reader, 1)
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    holder.stdin.write("starve\n")
+    holder.stdin.flush()
+    assert holder.stdout.readline() == "starved\n"
+    time.sleep(0.5)
+    found, seconds = timed(reader, "p", 6)
+    assert found == 0  # it cannot even answer
+    assert seconds < DEADLINE + 0.5
+    reader.leader.pool.clear()
+    assert timed(reader, "p", 6)[1] < 0.3
+    holder.kill()
+    holder.wait()
+    hold()
+    until(reader, lambda: timed(reader, "p", 6)[0] == 6 or reader.leader.pool.clear())
+    clean(reader)
+
+
+def test_who_is_gone_is_forgotten(start: Start, hold: Hold) -> None:
+    holder, reader = hold("one"), start("r")
+    knows(reader, 1)
+    assert timed(reader, "p", 6)[0] == 6
+    memory = reader.workers[0]._peers
+    assert memory is not None
+    assert memory._known
+    assert set(peers_of(reader)._peers) == {"one"}
+    holder.kill()
+    holder.wait()
+    until(reader, lambda: not (memory._known or memory._regions or peers_of(reader)._peers))
+    hold("two")
+    reader.leader.pool.clear()
+    until(reader, lambda: timed(reader, "p", 6)[0] == 6 or reader.leader.pool.clear())
+    assert set(peers_of(reader)._peers) == {"two"}
+    clean(reader)
+
+
+def test_strangers_take_no_place_from_instances(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kvbm.manager.peers.server._READERS", 4)
+    monkeypatch.setattr("kvbm.manager.peers.server.HANDSHAKE_S", 1.0)
+    holder, reader = start("h"), start("r")
+    know_each_other(holder, reader)
+    holder.serve(keys_of("p", 6))
+    published(holder, 6)
+    port = peers_of(holder).network._port
+    strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(8)]
+    server = peers_of(holder).network.server
+    until(holder, lambda: server._strangers == 4)  # the others are sent away
+    until(holder, lambda: server._strangers == 0)
+    until(reader, lambda: timed(reader, "p", 6)[0] == 6 or reader.leader.pool.clear())
+    more = [socket.create_connection(("127.0.0.1", port)) for _ in range(8)]
+    until(holder, lambda: server._strangers == 4)
+    reader.leader.pool.clear()
+    assert timed(reader, "p", 6)[0] == 6  # who is connected stays so
+    for each in (*strangers, *more):
+        each.close()
     clean(reader)
 
 

@@ -33,7 +33,7 @@ from kvbm.manager.peers.source import Lease, PeerSource
 from kvbm.manager.peers.sums import bound
 from kvbm.manager.promote import Promotion
 from kvbm.manager.requests import Request
-from kvbm.manager.wire import Attach, Cancel, Mine, Pull, Result, pack, unpack
+from kvbm.manager.wire import Attach, Cancel, Detach, Mine, Pull, Result, pack, unpack
 
 log = logging.getLogger(__name__)
 
@@ -295,8 +295,19 @@ class Peers:
         return self._closed or self.network.problem
 
     def tick(self) -> None:
-        """A few times a second: promises end."""
+        """A few times a second: promises end, and the dead are forgotten."""
         self.serving.tick()
+        if self.network.problem is None:
+            for name in self._peers.keys() - set(self.network.peers):
+                self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        """A peer's lease has ended. Names may be made up anew at every start, so nothing of it is kept."""
+        if self._peers[name].gate.reading:
+            return
+        if (attached := self._peers.pop(name).attached) is not None:
+            for link in self._links.values():
+                self._send(link, Detach(attached))
 
     def stand_aside(self) -> None:
         """Nothing is looked for."""
@@ -320,7 +331,7 @@ class Peers:
         self._closed = self._closed or "the engine ends"
         self.serving.close()
 
-    def _send(self, link: Link, message: Attach | Pull | Cancel) -> None:
+    def _send(self, link: Link, message: Attach | Detach | Pull | Cancel) -> None:
         try:
             link.send(message)
         except Broken as error:  # the leader notices when it looks for results

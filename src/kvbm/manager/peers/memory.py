@@ -54,6 +54,10 @@ class PeerMemory:
         """Make a peer's memory reachable. What goes wrong is what reads of it then fail with."""
         self._do(partial(self._attach, message))
 
+    def detach(self, peer: str) -> None:
+        """A peer is gone."""
+        self._do(partial(self._detach, peer))
+
     def pull(self, message: Pull, ended: Ended) -> None:
         """Read blocks; `ended` is called once, when nothing writes to their slots any more."""
         self._do(partial(self._pull, message, ended))

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 HANDSHAKE_S: Final = 2.0
 _READERS: Final = 256
-"""Connections from other instances at once."""
+"""Connections from other instances at once; as many, apart from these, that have not said who they are yet."""
 _QUESTIONS: Final = 4096
 """That are not answered, of one connection."""
 _POLL_S: Final = 0.005
@@ -50,21 +50,27 @@ class Server:
         self.slabs: tuple[int, list[Slab]] = 0, []
         """Where our memory is; its number rises with each change. Replaced as a whole."""
         self.readers: set[asyncio.Task[None]] = set()
+        self._strangers = 0
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve a connection until it ends."""
         task = asyncio.current_task()
         assert task is not None
-        if len(self.readers) >= _READERS:
+        # Who does not know the secret takes no place from those who do.
+        if self._strangers >= _READERS or len(self.readers) >= 2 * _READERS:
             writer.transport.abort()
             return
         self.readers.add(task)
         try:
-            async with asyncio.timeout(HANDSHAKE_S):
-                session = await Session.open(reader, writer, self._us.secret, client=False)
-                join = await session.hear()
-                refusal = self._objection(join)
-                await session.say(Refused(refusal) if refusal else Welcome(self._us.name, self._us.incarnation))
+            self._strangers += 1
+            try:
+                async with asyncio.timeout(HANDSHAKE_S):
+                    session = await Session.open(reader, writer, self._us.secret, client=False)
+                    join = await session.hear()
+                    refusal = self._objection(join)
+                    await session.say(Refused(refusal) if refusal else Welcome(self._us.name, self._us.incarnation))
+            finally:
+                self._strangers -= 1
             if refusal:
                 log.warning("KVBM: another instance was refused: %s", refusal)
             elif isinstance(join, Join):
