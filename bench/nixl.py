@@ -4,7 +4,7 @@ python -m bench.nixl [--strict]
 
 Blocks of 737,280 bytes (16 tokens of SmolLM2) from scattered slots of the other process's memory to scattered slots of
 ours. Raw: one transfer of all of them with NIXL's own calls, asked after every 200 µs (more often gains nothing). Ours:
-a plan, in pieces, on the transport's thread. With checksums: plans of 16 MiB, and each block's checksum is made and
+a plan, in pieces, on the transport's thread. With checksums: plans of 32 MiB, and each block's checksum is made and
 compared while the next plan is on its way, as a store does it. Data goes by the kernel's copies between processes (cma)
 or over TCP on loopback.
 """
@@ -35,7 +35,7 @@ from kvbm.transfer.nixl import Agent, NixlTransport, RemoteMemory
 
 BLOCK, SLOTS = 16 * 46_080, 512
 COUNTS = (64, 128, 256, 512)
-PLAN_BYTES = 16 << 20
+PLAN_BYTES = 32 << 20
 ROUNDS = 9
 IDLE_S = 5.0
 BAR, CHECKED_BAR, IDLE_BAR = 0.9, 0.75, 0.02

@@ -2,8 +2,8 @@
 
 `python -m tests.manager.peers.holder PATH NAME URL SECRET HOST PROMPT BLOCKS` computes a prompt's blocks (0: none),
 says "ready", and serves them until its stdin ends. A line "PROMPT BLOCKS" there is a request: the answer is how many
-blocks were loaded, in how many seconds, and how many slots something may still write to. After the line "starve" it has no
-no byte of memory left.
+blocks were loaded, in how many seconds, and how many slots something may still write to. After the line "starve" it
+has no byte of memory left.
 """
 
 from __future__ import annotations

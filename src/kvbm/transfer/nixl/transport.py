@@ -9,6 +9,7 @@ it is replaced by a new one, what flew has failed, and peers have to be connecte
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import uuid
@@ -29,8 +30,9 @@ from kvbm.transfer.plan import checked_slots, chunk_blocks
 
 logger = logging.getLogger(__name__)
 
-PIECE_BYTES: Final = 32 << 20
-"""Bytes of one transfer. Within a machine they are copied inside the call that posts it, and all others wait for it."""
+PIECE_BYTES: Final = 64 << 20
+"""The most bytes of one transfer. Within a machine they are copied inside the call that posts it, and all others wait
+for it: 12 ms at 5.5 GB/s. Each piece costs about half a millisecond besides."""
 PIECE_ROWS: Final = 4096
 """Rows of one transfer: preparing more takes long, and some backends have only so many places."""
 PATIENCE_S: Final = 0.05
@@ -101,7 +103,8 @@ class NixlTransport(Transport):
             raise Misuse(obstacle)
         source, destination = checked_slots(plan)
         rows = len(plan.source.planes)
-        step = max(1, min(chunk_blocks(plan.source.slot_bytes, self._piece_bytes), PIECE_ROWS // rows))
+        most = max(1, min(chunk_blocks(plan.source.slot_bytes, self._piece_bytes), PIECE_ROWS // rows))
+        step = math.ceil(len(source) / max(1, math.ceil(len(source) / most)))  # no piece is smaller than the others
         if self.backend == "OBJ":  # when one object's request fails, those of its piece still write
             step = 1
         outcomes = np.full(len(source), Outcome.FAILED, dtype=np.uint8)
