@@ -28,13 +28,15 @@ def test_the_folder_of_the_disk_tier_is_tried(tmp_path: Path, monkeypatch: pytes
     assert f"direct I/O in {tmp_path}" in findings()
 
 
+@pytest.mark.e2e  # no engine, but a process for each backend
 def test_backends_are_tried() -> None:
     pytest.importorskip("nixl_cu12", reason="NIXL is not installed: pip install 'pykvbm[nixl]'")
     found = findings()
     assert found["NIXL UCX: memory of other instances"][0]
-    assert "GB/s" in found["NIXL UCX: memory of other instances"][1]
+    assert "B/s" in found["NIXL UCX: memory of other instances"][1]
 
 
+@pytest.mark.e2e
 def test_people_get_a_table() -> None:
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0

@@ -18,6 +18,7 @@ pytest.importorskip("nixl_cu12", reason="NIXL is not installed: pip install 'pyk
 
 from kvbm.transfer.nixl import NixlTransport, Objects, probe
 
+pytestmark = pytest.mark.e2e  # no engine, but a server
 BUCKET = "blocks"
 
 

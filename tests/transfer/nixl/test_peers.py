@@ -22,7 +22,7 @@ pytest.importorskip("nixl_cu12", reason="NIXL is not installed: pip install 'pyk
 
 from kvbm.transfer.nixl import NixlTransport, RemoteMemory, agent
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.e2e]  # no engine, but processes and seconds of waiting
 BLOCK, SLOTS = 1 << 20, 512
 
 
