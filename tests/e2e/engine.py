@@ -69,6 +69,13 @@ def environment(**values: str | None) -> Iterator[None]:
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 
+def tells_hits_apart() -> bool:
+    """Whether this version of vLLM says where hits came from."""
+    from kvbm.connect.vllm import contract
+
+    return contract.HIT_SOURCE is not None
+
+
 class Engine:
     """`kvbm` are settings (None: plain vLLM); `options` go to vLLM's EngineArgs."""
 

@@ -28,7 +28,7 @@ from kvbm.cli import control, models
 from kvbm.cli.demo.client import Client
 from kvbm.cli.serve import fast_dtype, free_port
 from kvbm.core import config
-from tests.e2e.engine import BLOCK, CONNECTOR
+from tests.e2e.engine import BLOCK, CONNECTOR, tells_hits_apart
 
 KVBM = [sys.executable, "-m", "kvbm.cli.main"]
 VLLM = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--block-size", str(BLOCK)]
@@ -192,6 +192,8 @@ def test_blocks_come_back_from_host_memory(server: Served) -> None:
 
 
 def test_hits_are_reported_as_those_of_the_host(server: Served) -> None:
+    if not tells_hits_apart():
+        pytest.skip("vLLM says since 0.32 where hits come from")
     server.ask(text("strings"))
     server.reset()
     cached = server.ask(text("strings")).cached

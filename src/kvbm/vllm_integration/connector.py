@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
-from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
-
-from kvbm.connect.vllm.connector import KvbmConnector
+from kvbm.connect.vllm import KvbmConnector, contract
 from kvbm.core.errors import ConfigError
+
+with contract.imports():
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -12,9 +12,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorTransferResults,
 )
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from kvbm.connect.vllm import geometry
+from kvbm.connect.vllm import contract, geometry
 from kvbm.connect.vllm.stats import KvbmPromMetrics, KvbmStats
 from kvbm.connect.vllm.translate import KvbmMetadata, SchedulerSide, WorkerSide
 from kvbm.core.config import load
@@ -43,7 +42,7 @@ class KvbmConnector(KVConnectorBase_V1):  # type: ignore[misc]
     and the engine runs as if it had no connector.
     """
 
-    _cache_hit_source = CacheHitSource.HOST
+    _cache_hit_source = contract.HIT_SOURCE
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -68,6 +67,8 @@ class KvbmConnector(KVConnectorBase_V1):  # type: ignore[misc]
         if role is KVConnectorRole.WORKER:
             self._worker = WorkerSide(vllm_config, kv_cache_config, resolved)
             return
+        if vllm_config.parallel_config.data_parallel_index == 0:
+            contract.warn_if_untested()
         if (sentence := clash()) is not None:
             log.warning("%s", sentence)
         try:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import vllm
-
+from kvbm.connect.vllm.contract import hash_block_tokens
 from kvbm.core.config import Resolved
 from kvbm.core.errors import ConfigError, Unsupported
 from kvbm.core.keys import Namespace, weights_digest
@@ -19,18 +17,13 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-log = logging.getLogger(__name__)
-
-_TESTED = ("0.32.",)
 _SERVED = {"FullAttentionSpec", "MLAAttentionSpec"}
 _HASHES = {"sha256", "sha256_cbor"}
 
 
 def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
     """Raises Unsupported, with a sentence, for what the connector cannot serve correctly yet; ConfigError for settings
-    that cannot go together. Warns once about a version of vLLM that was not tested."""
-    if not vllm.__version__.startswith(_TESTED):
-        log.warning("KVBM was tested with vLLM %s, not with %s", "x, ".join(_TESTED) + "x", vllm.__version__)
+    that cannot go together."""
     parallel = config.parallel_config
     kinds = [type(group.kv_cache_spec).__name__ for group in kv.kv_cache_groups]
     spec: Any = kv.kv_cache_groups[0].kv_cache_spec
@@ -64,11 +57,6 @@ def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
             "that fails inside a step", source=resolved.sources["onboard"],
             remedy="Use onboard=async, or start the engine with --no-async-scheduling.",
         )  # fmt: skip
-
-
-def hash_block_tokens(config: VllmConfig, kv: KVCacheConfig) -> int:
-    """Tokens per block hash of a request."""
-    return int(kv.hash_block_size or kv.kv_cache_groups[0].kv_cache_spec.block_size)
 
 
 def place(config: VllmConfig) -> Place:

@@ -80,12 +80,12 @@ class KvbmStats(KVConnectorStats):  # type: ignore[misc]
 class KvbmPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
     """vllm:kvbm_* counters, one per engine."""
 
-    def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine: Any) -> None:
-        super().__init__(vllm_config, metric_types, labelnames, per_engine)
+    def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._counters = {}
         for name, text in COUNTERS.items():
             family = metric_types[Counter](f"vllm:kvbm_{name}", text, labelnames=labelnames)
-            self._counters[name] = {index: family.labels(*values) for index, values in per_engine.items()}
+            self._counters[name] = {index: family.labels(*values) for index, values in per_engine_labelvalues.items()}
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         for name, value in transfer_stats_data.items():

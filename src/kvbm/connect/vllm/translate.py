@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
-from kvbm.connect.vllm import geometry
+from kvbm.connect.vllm import contract, geometry
 from kvbm.connect.vllm.ending import before_sigterm
 from kvbm.connect.vllm.stats import KvbmStats
 from kvbm.core.config import Resolved
@@ -78,7 +78,7 @@ class SchedulerSide:
 
     def __init__(self, config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
         self._block = kv.kv_cache_groups[0].kv_cache_spec.block_size
-        self._per_block = self._block // geometry.hash_block_tokens(config, kv)
+        self._per_block = self._block // contract.hash_block_tokens(config, kv)
         self._async = resolved.settings.onboard == "async"
         self._requests: dict[str, Request] = {}
         self._computed: dict[str, int] = {}
@@ -228,6 +228,8 @@ class WorkerSide:
         self._config, self._kv, self._settings = config, kv, resolved.settings
         self._worker: Worker | None = None
         self._step = Step()
+        self._after = False
+        """Whether what follows this step's forward pass has begun."""
 
     def register(self, caches: dict[str, torch.Tensor]) -> None:
         """vLLM's register_kv_caches."""
@@ -251,16 +253,20 @@ class WorkerSide:
         return self._worker
 
     def before_step(self, metadata: KvbmMetadata) -> None:
-        self._step = decode_step(metadata.payload)
+        self._step, self._after = decode_step(metadata.payload), False
         self.worker.before_step(self._step)
 
     def before_forward(self) -> None:
         self.worker.before_forward(self._step)
 
     def after_forward(self) -> None:
-        self.worker.after_forward(self._step)
+        if not self._after:
+            self._after = True
+            self.worker.after_forward(self._step)
 
     def results(self) -> KVConnectorTransferResults:
+        if self._step.idle:  # without a forward pass vLLM 0.30 does not wait for saves
+            self.after_forward()
         ended = self.worker.collect(idle=self._step.idle, waiting=self._step.waiting)
         return KVConnectorTransferResults(
             finished_sending=ended.released, finished_recving=ended.loaded, failed_recving=ended.failed
