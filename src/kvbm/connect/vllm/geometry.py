@@ -71,7 +71,7 @@ def hash_block_tokens(config: VllmConfig, kv: KVCacheConfig) -> int:
     return int(kv.hash_block_size or kv.kv_cache_groups[0].kv_cache_spec.block_size)
 
 
-def place(config: VllmConfig) -> Place:
+def place(config: VllmConfig, kv: KVCacheConfig) -> Place:
     """Where this engine stands."""
     parallel, transfer = config.parallel_config, config.kv_transfer_config
     assert transfer is not None
@@ -84,7 +84,14 @@ def place(config: VllmConfig) -> Place:
         data_parallel=transfer.engine_id.endswith(f"_dp{parallel.data_parallel_index}"),
         dp_rank=parallel.data_parallel_index,
         dp_local=max(1, parallel.data_parallel_size_local),
+        replicated=_replicated(config, kv),
     )
+
+
+def _replicated(config: VllmConfig, kv: KVCacheConfig) -> bool:
+    """Whether every rank holds the same KV: the latent of MLA."""
+    ranks = config.parallel_config.tensor_parallel_size
+    return ranks > 1 and bool(getattr(kv, "kv_tp_replicas", 1) == ranks)
 
 
 def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
@@ -111,6 +118,8 @@ def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
         "hash_block": hash_block_tokens(config, kv),
         "tensor_parallel": config.parallel_config.tensor_parallel_size,
     }
+    if _replicated(config, kv):
+        facts["replicated"] = True
     return Namespace(facts, weights)
 
 

@@ -86,7 +86,7 @@ class SchedulerSide:
         self._adapters: dict[tuple[Any, ...], bytes] = {}
         self.side = build_leader(
             resolved,
-            geometry.place(config),
+            geometry.place(config, kv),
             geometry.namespace(config, kv),
             block_tokens=self._block,
             shares_device_blocks=bool(config.cache_config.enable_prefix_caching),
@@ -233,7 +233,7 @@ class WorkerSide:
         """vLLM's register_kv_caches."""
         self._worker = build_worker(
             self._settings,
-            geometry.place(self._config),
+            geometry.place(self._config, self._kv),
             geometry.namespace(self._config, self._kv),
             geometry.g1_region(self._kv, caches),
             get_tensor_model_parallel_rank(),

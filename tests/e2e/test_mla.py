@@ -1,0 +1,92 @@
+"""Multi-head latent attention: one latent per token, the same on every rank."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import prompt_of
+from tests.e2e.engine import BLOCK, TINY, Done, Engine, environment
+from tests.e2e.test_disk import settled
+
+LATENT = BLOCK * (512 + 64) * TINY["num_hidden_layers"] * 4
+"""Bytes of one block of latents in float32."""
+
+
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DeepSeek-V2 with few layers and no experts; the latent has its real size, which the CPU's kernels want."""
+    import torch
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("deepseek")
+    torch.manual_seed(0)
+    config = DeepseekV2Config(
+        **(TINY | {"num_key_value_heads": 4, "head_dim": 64}),
+        kv_lora_rank=512, q_lora_rank=None, qk_rope_head_dim=64, qk_nope_head_dim=32, v_head_dim=32,
+        n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=64,
+        first_k_dense_replace=TINY["num_hidden_layers"],
+    )  # fmt: skip
+    DeepseekV2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mla(deepseek: Path) -> Iterator[Callable[..., list[Done]]]:
+    """The engine alone."""
+    with closing(Engine(deepseek, None, num_gpu_blocks_override=128)) as engine:
+        yield engine.run
+
+
+def _start(model: Path, ranks: int, disk: Path) -> Engine:
+    settings: dict[str, Any] = {"g2_gb": 64.5 * LATENT / 1e9, "g2_blocks": None, "g3_gb": 0.2, "g3_dir": str(disk)}
+    with environment(VLLM_CPU_OMP_THREADS_BIND="0|1" if ranks == 2 else None):
+        return Engine(model, settings, tensor_parallel_size=ranks)
+
+
+@pytest.mark.parametrize("ranks", [2, 1])
+def test_the_latent_is_stored_once(
+    deepseek: Path, mla: Callable[..., list[Done]], dice: random.Random, tmp_path: Path, ranks: int
+) -> None:
+    """In memory and on disk, whatever the number of ranks; all of them load the one copy."""
+    prompts = [prompt_of(dice, length) for length in (100, 330, 500)]
+    expected = [done.tokens for done in mla(prompts, 16)]
+    with closing(_start(deepseek, ranks, tmp_path)) as engine:
+        status = engine.status()
+        assert (status["ranks"], status["block_bytes"]) == (ranks, LATENT)
+        assert engine.leader.pool.statistics().total == 64
+        assert [done.tokens for done in engine.run(prompts, 16)] == expected
+        stored = settled(engine)["offload"]
+        assert stored["bytes"] == stored["blocks"] * LATENT
+        assert len(list(tmp_path.glob("*/rank*.data"))) == 1
+        engine.forget_device()
+        again = engine.run(prompts, 16)
+        assert [done.tokens for done in again] == expected
+        assert [done.cached for done in again] == [96, 320, 480]
+        loaded = settled(engine)["onboard"]
+        assert loaded["blocks"] == 28
+        assert loaded["bytes"] == 28 * LATENT * ranks
+        _spoil(engine)
+        engine.forget_device()
+        assert [done.tokens for done in engine.run(prompts, 16)] != expected, "it could not fail"
+    with closing(_start(deepseek, ranks, tmp_path)) as engine:
+        again = engine.run(prompts, 16)
+        assert [done.tokens for done in again] == expected
+        assert sum(done.cached for done in again) > 0
+        assert settled(engine)["tokens"]["g3"] > 0
+
+
+def _spoil(engine: Engine) -> None:
+    """Overwrites what rank 0 keeps in host memory, behind KVBM's back."""
+    (worker, *_) = engine.core.model_executor.workers
+    for name in (Path("/proc") / str(worker.proc.pid) / "fd").iterdir():
+        if "kvbm-arena" in str(name.readlink()):
+            with name.open("r+b") as file:
+                size = file.seek(0, 2)
+                file.seek(0)
+                file.write(bytes(random.Random(0).randbytes(1 << 20)) * (size >> 20))
