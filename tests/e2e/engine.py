@@ -132,6 +132,7 @@ class Engine:
         salt: str | None = None,
         lora: Any = None,
         priority: int = 0,
+        embeds: Any = None,
         **sampling: Any,
     ) -> str:
         from vllm import SamplingParams
@@ -139,6 +140,8 @@ class Engine:
         self._next += 1
         request = name or f"r{self._next}"
         body: dict[str, Any] = {"prompt_token_ids": list(prompt)}
+        if embeds is not None:
+            body = {"prompt_embeds": embeds}
         if salt is not None:
             body["cache_salt"] = salt
         passed = dict(transfer or {}) | ({"kvbm": dict(params)} if params is not None else {})

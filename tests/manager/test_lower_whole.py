@@ -73,8 +73,8 @@ def test_a_drain_leaves_nothing_only_in_memory(start: Start, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("purge", [True, False])
 def test_a_reset_lasts_through_a_restart(start: Start, tmp_path: Path, purge: bool) -> None:
-    """And nothing after it does: the engine may have got other weights then, which the next start does not have. A purge
-    changes no weights."""
+    """And nothing after it does: the engine may have got other weights then, which the next start does not have. A
+    purge changes no weights."""
     keys, new = keys_of("a", 4), keys_of("new", 2)
     with closing(Engine(tmp_path, 2)) as engine:
         engine.serve(keys)
