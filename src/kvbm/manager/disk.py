@@ -260,6 +260,8 @@ class DiskTier:
     def clear(self, *, lasting: bool = True) -> None:
         """A new generation: nothing on disk is served any more. With `lasting` False nothing that is written from now
         on outlives the process: the weights may no longer be those of the namespace."""
+        if self._lasting and not lasting:
+            log.warning("KVBM: a reset: what is written to disk from now on is served until the engine ends, no longer")
         self._lasting &= lasting
         self.pool.clear()
         self.cancel(list(self._moves))
