@@ -96,7 +96,9 @@ class Link:
                 raise Broken("the other side of the channel between leader and worker is gone")
 
     def _receive(self) -> bytes:
-        piece, files, _, _ = socket.recv_fds(self._sock, 1 << 16, 1, socket.MSG_CMSG_CLOEXEC)
+        piece, files, _, _ = socket.recv_fds(self._sock, 1 << 16, 1)
+        for file in files:
+            os.set_inheritable(file, False)
         self._files += files
         return piece
 
