@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,6 +68,24 @@ def environment(**values: str | None) -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+
+
+@contextmanager
+def asynchronous_scheduling() -> Iterator[None]:
+    """vLLM switches it off on CPUs whatever it is told; it is what runs on GPUs. An engine made in here has it."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.__dict__["check_and_update_config"]
+
+    def keep(cls: type, config: Any) -> None:
+        original.__func__(cls, config)
+        config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(keep)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        CpuPlatform.check_and_update_config = original
 
 
 class Engine:
@@ -192,6 +211,16 @@ class Engine:
     def forget_device(self) -> None:
         """Clears the engine's own prefix cache, and nothing else."""
         assert self.vllm.reset_prefix_cache()
+
+    def spoil(self) -> None:
+        """Overwrites what rank 0 keeps in host memory, behind KVBM's back."""
+        (worker, *_) = self.core.model_executor.workers
+        for descriptor in (Path("/proc") / str(worker.proc.pid) / "fd").iterdir():
+            if "kvbm-arena" in str(descriptor.readlink()):
+                with descriptor.open("r+b") as file:
+                    size = file.seek(0, 2)
+                    file.seek(0)
+                    file.write((random.Random(0).randbytes(1 << 16) * (size // (1 << 16) + 1))[:size])
 
     def close(self) -> None:
         self.vllm.engine_core.shutdown()

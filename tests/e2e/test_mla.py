@@ -75,21 +75,10 @@ def test_the_latent_is_stored_once(
         loaded = settled(engine)["onboard"]
         assert loaded["blocks"] == 57
         assert loaded["bytes"] == 57 * LATENT * ranks
-        _spoil(engine)
+        engine.spoil()
         assert [done.tokens for done in engine.run(prompts, 16)] != expected, "it could not fail"
     with closing(_start(deepseek, ranks, tmp_path)) as engine:
         again = engine.run(prompts, 16)
         assert [done.tokens for done in again] == expected
         assert sum(done.cached for done in again) > 0
         assert settled(engine)["tokens"]["g3"] > 0
-
-
-def _spoil(engine: Engine) -> None:
-    """Overwrites what rank 0 keeps in host memory, behind KVBM's back."""
-    (worker, *_) = engine.core.model_executor.workers
-    for name in (Path("/proc") / str(worker.proc.pid) / "fd").iterdir():
-        if "kvbm-arena" in str(name.readlink()):
-            with name.open("r+b") as file:
-                size = file.seek(0, 2)
-                file.seek(0)
-                file.write(bytes(random.Random(0).randbytes(1 << 20)) * (size >> 20))

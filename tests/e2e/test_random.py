@@ -77,7 +77,7 @@ def test_every_output_is_the_engines_own(engine: Engine, plain: Plain) -> None:
         for i, done in zip(these, plain([jobs[i][0] for i in these], length), strict=True):
             expected[i] = done.tokens
 
-    waiting, running, aborted, preempted = list(enumerate(jobs)), {}, set(), set()
+    waiting, running, aborted = list(enumerate(jobs)), {}, set()
     while waiting or engine.vllm.has_unfinished_requests():
         while waiting and dice.random() < 0.3:
             i, (prompt, tokens) = waiting.pop(0)
@@ -89,7 +89,6 @@ def test_every_output_is_the_engines_own(engine: Engine, plain: Plain) -> None:
         if dice.random() < 0.01:
             engine.vllm.reset_prefix_cache()
         engine.step()
-        preempted |= {name for name, each in engine.core.scheduler.requests.items() if each.num_preemptions}
     engine.drain()
     engine.settle()
 
@@ -99,7 +98,6 @@ def test_every_output_is_the_engines_own(engine: Engine, plain: Plain) -> None:
         if tokens != (expected[i][: len(tokens)] if i in aborted else expected[i]):
             wrong.append(i)
     assert wrong == []
-    assert preempted
     status = engine.status()
     assert status["onboard"]["blocks"] > 20
     assert status["evictions"] > 0
