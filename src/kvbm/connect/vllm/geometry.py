@@ -102,7 +102,9 @@ def place(config: VllmConfig, kv: KVCacheConfig) -> Place:
 def _replicated(config: VllmConfig, kv: KVCacheConfig) -> bool:
     """Whether every rank holds the same KV: the latent of MLA."""
     ranks = config.parallel_config.tensor_parallel_size
-    return ranks > 1 and bool(getattr(kv, "kv_tp_replicas", 1) == ranks)
+    # vLLM 0.30 does not say it.
+    latent = all(type(_a_spec(group)).__name__ == "MLAAttentionSpec" for group in kv.kv_cache_groups)
+    return ranks > 1 and bool(getattr(kv, "kv_tp_replicas", ranks if latent else 1) == ranks)
 
 
 def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
