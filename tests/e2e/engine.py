@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,6 +77,24 @@ def tells_hits_apart() -> bool:
     return contract.HIT_SOURCE is not None
 
 
+@contextmanager
+def asynchronous_scheduling() -> Iterator[None]:
+    """vLLM switches it off on CPUs whatever it is told; it is what runs on GPUs. An engine made in here has it."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.__dict__["check_and_update_config"]
+
+    def keep(cls: type, config: Any) -> None:
+        original.__func__(cls, config)
+        config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(keep)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        CpuPlatform.check_and_update_config = original
+
+
 class Engine:
     """`kvbm` are settings (None: plain vLLM); `options` go to vLLM's EngineArgs."""
 
@@ -139,6 +158,7 @@ class Engine:
         salt: str | None = None,
         lora: Any = None,
         priority: int = 0,
+        embeds: Any = None,
         **sampling: Any,
     ) -> str:
         from vllm import SamplingParams
@@ -146,6 +166,8 @@ class Engine:
         self._next += 1
         request = name or f"r{self._next}"
         body: dict[str, Any] = {"prompt_token_ids": list(prompt)}
+        if embeds is not None:
+            body = {"prompt_embeds": embeds}
         if salt is not None:
             body["cache_salt"] = salt
         passed = dict(transfer or {}) | ({"kvbm": dict(params)} if params is not None else {})
@@ -196,6 +218,16 @@ class Engine:
     def forget_device(self) -> None:
         """Clears the engine's own prefix cache, and nothing else."""
         assert self.vllm.reset_prefix_cache()
+
+    def spoil(self) -> None:
+        """Overwrites what rank 0 keeps in host memory, behind KVBM's back."""
+        (worker, *_) = self.core.model_executor.workers
+        for descriptor in (Path("/proc") / str(worker.proc.pid) / "fd").iterdir():
+            if "kvbm-arena" in str(descriptor.readlink()):
+                with descriptor.open("r+b") as file:
+                    size = file.seek(0, 2)
+                    file.seek(0)
+                    file.write((random.Random(0).randbytes(1 << 16) * (size // (1 << 16) + 1))[:size])
 
     def close(self) -> None:
         self.vllm.engine_core.shutdown()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import random
+import shutil
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +89,19 @@ def _groups(*names: str) -> Change:
     return change
 
 
+def _drafting(method: str, draft: Path | None = None, **facts: Any) -> Change:
+    """With a draft model in that folder."""
+
+    def change(config: Any, _: Any) -> None:
+        model = copy.copy(config.model_config)
+        object.__setattr__(model, "model", str(draft))
+        config.speculative_config = SimpleNamespace(
+            method=method, draft_model_config=model, draft_load_config=None, **facts
+        )
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -99,6 +114,9 @@ def _groups(*names: str) -> Change:
         (_set("parallel_config.prefill_context_parallel_size", 2), "prefill context parallelism"),
         (_set("parallel_config.nnodes", 2), "several nodes"),
         (_set("device_config.device_type", "cuda"), "cuda memory"),
+        (_drafting("eagle"), "speculative decoding by eagle"),
+        (_drafting("draft_model", parallel_drafting=True), "made at once"),
+        (_set("cache_config.calculate_kv_scales", True), "KV scales"),
     ],
 )
 def test_what_cannot_be_served_is_refused(served: tuple[Any, Any], change: Change, sentence: str) -> None:
@@ -109,6 +127,60 @@ def test_what_cannot_be_served_is_refused(served: tuple[Any, Any], change: Chang
     change(config, kv)
     with pytest.raises(Unsupported, match=sentence):
         geometry.check(config, kv, load(environ={}))
+
+
+def _spec(**facts: Any) -> Change:
+    """Of other blocks."""
+    import dataclasses
+
+    def change(_: Any, kv: Any) -> None:
+        group = copy.copy(kv.kv_cache_groups[0])
+        group.kv_cache_spec = dataclasses.replace(group.kv_cache_spec, **facts)
+        kv.kv_cache_groups = [group]
+
+    return change
+
+
+def _kv(name: str, value: Any) -> Change:
+    return lambda _, kv: setattr(kv, name, value)
+
+
+def _shared(config: Any, kv: Any) -> None:
+    """Two ranks with the same KV; they are counted in the parallel size alone where each has its own."""
+    _set("parallel_config.tensor_parallel_size", 2)(config, kv)
+    kv.kv_tp_replicas = 2
+
+
+def test_what_changes_a_block_is_another_namespace(served: tuple[Any, Any], tiny: Path, tmp_path: Path) -> None:
+    from kvbm.connect.vllm import geometry
+
+    def fingerprint(*changes: Change) -> str:
+        config, kv = copy.copy(served[0]), copy.copy(served[1])
+        for change in changes:
+            change(config, kv)
+        return geometry.namespace(config, kv).fingerprint
+
+    other = Path(shutil.copytree(tiny, tmp_path / "other"))
+    (other / "model.safetensors").touch()
+    seen = [fingerprint(*changes) for changes in (
+        [],
+        [_set("cache_config.cache_dtype", "fp8")],
+        [_set("cache_config.prefix_caching_hash_algo", "sha256_cbor")],
+        [_set("model_config.dtype", "bfloat16")],
+        [_set("model_config.quantization", "fp8")],
+        [_set("model_config.model", str(other))],
+        [_set("parallel_config.tensor_parallel_size", 2)],
+        [_shared],
+        [_spec(block_size=64)],
+        [_spec(num_kv_heads=4)],
+        [_spec(head_size=64)],
+        [_kv("kv_cache_layout", "LBNHC")],
+        [_kv("hash_block_size", 16)],
+        [_drafting("draft_model", tiny)],
+        [_drafting("draft_model", other)],
+    )]  # fmt: skip
+    assert len(set(seen)) == len(seen)
+    assert fingerprint() == seen[0] == fingerprint(_drafting("ngram")), "n-grams keep no KV"
 
 
 def test_hashes_that_differ_between_processes_are_refused(served: tuple[Any, Any]) -> None:

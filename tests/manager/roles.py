@@ -73,8 +73,8 @@ class FakeFolder:
         if self.problem is not None:
             raise Broken(self.problem)
 
-    def clear(self) -> int:
-        self._call("clear")
+    def clear(self, *, lasting: bool = True) -> int:
+        self._call("clear" if lasting else "clear for now")
         self.generation += 1
         self.found = recovered([], [], [])
         return self.generation

@@ -55,6 +55,27 @@ def test_one_message_at_a_time(pair: Pair) -> None:
     assert link.take() == [Ready(3)]
 
 
+def test_a_file_goes_with_its_message(tmp_path: Path) -> None:
+    here, there = (Link(end) for end in socket.socketpair())
+    with pytest.raises(Broken, match="a file was to come"):
+        there.take_file()
+    (tmp_path / "file").write_text("what is in it")
+    with (tmp_path / "file").open() as file:
+        here.send(Bye())
+        here.send(Ready(1, "x" * 200_000), file.fileno())
+        here.send(Ready(2), file.fileno())
+    assert there.wait(10) == Bye()
+    assert there.wait(10) == Ready(1, "x" * 200_000)
+    with os.fdopen(got := there.take_file()) as same:
+        assert same.read() == "what is in it"
+        assert not os.get_inheritable(got)
+    assert there.wait(10) == Ready(2)
+    open_before = len(os.listdir("/proc/self/fd"))
+    there.close()  # with what nobody took
+    assert len(os.listdir("/proc/self/fd")) == open_before - 2
+    here.close()
+
+
 def test_both_ways_and_larger_than_a_read() -> None:
     ends = socket.socketpair()
     one, two = Link(ends[0]), Link(ends[1])

@@ -301,7 +301,7 @@ def test_a_generation_that_cannot_be_written_down_keeps_the_tier_unused(make_sta
     stage.tick(1.0)
     stage.settle()
     stage.leader.reset()  # once more
-    assert stage.folder.calls == ["clear"] * 2
+    assert stage.folder.calls == ["clear for now"] * 2
     assert not stage.hear(Probe)
     assert not stage.hear(Generation)
     stage.folder.problem = None
@@ -358,7 +358,24 @@ def test_a_reset_just_before_the_end_is_written_down(make_stage: Make, problem: 
     stage.folder.problem = problem
     stage.tier.close()
     assert stage.folder.generation == (1 if problem is None else 0)
-    assert stage.folder.calls[-2:] == ["clear", "close"]
+    assert stage.folder.calls[-2:] == ["clear for now", "close"]
+
+
+def test_a_reset_while_a_purge_is_written_down_does_not_last(make_stage: Make) -> None:
+    """What is written after a reset may be of other weights, and a purge alone must not let it outlive the process."""
+    stage = make_stage().add_disk()
+    stage.tier.clear()
+    while not stage.tier._waited[0].done():  # the purge is done, and nobody has heard of it
+        time.sleep(0.001)
+    stage.leader.reset()
+    assert stage.tier.clearing
+    stage.settle()
+    assert stage.folder.calls == ["clear", "clear for now"]
+    assert stage.hear(Generation) == [Generation(2)]
+    assert stage.tier.problem is None
+    stage.tier.clear()
+    stage.settle()
+    assert stage.folder.calls[-1] == "clear for now"
 
 
 # ---------------------------------------------------------------------- un-publishing

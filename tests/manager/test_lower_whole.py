@@ -71,21 +71,32 @@ def test_a_drain_leaves_nothing_only_in_memory(start: Start, tmp_path: Path) -> 
     assert [engine.serve(keys_of(name, 4)) for name in "ab"] == [4, 4]
 
 
-def test_a_reset_lasts_through_a_restart(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("purge", [True, False])
+def test_a_reset_lasts_through_a_restart(start: Start, tmp_path: Path, purge: bool) -> None:
+    """And nothing after it does: the engine may have got other weights then, which the next start does not have. A
+    purge changes no weights."""
     keys, new = keys_of("a", 4), keys_of("new", 2)
     with closing(Engine(tmp_path, 2)) as engine:
         engine.serve(keys)
         engine.settle()
-        engine.leader.reset()
-        assert engine.serve(keys) == 0
-        engine.settle()
-        engine.leader.reset()
+        if not purge:
+            engine.leader.reset()
+            assert engine.serve(keys) == 0
+            engine.settle()
+        with engine.leader.below() as lower:
+            assert lower is not None
+            lower.clear_disk() if purge else engine.leader.reset()
         engine.settle()
         engine.serve(new)
         engine.settle()
     engine = start(2)
     assert engine.serve(keys) == 0
-    assert engine.serve(new) == 2
+    assert engine.serve(new) == (2 if purge else 0)
+    if not purge:
+        engine.settle()
+        engine.close()
+        engine = start(2)
+        assert engine.serve(new) == 2, "what was written after the restart lasts again"
 
 
 @pytest.mark.parametrize("placement", ["write-through", "exclusive"])

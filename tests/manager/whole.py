@@ -27,7 +27,8 @@ def kv(key: bytes, rank: int) -> bytes:
 
 
 class Engine:
-    """One engine of `ranks` ranks. It has a disk tier unless `g3_blocks` is None."""
+    """One engine of `ranks` ranks, each with KV of its own unless `replicated`. It has a disk tier unless `g3_blocks`
+    is None."""
 
     def __init__(
         self,
@@ -37,6 +38,7 @@ class Engine:
         engine: str = "e",
         model: str = "m",
         g3_blocks: int | None = 32,
+        replicated: bool = False,
         **settings: Any,
     ) -> None:
         extra = {
@@ -46,7 +48,9 @@ class Engine:
         if g3_blocks is not None:
             extra["g3_blocks"] = g3_blocks
         resolved = load(environ={}, extra=extra | settings)
-        place, names = Place(engine, ranks), Namespace({"model": model}, "w")
+        place, names = Place(engine, ranks, replicated=replicated), Namespace({"model": model}, "w")
+        self.parts = [0 if replicated else rank for rank in range(ranks)]
+        """Which part of a block each rank has."""
         self.g1 = [HostMemory(ROWS, G1) for _ in range(ranks)]
         self.workers = [
             build_worker(resolved.settings, place, names, memory.region, rank) for rank, memory in enumerate(self.g1)
@@ -103,9 +107,9 @@ class Engine:
         self.until(lambda: self.leader.in_flight() == (0, 0))
         for rank, memory in enumerate(self.g1):
             for block in blocks[:found]:
-                assert memory.get(block) == kv(keys[block], rank), "wrong bytes were served"
+                assert memory.get(block) == kv(keys[block], self.parts[rank]), "wrong bytes were served"
             for block in blocks[found:]:
-                memory.put(block, kv(keys[block], rank))
+                memory.put(block, kv(keys[block], self.parts[rank]))
         self.step(name, len(keys))
         self.until(lambda: self.leader.in_flight() == (0, 0))
         self.leader.finish(name, blocks, len(keys))

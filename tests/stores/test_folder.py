@@ -293,6 +293,20 @@ def test_cleared_is_cleared_for_good(folder: Folder) -> None:
     assert len(again.recover().slots) == 0
 
 
+def test_a_generation_that_does_not_last_is_found_by_its_process_only(folder: Folder) -> None:
+    namespace = use(folder, A)
+    first = namespace.clear(lasting=False)
+    fill(namespace)
+    assert len(namespace.recover().slots) == namespace.num_slots
+    assert namespace.clear(lasting=False) == first + 1
+    fill(namespace)
+    again = use(folder, A)
+    assert again.generation == 3
+    assert len(again.recover().slots) == 0
+    fill(again)
+    assert len(use(folder, A).recover().slots) == again.num_slots
+
+
 @pytest.mark.parametrize(("ranks", "block"), [(2, BLOCK), (1, 2 * BLOCK)])
 def test_other_ranks_or_sizes_begin_anew(folder: Folder, ranks: int, block: int) -> None:
     fill(use(folder, A))

@@ -51,6 +51,7 @@ class Place:
     """Where this engine stands: its id, its tensor-parallel ranks, its place among the data-parallel engines here.
 
     `dp_local` is 1 for engines that are not told how many there are; that it is one of several says `data_parallel`.
+    `replicated`: every rank has the same KV, so that rank 0 stores it for all.
     """
 
     engine: str
@@ -58,6 +59,12 @@ class Place:
     data_parallel: bool = False
     dp_rank: int = 0
     dp_local: int = 1
+    replicated: bool = False
+
+    @property
+    def storing(self) -> range:
+        """The ranks that store: each has its own part of a block."""
+        return range(1 if self.replicated else self.ranks)
 
 
 @dataclass(slots=True)
@@ -90,11 +97,12 @@ def channel_path(settings: Settings, engine: str) -> Path:
 
 def build_worker(settings: Settings, place: Place, namespace: Namespace, g1: Region, rank: int) -> Worker:
     """The worker of one rank. Returns at once; its arena is made when the leader says how large."""
+    stores = rank in place.storing
 
     def make_executor() -> Executor:
         threads = settings.copy_threads or max(1, min(4, (os.cpu_count() or 1) // place.ranks))
         transports: list[Transport] = [MemcpyTransport(threads)]
-        if build_disk.wanted(settings):
+        if build_disk.wanted(settings) and stores:
             transports.append(build_disk.transport(settings))
         if settings.transport_wrapper:
             transports = [_wrap(settings.transport_wrapper, transport, rank) for transport in transports]
@@ -108,8 +116,9 @@ def build_worker(settings: Settings, place: Place, namespace: Namespace, g1: Reg
         fingerprint=namespace.fingerprint,
         address=channel_path(settings, place.engine),
         make_executor=make_executor,
-        open_disk=partial(build_disk.open_shard, settings),
-        open_peers=partial(build_peers.open_memory, settings) if build_peers.wanted(settings) else None,
+        open_disk=partial(build_disk.open_shard, settings) if stores else None,
+        open_peers=partial(build_peers.open_memory, settings) if build_peers.wanted(settings) and stores else None,
+        stores=stores,
     )
 
 
@@ -137,20 +146,22 @@ def build_leader(
     found: build_disk.Found | None = None
     with ExitStack() as undo:
         links, slot_bytes = _gather(settings, place, namespace, undo)
+        parts = len(place.storing)
+        block_bytes = slot_bytes * parts
         if build_disk.wanted(settings):
             try:
                 path = disk_folder(settings, place)
-                found = build_disk.find(settings, path, place.engine, place.ranks, namespace, slot_bytes)
+                found = build_disk.find(settings, path, place.engine, parts, namespace, slot_bytes)
                 undo.callback(found.folder.close)
             except Broken as error:
                 _without_disk(settings, absent, str(error))
         with _one_at_a_time(settings):
-            slots, why = _size(resolved, place, slot_bytes * place.ranks)
+            slots, why = _size(resolved, place, block_bytes)
             log.info(
                 "KVBM: G2 holds %d blocks of %d tokens, %.2f GB over %d rank(s): %s",
-                slots, block_tokens, slots * slot_bytes * place.ranks / 1e9, place.ranks, why,
+                slots, block_tokens, slots * block_bytes / 1e9, parts, why,
             )  # fmt: skip
-            problem = _allot(settings, links, slots, found.folder.place if found else None)
+            problem = _allot(settings, place, links, slots, found.folder.place if found else None)
         if found and problem is not None:
             _without_disk(settings, absent, problem)
             found.folder.close()
@@ -162,15 +173,15 @@ def build_leader(
         settings,
         pool,
         links,
-        slot_bytes=slot_bytes * place.ranks,
+        slot_bytes=block_bytes,
         gate=Gate(block_tokens),
         shares_device_blocks=shares_device_blocks,
         observers=[totals],
     )
     leader.absent = absent
-    _add_lower(settings, place, namespace, leader, found, slot_bytes * place.ranks, block_tokens)
+    _add_lower(settings, place, namespace, leader, found, block_bytes, block_tokens)
     about = About(
-        place.engine, __version__, namespace.fingerprint, place.ranks, slot_bytes * place.ranks, block_tokens,
+        place.engine, __version__, namespace.fingerprint, place.ranks, block_bytes, block_tokens,
         found.folder.path if found else None,
     )  # fmt: skip
     control = Control(leader, totals, about, settings.run_dir)
@@ -189,13 +200,14 @@ def _add_lower(
     shares = build_peers.wanted(settings)
     if found is None and not shares:
         return
-    disk = build_disk.disk_side(settings, leader, leader.links, found, block_bytes) if found is not None else None
+    links = {rank: leader.links[rank] for rank in place.storing}
+    disk = build_disk.disk_side(settings, leader, links, found, block_bytes) if found is not None else None
     promotion = build_disk.promotion(settings, leader, disk, block_bytes)
     lower = Lower(promotion, block_tokens, disk)
     if shares:
         try:
             lower.peers = build_peers.peers(
-                settings, leader, promotion, disk, namespace, peer_name(settings, place), place.dp_rank
+                settings, leader, links, promotion, disk, namespace, peer_name(settings, place), place.dp_rank
             )
         except Broken as error:
             log.error("KVBM: no blocks are shared with other instances: %s", error)
@@ -294,21 +306,33 @@ def _size(resolved: Resolved, place: Place, block_bytes: int) -> tuple[int, str]
     return slots, why
 
 
-def _allot(settings: Settings, links: dict[int, Link], slots: int, disk: DiskPlace | None) -> str | None:
-    """Has every rank make its arena and open its file. Returns why a file could not be opened."""
-    for link in links.values():
-        link.send(Allot(slots, disk))
+def _allot(settings: Settings, place: Place, links: dict[int, Link], slots: int, disk: DiskPlace | None) -> str | None:
+    """Has every rank that stores make its arena and open its file, then the others map that arena. Returns why a file
+    could not be opened."""
     deadline = time.monotonic() + settings.init_timeout_s
-    problem: str | None = None
-    for rank, link in links.items():
-        match link.wait(max(0.0, deadline - time.monotonic())):
-            case Ready(disk=trouble):
-                problem = problem or trouble
-            case Refused(problem=refusal):
-                raise Broken(f"rank {rank} cannot get its host memory: {refusal}")
-            case message:
-                raise Broken(f"rank {rank} did not prepare its host memory in time ({message!r})")
-    return problem
+    for rank in place.storing:
+        links[rank].send(Allot(slots, disk, shared=place.replicated))
+    problems = [_ready(rank, links[rank], deadline) for rank in place.storing]
+    if others := [rank for rank in links if rank not in place.storing]:
+        arena = links[0].take_file()
+        try:
+            for rank in others:
+                links[rank].send(Allot(slots, disk), arena)
+        finally:
+            os.close(arena)
+        problems += [_ready(rank, links[rank], deadline) for rank in others]
+    return next((problem for problem in problems if problem), None)
+
+
+def _ready(rank: int, link: Link, deadline: float) -> str | None:
+    """Waits for one rank's memory. Returns why it has no file."""
+    match link.wait(max(0.0, deadline - time.monotonic())):
+        case Ready(disk=trouble):
+            return trouble
+        case Refused(problem=refusal):
+            raise Broken(f"rank {rank} cannot get its host memory: {refusal}")
+        case message:
+            raise Broken(f"rank {rank} did not prepare its host memory in time ({message!r})")
 
 
 def _without_disk(settings: Settings, absent: dict[str, str], problem: str) -> None:

@@ -15,6 +15,7 @@ from kvbm.core.config import Settings, set_for_library
 from kvbm.core.errors import ConfigError
 from kvbm.core.keys import Namespace
 from kvbm.core.region import Region
+from kvbm.manager.channel import Link
 from kvbm.manager.leader import Leader
 from kvbm.manager.lower import DiskSide
 from kvbm.manager.peers.client import Us
@@ -89,17 +90,19 @@ def _loopback(host: str) -> bool:
 def peers(
     settings: Settings,
     leader: Leader,
+    links: dict[int, Link],
     promotion: Promotion,
     disk: DiskSide | None,
     namespace: Namespace,
     name: str,
     dp_rank: int,
 ) -> Peers:
-    """What the leader has of it. Raises ConfigError, and Broken where it cannot be had now."""
+    """What the leader has of it; `links` are those of the ranks that store. Raises ConfigError, and Broken where it
+    cannot be had now."""
     installed()
     secret, incarnation = _secret(settings), random.SystemRandom().getrandbits(63)
     slots = leader.pool.statistics().total
-    sums = Sums(len(leader.links), slots)
+    sums = Sums(len(links), slots)
     serving = Serving(
         leader.pool, promotion, sums, leader.requests,
         most=max(1, int(slots * settings.held_share)), seconds=settings.peer_lease_s, aside=leader.standing_aside,
@@ -123,7 +126,7 @@ def peers(
     promotion.sums = sums
     log.info("KVBM: shares blocks with other instances as %s", name)
     return Peers(
-        network, serving, published, promotion, leader.pool, leader.gate, leader.links,
+        network, serving, published, promotion, leader.pool, leader.gate, links,
         deadline_s=settings.peer_deadline_s, patience_s=settings.pull_wait_s, keep=settings.peer_copies == "keep",
         next_id=leader.next_job, lock=leader.below, clock=time.monotonic,
     )  # fmt: skip

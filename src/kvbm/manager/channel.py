@@ -36,18 +36,22 @@ class Link:
         self._sock = sock
         self._buffer = bytearray()
         self._lock = threading.Lock()
+        self._files: list[int] = []
         self.open = True
 
     def fileno(self) -> int:
         """For select; -1 once it is closed."""
         return self._sock.fileno()
 
-    def send(self, message: Message) -> None:
-        """Sends all of it. Raises Broken when the other side is gone."""
+    def send(self, message: Message, file: int | None = None) -> None:
+        """Sends all of it, and with it an open file, of which the other side gets a descriptor of its own. Raises
+        Broken when the other side is gone."""
         body = encode(message)
         try:
             with self._lock:
-                self._sock.sendall(_HEAD.pack(len(body)) + body)
+                data = memoryview(_HEAD.pack(len(body)) + body)
+                sent = 0 if file is None else socket.send_fds(self._sock, [data], [file])
+                self._sock.sendall(data[sent:])
         except OSError as error:
             self.open = False
             raise Broken(f"the channel between leader and worker broke: {error}") from error
@@ -70,7 +74,8 @@ class Link:
         return self._frames()
 
     def wait(self, timeout: float) -> Message | None:
-        """The next message; None after `timeout` seconds. Raises Broken when the other side is gone."""
+        """The next message; None after `timeout` seconds. Raises Broken when the other side is gone. A file that comes
+        with it is kept for `take_file`."""
         deadline = time.monotonic() + timeout
         while True:
             if frames := self._frames(1):
@@ -80,7 +85,7 @@ class Link:
                 return None
             try:
                 ready = select.select([self._sock], [], [], left)[0]
-                piece = self._sock.recv(1 << 16) if ready else None
+                piece = self._receive() if ready else None
             except (OSError, ValueError) as error:  # ValueError: another thread closed it
                 self.open = False
                 raise Broken(f"the channel between leader and worker broke: {error}") from error
@@ -90,8 +95,23 @@ class Link:
                 self.open = False
                 raise Broken("the other side of the channel between leader and worker is gone")
 
+    def _receive(self) -> bytes:
+        piece, files, _, _ = socket.recv_fds(self._sock, 1 << 16, 1)
+        for file in files:
+            os.set_inheritable(file, False)
+        self._files += files
+        return piece
+
+    def take_file(self) -> int:
+        """A descriptor that came with a message of `wait`; it is the caller's. Raises Broken: none did."""
+        if not self._files:
+            raise Broken("a file was to come over the channel between leader and worker")
+        return self._files.pop(0)
+
     def close(self) -> None:
         self.open = False
+        while self._files:
+            os.close(self._files.pop())
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()

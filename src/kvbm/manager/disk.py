@@ -40,8 +40,8 @@ _PROBE_EVERY = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 class Durable(Protocol):
     """What the leader needs of the folder on disk. Calls may wait for the disk, and raise Broken."""
 
-    def clear(self) -> int:
-        """Begin a new generation and return its number."""
+    def clear(self, *, lasting: bool = True) -> int:
+        """Begin a new generation and return its number. One that is not `lasting` ends with the process."""
 
     def restore(self) -> None:
         """Make again what was deleted or cut."""
@@ -82,6 +82,8 @@ class DiskTier:
         """In a row: reads, writes."""
         self._stale = False
         """Whether a new generation has not been written down yet."""
+        self._lasting = True
+        """Whether another process may find what is written."""
         self._lost = False
         """Whether the files were made anew and have not been looked into."""
         self._chores = ThreadPoolExecutor(1, "kvbm-folder")
@@ -255,8 +257,12 @@ class DiskTier:
         self.pool.discard(hold.keys)
         hold.drop()
 
-    def clear(self) -> None:
-        """A new generation: nothing on disk is served any more."""
+    def clear(self, *, lasting: bool = True) -> None:
+        """A new generation: nothing on disk is served any more. With `lasting` False nothing that is written from now
+        on outlives the process: the weights may no longer be those of the namespace."""
+        if self._lasting and not lasting:
+            log.warning("KVBM: a reset: what is written to disk from now on is served until the engine ends, no longer")
+        self._lasting &= lasting
         self.pool.clear()
         self.cancel(list(self._moves))
         if not self._stale:  # else that has not happened yet, and nothing was written since
@@ -270,12 +276,16 @@ class DiskTier:
             self._next_probe = self._clock() + _PROBE_EVERY[0]
 
         def clear() -> Callable[[], None]:
-            number = self._folder.clear()
-            return lambda: self._renewed(number)
+            lasting = self._lasting
+            number = self._folder.clear(lasting=lasting)
+            return lambda: self._renewed(number, lasting)
 
         self._do(clear)
 
-    def _renewed(self, number: int) -> None:
+    def _renewed(self, number: int, lasting: bool) -> None:
+        if lasting and not self._lasting:
+            self._renew()
+            return
         self._generation, self._stale = number, False
         self._send(Generation(number))
         if self.problem == _CLEARING:  # else a probe has to say that it works
@@ -291,7 +301,7 @@ class DiskTier:
         self._chores.shutdown(wait=False, cancel_futures=True)
         if self._stale:
             try:
-                self._folder.clear()
+                self._folder.clear(lasting=self._lasting)
             except Broken as error:
                 log.error("KVBM: a restart may find blocks from before the last reset on disk: %s", error)
         self._folder.close()

@@ -142,19 +142,19 @@ class Lower:
             self.peers.stand_aside()
 
     def clear(self) -> None:
-        """A new generation."""
-        self.clear_disk()
+        """A new generation, maybe of other weights."""
+        self.clear_disk(lasting=False)
         if self.peers is not None:
             self.peers.clear()
 
-    def clear_disk(self) -> None:
-        """Nothing that is on disk now is served any more."""
+    def clear_disk(self, *, lasting: bool = True) -> None:
+        """Nothing that is on disk now is served any more; see `DiskTier.clear`."""
         self.promotion.clear()
         if self.disk is not None:
             self.disk.demotion.clear()
             if self.disk.verification is not None:
                 self.disk.verification.end("a new generation began")
-            self.disk.tier.clear()
+            self.disk.tier.clear(lasting=lasting)
 
     def counts(self) -> dict[str, int]:
         """What is not a copy, for metrics."""

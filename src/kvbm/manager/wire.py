@@ -68,10 +68,13 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
 
 class Allot(msgspec.Struct, frozen=True, tag=True):
-    """Make the host arena this large, and open the file of this rank, if there is a disk tier."""
+    """Make the host arena this large, and open the file of this rank, if there is a disk tier. A rank that stores
+    nothing itself gets the file of the arena with it."""
 
     num_slots: int
     disk: Place | None = None
+    shared: bool = False
+    """Answer with the file of the arena: other ranks load from it."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -77,7 +77,8 @@ class Collected:
 
 
 class Worker:
-    """See the module. `g1` is the engine's KV cache of this rank; `make_executor` builds the copy machinery."""
+    """See the module. `g1` is the engine's KV cache of this rank; `make_executor` builds the copy machinery. A rank
+    without `stores` has the same KV as rank 0, and loads it from that rank's host memory."""
 
     def __init__(
         self,
@@ -91,8 +92,9 @@ class Worker:
         make_executor: Callable[[], Executor],
         open_disk: OpenDisk | None = None,
         open_peers: OpenPeers | None = None,
+        stores: bool = True,
     ) -> None:
-        self._settings, self._g1, self._rank = settings, g1, rank
+        self._settings, self._g1, self._rank, self._stores = settings, g1, rank, stores
         self._hello = Hello(rank, world, fingerprint, g1.slot_bytes)
         self._address = address
         self._executor = make_executor()
@@ -168,6 +170,9 @@ class Worker:
             if self._spoiled:
                 blocks = len(copy.g1_slots())
                 self._report(copy.job, Completion.failed(copy.job, blocks, "computed from a load that failed"))
+            elif not self._stores:
+                # Its word counts all the same: had it computed with a load that failed, so had the rank that stores.
+                self._report(copy.job, Completion(copy.job, np.zeros(len(copy.g1_slots()), np.uint8), None, 0.0, 0))
             else:
                 self._submit(copy, is_load=False)
         self._spoiled = False
@@ -264,8 +269,8 @@ class Worker:
             link.send(self._hello)
             while not self._closing.is_set():
                 match link.wait(1.0):
-                    case Allot(num_slots=slots, disk=place):
-                        self._allot(link, slots, place)
+                    case Allot() as message:
+                        self._allot(link, message)
                     case Cancel(jobs=jobs):
                         if self._disk is not None:
                             self._disk.cancel(jobs)
@@ -292,10 +297,10 @@ class Worker:
             if link is not None and link is not self._link:
                 link.close()
 
-    def _allot(self, link: Link, slots: int, place: Place | None) -> None:
-        """Makes the arena and touches all of it, so that first copies are not slower than later ones and a lack of
-        memory shows now."""
-        last = time.monotonic()
+    def _allot(self, link: Link, allot: Allot) -> None:
+        """Makes the arena, or maps that of the rank that stores, and touches all of it, so that first copies are not
+        slower than later ones and a lack of memory shows now."""
+        slots, place, last = allot.num_slots, allot.disk, time.monotonic()
 
         def progress(done: int, total: int) -> None:
             nonlocal last
@@ -306,7 +311,7 @@ class Worker:
         try:
             # Direct I/O wants whole pages.
             stride = place.slot_bytes if place is not None else self._g1.slot_bytes
-            arena = Arena(slots * stride)
+            arena = Arena(slots * stride, None if self._stores else link.take_file())
             arena.touch(progress)
         except Broken as error:
             link.send(Refused(self._rank, str(error)))
@@ -328,7 +333,7 @@ class Worker:
                 )  # fmt: skip
             except Broken as error:
                 problem = str(error)
-        link.send(Ready(self._rank, problem))
+        link.send(Ready(self._rank, problem), arena.fd if allot.shared else None)
         if self._open_peers is not None:
             mine = arena.region([self._g1.slot_bytes], slots, stride=stride, name="G2 for peers")
             try:

@@ -16,12 +16,14 @@ from kvbm.stores.format import FORMAT, padded
 from kvbm.stores.lock import Lock
 from kvbm.stores.meta import (
     OVERHEAD_BYTES,
+    PASSING,
     Listing,
     Meta,
     Place,
     as_facts,
     delete,
     folder_name,
+    following,
     listed,
     place_of,
     read_meta,
@@ -106,7 +108,7 @@ class Folder:
                 ranks=ranks,
                 block_bytes=block_bytes,
                 num_slots=num_slots,
-                generation=old.generation if old else 0,
+                generation=_at_start(old) if old else 0,
                 created=old.created if old else now,
                 last_used=now,
                 encryption=encryption,
@@ -186,13 +188,15 @@ class NamespaceFolder:
         """The blocks it has, on all ranks (see `kvbm.stores.recovery`). No rank may write meanwhile. Raises Broken."""
         return recover(self.place, self._folder._clock())
 
-    def clear(self) -> int:
+    def clear(self, *, lasting: bool = True) -> int:
         """Have none of its blocks ever found again, and return the new generation. Ranks are told by the caller.
+
+        What is written in a generation that is not `lasting` is found by this process only.
 
         Raises:
             Broken: it could not be written down; the old generation lasts.
         """
-        meta = msgspec.structs.replace(self._meta, generation=(self._meta.generation + 1) % (1 << 32))
+        meta = msgspec.structs.replace(self._meta, generation=following(self._meta.generation, lasting=lasting))
         with reported(f"clear {self.path}"):
             meta.write(self.path)
         self._meta = meta
@@ -232,3 +236,8 @@ class NamespaceFolder:
     def _prepare(self) -> None:
         for rank in range(self._meta.ranks):
             self.place.prepare(rank)
+
+
+def _at_start(old: Meta) -> int:
+    """The generation that a process finds."""
+    return following(old.generation) if old.generation & PASSING else old.generation

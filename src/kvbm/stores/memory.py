@@ -32,20 +32,24 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Arena:
-    """`size` bytes of zeroed shared memory (a memfd, private to this process until `fd` is passed on).
+    """`size` bytes of zeroed shared memory (a memfd, private to this process until `fd` is passed on), or those of an
+    arena of another process whose `fd` was passed on; it is this object's from now on.
 
     Nothing is really allocated before `touch`. Threads: any; `close` only after every transport that may use the
     memory is closed, since it is unmapped.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, fd: int | None = None) -> None:
         if size < 1:
             raise ValueError(f"an arena needs at least one byte, not {size}")
         self.size = size
-        self.fd = os.memfd_create("kvbm-arena", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("kvbm-arena", os.MFD_CLOEXEC) if fd is None else fd
         self._close_fd = weakref.finalize(self, os.close, self.fd)
         try:
-            os.ftruncate(self.fd, size)
+            if fd is None:
+                os.ftruncate(self.fd, size)
+            elif (theirs := os.fstat(fd).st_size) != size:
+                raise OSError(f"the other process's arena has {theirs} bytes, not {size}")
             # A place to choose an aligned address in; the file then takes it over.
             room = _mapped(None, size + _HUGE, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
             self._unmap = weakref.finalize(self, _libc.munmap, room, size + _HUGE)

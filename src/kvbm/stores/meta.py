@@ -21,6 +21,16 @@ OVERHEAD_BYTES: Final = 16 * PAGE
 """What a namespace takes besides its slots: folder, `meta.json` and its successor."""
 
 
+PASSING: Final = 1 << 31
+"""Set in the number of a generation that ends with the process which began it."""
+
+
+def following(generation: int, *, lasting: bool = True) -> int:
+    """The number of the next generation. No two have the same without `PASSING`."""
+    number = (generation + 1) % PASSING
+    return number if lasting else number | PASSING
+
+
 class Meta(msgspec.Struct, frozen=True, kw_only=True):
     """The contents of ``meta.json``. `facts` are for people; the `fingerprint` covers them.
 

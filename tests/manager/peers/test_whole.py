@@ -14,9 +14,9 @@ from tests.manager.roles import keys_of
 from tests.manager.whole import LAST, TOKENS, kv
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_what_one_computed_the_other_loads(start: Start, ranks: int) -> None:
-    first, second = start("a", ranks), start("b", ranks)
+@pytest.mark.parametrize(("ranks", "replicated"), [(1, False), (2, False), (2, True)])
+def test_what_one_computed_the_other_loads(start: Start, ranks: int, replicated: bool) -> None:
+    first, second = (start(name, ranks, replicated=replicated) for name in "ab")
     know_each_other(first, second)
     keys = keys_of("p", 6)
     assert first.serve(keys) == 0

@@ -14,20 +14,23 @@ from kvbm.manager.build import Place
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 _SERVED = {"FullAttentionSpec", "MLAAttentionSpec"}
 _HASHES = {"sha256", "sha256_cbor"}
+_SPECULATION = {"ngram", "draft_model"}
+"""Others keep KV that depends on the target's hidden states, and on the token after a block."""
 
 
 def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
     """Raises Unsupported, with a sentence, for what the connector cannot serve correctly yet; ConfigError for settings
     that cannot go together."""
     parallel = config.parallel_config
-    kinds = [type(group.kv_cache_spec).__name__ for group in kv.kv_cache_groups]
+    kinds = [type(_a_spec(group)).__name__ for group in kv.kv_cache_groups]
     spec: Any = kv.kv_cache_groups[0].kv_cache_spec
     speculative = config.speculative_config
+    method = speculative.method if speculative is not None else "ngram"
     hash_name = config.cache_config.prefix_caching_hash_algo
     for wrong, sentence in (
         (len(kinds) != 1, f"models with {len(kinds)} KV-cache groups ({', '.join(kinds)})"),
@@ -38,7 +41,8 @@ def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
         (getattr(parallel, "nnodes", 1) > 1, "tensor parallelism over several nodes"),
         (config.model_config.is_encoder_decoder, "encoder-decoder models"),
         (config.device_config.device_type != "cpu", f"copies to and from {config.device_config.device_type} memory"),
-        (speculative is not None and speculative.method != "ngram", "speculative decoding other than n-gram"),
+        (method not in _SPECULATION, f"speculative decoding by {method} (only by n-grams and draft models)"),
+        (getattr(speculative, "parallel_drafting", False), "drafts of which all tokens are made at once"),
         (getattr(config.cache_config, "calculate_kv_scales", False), "KV scales that are computed while serving"),
         (hash_block_tokens(config, kv) > spec.block_size, "block hashes coarser than blocks"),
     ):
@@ -59,7 +63,14 @@ def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
         )  # fmt: skip
 
 
-def place(config: VllmConfig) -> Place:
+def _a_spec(group: KVCacheGroupSpec) -> Any:
+    """What a group's layers are. Where they differ in size (a draft model's heads, say), vLLM's workers see all of
+    them and its scheduler the first."""
+    spec = group.kv_cache_spec
+    return next(iter(getattr(spec, "kv_cache_specs", {"": spec}).values()))
+
+
+def place(config: VllmConfig, kv: KVCacheConfig) -> Place:
     """Where this engine stands."""
     parallel, transfer = config.parallel_config, config.kv_transfer_config
     assert transfer is not None
@@ -72,19 +83,22 @@ def place(config: VllmConfig) -> Place:
         data_parallel=transfer.engine_id.endswith(f"_dp{parallel.data_parallel_index}"),
         dp_rank=parallel.data_parallel_index,
         dp_local=max(1, parallel.data_parallel_size_local),
+        replicated=_replicated(config, kv),
     )
+
+
+def _replicated(config: VllmConfig, kv: KVCacheConfig) -> bool:
+    """Whether every rank holds the same KV: the latent of MLA."""
+    ranks = config.parallel_config.tensor_parallel_size
+    # vLLM 0.30 does not say it.
+    latent = all(type(_a_spec(group)).__name__ == "MLAAttentionSpec" for group in kv.kv_cache_groups)
+    return ranks > 1 and bool(getattr(kv, "kv_tp_replicas", ranks if latent else 1) == ranks)
 
 
 def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
     """Everything that decides a block's bytes besides its tokens."""
-    model, cache, spec = config.model_config, config.cache_config, kv.kv_cache_groups[0].kv_cache_spec
-    folder = Path(model.model)
-    if config.load_config.load_format == "dummy":
-        weights = f"dummy seed {model.seed}"
-    elif folder.is_dir():
-        weights = weights_digest(folder)
-    else:
-        weights = f"{model.model} revision {getattr(model.hf_config, '_commit_hash', None) or model.revision}"
+    model, cache, spec = config.model_config, config.cache_config, _a_spec(kv.kv_cache_groups[0])
+    weights = _weights(model, config.load_config.load_format)
     facts: dict[str, object] = {
         "engine": "vllm",
         "architecture": model.architectures,
@@ -99,7 +113,28 @@ def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
         "hash_block": hash_block_tokens(config, kv),
         "tensor_parallel": config.parallel_config.tensor_parallel_size,
     }
+    if _replicated(config, kv):
+        facts["replicated"] = True
+    speculative = config.speculative_config
+    if speculative is not None and speculative.method == "draft_model":
+        # Its layers' KV is part of each block.
+        draft = speculative.draft_model_config
+        load_format = (speculative.draft_load_config or config.load_config).load_format
+        facts["draft"] = [
+            draft.hf_config.to_json_string(), str(draft.dtype), str(draft.quantization), _weights(draft, load_format),
+            bool(getattr(speculative, "use_heterogeneous_vocab", False)),
+        ]  # fmt: skip
     return Namespace(facts, weights)
+
+
+def _weights(model: ModelConfig, load_format: str) -> str:
+    """What changes when the weights do."""
+    folder = Path(model.model)
+    if load_format == "dummy":
+        return f"dummy seed {model.seed}"
+    if folder.is_dir():
+        return weights_digest(folder)
+    return f"{model.model} revision {getattr(model.hf_config, '_commit_hash', None) or model.revision}"
 
 
 def g1_region(kv: KVCacheConfig, caches: dict[str, torch.Tensor]) -> Region:

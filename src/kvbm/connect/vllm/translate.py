@@ -73,6 +73,16 @@ class Keys(Sequence[bytes]):
         return self._known[index]
 
 
+def embedded(request: Request) -> bytes:
+    """What vLLM's hash of prompt embeddings leaves out: their dtype, and for which tokens of a mixed prompt they stand
+    in (what is behind the last of them is tokens, however far the prompt goes on)."""
+    embeds = request.prompt_embeds
+    if embeds is None:
+        return b""
+    tokens = bytes(request.prompt_is_token_ids or ()).rstrip(b"\1")
+    return f" embeddings {embeds.dtype} ".encode() + tokens
+
+
 class SchedulerSide:
     """Beside vLLM's scheduler. All methods on the engine core's thread."""
 
@@ -86,7 +96,7 @@ class SchedulerSide:
         self._adapters: dict[tuple[Any, ...], bytes] = {}
         self.side = build_leader(
             resolved,
-            geometry.place(config),
+            geometry.place(config, kv),
             geometry.namespace(config, kv),
             block_tokens=self._block,
             shares_device_blocks=bool(config.cache_config.enable_prefix_caching),
@@ -108,7 +118,7 @@ class SchedulerSide:
         params, wrong = RequestParams.parse(request.kv_transfer_params)
         for sentence in wrong:
             log.warning("KVBM: request %s: %s", request.request_id, sentence)
-        variant = self._adapter(request)
+        variant = self._adapter(request) + embedded(request)
         keys: Sequence[bytes] = request.block_hashes
         if self._per_block > 1 or variant:
             keys = Keys(request.block_hashes, self._per_block, variant)
@@ -235,7 +245,7 @@ class WorkerSide:
         """vLLM's register_kv_caches."""
         self._worker = build_worker(
             self._settings,
-            geometry.place(self._config),
+            geometry.place(self._config, self._kv),
             geometry.namespace(self._config, self._kv),
             geometry.g1_region(self._kv, caches),
             get_tensor_model_parallel_rank(),
