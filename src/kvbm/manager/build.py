@@ -28,6 +28,7 @@ from kvbm.manager.control import About, Control
 from kvbm.manager.gate import Gate
 from kvbm.manager.leader import Leader
 from kvbm.manager.lower import Lower
+from kvbm.manager.reports import Reports
 from kvbm.manager.wire import Allot, Hello, Ready, Refused
 from kvbm.manager.worker import Worker
 from kvbm.observe import prometheus
@@ -168,6 +169,7 @@ def build_leader(
         observers=[totals],
     )
     leader.absent = absent
+    leader.reports = Reports(settings.cache_dir / "reports", place.engine)
     _add_lower(settings, place, namespace, leader, found, slot_bytes * place.ranks, block_tokens)
     about = About(
         place.engine, __version__, namespace.fingerprint, place.ranks, slot_bytes * place.ranks, block_tokens,
@@ -191,6 +193,7 @@ def _add_lower(
         return
     disk = build_disk.disk_side(settings, leader, leader.links, found, block_bytes) if found is not None else None
     promotion = build_disk.promotion(settings, leader, disk, block_bytes)
+    promotion.shadow = leader.shadow
     lower = Lower(promotion, block_tokens, disk)
     if shares:
         try:

@@ -11,17 +11,21 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from kvbm.abc.observer import Observer
-from kvbm.blocks import Pool, Staged
+from kvbm.blocks import Pool, Staged, Writable
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken
 from kvbm.core.events import Event, Offloaded, Onboarded
+from kvbm.core.outcome import Outcome
 from kvbm.manager.channel import Link
 from kvbm.manager.gate import Gate
 from kvbm.manager.jobs import InFlight
 from kvbm.manager.lower import DiskSide, Lower
+from kvbm.manager.reports import Reports
 from kvbm.manager.requests import Record, Request
+from kvbm.manager.shadow import Shadow
 from kvbm.manager.wire import Bye, Mine, Probed, Result, Sick
 
 log = logging.getLogger(__name__)
@@ -58,6 +62,14 @@ class Housekeeping:
         self.lower: Lower | None = None
         """What is below host memory, if there is anything."""
         self.gate = gate
+        self.corrupt = 0
+        """Blocks that were not in host memory what had been written there, as their loads found."""
+        self.shadow: Shadow | None = None
+        """What compares stored blocks with computed ones, if that is wanted."""
+        self.quarantined: str | None = None
+        """Why nothing that is stored can be trusted, until an operator resumes."""
+        self.reports: Reports | None = None
+        """Where what is found wrong is written down."""
 
     # ------------------------------------------------------------------ answers
 
@@ -99,18 +111,25 @@ class Housekeeping:
         job = self._copies.answer(result)
         if job is None:
             return
+        if isinstance(job.lease, Writable):
+            if self.shadow is not None and (wrong := self.shadow.answered(job)) is not None:
+                self._quarantine(wrong)
+            return
         failed = int((~job.done).sum())
         record = job.request.record
         if isinstance(job.lease, Staged):
             if self.lower is not None:
                 self.lower.storing(job)
             with job.lease.register(job.done) as stored:
+                if self.shadow is not None:
+                    self.shadow.note(stored.slots, "engine")
                 if self.lower is not None:
                     self.lower.stored(job, stored)
             record.offloaded += len(job.g1) - failed
             self.emit(Offloaded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
         else:
             self._held -= len(job.lease)
+            self.corrupt += int((job.outcomes == Outcome.CORRUPT).sum())
             if failed:
                 self.pool.discard(key for key, good in zip(job.lease.keys, job.done.tolist(), strict=True) if not good)
             job.lease.drop()
@@ -130,6 +149,19 @@ class Housekeeping:
         if problem not in self.problems:
             self.problems.append(problem)
             log.error("KVBM is unhealthy and stands aside, the engine goes on without it: %s", problem)
+
+    def _quarantine(self, found: dict[str, Any]) -> None:
+        """Blocks are stored that are not what their keys say. Which others are is not known: nothing that is stored is
+        served any more, in no tier and to nobody, and nothing new is stored, until `resume`."""
+        if self.quarantined is not None:
+            return
+        where = self.reports.save("shadow", found) if self.reports is not None else None
+        self.quarantined = (
+            f"quarantined: {len(found['differ'])} stored blocks are not what the engine computes for request "
+            f"{found['request_id']}{f', see {where}' if where else ''}"
+        )
+        self._sick(self.quarantined)
+        self._clear()
 
     def emit(self, event: Event) -> None:
         """Tell the observers. Under the lock."""
@@ -158,6 +190,8 @@ class Housekeeping:
                 self._sick(f"no answer about a copy from rank {min(job.ranks)} within its deadline")
             if self.lower is not None:
                 self.lower.tick()
+            if self.shadow is not None:
+                self.shadow.tick()
             self._pump()
 
     def reset(self) -> None:
@@ -165,11 +199,16 @@ class Housekeeping:
         one (other weights), so none of their blocks is offloaded any more."""
         with self._lock:
             self._drain()
-            self.pool.clear()
-            if self.lower is not None:
-                self.lower.clear()
-            for request in self.requests.values():
-                request.stale = True
+            self._clear()
+
+    def _clear(self) -> None:
+        self.pool.clear()
+        if self.lower is not None:
+            self.lower.clear()
+        if self.shadow is not None:
+            self.shadow.clear()
+        for request in self.requests.values():
+            request.stale = True
 
     def pause(self) -> None:
         """From now on the engine works as if KVBM were not there. Copies in flight end."""
@@ -177,9 +216,13 @@ class Housekeeping:
             self.paused = True
 
     def resume(self) -> None:
-        """Undoes `pause`."""
+        """Undoes `pause`, and ends a quarantine: what was stored before it stays gone."""
         with self._lock:
             self.paused = False
+            if self.quarantined is not None:
+                self.problems.remove(self.quarantined)
+                self.quarantined = None
+                log.warning("KVBM: the quarantine is over by an operator's word")
 
     @property
     def disk(self) -> DiskSide | None:

@@ -23,7 +23,8 @@ from kvbm.manager.channel import Link
 from kvbm.manager.gate import Gate
 from kvbm.manager.housekeeping import Housekeeping
 from kvbm.manager.requests import Record, Request, RequestParams
-from kvbm.manager.wire import Copy, Step
+from kvbm.manager.shadow import Shadow
+from kvbm.manager.wire import Compare, Copy, Step
 
 _GRACE = 5.0
 """Seconds past a copy's own deadline after which a silent worker counts as broken."""
@@ -46,6 +47,8 @@ class Leader(Housekeeping):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(settings, pool, links, gate=gate, observers=observers, clock=clock)
+        if settings.shadow_every:
+            self.shadow = Shadow(settings.shadow_every, pool, settings.store_deadline_s + _GRACE, clock)
         self.deferred = 0
         """Times that blocks were not offloaded at once, because copies in flight or holds had filled their share."""
         self._settings, self._slot_bytes, self._shares = settings, slot_bytes, shares_device_blocks
@@ -92,7 +95,13 @@ class Leader(Housekeeping):
             if self._shares and owner is not None and owner != request_id:
                 record.note(f"waited for request {owner}, which loads the same blocks")
                 return None
-            return self._hold(request, keys, computed)
+            found = self._hold(request, keys, computed)
+            shadow = self.shadow if found else None
+            if shadow is not None and shadow.declines(request, computed, keys[computed : computed + (found or 0)]):
+                self._release(request)
+                record.note("declined: the engine computes it, to be compared with what is stored")
+                return 0
+            return found
 
     def _hold(self, request: Request, keys: Sequence[bytes], computed: int) -> int | None:
         room = max(1, int(self._total * self._settings.held_share))
@@ -136,6 +145,8 @@ class Leader(Housekeeping):
             request.g1 = list(g1)
             if self.lower is not None:
                 tokens = self.lower.placed(request, tokens)
+            if self.shadow is not None:
+                self.shadow.placed(request)
             hold = request.hold
             if count == 0 or hold is None:
                 self._release(request)
@@ -191,6 +202,7 @@ class Leader(Housekeeping):
             return
         with self._lock:
             self._end_loading(request)
+            self._compare(request, complete)
             if complete > request.offered:
                 self._offer(request, complete)
 
@@ -213,6 +225,7 @@ class Leader(Housekeeping):
                 idle=not tokens,
                 waiting=self.lower is not None and self.lower.waiting,
                 sync=self._settings.onboard == "sync" and bool(draft.loads),
+                compares=draft.compares,
             )
 
     def stepped(self) -> None:
@@ -234,8 +247,12 @@ class Leader(Housekeeping):
             loading = request.loading is not None
             self._end_loading(request)
             request.g1 = list(g1)
+            if not loading:
+                self._compare(request, complete)
             if complete > request.offered and not loading:
                 self._offer(request, min(complete, len(request.g1)))
+            if self.shadow is not None:
+                self.shadow.finished(request)
             request.record.outcome = "finished"
             # Its blocks became idle run by run, the first run first; together, its leaf goes before its root.
             self.pool.touch(request.keys[: request.offered])
@@ -246,6 +263,11 @@ class Leader(Housekeeping):
                 return False
             self._step.finishing[request_id] = sorted(jobs)
             return True
+
+    def _compare(self, request: Request, complete: int) -> None:
+        """Has what the engine computed compared with what is stored, where it was declined that."""
+        if self.shadow is not None and (compare := self.shadow.compare(request, complete, self._copies)) is not None:
+            self._step.compares.append(compare)
 
     def _offer(self, request: Request, complete: int) -> None:
         """Starts offloading what G2 does not have of blocks [offered, complete)."""
@@ -304,5 +326,6 @@ class _Draft:
     def __init__(self) -> None:
         self.loads: list[Copy] = []
         self.stores: list[Copy] = []
+        self.compares: list[Compare] = []
         self.finishing: dict[str, list[int]] = {}
         self.fence: set[int] = set()

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 _TESTED = ("0.32.",)
 _SERVED = {"FullAttentionSpec", "MLAAttentionSpec"}
 _HASHES = {"sha256", "sha256_cbor"}
+_FP8 = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+"""KV that has one scale for a whole tensor."""
 
 
 def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
@@ -114,7 +116,7 @@ def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
     return Namespace(facts, weights)
 
 
-def g1_region(kv: KVCacheConfig, caches: dict[str, torch.Tensor]) -> Region:
+def g1_region(kv: KVCacheConfig, caches: dict[str, torch.Tensor], cache_dtype: str = "") -> Region:
     """The engine's KV cache: a plane per layer, or two where K and V lie apart. Layers that share memory count once.
     Raises Unsupported for memory that is not laid out in one row per block."""
     planes: list[Plane] = []
@@ -135,7 +137,16 @@ def g1_region(kv: KVCacheConfig, caches: dict[str, torch.Tensor]) -> Region:
                 )
             row = part.numel() * part.element_size() // kv.num_blocks
             planes.append(Plane(part.data_ptr(), row, row))
-    return Region("g1", "host", kv.num_blocks, tuple(planes), owner=list(caches.values()))
+    dtype = _numbers(str(next(iter(caches.values())).dtype), cache_dtype)
+    return Region("g1", "host", kv.num_blocks, tuple(planes), owner=list(caches.values()), dtype=dtype)
+
+
+def _numbers(tensor: str, cache_dtype: str) -> str:
+    """What KV of this type is made of, as `Region.dtype` says it; empty where scales lie between the numbers."""
+    if cache_dtype in _FP8:
+        return _FP8[cache_dtype]
+    plain = tensor.removeprefix("torch.")
+    return plain if cache_dtype in ("auto", plain) else ""
 
 
 def _layer_number(name: str) -> tuple[list[int], str]:
