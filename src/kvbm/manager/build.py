@@ -179,7 +179,7 @@ def build_leader(
     stop = None
     if settings.metrics:
         port = settings.metrics_port + place.dp_rank
-        stop = prometheus.serve(settings.metrics_host, port, control.sources())
+        stop = prometheus.serve(settings.metrics_host, port, control.sources(), control.health)
     return LeaderSide(leader, totals, control, stop)
 
 

@@ -26,9 +26,13 @@ from kvbm.manager.lower import DiskSide, Lower
 from kvbm.manager.reports import Reports
 from kvbm.manager.requests import Record, Request
 from kvbm.manager.shadow import Shadow
+from kvbm.manager.watch import Audit, Pace, Recent
 from kvbm.manager.wire import Bye, Mine, Probed, Result, Sick
 
 log = logging.getLogger(__name__)
+
+_REST = 60.0
+_BROKEN = "an invariant does not hold"
 
 
 class Housekeeping:
@@ -70,6 +74,19 @@ class Housekeeping:
         """Why nothing that is stored can be trusted, until an operator resumes."""
         self.reports: Reports | None = None
         """Where what is found wrong is written down."""
+        self.recent = Recent()
+        """What happened last."""
+        self._observers.append(self.recent)
+        pool.add_observer(self.recent)
+        self.pace = Pace(settings.slow_step_ms / 1e3)
+        """How long the engine waits for KVBM."""
+        self.audit = Audit(self._accounting, clock)
+        """Whether invariants hold."""
+        self.ticked = time.monotonic()
+        """When housekeeping was done last."""
+        self._clock = clock
+        self._resting: tuple[str, float] | None = None
+        """Why KVBM stands aside for a while, and until when."""
 
     # ------------------------------------------------------------------ answers
 
@@ -163,6 +180,42 @@ class Housekeeping:
         self._sick(self.quarantined)
         self._clear()
 
+    def _rest(self, why: str) -> None:
+        """KVBM stands aside for a minute: it costs the engine more than it can be worth."""
+        if self._resting is None:
+            self._resting = why, self._clock() + _REST
+            self._sick(why)
+
+    def _accounting(self) -> list[str]:
+        """What is wrong in the leader's books."""
+        raise NotImplementedError
+
+    def _broken(self, problems: list[str]) -> None:
+        """An invariant does not hold: whatever is decided from now on may be wrong."""
+        if problems and not any(problem.startswith(_BROKEN) for problem in self.problems):
+            found = {"problems": problems, "events": self.recent.listed()}
+            where = self.reports.save("check", found) if self.reports is not None else None
+            self._sick(f"{_BROKEN}: {'; '.join(problems)}{f', see {where}' if where else ''}")
+
+    def check(self, seconds: float) -> dict[str, Any]:
+        """Looks at the books and at all slots of all pools, for so long at most; what is wrong, for JSON. Any thread;
+        nobody waits for it longer than for a slice."""
+        begun, looked = time.monotonic(), dict[str, bool]()
+        with self._lock:
+            problems, pools = self.audit.books(), self._pools()
+        for name, pool in pools.items():
+            passes = self.audit.passes.get(name, 0)
+            while not (done := self.audit.passes.get(name, 0) > passes) and time.monotonic() - begun < seconds:
+                with self._lock:
+                    problems += self.audit.look(name, pool)
+            looked[name] = done
+        with self._lock:
+            self._broken(problems)
+        return {"problems": problems, "complete": all(looked.values()), "violations": self.audit.violations}
+
+    def _pools(self) -> dict[str, Pool]:
+        return {"g2": self.pool} | ({"g3": self.lower.disk.tier.pool} if self.lower and self.lower.disk else {})
+
     def emit(self, event: Event) -> None:
         """Tell the observers. Under the lock."""
         for observer in tuple(self._observers):
@@ -193,6 +246,16 @@ class Housekeeping:
             if self.shadow is not None:
                 self.shadow.tick()
             self._pump()
+            self._look()
+
+    def _look(self) -> None:
+        """Whether KVBM itself is as it should be."""
+        self.ticked = time.monotonic()
+        if self._resting is not None and self._clock() > self._resting[1]:
+            self.problems.remove(self._resting[0])
+            self._resting = None
+        idle = not self.requests and self._copies.count() == (0, 0)
+        self._broken(self.audit.tick(self._pools(), idle=idle))
 
     def reset(self) -> None:
         """A new generation: nothing stored so far is ever matched again. Requests that live now may carry KV of the old

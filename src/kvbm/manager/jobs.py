@@ -173,3 +173,10 @@ class InFlight:
         """(stores, loads)."""
         stores = sum(job.is_store for job in self._jobs.values())
         return stores, len(self._jobs) - stores
+
+    def blocks(self) -> tuple[int, int, int]:
+        """Slots of host memory that are being written by stores, read by loads, written for comparisons."""
+        kinds = (Staged, Pinned, Writable)
+        return tuple(
+            sum(len(job.lease) for job in self._jobs.values() if isinstance(job.lease, kind)) for kind in kinds
+        )  # type: ignore[return-value]

@@ -24,6 +24,7 @@ from kvbm.manager.gate import Gate
 from kvbm.manager.housekeeping import Housekeeping
 from kvbm.manager.requests import Record, Request, RequestParams
 from kvbm.manager.shadow import Shadow
+from kvbm.manager.watch import paced
 from kvbm.manager.wire import Compare, Copy, Step
 
 _GRACE = 5.0
@@ -60,6 +61,7 @@ class Leader(Housekeeping):
 
     # ------------------------------------------------------------------ a request arrives
 
+    @paced
     def begin(self, request_id: str, keys: Sequence[bytes], params: RequestParams, prompt_tokens: int) -> None:
         """A request exists from now on. `keys` is a view: it may grow while the request generates."""
         with self._lock:
@@ -71,6 +73,7 @@ class Leader(Housekeeping):
             if self.lower is not None and self.standing_aside() is None:
                 self.lower.begin(request, prompt_tokens)
 
+    @paced
     def match(self, request_id: str, computed: int, limit: int) -> int | None:
         """How many blocks after the first `computed` can be loaded, at most up to block `limit`; None: ask again.
 
@@ -132,6 +135,7 @@ class Leader(Housekeeping):
             return reason
         return None if request.params.load else "the request opted out of loading"
 
+    @paced
     def place(self, request_id: str, g1: Sequence[int], count: int, tokens: Admitted) -> None:
         """The engine gave the request its blocks `g1` and wants the first `count` blocks of its match loaded.
 
@@ -191,6 +195,7 @@ class Leader(Housekeeping):
             # Now, not in `seal`: a block may become the source of another copy in this very step.
             self._step.fence |= self._copies.reading(g1)
 
+    @paced
     def advance(self, request_id: str, complete: int) -> None:
         """After this step's forward pass the request's first `complete` blocks are final and may be offloaded."""
         request = self.requests.get(request_id)
@@ -206,6 +211,7 @@ class Leader(Housekeeping):
             if complete > request.offered:
                 self._offer(request, complete)
 
+    @paced
     def seal(self, *, tokens: int) -> Step:
         """Ends the description of a step that computes so many tokens. Matches that got no blocks are let go."""
         with self._lock:
@@ -216,6 +222,8 @@ class Leader(Housekeeping):
                 self._release(request)
             self._waiting.clear()
             self._copies.seal()
+            if (slow := self.pace.step()) is not None:
+                self._rest(slow)
             draft, self._step = self._step, _Draft()
             return Step(
                 loads=draft.loads,
@@ -233,6 +241,7 @@ class Leader(Housekeeping):
         with self._lock:
             self.gate.step_ends()
 
+    @paced
     def finish(self, request_id: str, g1: Sequence[int], complete: int) -> bool:
         """The request is over. Offers its last blocks, unless it still waits for a load (then what the engine calls
         computed may never have arrived). True: the engine must keep its blocks until the workers say that it may have
@@ -306,6 +315,21 @@ class Leader(Housekeeping):
         if not request.params.save:
             return "the request opted out of saving"
         return "the cache was reset while it ran" if request.stale else None
+
+    def _accounting(self) -> list[str]:
+        now, (stored, loaded, scratch) = self.pool.statistics(), self._copies.blocks()
+        held = loaded + sum(len(request.hold) for request in self.requests.values() if request.hold is not None)
+        owners = {self.requests[name].loading if name in self.requests else None for name in self._loading.values()}
+        found = {
+            f"{self._held} blocks of G2 count as held by requests, {held} are": self._held != held,
+            f"{stored} blocks are being stored, {now.staged} are staged": stored > now.staged,
+            f"{scratch} blocks are being compared, {now.writable} are writable": scratch > now.writable,
+            f"{self._copies.blocks_read} blocks of the engine are read by {stored + scratch}": (
+                self._copies.blocks_read > stored + scratch
+            ),
+            "a block counts as being loaded by a request that does not load it": owners != set(self._loading),
+        }
+        return [text for text, wrong in found.items() if wrong]
 
     def _release(self, request: Request) -> None:
         if request.hold is not None:

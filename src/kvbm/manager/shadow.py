@@ -207,3 +207,7 @@ class Shadow:
         for sample in list(self._samples.values()):
             sample.void = True
             self._end(sample)
+
+    def counts(self) -> dict[str, int]:
+        """For metrics."""
+        return {"sampled": self.sampled, "compared": self.compared, "mismatched": self.wrong, "skipped": self.skipped}
