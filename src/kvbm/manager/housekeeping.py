@@ -205,6 +205,7 @@ class Housekeeping:
             problems, pools = self.audit.books(), self._pools()
         for name, pool in pools.items():
             passes = self.audit.passes.get(name, 0)
+            self.audit.begin(name)
             while not (done := self.audit.passes.get(name, 0) > passes) and time.monotonic() - begun < seconds:
                 with self._lock:
                     problems += self.audit.look(name, pool)

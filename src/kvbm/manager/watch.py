@@ -140,6 +140,10 @@ class Audit:
         self.last = time.time()
         return self._counted(self._accounting())
 
+    def begin(self, name: str) -> None:
+        """The next look at this pool is at its first slots."""
+        self._next[name] = 0
+
     def look(self, name: str, pool: Pool) -> list[str]:
         """What is wrong with the next slice of a pool. It is free in between."""
         first = self._next.get(name, 0)
