@@ -88,7 +88,7 @@ def _trust(result: dict[str, Any]) -> list[str]:
     ]
     if "sampled" in trust:
         lines += [
-            f"shadow verification: {trust['sampled']:,} hits declined, {trust['compared']:,} blocks compared,"
+            f"shadow: {trust['sampled']:,} hits declined, {trust['compared']:,} blocks compared,"
             f" {trust['mismatched']:,} differ, {trust['skipped']:,} not compared"
         ]
     if trust["corrupt"]:
