@@ -147,10 +147,10 @@ class Leader(Housekeeping):
                 return
             self._end_loading(request)
             request.g1 = list(g1)
+            if self.shadow is not None:
+                self.shadow.placed(request)  # before what was read for it is let go
             if self.lower is not None:
                 tokens = self.lower.placed(request, tokens)
-            if self.shadow is not None:
-                self.shadow.placed(request)
             hold = request.hold
             if count == 0 or hold is None:
                 self._release(request)
