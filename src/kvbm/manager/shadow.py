@@ -23,8 +23,11 @@ from kvbm.manager.wire import Compare, pack
 
 _KEEP = 60.0
 """Seconds that stored blocks are held for a request of which nothing more is computed."""
-_SHARE = 8
-"""All comparisons together hold at most this part of host memory; the copies of what was computed as much again."""
+_SHARE, _MOST = 8, 1024
+"""All comparisons together hold at most this part of host memory, and so many blocks; the copies of what was computed
+as much again."""
+_PATIENCE = 300.0
+"""Seconds that comparing what was copied may take: it is nobody's hurry, and no reason to call a worker silent."""
 _FROM = ("engine", "g3", "peer")
 
 
@@ -50,10 +53,10 @@ class Shadow:
     """One of `every` requests with a hit is declined it."""
 
     def __init__(self, every: int, pool: Pool, patience: float, clock: Callable[[], float]) -> None:
-        self._every, self._pool, self._patience, self._clock = every, pool, patience, clock
+        self._every, self._pool, self._patience, self._clock = every, pool, patience + _PATIENCE, clock
         self._seed = random.SystemRandom().getrandbits(64)
         total = pool.statistics().total
-        self._most = max(1, total // _SHARE)
+        self._most = max(1, min(_MOST, total // _SHARE))
         self._since = np.full(total, np.nan)
         self._from = np.zeros(total, np.uint8)
         self._declined: dict[str, tuple[int, tuple[bytes, ...]]] = {}
