@@ -182,6 +182,20 @@ def test_it_holds_no_more_than_its_part(make_stage: Make) -> None:
     assert (shadow.held, shadow.compared) == (0, 8)
 
 
+def test_nor_in_two_requests_of_one_step(make_stage: Make) -> None:
+    stage, keys = make_stage(64, shadow_every=1), keys_of("long", 6)
+    stage.keep("first", keys)
+    for name in ("b", "c"):
+        stage.begin(name, keys)
+        assert stage.leader.match(name, 0, 6) == 0
+    for name in ("b", "c"):
+        stage.place(name, list(range(20, 26)))
+    assert shadow_of(stage).held == 8
+    for name in ("b", "c"):
+        stage.leader.finish(name, [], 0)
+    assert (shadow_of(stage).held, shadow_of(stage).skipped) == (0, 8)
+
+
 def test_nor_for_longer_than_its_time(stage: Stage) -> None:
     declined(stage)
     stage.tick(59)

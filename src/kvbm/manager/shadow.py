@@ -94,7 +94,7 @@ class Shadow:
         """The request got its blocks: what it was declined is held from now on, until it is compared."""
         if (declined := self._declined.pop(request.id, None)) is None or request.id in self._samples:
             return
-        first, keys = declined
+        first, keys = declined[0], declined[1][: max(0, self._most - self.held)]  # others may have been faster
         hold = self._pool.scan(keys)[0]
         if hold.keys != keys or not len(hold):  # evicted meanwhile
             hold.drop()

@@ -137,7 +137,8 @@ def g1_region(kv: KVCacheConfig, caches: dict[str, torch.Tensor], cache_dtype: s
                 )
             row = part.numel() * part.element_size() // kv.num_blocks
             planes.append(Plane(part.data_ptr(), row, row))
-    dtype = _numbers(str(next(iter(caches.values())).dtype), cache_dtype)
+    kinds = {str(tensor.dtype) for tensor in caches.values()}
+    dtype = _numbers(kinds.pop(), cache_dtype) if len(kinds) == 1 else ""
     return Region("g1", "host", kv.num_blocks, tuple(planes), owner=list(caches.values()), dtype=dtype)
 
 
