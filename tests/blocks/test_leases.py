@@ -393,6 +393,33 @@ def test_check_says_what_is_wrong(lies: Callable[[Pool], dict[str, object] | Non
         pool.check()
 
 
+@pytest.mark.parametrize(
+    ("lies", "text"),
+    [
+        (lambda pool: {"free": 5}, "7 slots are counted, there are 8"),
+        (lambda pool: {"active": 3}, "3 of 2 registered blocks are held"),
+        (lambda pool: {"active": 1}, "2 blocks can be evicted, 1 are inactive"),
+        (lambda pool: {"state": -9}, "in no state"),
+        (lambda pool: {"keys": (None, None)}, "no key"),
+        (lambda pool: {"find": run(1, 0)}, "does not lead"),
+        (lambda pool: pool._ledger._table.expiry.__setitem__(7, 1.0), "can expire"),
+    ],
+)
+def test_a_part_of_the_check_says_so_too(lies: Callable[[Pool], dict[str, object] | None], text: str) -> None:
+    pool = Pool(8, order=LRU(8))
+    store(pool, A, B)
+    assert pool.examine(0, 5) == (5, [])
+    assert pool.examine(5, 10) == (8, [])
+    assert pool.examine(8, 13) == (8, [])
+    table, answers = pool._ledger._table, lies(pool) or {}
+    numbers = {"free", "active"}
+    said = {name: value if name in numbers else lambda *_, value=value: value for name, value in answers.items()}
+    table.__class__ = type("Liar", (SlotTable,), said)
+    assert text in "; ".join(pool.examine(0, 8)[1])
+    with pytest.raises(Misuse):
+        pool.examine(-1, 5)
+
+
 def test_slots_of_a_prompt_stay_neighbours(pool: Pool) -> None:
     store(pool, *KEYS)
     with writable(pool, 8) as raw:

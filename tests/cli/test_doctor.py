@@ -1,11 +1,13 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from kvbm.cli.main import app
 from kvbm.transfer.nixl import agent
+from tests.cli.conftest import Engine
 
 
 def findings(*options: str) -> dict[str, tuple[bool, str]]:
@@ -41,3 +43,28 @@ def test_people_get_a_table() -> None:
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0
     assert "io_uring" in result.output
+
+
+def test_engines_say_what_is_wrong_with_them(
+    kvbm: Callable[..., Result], engine: Callable[..., Engine], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "WHEEL", "no-such-wheel")
+    monkeypatch.setenv("KVBM_RUN_DIR", str(run_dir))
+    assert findings()["engines"] == (True, f"none answers in {run_dir}")
+    health = {"healthy": True, "problems": [], "degraded": {}, "paused": False}
+    for name, said in {
+        "good": health,
+        "paused": health | {"paused": True},
+        "ill": health | {"healthy": False, "problems": ["rank 0: a copy thread died"]},
+        "poor": health | {"degraded": {"g3": "disk full"}},
+    }.items():
+        engine(name, lambda _, said=said: {"ok": True, "result": said})
+    engine("odd", lambda _: {"ok": False, "error": "it is busy"})
+    found = findings()
+    assert {name: found[f"engine {name}"] for name in ("good", "paused", "ill", "poor", "odd")} == {
+        "good": (True, "healthy"),
+        "paused": (True, "paused"),
+        "ill": (False, "rank 0: a copy thread died"),
+        "poor": (False, "G3 is not used: disk full"),
+        "odd": (False, "it is busy"),
+    }

@@ -205,3 +205,33 @@ def test_explain_of_a_request_nobody_knows(kvbm: Kvbm, engine: Start) -> None:
     result = kvbm("explain", "cmpl-9")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == f"engine {'one' * 20}: no request 'cmpl-9' among the last 3 of [/this] engine\n"
+
+
+def checked(*problems: str, complete: bool = True) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    result = {"problems": list(problems), "complete": complete, "violations": len(problems)}
+    return lambda request: {"ok": True, "result": result}
+
+
+def test_check(kvbm: Kvbm, engine: Start) -> None:
+    engine("one", checked())
+    engine("two", checked(complete=False))
+    result = kvbm("check")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "one: nothing is wrong", "two: nothing is wrong (not all blocks were looked at in the time: ask again)",
+    ]  # fmt: skip
+    engine("three", checked("g2: a key does not lead to its slot", "9 blocks count as held, 0 are"))
+    result = kvbm("check")
+    assert result.exit_code == 1
+    assert "three: g2: a key does not lead to its slot; 9 blocks count as held, 0 are" in result.stdout.splitlines()
+    assert json.loads(kvbm("check", "--json", "--engine", "three").stdout)[0]["violations"] == 2
+
+
+def test_status_tells_what_is_trusted(kvbm: Kvbm, engine: Start) -> None:
+    trust = {"sampled": 3, "compared": 41, "mismatched": 0, "skipped": 2, "violations": 0, "corrupt": 7}
+    status = STATUS | {"trust": trust, "engine_ms": {"p50": 0.25, "p99": 1.5, "max": 17.2}}
+    engine("one", lambda _: {"ok": True, "result": {"engine": "one", **status}})
+    shown = kvbm("status").stdout
+    assert "the engine waits 0.25 ms in a step, p99 1.50 ms, worst 17 ms" in shown
+    assert "3 hits declined, 41 blocks compared, 0 differ, 2 not compared" in shown
+    assert "7 blocks had changed in host memory" in shown

@@ -205,6 +205,7 @@ class Stage:
             most=most, in_flight=in_flight, batch=batch, unmeasured=batch,
             emit=leader.emit, clock=self.clock,
         )  # fmt: skip
+        self.promotion.shadow = leader.shadow
         leader.lower = Lower(self.promotion, BLOCK_TOKENS, DiskSide(self.tier, self.demotion))
         return self
 

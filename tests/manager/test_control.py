@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def test_status(control: Control, stage: Stage) -> None:
     stage.load("c", keys_of("a", 3), [3, 4, 5])
     status = ask(control, "status")
     assert status.pop("uptime_s") >= 0
+    assert status.pop("last_check") is None or status["healthy"]
+    assert 0 < status["engine_ms"]["p50"] <= status["engine_ms"]["p99"] <= status.pop("engine_ms")["max"]
     assert status == {
         "engine": "engine-1",
         "healthy": True,
@@ -77,6 +80,8 @@ def test_status(control: Control, stage: Stage) -> None:
         "offload": {"blocks": 3, "bytes": 3 * BLOCK_BYTES, "failed": 0, "in_flight": 1, "skipped": 0},
         "onboard": {"blocks": 0, "bytes": 0, "failed": 0, "in_flight": 1},
         "evictions": 0,
+        "quarantined": None,
+        "trust": {"violations": 0, "corrupt": 0},
     }
     stage.answer(store)
     assert ask(control, "status")["offload"]["blocks"] == 5
@@ -91,11 +96,34 @@ def test_pause_and_resume(control: Control, stage: Stage) -> None:
 
 
 def test_health(control: Control, stage: Stage) -> None:
-    assert ask(control, "health") == {"engine": "engine-1", "healthy": True, "problems": [], "degraded": {}}
+    rest = {"degraded": {}, "paused": False, "quarantined": None}
+    health = ask(control, "health")
+    assert health.pop("last_check") is None or time.time() - stage.leader.audit.last < 60
+    assert health == {"engine": "engine-1", "healthy": True, "problems": [], **rest}
     stage.workers[0].close()
     problem = ["the worker of rank 0 is gone"]
     assert ask(control, "status")["problems"] == problem
-    assert ask(control, "health") == {"engine": "engine-1", "healthy": False, "problems": problem, "degraded": {}}
+    health = ask(control, "health")
+    assert health.pop("last_check") <= time.time()
+    assert health == {"engine": "engine-1", "healthy": False, "problems": problem, **rest}
+
+
+def test_housekeeping_that_hangs_is_seen_without_it(control: Control, stage: Stage) -> None:
+    with stage.leader._lock:  # whoever waits for it waits for ever
+        stage.leader.ticked -= 60
+        (problem,) = control.health()["problems"]
+        assert problem.startswith("housekeeping has not been done for 6")
+
+
+def test_a_check_on_demand(control: Control, stage: Stage) -> None:
+    stage.keep("a", keys_of("a", 3))
+    nothing = {"engine": "engine-1", "problems": [], "complete": True, "violations": 0}
+    assert ask(control, "check") == nothing
+    stage.pool._ledger._table.expiry[50] = 1.0
+    wrong = ask(control, "check")
+    assert wrong["problems"] == ["g2: a slot that is not registered can expire"]
+    assert "an invariant does not hold" in ask(control, "health")["problems"][0]
+    stage.pool._ledger._table.expiry[50] = float("inf")
 
 
 def test_explain(control: Control, stage: Stage) -> None:
@@ -139,7 +167,7 @@ def test_explain_unknown_ambiguous_and_exact(control: Control, stage: Stage) -> 
 def test_what_is_not_a_request(control: Control, line: bytes) -> None:
     assert control.path is not None
     reply = send(control.path, line)
-    commands = "disk.inspect, disk.purge, disk.verify, explain, health, pause, resume, status"
+    commands = "check, disk.inspect, disk.purge, disk.verify, explain, health, pause, resume, status"
     assert reply == {"ok": False, "error": f"not a request; commands are {commands}"}
     assert ask(control, "health")["healthy"]
 

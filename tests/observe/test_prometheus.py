@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import asdict
@@ -148,3 +150,39 @@ def test_a_port_that_is_taken_is_not_worth_an_engine(caplog: pytest.LogCaptureFi
         assert serve(sock.getsockname()[1], Totals(), Pool(1, order=LRU(1))) is None
     assert serve(65_536, Totals(), Pool(1, order=LRU(1))) is None
     assert caplog.text.count("set metrics_port to a free one") == 2
+
+
+def test_health() -> None:
+    port, said = free_port(), {"healthy": True, "problems": []}
+    sources = prometheus.Sources(
+        totals=Totals(), block_tokens=32, healthy=bool, tiers=dict, pools=dict, lower=dict[str, int]
+    )
+    stop = prometheus.serve("127.0.0.1", port, sources, lambda: said)
+    assert stop is not None
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as reply:
+        assert (reply.status, json.load(reply)) == (200, said)
+        assert reply.headers["Content-Type"] == "application/json"
+    said |= {"healthy": False, "problems": ["a copy thread died"]}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30)
+    assert (refused.value.code, json.load(refused.value)) == (503, said)
+    refused.value.close()
+    assert "kvbm_healthy" in scrape(port)
+    stop()
+
+
+def test_what_is_trusted() -> None:
+    port = free_port()
+    sources = prometheus.Sources(
+        totals=Totals(), block_tokens=32, healthy=bool, tiers=dict, pools=dict, lower=dict[str, int],
+        trust=lambda: dict(zip(prometheus.TRUST_COUNTERS, range(1, 7), strict=True)), quarantined=lambda: True,
+        steps=lambda: ((0.001, 0.01), (5, 2, 1), 0.25),
+    )  # fmt: skip
+    stop = prometheus.serve("127.0.0.1", port, sources)
+    assert stop is not None
+    samples = scrape(port)
+    stop()
+    assert [samples[f"{name}_total"] for name, _ in prometheus.TRUST_COUNTERS.values()] == [1, 2, 3, 4, 5, 6]
+    assert samples["kvbm_quarantined"] == 1
+    assert [samples[f"kvbm_step_seconds_bucket|le={le}"] for le in ("0.001", "0.01", "+Inf")] == [5, 7, 8]
+    assert samples["kvbm_step_seconds_sum"] == 0.25

@@ -347,6 +347,14 @@ class Ledger(Transitions):
             self._feed.deliver()
         return statistics
 
+    def examine(self, first: int, last: int) -> tuple[int, list[str]]:
+        """What is wrong with these slots and the counts, and where the next look begins: `first` again past the end."""
+        with self._lock:
+            table, problems = self._table, self._table.problems_among(first, last)
+            if (able := len(self._ranks)) != (idle := table.registered - table.active):
+                problems.append(f"{able} blocks can be evicted, {idle} are inactive")
+            return max(first, min(last, table.capacity)), problems
+
     def check(self) -> None:
         """Prove the invariants over all slots; raises AssertionError with everything that is wrong."""
         with self._lock:

@@ -192,6 +192,15 @@ class Pool:
         """A consistent snapshot."""
         return self._ledger.statistics()
 
+    def examine(self, first: int, last: int) -> tuple[int, list[str]]:
+        """A part of `check` for a pool in use: of slots `first` to `last - 1`, and of the counts, what is wrong.
+
+        Returns where the next look begins as well, `first` itself where there are no more slots.
+        """
+        if first < 0:
+            raise Misuse(f"slot {first} is negative")
+        return self._ledger.examine(first, last)
+
     def check(self) -> None:
         """Prove the invariants; raises AssertionError that says what is wrong. Looks at every slot."""
         self._ledger.check()

@@ -86,6 +86,25 @@ class SlotTable(Table):
         super().grow(capacity)  # last: where memory is short nothing has changed
         self.priority, self.expiry = priority, expiry
 
+    def problems_among(self, first: int, last: int) -> list[str]:
+        """What is wrong with the slots from `first` to `last - 1`, or with the counts; empty when nothing is. Quick: it
+        looks at no other slot."""
+        slots = np.arange(first, max(first, min(last, self.capacity)), dtype=np.int64)
+        states = np.array([self.state(slot) for slot in slots.tolist()], np.int64)
+        registered = (states >= REGISTERED) & (states < ORPHANED)
+        there = slots[registered]
+        keys = self.keys(there.tobytes())
+        counts = self.retired + self.free + self.writable + self.staged + self.registered + self.orphaned
+        found = {
+            f"{counts} slots are counted, there are {self.capacity}": counts != self.capacity,
+            f"{self.active} of {self.registered} registered blocks are held": self.active > self.registered,
+            "a slot is in no state": bool((states < RETIRED).any()),
+            "a registered slot has no key": None in keys,
+            "a key does not lead to its slot": None not in keys and self.find(keys) != there.tobytes(),
+            "a slot that is not registered can expire": bool(np.isfinite(self.expiry[slots[~registered]]).any()),
+        }
+        return [text for text, wrong in found.items() if wrong]
+
     def problems(self) -> list[str]:
         """What is wrong; empty when nothing is. Looks at every slot."""
         states: npt.NDArray[np.int32] = np.frombuffer(self.states(), np.int32)

@@ -1,4 +1,5 @@
-"""``kvbm doctor``: what this machine has of what KVBM can use, each thing tried and not looked up."""
+"""``kvbm doctor``: what is wrong with the engines here, and what this machine has of what KVBM can use: each thing is
+tried and not looked up."""
 
 from __future__ import annotations
 
@@ -17,9 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from kvbm import __version__
+from kvbm.cli.control import ask_all
 from kvbm.cli.render import size
 from kvbm.core import config
-from kvbm.core.errors import Broken
+from kvbm.core.errors import Broken, KvbmError
 from kvbm.native import Ring
 from kvbm.transfer.file import REFUSALS
 from kvbm.transfer.nixl import BACKENDS, probe
@@ -49,7 +51,7 @@ def doctor(
     bucket: Annotated[str, typer.Option(help="A bucket to try object storage in: small objects stay there.")] = "",
     endpoint: Annotated[str, typer.Option(metavar="URL", help="Where it is, if not at AWS.")] = "",
 ) -> None:
-    """Try what KVBM can use on this machine, and say what of it works and why the rest does not.
+    """Ask the engines that run here what is wrong with them, and try what KVBM can use on this machine.
 
     Nothing here has to work: without it KVBM does without, as each line says. Ends with status 0 unless a setting is
     wrong. Object storage is tried where a bucket is given; credentials are found where AWS's tools find them.
@@ -60,13 +62,28 @@ def doctor(
     table = Table("", "what", "finding", header_style="bold", title=f"KVBM {__version__}", title_justify="left")
     objects = {"bucket": bucket} if bucket else {}
     objects |= {"endpoint_override": endpoint} if endpoint else {}
-    for finding in _findings(folder, objects):
+    for finding in (*_engines(settings.run_dir), *_findings(folder, objects)):
         findings.append(finding)
         table.add_row("[green]yes[/]" if finding.ok else "[yellow]no[/]", Text(finding.what), Text(finding.says))
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         _out.print(table)
+
+
+def _engines(run_dir: Path) -> Iterator[Finding]:
+    """Those that run here, and what is wrong with each."""
+    try:
+        answers = ask_all(run_dir, "health")
+    except KvbmError:
+        yield Finding("engines", True, f"none answers in {run_dir}")
+        return
+    for answer in answers:
+        said = answer.result or {}
+        wrong = [str(answer.error)] if answer.result is None else list(said["problems"])
+        wrong += [f"{tier.upper()} is not used: {why}" for tier, why in said.get("degraded", {}).items()]
+        paused = "paused" if said.get("paused") else "healthy"
+        yield Finding(f"engine {answer.engine}", not wrong, "; ".join(wrong) or paused)
 
 
 def _findings(folder: Path | None, objects: dict[str, str]) -> Iterator[Finding]:

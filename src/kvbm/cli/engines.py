@@ -56,6 +56,21 @@ def explain(request_id: str, engine: Engine = "", as_json: Json = False, run_dir
         _exit_if_any_failed(answers)
 
 
+def check(engine: Engine = "", as_json: Json = False, run_dir: RunDir = None) -> None:
+    """Have running engines look whether their books agree with their blocks. Ends with status 1 where they do not."""
+    answers = ask_all(sockets(run_dir), "check", engine=engine)
+    if as_json:
+        print(json.dumps([_plain(answer) for answer in answers], indent=2))
+    for answer in answers if not as_json else []:
+        if (result := answer.result) is not None:
+            part = "" if result["complete"] else " (not all blocks were looked at in the time: ask again)"
+            said = "; ".join(result["problems"]) or f"nothing is wrong{part}"
+            _out.print(f"{answer.engine}: {said}", markup=False, highlight=False, soft_wrap=True)
+    _exit_if_any_failed(answers)
+    if any(answer.result is not None and answer.result["problems"] for answer in answers):
+        raise typer.Exit(1)
+
+
 def pause(engine: Engine = "", run_dir: RunDir = None) -> None:
     """Switch KVBM off in running engines: they go on without it, until `kvbm resume`."""
     _apply(sockets(run_dir), "pause", "paused: it goes on without KVBM", engine)

@@ -75,9 +75,25 @@ def _traffic(result: dict[str, Any]) -> list[str]:
         f" {offload['failed']} failed, {offload['skipped']} skipped)",
         f"up   {size(onboard['bytes'])} in {onboard['blocks']:,} blocks ({onboard['in_flight']} in flight,"
         f" {onboard['failed']} failed)",
+        *(_trust(result) if "trust" in result else ()),
         *(_disk(result) if "demote" in result else ()),
         *(_peers(result) if "peers" in result else ()),
     ]
+
+
+def _trust(result: dict[str, Any]) -> list[str]:
+    trust, waits = result["trust"], result["engine_ms"]
+    lines = [
+        f"the engine waits {waits['p50']:.2f} ms in a step, p99 {waits['p99']:.2f} ms, worst {waits['max']:.0f} ms"
+    ]
+    if "sampled" in trust:
+        lines += [
+            f"shadow: {trust['sampled']:,} hits declined, {trust['compared']:,} blocks compared,"
+            f" {trust['mismatched']:,} differ, {trust['skipped']:,} not compared"
+        ]
+    if trust["corrupt"]:
+        lines += [f"{trust['corrupt']:,} blocks had changed in host memory when they were loaded"]
+    return lines
 
 
 def _peers(result: dict[str, Any]) -> list[str]:

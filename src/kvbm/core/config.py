@@ -93,6 +93,12 @@ class Settings(BaseSettings):
     """Longest time, in seconds, that a request with pull_from waits for the instance that computes its prompt."""
     onboard: Literal["async", "sync"] = "async"
     """When blocks come back: between engine steps (async) or inside the step, before its forward pass (sync)."""
+    shadow_every: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
+    """Of so many requests with a hit one is declined it: what it computes is compared with what is stored. 0: none."""
+    g2_verify: bool = False
+    """Whether each block's checksum is verified again when it goes from host memory to the engine."""
+    slow_step_ms: Annotated[float, Field(gt=0, le=1_000_000)] = 100.0
+    """Milliseconds that KVBM may take of an engine step; slower for 32 steps in a row, it stands aside for a minute."""
     enabled: bool = True
     """Whether KVBM does anything; false leaves the connector in place and the engine on its own."""
     strict: bool = False

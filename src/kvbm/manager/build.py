@@ -28,6 +28,7 @@ from kvbm.manager.control import About, Control
 from kvbm.manager.gate import Gate
 from kvbm.manager.leader import Leader
 from kvbm.manager.lower import Lower
+from kvbm.manager.reports import Reports
 from kvbm.manager.wire import Allot, Hello, Ready, Refused
 from kvbm.manager.worker import Worker
 from kvbm.observe import prometheus
@@ -179,6 +180,7 @@ def build_leader(
         observers=[totals],
     )
     leader.absent = absent
+    leader.reports = Reports(settings.cache_dir / "reports", place.engine)
     _add_lower(settings, place, namespace, leader, found, block_bytes, block_tokens)
     about = About(
         place.engine, __version__, namespace.fingerprint, place.ranks, block_bytes, block_tokens,
@@ -188,7 +190,7 @@ def build_leader(
     stop = None
     if settings.metrics:
         port = settings.metrics_port + place.dp_rank
-        stop = prometheus.serve(settings.metrics_host, port, control.sources())
+        stop = prometheus.serve(settings.metrics_host, port, control.sources(), control.health)
     return LeaderSide(leader, totals, control, stop)
 
 
@@ -203,6 +205,7 @@ def _add_lower(
     links = {rank: leader.links[rank] for rank in place.storing}
     disk = build_disk.disk_side(settings, leader, links, found, block_bytes) if found is not None else None
     promotion = build_disk.promotion(settings, leader, disk, block_bytes)
+    promotion.shadow = leader.shadow
     lower = Lower(promotion, block_tokens, disk)
     if shares:
         try:

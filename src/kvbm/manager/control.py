@@ -23,12 +23,16 @@ from kvbm.core.errors import Broken, ConfigError
 from kvbm.manager.channel import Link, listen, socket_path
 from kvbm.manager.leader import Leader
 from kvbm.manager.upkeep import Upkeep
+from kvbm.manager.watch import SECONDS
 from kvbm.observe.prometheus import Sources
 from kvbm.observe.totals import Copies, Totals
 
 log = logging.getLogger(__name__)
 
 _TICK = 0.25
+_SILENT = 10.0
+_CHECK_S = 3.0
+"""The longest that `check` may take: clients wait for five seconds."""
 _CLIENT_TIMEOUT = 2.0
 _MAX_REQUEST = 1 << 16
 
@@ -117,6 +121,7 @@ class Control:
             "explain": lambda request: self.explain(str(request.get("request_id", ""))),
             "pause": lambda _: self._switch(self._leader.pause),
             "resume": lambda _: self._switch(self._leader.resume),
+            "check": lambda _: {"engine": self._about.engine, **self._leader.check(_CHECK_S)},
             "disk.inspect": lambda _: self._upkeep.inspect(),
             "disk.verify": lambda request: self._upkeep.verify(request.get("action")),
             "disk.purge": lambda request: self._upkeep.purge(request.get("namespaces")),
@@ -127,13 +132,19 @@ class Control:
         return {"engine": self._about.engine, "paused": self._leader.paused}
 
     def health(self) -> dict[str, Any]:
-        """Whether KVBM works, and if not why; tiers that are left alone, or are not there, and why."""
-        problems = list(self._leader.problems)
+        """Whether KVBM works, and if not why; tiers that are left alone, or not there, and why. Waits for nobody."""
+        leader = self._leader
+        problems, silent = list(leader.problems), time.monotonic() - leader.ticked
+        if silent > _SILENT:
+            problems.append(f"housekeeping has not been done for {silent:.0f} s")
         return {
             "engine": self._about.engine,
             "healthy": not problems,
             "problems": problems,
-            "degraded": self._leader.degraded(),
+            "degraded": leader.degraded(),
+            "paused": leader.paused,
+            "quarantined": leader.quarantined,
+            "last_check": leader.audit.last,
         }
 
     def status(self) -> dict[str, Any]:
@@ -149,7 +160,6 @@ class Control:
             "pid": os.getpid(),
             "fingerprint": about.fingerprint,
             "uptime_s": time.monotonic() - self._started,
-            "paused": leader.paused,
             "generation": pool.generation,
             "ranks": about.ranks,
             "block_bytes": about.slot_bytes,
@@ -168,6 +178,8 @@ class Control:
             "offload": {**_copies(totals.offload), "in_flight": stores, "skipped": leader.deferred},
             "onboard": {**_copies(totals.onboard), "in_flight": loads},
             "evictions": pool.evictions,
+            "engine_ms": leader.pace.summary(),
+            "trust": self._trust(),
             **self._disk(),
             **self._peers(),
         }
@@ -182,7 +194,15 @@ class Control:
             tiers=lambda: dict.fromkeys(self._pools(), not leader.problems) | dict.fromkeys(leader.degraded(), False),
             pools=lambda: {name: dataclasses.asdict(pool) for name, pool in self._pools().items()},
             lower=lambda: leader.lower.counts() if leader.lower is not None else {},
+            trust=self._trust,
+            quarantined=lambda: leader.quarantined is not None,
+            steps=lambda: (SECONDS, leader.pace.counts, leader.pace.total),
         )
+
+    def _trust(self) -> dict[str, int]:
+        leader = self._leader
+        shadow = leader.shadow.counts() if leader.shadow is not None else {}
+        return {**shadow, "violations": leader.audit.violations, "corrupt": leader.corrupt}
 
     def _pools(self) -> dict[str, PoolStatistics]:
         pools = {"g2": self._leader.pool}

@@ -11,20 +11,28 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from kvbm.abc.observer import Observer
-from kvbm.blocks import Pool, Staged
+from kvbm.blocks import Pool, Staged, Writable
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken
 from kvbm.core.events import Event, Offloaded, Onboarded
+from kvbm.core.outcome import Outcome
 from kvbm.manager.channel import Link
 from kvbm.manager.gate import Gate
 from kvbm.manager.jobs import InFlight
 from kvbm.manager.lower import DiskSide, Lower
+from kvbm.manager.reports import Reports
 from kvbm.manager.requests import Record, Request
+from kvbm.manager.shadow import Shadow
+from kvbm.manager.watch import Audit, Pace, Recent
 from kvbm.manager.wire import Bye, Mine, Probed, Result, Sick
 
 log = logging.getLogger(__name__)
+
+_REST = 60.0
+_BROKEN = "an invariant does not hold"
 
 
 class Housekeeping:
@@ -58,6 +66,27 @@ class Housekeeping:
         self.lower: Lower | None = None
         """What is below host memory, if there is anything."""
         self.gate = gate
+        self.corrupt = 0
+        """Blocks that were not in host memory what had been written there, as their loads found."""
+        self.shadow: Shadow | None = None
+        """What compares stored blocks with computed ones, if that is wanted."""
+        self.quarantined: str | None = None
+        """Why nothing that is stored can be trusted, until an operator resumes."""
+        self.reports: Reports | None = None
+        """Where what is found wrong is written down."""
+        self.recent = Recent()
+        """What happened last."""
+        self._observers.append(self.recent)
+        pool.add_observer(self.recent)
+        self.pace = Pace(settings.slow_step_ms / 1e3)
+        """How long the engine waits for KVBM."""
+        self.audit = Audit(self._accounting, clock)
+        """Whether invariants hold."""
+        self.ticked = time.monotonic()
+        """When housekeeping was done last."""
+        self._clock = clock
+        self._resting: tuple[str, float] | None = None
+        """Why KVBM stands aside for a while, and until when."""
 
     # ------------------------------------------------------------------ answers
 
@@ -99,18 +128,25 @@ class Housekeeping:
         job = self._copies.answer(result)
         if job is None:
             return
+        if isinstance(job.lease, Writable):
+            if self.shadow is not None and (wrong := self.shadow.answered(job)) is not None:
+                self._quarantine(wrong)
+            return
         failed = int((~job.done).sum())
         record = job.request.record
         if isinstance(job.lease, Staged):
             if self.lower is not None:
                 self.lower.storing(job)
             with job.lease.register(job.done) as stored:
+                if self.shadow is not None:
+                    self.shadow.note(stored.slots, "engine")
                 if self.lower is not None:
                     self.lower.stored(job, stored)
             record.offloaded += len(job.g1) - failed
             self.emit(Offloaded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
         else:
             self._held -= len(job.lease)
+            self.corrupt += int((job.outcomes == Outcome.CORRUPT).sum())
             if failed:
                 self.pool.discard(key for key, good in zip(job.lease.keys, job.done.tolist(), strict=True) if not good)
             job.lease.drop()
@@ -130,6 +166,56 @@ class Housekeeping:
         if problem not in self.problems:
             self.problems.append(problem)
             log.error("KVBM is unhealthy and stands aside, the engine goes on without it: %s", problem)
+
+    def _quarantine(self, found: dict[str, Any]) -> None:
+        """Blocks are stored that are not what their keys say. Which others are is not known: nothing that is stored is
+        served any more, in no tier and to nobody, and nothing new is stored, until `resume`."""
+        if self.quarantined is not None:
+            return
+        where = self.reports.save("shadow", found) if self.reports is not None else None
+        self.quarantined = (
+            f"quarantined: {len(found['differ'])} stored blocks are not what the engine computes for request "
+            f"{found['request_id']}{f', see {where}' if where else ''}"
+        )
+        self._sick(self.quarantined)
+        self._clear()
+
+    def _rest(self, why: str) -> None:
+        """KVBM stands aside for a minute: it costs the engine more than it can be worth."""
+        if self._resting is None:
+            self._resting = why, self._clock() + _REST
+            self._sick(why)
+
+    def _accounting(self) -> list[str]:
+        """What is wrong in the leader's books."""
+        raise NotImplementedError
+
+    def _broken(self, problems: list[str]) -> None:
+        """An invariant does not hold: whatever is decided from now on may be wrong."""
+        if problems and not any(problem.startswith(_BROKEN) for problem in self.problems):
+            found = {"problems": problems, "events": self.recent.listed()}
+            where = self.reports.save("check", found) if self.reports is not None else None
+            self._sick(f"{_BROKEN}: {'; '.join(problems)}{f', see {where}' if where else ''}")
+
+    def check(self, seconds: float) -> dict[str, Any]:
+        """Looks at the books and at all slots of all pools, for so long at most; what is wrong, for JSON. Any thread;
+        nobody waits for it longer than for a slice."""
+        begun, looked = time.monotonic(), dict[str, bool]()
+        with self._lock:
+            problems, pools = self.audit.books(), self._pools()
+        for name, pool in pools.items():
+            passes = self.audit.passes.get(name, 0)
+            self.audit.begin(name)
+            while not (done := self.audit.passes.get(name, 0) > passes) and time.monotonic() - begun < seconds:
+                with self._lock:
+                    problems += self.audit.look(name, pool)
+            looked[name] = done
+        with self._lock:
+            self._broken(problems)
+        return {"problems": problems, "complete": all(looked.values()), "violations": self.audit.violations}
+
+    def _pools(self) -> dict[str, Pool]:
+        return {"g2": self.pool} | ({"g3": self.lower.disk.tier.pool} if self.lower and self.lower.disk else {})
 
     def emit(self, event: Event) -> None:
         """Tell the observers. Under the lock."""
@@ -158,18 +244,35 @@ class Housekeeping:
                 self._sick(f"no answer about a copy from rank {min(job.ranks)} within its deadline")
             if self.lower is not None:
                 self.lower.tick()
+            if self.shadow is not None:
+                self.shadow.tick()
             self._pump()
+            self._look()
+
+    def _look(self) -> None:
+        """Whether KVBM itself is as it should be."""
+        self.ticked = time.monotonic()
+        if self._resting is not None and self._clock() > self._resting[1]:
+            self.problems.remove(self._resting[0])
+            self._resting = None
+        idle = not self.requests and self._copies.count() == (0, 0)
+        self._broken(self.audit.tick(self._pools(), idle=idle))
 
     def reset(self) -> None:
         """A new generation: nothing stored so far is ever matched again. Requests that live now may carry KV of the old
         one (other weights), so none of their blocks is offloaded any more."""
         with self._lock:
             self._drain()
-            self.pool.clear()
-            if self.lower is not None:
-                self.lower.clear()
-            for request in self.requests.values():
-                request.stale = True
+            self._clear()
+
+    def _clear(self) -> None:
+        self.pool.clear()
+        if self.lower is not None:
+            self.lower.clear()
+        if self.shadow is not None:
+            self.shadow.clear()
+        for request in self.requests.values():
+            request.stale = True
 
     def pause(self) -> None:
         """From now on the engine works as if KVBM were not there. Copies in flight end."""
@@ -177,9 +280,13 @@ class Housekeeping:
             self.paused = True
 
     def resume(self) -> None:
-        """Undoes `pause`."""
+        """Undoes `pause`, and ends a quarantine: what was stored before it stays gone."""
         with self._lock:
             self.paused = False
+            if self.quarantined is not None:
+                self.problems.remove(self.quarantined)
+                self.quarantined = None
+                log.warning("KVBM: the quarantine is over by an operator's word")
 
     @property
     def disk(self) -> DiskSide | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from kvbm.blocks import Pinned, Staged
+from kvbm.blocks import Pinned, Staged, Writable
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Slots
 from kvbm.manager.requests import Request
@@ -31,6 +31,8 @@ class Tally:
     error: str | None = None
     sums: dict[int, bytes] = field(default_factory=dict)
     """By rank, the checksums it has sent."""
+    errors: dict[int, bytes] = field(default_factory=dict)
+    """By rank, how far it found blocks apart that it compared."""
 
     def __post_init__(self) -> None:
         self.outcomes = np.full(self.blocks, Outcome.DONE, np.uint8)
@@ -47,6 +49,8 @@ class Tally:
         self.nbytes += result.nbytes
         if result.sums:
             self.sums[result.rank] = result.sums
+        if len(result.errors) == 4 * len(self.outcomes):
+            self.errors[result.rank] = result.errors
         self.seconds = max(self.seconds, result.seconds)
         self.error = self.error or result.error
         return not self.ranks
@@ -60,17 +64,18 @@ class Tally:
 @dataclass(slots=True, kw_only=True)
 class Job(Tally):
     """A copy between the engine's memory and host memory. `lease` holds the host slots until every rank is done: staged
-    ones for a store, pinned ones for a load."""
+    ones for a store, pinned ones for a load, writable ones for a comparison."""
 
     request: Request
-    lease: Staged | Pinned
+    lease: Staged | Pinned | Writable
     g1: Slots
     places: Slots
     """Which blocks of the request these are."""
 
     @property
     def is_store(self) -> bool:
-        return isinstance(self.lease, Staged)
+        """Whether it reads the engine's blocks."""
+        return not isinstance(self.lease, Pinned)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,6 +86,18 @@ class Move(Tally):
     ended: Callable[[Move], None]
     wanted: bool = True
     """False once its failure says nothing of where it went: it was given up."""
+
+
+@dataclass(slots=True)
+class Collected:
+    """What ended since the last step, on this rank."""
+
+    released: set[str] = field(default_factory=set)
+    """Finished requests whose blocks the engine may have back."""
+    loaded: set[str] = field(default_factory=set)
+    """Requests whose asynchronous load ended, well or not."""
+    failed: set[str] = field(default_factory=set)
+    """Those of `loaded` that must be computed instead."""
 
 
 class InFlight:
@@ -100,7 +117,9 @@ class InFlight:
         self._last += 1
         return self._last
 
-    def start(self, request: Request, lease: Staged | Pinned, g1: Slots, places: Slots, patience: float) -> Job:
+    def start(
+        self, request: Request, lease: Staged | Pinned | Writable, g1: Slots, places: Slots, patience: float
+    ) -> Job:
         """A job that every rank will answer."""
         job = Job(
             id=self.next_id(), ranks=set(self._ranks), blocks=len(g1), patience=patience, request=request, lease=lease,
@@ -154,3 +173,10 @@ class InFlight:
         """(stores, loads)."""
         stores = sum(job.is_store for job in self._jobs.values())
         return stores, len(self._jobs) - stores
+
+    def blocks(self) -> tuple[int, int, int]:
+        """Slots of host memory that are being written by stores, read by loads, written for comparisons."""
+        kinds = (Staged, Pinned, Writable)
+        return tuple(
+            sum(len(job.lease) for job in self._jobs.values() if isinstance(job.lease, kind)) for kind in kinds
+        )  # type: ignore[return-value]

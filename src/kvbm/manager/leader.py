@@ -23,7 +23,9 @@ from kvbm.manager.channel import Link
 from kvbm.manager.gate import Gate
 from kvbm.manager.housekeeping import Housekeeping
 from kvbm.manager.requests import Record, Request, RequestParams
-from kvbm.manager.wire import Copy, Step
+from kvbm.manager.shadow import Shadow
+from kvbm.manager.watch import paced
+from kvbm.manager.wire import Compare, Copy, Step
 
 _GRACE = 5.0
 """Seconds past a copy's own deadline after which a silent worker counts as broken."""
@@ -46,6 +48,8 @@ class Leader(Housekeeping):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(settings, pool, links, gate=gate, observers=observers, clock=clock)
+        if settings.shadow_every:
+            self.shadow = Shadow(settings.shadow_every, pool, settings.store_deadline_s + _GRACE, clock)
         self.deferred = 0
         """Times that blocks were not offloaded at once, because copies in flight or holds had filled their share."""
         self._settings, self._slot_bytes, self._shares = settings, slot_bytes, shares_device_blocks
@@ -57,6 +61,7 @@ class Leader(Housekeeping):
 
     # ------------------------------------------------------------------ a request arrives
 
+    @paced
     def begin(self, request_id: str, keys: Sequence[bytes], params: RequestParams, prompt_tokens: int) -> None:
         """A request exists from now on. `keys` is a view: it may grow while the request generates."""
         with self._lock:
@@ -68,6 +73,7 @@ class Leader(Housekeeping):
             if self.lower is not None and self.standing_aside() is None:
                 self.lower.begin(request, prompt_tokens)
 
+    @paced
     def match(self, request_id: str, computed: int, limit: int) -> int | None:
         """How many blocks after the first `computed` can be loaded, at most up to block `limit`; None: ask again.
 
@@ -92,7 +98,13 @@ class Leader(Housekeeping):
             if self._shares and owner is not None and owner != request_id:
                 record.note(f"waited for request {owner}, which loads the same blocks")
                 return None
-            return self._hold(request, keys, computed)
+            found = self._hold(request, keys, computed)
+            shadow = self.shadow if found else None
+            if shadow is not None and shadow.declines(request, computed, keys[computed : computed + (found or 0)]):
+                self._release(request)
+                record.note("declined: the engine computes it, to be compared with what is stored")
+                return 0
+            return found
 
     def _hold(self, request: Request, keys: Sequence[bytes], computed: int) -> int | None:
         room = max(1, int(self._total * self._settings.held_share))
@@ -123,6 +135,7 @@ class Leader(Housekeeping):
             return reason
         return None if request.params.load else "the request opted out of loading"
 
+    @paced
     def place(self, request_id: str, g1: Sequence[int], count: int, tokens: Admitted) -> None:
         """The engine gave the request its blocks `g1` and wants the first `count` blocks of its match loaded.
 
@@ -134,6 +147,8 @@ class Leader(Housekeeping):
                 return
             self._end_loading(request)
             request.g1 = list(g1)
+            if self.shadow is not None:
+                self.shadow.placed(request)  # before what was read for it is let go
             if self.lower is not None:
                 tokens = self.lower.placed(request, tokens)
             hold = request.hold
@@ -180,6 +195,7 @@ class Leader(Housekeeping):
             # Now, not in `seal`: a block may become the source of another copy in this very step.
             self._step.fence |= self._copies.reading(g1)
 
+    @paced
     def advance(self, request_id: str, complete: int) -> None:
         """After this step's forward pass the request's first `complete` blocks are final and may be offloaded."""
         request = self.requests.get(request_id)
@@ -191,9 +207,11 @@ class Leader(Housekeeping):
             return
         with self._lock:
             self._end_loading(request)
+            self._compare(request, complete)
             if complete > request.offered:
                 self._offer(request, complete)
 
+    @paced
     def seal(self, *, tokens: int) -> Step:
         """Ends the description of a step that computes so many tokens. Matches that got no blocks are let go."""
         with self._lock:
@@ -204,6 +222,8 @@ class Leader(Housekeeping):
                 self._release(request)
             self._waiting.clear()
             self._copies.seal()
+            if (slow := self.pace.step()) is not None:
+                self._rest(slow)
             draft, self._step = self._step, _Draft()
             return Step(
                 loads=draft.loads,
@@ -213,6 +233,7 @@ class Leader(Housekeeping):
                 idle=not tokens,
                 waiting=self.lower is not None and self.lower.waiting,
                 sync=self._settings.onboard == "sync" and bool(draft.loads),
+                compares=draft.compares,
             )
 
     def stepped(self) -> None:
@@ -220,6 +241,7 @@ class Leader(Housekeeping):
         with self._lock:
             self.gate.step_ends()
 
+    @paced
     def finish(self, request_id: str, g1: Sequence[int], complete: int) -> bool:
         """The request is over. Offers its last blocks, unless it still waits for a load (then what the engine calls
         computed may never have arrived). True: the engine must keep its blocks until the workers say that it may have
@@ -234,8 +256,12 @@ class Leader(Housekeeping):
             loading = request.loading is not None
             self._end_loading(request)
             request.g1 = list(g1)
+            if not loading:
+                self._compare(request, complete)
             if complete > request.offered and not loading:
                 self._offer(request, min(complete, len(request.g1)))
+            if self.shadow is not None:
+                self.shadow.finished(request)
             request.record.outcome = "finished"
             # Its blocks became idle run by run, the first run first; together, its leaf goes before its root.
             self.pool.touch(request.keys[: request.offered])
@@ -246,6 +272,11 @@ class Leader(Housekeeping):
                 return False
             self._step.finishing[request_id] = sorted(jobs)
             return True
+
+    def _compare(self, request: Request, complete: int) -> None:
+        """Has what the engine computed compared with what is stored, where it was declined that."""
+        if self.shadow is not None and (compare := self.shadow.compare(request, complete, self._copies)) is not None:
+            self._step.compares.append(compare)
 
     def _offer(self, request: Request, complete: int) -> None:
         """Starts offloading what G2 does not have of blocks [offered, complete)."""
@@ -285,6 +316,21 @@ class Leader(Housekeeping):
             return "the request opted out of saving"
         return "the cache was reset while it ran" if request.stale else None
 
+    def _accounting(self) -> list[str]:
+        now, (stored, loaded, scratch) = self.pool.statistics(), self._copies.blocks()
+        held = loaded + sum(len(request.hold) for request in self.requests.values() if request.hold is not None)
+        owners = {self.requests[name].loading if name in self.requests else None for name in self._loading.values()}
+        found = {
+            f"{self._held} blocks of G2 count as held by requests, {held} are": self._held != held,
+            f"{stored} blocks are being stored, {now.staged} are staged": stored > now.staged,
+            f"{scratch} blocks are being compared, {now.writable} are writable": scratch > now.writable,
+            f"{self._copies.blocks_read} blocks of the engine are read by {stored + scratch}": (
+                self._copies.blocks_read > stored + scratch
+            ),
+            "a block counts as being loaded by a request that does not load it": owners != set(self._loading),
+        }
+        return [text for text, wrong in found.items() if wrong]
+
     def _release(self, request: Request) -> None:
         if request.hold is not None:
             self._held -= len(request.hold)
@@ -304,5 +350,6 @@ class _Draft:
     def __init__(self) -> None:
         self.loads: list[Copy] = []
         self.stores: list[Copy] = []
+        self.compares: list[Compare] = []
         self.finishing: dict[str, list[int]] = {}
         self.fence: set[int] = set()

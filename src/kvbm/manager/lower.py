@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from kvbm.blocks import Pinned
+from kvbm.blocks import Pinned, Staged
 from kvbm.core.events import Admitted
 from kvbm.manager.demote import Demotion
 from kvbm.manager.disk import DiskTier
@@ -59,7 +59,7 @@ class Lower:
 
     def storing(self, job: Job) -> None:
         """Blocks were offloaded, and are about to be published."""
-        if self.peers is not None:
+        if self.peers is not None and isinstance(job.lease, Staged):
             self.peers.serving.sums.note(job.lease.slots, job.lease.keys, job.sums)
 
     def stored(self, job: Job, blocks: Pinned) -> None:

@@ -20,6 +20,7 @@ from kvbm.core.region import Slots
 from kvbm.manager.jobs import Move
 from kvbm.manager.peers.sums import Sums
 from kvbm.manager.requests import Record
+from kvbm.manager.shadow import Shadow
 from kvbm.manager.sources import DiskSource, Hold, Source
 
 _KEEP = 30.0
@@ -85,6 +86,8 @@ class Promotion:
         """Blocks whose read has not ended."""
         self.sums: Sums | None = None
         """What keeps the checksums of blocks that others may read."""
+        self.shadow: Shadow | None = None
+        """What remembers where blocks come from."""
 
     @property
     def waiting(self) -> bool:
@@ -226,6 +229,8 @@ class Promotion:
         if self.sums is not None:
             self.sums.note(staged.slots, keys, move.sums)
         there = staged.register(move.done)
+        if self.shadow is not None:
+            self.shadow.note(there.slots, source.tier)
         staging.there.append(there)
         staging.until = self._clock() + _KEEP
         source.arrived(there)

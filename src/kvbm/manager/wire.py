@@ -43,6 +43,20 @@ class Copy(msgspec.Struct, frozen=True, array_like=True):
         return unpack(self.g2)
 
 
+class Compare(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks that the engine has computed (g1) and what is stored of them (stored, in host memory): are they the same?
+    `scratch` are slots of host memory to copy the former to. int32 arrays of equal length."""
+
+    job: int
+    request: str
+    g1: bytes
+    scratch: bytes
+    stored: bytes
+
+    def g1_slots(self) -> Slots:
+        return unpack(self.g1)
+
+
 class Step(msgspec.Struct, frozen=True):
     """One engine step, the same for every rank."""
 
@@ -58,6 +72,8 @@ class Step(msgspec.Struct, frozen=True):
     """A request waits for blocks that come from elsewhere: an idle step waits a moment."""
     sync: bool = False
     """The loads must be complete before this step's forward pass."""
+    compares: list[Compare] = []
+    """What this step's forward pass computed although it is stored, to be compared."""
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -102,6 +118,8 @@ class Result(msgspec.Struct, frozen=True, tag=True):
     error: str | None = None
     sums: bytes = b""
     """Where instances share blocks: the checksum of each block as it is in host memory now (uint64)."""
+    errors: bytes = b""
+    """Of a comparison: how far the two are apart, per block (float32, see `manager/compare.py`)."""
 
 
 class Write(msgspec.Struct, frozen=True, tag=True):

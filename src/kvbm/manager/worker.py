@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -23,13 +22,16 @@ from kvbm.core.errors import Broken
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Region, Slots
 from kvbm.manager.channel import Link, connect
+from kvbm.manager.compare import Comparisons, verified
 from kvbm.manager.disk_worker import DiskWorker
+from kvbm.manager.jobs import Collected
 from kvbm.manager.peers.memory import PeerMemory
 from kvbm.manager.wire import (
     Allot,
     Attach,
     Bye,
     Cancel,
+    Compare,
     Copy,
     Detach,
     Forget,
@@ -64,18 +66,6 @@ OpenDisk = Callable[[Place, int, Region, Executor], Disk]
 """Opens a rank's file for blocks in this host memory; raises Broken."""
 
 
-@dataclass(slots=True)
-class Collected:
-    """What ended since the last step, on this rank."""
-
-    released: set[str] = field(default_factory=set)
-    """Finished requests whose blocks the engine may have back."""
-    loaded: set[str] = field(default_factory=set)
-    """Requests whose asynchronous load ended, well or not."""
-    failed: set[str] = field(default_factory=set)
-    """Those of `loaded` that must be computed instead."""
-
-
 class Worker:
     """See the module. `g1` is the engine's KV cache of this rank; `make_executor` builds the copy machinery. A rank
     without `stores` has the same KV as rank 0, and loads it from that rank's host memory."""
@@ -102,7 +92,7 @@ class Worker:
         self._peers: PeerMemory | None = None
         self._disk: DiskWorker | None = None
         self._sums = np.zeros(0, np.uint64)
-        """Of each host slot, the checksum of what left the engine, where there is a tier below."""
+        """Of each host slot, the checksum of what left the engine, where somebody asks for it later."""
         self._arena: Arena | None = None
         self._g2: Region | None = None
         self._extents: Region | None = None
@@ -121,6 +111,7 @@ class Worker:
         """Loads that ended badly and have not been collected."""
         self._bad_blocks: set[int] = set()
         self._spoiled = False
+        self._comparisons = Comparisons(rank, g1.dtype, self._tell)
         self._sick = False
         self._thread = threading.Thread(target=self._run, name="kvbm-worker", daemon=True)
         self._thread.start()
@@ -166,13 +157,16 @@ class Worker:
     def after_forward(self, step: Step) -> None:
         """Starts to offload what this step's forward pass completed. If it ran on a failed load, what it computed is
         not the KV of these keys, and none of it is stored."""
-        for copy in step.stores:
+        wanted: list[Copy | Compare] = [*step.stores, *step.compares]
+        for copy in wanted:
             if self._spoiled:
                 blocks = len(copy.g1_slots())
                 self._report(copy.job, Completion.failed(copy.job, blocks, "computed from a load that failed"))
             elif not self._stores:
                 # Its word counts all the same: had it computed with a load that failed, so had the rank that stores.
                 self._report(copy.job, Completion(copy.job, np.zeros(len(copy.g1_slots()), np.uint8), None, 0.0, 0))
+            elif isinstance(copy, Compare):
+                self._compare(copy)
             else:
                 self._submit(copy, is_load=False)
         self._spoiled = False
@@ -226,13 +220,33 @@ class Worker:
         else:
             plan = Plan(self._g1, g1, self._g2, g2, urgent=False, label="store")
         deadline = self._settings.load_deadline_s if is_load else self._settings.store_deadline_s
-        self._executor.submit(copy.job, plan, deadline, self._load_ended if is_load else partial(self._store_ended, g2))
+        self._executor.submit(copy.job, plan, deadline, partial(self._load_ended if is_load else self._store_ended, g2))
 
-    def _load_ended(self, job: int, completion: Completion) -> None:
-        self._report(job, completion)
+    def _compare(self, wanted: Compare) -> None:
+        """Copies what was computed beside what is stored; the engine's blocks are not needed after that."""
+        assert self._g2 is not None, "the engine stepped before KVBM's arena was ready"
         with self._ended:
-            if completion.outcomes.any():
+            self._live.add(wanted.job)
+        plan = Plan(self._g1, wanted.g1_slots(), self._g2, unpack(wanted.scratch), urgent=False, label="store")
+
+        def copied(job: int, completion: Completion) -> None:
+            self._over(job)
+            self._comparisons.start(wanted, plan.destination, completion)
+
+        self._executor.submit(wanted.job, plan, self._settings.store_deadline_s, copied)
+
+    def _load_ended(self, slots: Slots, job: int, completion: Completion) -> None:
+        if self._settings.g2_verify and self._stores:  # who stores has the checksums, and loads as well
+            assert self._extents is not None
+            completion = verified(completion, self._extents, slots, self._sums, self._g1.slot_bytes)
+        self._report(job, completion)
+        if completion.outcomes.any():
+            with self._ended:
                 self._bad[job] = completion
+        self._over(job)
+
+    def _over(self, job: int) -> None:
+        with self._ended:
             self._live.discard(job)
             self._ended.notify_all()
 
@@ -242,9 +256,7 @@ class Worker:
             there = slots[completion.outcomes == Outcome.DONE]
             self._sums[there] = checksums(self._extents, there, self._g1.slot_bytes)
         self._report(job, completion, slots)
-        with self._ended:
-            self._live.discard(job)
-            self._ended.notify_all()
+        self._over(job)
 
     def _report(self, job: int, completion: Completion, written: Slots | None = None) -> None:
         """`written` are the slots of host memory that have a new checksum."""
@@ -320,7 +332,7 @@ class Worker:
         self._g2 = arena.region([plane.row_bytes for plane in self._g1.planes], slots, stride=stride)
         self._link = link
         problem = None
-        if (place is not None and self._open_disk is not None) or self._open_peers is not None:
+        if (place is not None and self._open_disk) or self._open_peers or self._settings.g2_verify:
             self._sums = np.zeros(slots, np.uint64)
             self._extents = arena.region([stride], slots, name="G2 for the disk")
         if place is not None and self._open_disk is not None:
@@ -379,6 +391,7 @@ class Worker:
         if self._disk is not None:
             self._disk.close(2.0)
         self._executor.close(5.0)
+        self._comparisons.close()
         if self._link is not None:
             self._tell(Bye())
             self._link.close()

@@ -6,15 +6,20 @@ names. Everything is read when it is scraped; nothing is counted here.
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from kvbm.observe.totals import Copies, Histogram, Totals
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +50,16 @@ LOWER_COUNTERS = {
 }
 
 
+TRUST_COUNTERS = {
+    "sampled": ("kvbm_shadow_requests", "hits that were declined, to compare what is computed with what is stored"),
+    "compared": ("kvbm_shadow_compared_blocks", "blocks that were compared"),
+    "mismatched": ("kvbm_shadow_mismatched_blocks", "of these, blocks that were not what the engine computed"),
+    "skipped": ("kvbm_shadow_skipped_blocks", "blocks of declined hits that could not be compared"),
+    "violations": ("kvbm_invariant_violations", "invariants that did not hold"),
+    "corrupt": ("kvbm_host_corrupt_blocks", "blocks that had changed in host memory when they were loaded"),
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
     """What is read when it is scraped."""
@@ -58,6 +73,11 @@ class Sources:
     """The numbers of each tier's pool, by the names in POOL_COUNTERS and POOL_GAUGES."""
     lower: Callable[[], Mapping[str, int]]
     """Those in LOWER_COUNTERS; what is missing is 0."""
+    trust: Callable[[], Mapping[str, int]] = dict[str, int]
+    """Those in TRUST_COUNTERS; what is missing is 0."""
+    quarantined: Callable[[], bool] = bool
+    steps: Callable[[], tuple[Sequence[float], Sequence[int], float]] = lambda: ((), (0,), 0.0)
+    """How long the engine waited for KVBM in each step: upper bounds, counts, the last above all bounds; the sum."""
 
 
 class _Collector(Collector):
@@ -98,8 +118,13 @@ class _Collector(Collector):
         yield CounterMetricFamily(
             "kvbm_gated_blocks", "blocks left where they were, computing was faster", totals.gated
         )
-        for key, (name, text) in LOWER_COUNTERS.items():
-            yield CounterMetricFamily(name, text, lower.get(key, 0))
+        for counters, numbers in ((LOWER_COUNTERS, lower), (TRUST_COUNTERS, self._sources.trust())):
+            for key, (name, text) in counters.items():
+                yield CounterMetricFamily(name, text, numbers.get(key, 0))
+        quarantined = float(self._sources.quarantined())
+        yield GaugeMetricFamily("kvbm_quarantined", "1 while stored blocks are known not to be trusted", quarantined)
+        bounds, counts, total = self._sources.steps()
+        yield _buckets("kvbm_step_seconds", "time that the engine waited for KVBM in a step", bounds, counts, total)
         for family, rows in ((CounterMetricFamily, POOL_COUNTERS), (GaugeMetricFamily, POOL_GAUGES)):
             for key, (name, text) in rows.items():
                 metric = family(name, text, labels=["pool"])
@@ -109,16 +134,24 @@ class _Collector(Collector):
 
 
 def _histogram(name: str, text: str, histogram: Histogram) -> HistogramMetricFamily:
+    return _buckets(name, text, histogram.bounds, histogram.counts, histogram.total)
+
+
+def _buckets(
+    name: str, text: str, bounds: Sequence[float], counts: Sequence[int], total: float
+) -> HistogramMetricFamily:
     buckets, running = [], 0
-    for bound, count in zip((*map(str, histogram.bounds), "+Inf"), histogram.counts, strict=True):
+    for bound, count in zip((*map(str, bounds), "+Inf"), counts, strict=True):
         running += count
         buckets.append((bound, running))
-    return HistogramMetricFamily(name, text, buckets=buckets, sum_value=histogram.total)
+    return HistogramMetricFamily(name, text, buckets=buckets, sum_value=total)
 
 
-def serve(host: str, port: int, sources: Sources) -> Callable[[], None] | None:
-    """Serves `/metrics` from a thread of its own; returns what stops it. A port that is taken is logged and None comes
-    back: metrics are not worth an engine."""
+def serve(
+    host: str, port: int, sources: Sources, health: Callable[[], Mapping[str, Any]] | None = None
+) -> Callable[[], None] | None:
+    """Serves `/metrics`, and `/health` as JSON (status 503 unless it is `healthy`), from a thread of its own; returns
+    what stops it. A port that is taken is logged and None comes back: metrics are not worth an engine."""
     registry = CollectorRegistry()
     registry.register(_Collector(sources))
     try:
@@ -126,7 +159,9 @@ def serve(host: str, port: int, sources: Sources) -> Callable[[], None] | None:
     except (OSError, OverflowError) as error:  # OverflowError: past 65535, for a high data-parallel rank
         log.error("KVBM: no metrics: %s:%d cannot be served (%s); set metrics_port to a free one", host, port, error)
         return None
-    log.info("KVBM: metrics on http://%s:%d/metrics", host, port)
+    if health is not None:
+        server.set_app(_with_health(health, server.get_app()))
+    log.info("KVBM: metrics on http://%s:%d/metrics, health on /health", host, port)
 
     def stop() -> None:
         server.shutdown()
@@ -134,3 +169,17 @@ def serve(host: str, port: int, sources: Sources) -> Callable[[], None] | None:
         thread.join(5)
 
     return stop
+
+
+def _with_health(health: Callable[[], Mapping[str, Any]], others: WSGIApplication | None) -> WSGIApplication:
+    assert others is not None
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if environ["PATH_INFO"] != "/health":
+            return others(environ, start_response)
+        said = health()
+        status = "200 OK" if said["healthy"] else "503 Service Unavailable"
+        start_response(status, [("Content-Type", "application/json")])
+        return [json.dumps(said).encode() + b"\n"]
+
+    return app

@@ -21,6 +21,8 @@ _SERVED = {"FullAttentionSpec", "MLAAttentionSpec"}
 _HASHES = {"sha256", "sha256_cbor"}
 _SPECULATION = {"ngram", "draft_model"}
 """Others keep KV that depends on the target's hidden states, and on the token after a block."""
+_FP8 = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+"""KV that has one scale for a whole tensor."""
 
 
 def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
@@ -137,7 +139,7 @@ def _weights(model: ModelConfig, load_format: str) -> str:
     return f"{model.model} revision {getattr(model.hf_config, '_commit_hash', None) or model.revision}"
 
 
-def g1_region(kv: KVCacheConfig, caches: dict[str, torch.Tensor]) -> Region:
+def g1_region(kv: KVCacheConfig, caches: dict[str, torch.Tensor], cache_dtype: str = "") -> Region:
     """The engine's KV cache: a plane per layer, or two where K and V lie apart. Layers that share memory count once.
     Raises Unsupported for memory that is not laid out in one row per block."""
     planes: list[Plane] = []
@@ -158,7 +160,17 @@ def g1_region(kv: KVCacheConfig, caches: dict[str, torch.Tensor]) -> Region:
                 )
             row = part.numel() * part.element_size() // kv.num_blocks
             planes.append(Plane(part.data_ptr(), row, row))
-    return Region("g1", "host", kv.num_blocks, tuple(planes), owner=list(caches.values()))
+    kinds = {str(tensor.dtype) for tensor in caches.values()}
+    dtype = _numbers(kinds.pop(), cache_dtype) if len(kinds) == 1 else ""
+    return Region("g1", "host", kv.num_blocks, tuple(planes), owner=list(caches.values()), dtype=dtype)
+
+
+def _numbers(tensor: str, cache_dtype: str) -> str:
+    """What KV of this type is made of, as `Region.dtype` says it; empty where scales lie between the numbers."""
+    if cache_dtype in _FP8:
+        return _FP8[cache_dtype]
+    plain = tensor.removeprefix("torch.")
+    return plain if cache_dtype in ("auto", plain) else ""
 
 
 def _layer_number(name: str) -> tuple[list[int], str]:

@@ -247,7 +247,7 @@ class WorkerSide:
             self._settings,
             geometry.place(self._config, self._kv),
             geometry.namespace(self._config, self._kv),
-            geometry.g1_region(self._kv, caches),
+            geometry.g1_region(self._kv, caches, str(self._config.cache_config.cache_dtype)),
             get_tensor_model_parallel_rank(),
         )
         settings = self._settings

@@ -1,0 +1,157 @@
+"""A look at KVBM itself while it serves: do its invariants hold, what happened last, how long does the engine wait.
+
+`Recent` is an observer; `Pace` belongs to the engine's thread; `Audit` is under the leader's lock, except for what it
+asks the pool, which has its own.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+from kvbm.blocks import Pool
+from kvbm.core.events import Admitted, Cleared, Copied, Event, Gated, Removed, Stored
+
+_KEPT = 512
+_SLICE = 1024
+"""Slots that are looked at in one go: their pool is locked for about 2 ms."""
+_BUSY_EVERY = 10.0
+"""Seconds between two looks while the engine works; when it is idle each tick has one."""
+_SAMPLES = 1024
+_SLOW_IN_A_ROW = 32
+SECONDS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Recent:
+    """The last events, in few words each. Any thread."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._events: deque[tuple[float, str, str, int, bytes | None]] = deque(maxlen=_KEPT)
+
+    def on_event(self, event: Event) -> None:
+        """Keeps what it was, of how many blocks, and the key of the first."""
+        tier, blocks, key = "", 0, None
+        match event:
+            case Stored() | Removed():
+                tier, blocks, key = event.tier, len(event.keys), event.keys[0] if event.keys else None
+            case Cleared():
+                tier, blocks = event.tier, event.generation
+            case Copied() | Gated():
+                blocks = event.blocks
+            case Admitted():
+                blocks = event.prompt_tokens
+        self._events.append((self._clock(), type(event).__name__, tier, blocks, key))
+
+    def listed(self) -> list[dict[str, Any]]:
+        """For JSON, the oldest first."""
+        return [
+            {"when": when, "event": name, "tier": tier, "count": count, "first_key": key.hex() if key else None}
+            for when, name, tier, count, key in list(self._events)
+        ]
+
+
+class Pace:
+    """How long KVBM keeps the engine's thread, per step. Written by that thread."""
+
+    def __init__(self, most_s: float) -> None:
+        self._most, self._slow, self._spent = most_s, 0, 0.0
+        self._last: deque[float] = deque(maxlen=_SAMPLES)
+        self.counts = [0] * (len(SECONDS) + 1)
+        self.total = self.worst = 0.0
+
+    def add(self, seconds: float) -> None:
+        """A call of this step took so long."""
+        self._spent += seconds
+
+    def step(self) -> str | None:
+        """The step is described; why KVBM had better stand aside, if it has been slow for long."""
+        spent, self._spent = self._spent, 0.0
+        self._last.append(spent)
+        self.counts[bisect_left(SECONDS, spent)] += 1
+        self.total += spent
+        self.worst = max(self.worst, spent)
+        self._slow = self._slow + 1 if spent > self._most else 0
+        if self._slow < _SLOW_IN_A_ROW:
+            return None
+        self._slow = 0
+        return f"it kept the engine for more than {self._most * 1e3:.0f} ms in each of the last {_SLOW_IN_A_ROW} steps"
+
+    def summary(self) -> dict[str, float]:
+        """Milliseconds per step: of the last thousand the median and the 99th percentile; the worst ever."""
+        last = sorted(self._last) or [0.0]
+        return {
+            "p50": last[len(last) // 2] * 1e3,
+            "p99": last[min(len(last) - 1, len(last) * 99 // 100)] * 1e3,
+            "max": self.worst * 1e3,
+        }
+
+
+class _Paced(Protocol):
+    pace: Pace
+
+
+S = TypeVar("S", bound=_Paced)
+
+
+def paced(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """A method that the engine's thread calls and waits for."""
+
+    def timed(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        begun = time.perf_counter()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.pace.add(time.perf_counter() - begun)
+
+    update_wrapper(timed, method)
+    return timed
+
+
+class Audit:
+    """Whether what the leader and its pools count is so. `accounting` says what is wrong in the leader's own books."""
+
+    def __init__(self, accounting: Callable[[], list[str]], clock: Callable[[], float]) -> None:
+        self._accounting, self._clock = accounting, clock
+        self._next: dict[str, int] = {}
+        self._due = clock()
+        self.passes: dict[str, int] = {}
+        """Times that all slots of each pool were looked at."""
+        self.violations = 0
+        self.last: float | None = None
+        """When it looked last (Unix seconds)."""
+
+    def tick(self, pools: dict[str, Pool], *, idle: bool) -> list[str]:
+        """A few times a second; looks at a slice of each pool and at the books, less often while the engine works."""
+        if not idle and self._clock() < self._due:
+            return []
+        self._due = self._clock() + _BUSY_EVERY
+        return self.books() + [problem for name, pool in pools.items() for problem in self.look(name, pool)]
+
+    def books(self) -> list[str]:
+        """What is wrong in the leader's own."""
+        self.last = time.time()
+        return self._counted(self._accounting())
+
+    def begin(self, name: str) -> None:
+        """The next look at this pool is at its first slots."""
+        self._next[name] = 0
+
+    def look(self, name: str, pool: Pool) -> list[str]:
+        """What is wrong with the next slice of a pool. It is free in between."""
+        first = self._next.get(name, 0)
+        last, problems = pool.examine(first, first + _SLICE)
+        self._next[name] = last if last > first else 0
+        self.passes[name] = self.passes.get(name, 0) + (last == first)
+        return self._counted([f"{name}: {problem}" for problem in problems])
+
+    def _counted(self, problems: list[str]) -> list[str]:
+        self.violations += len(problems)
+        return problems
