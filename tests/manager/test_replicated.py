@@ -105,3 +105,20 @@ def test_memory_that_is_not_what_was_said(tmp_path: Path) -> None:
     assert a != b
     arena.close()
     other.close()
+
+
+def test_one_copy_is_verified_and_compared(tmp_path: Path) -> None:
+    """By the rank that stores: the others have no checksums, and may not write what was computed beside it."""
+    for name, settings in (("verified", {"g2_verify": True}), ("compared", {"shadow_every": 1})):
+        path = tmp_path / name
+        path.mkdir(mode=0o700)
+        with closing(Engine(path, ranks=3, replicated=True, g3_blocks=None, g2_blocks=64, **settings)) as engine:
+            assert engine.serve(KEYS) == 0
+            found = engine.serve(KEYS)
+            engine.until(lambda engine=engine: engine.leader.in_flight() == (0, 0))
+            if engine.leader.shadow is not None:
+                assert found == 0
+                assert (engine.leader.shadow.compared, engine.leader.shadow.wrong) == (len(KEYS), 0)
+            else:
+                assert found == len(KEYS)
+            assert not engine.leader.problems
