@@ -69,6 +69,24 @@ def environment(**values: str | None) -> Iterator[None]:
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 
+@contextmanager
+def asynchronous_scheduling() -> Iterator[None]:
+    """vLLM switches it off on CPUs whatever it is told; it is what runs on GPUs. An engine made in here has it."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.__dict__["check_and_update_config"]
+
+    def keep(cls: type, config: Any) -> None:
+        original.__func__(cls, config)
+        config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(keep)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        CpuPlatform.check_and_update_config = original
+
+
 class Engine:
     """`kvbm` are settings (None: plain vLLM); `options` go to vLLM's EngineArgs."""
 
