@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,10 @@ class Setup:
     """Where blocks must have come from."""
     rank: int | None = None
     """The one on which copies fail; None: on all."""
+
+    @property
+    def ranks(self) -> int:
+        return int(self.options.get("tensor_parallel_size", 1))
 
     def faults(self, rate: float) -> list[str]:
         """What goes wrong with so many copies."""
@@ -96,20 +100,43 @@ class Job:
 
 
 class Alone:
-    """The engine without KVBM, of the same set-up but for the sizes."""
+    """The engine without KVBM, for set-ups of so many ranks, and the adapters of both. `close` ends it."""
 
-    def __init__(self, model: Path, setup: Setup, loras: Sequence[Any]) -> None:
-        kept = {name: value for name, value in setup.options.items() if name == "tensor_parallel_size"}
-        with environment(VLLM_CPU_OMP_THREADS_BIND="0|1" if kept else None):
-            self.engine = Engine(model, None, **SIZES | {"num_gpu_blocks_override": 256}, **LORA, **kept)
-        self._loras = loras
+    def __init__(self, model: Path, folder: Path, ranks: int = 1) -> None:
+        folder.mkdir()
+        self.model, self.ranks = model, ranks
+        self.loras = [None, *(_lora(folder, number) for number in (1, 2))]
+        with _cores(ranks):
+            sizes = SIZES | {"num_gpu_blocks_override": 256, "tensor_parallel_size": ranks}
+            self._engine: Engine | None = Engine(model, None, **sizes, **LORA)
 
     def answer(self, jobs: Sequence[Job]) -> list[dict[int, list[int]]]:
         """To all of them at once."""
-        names = [submit(self.engine, job, self._loras, salt=False) for job in jobs]
-        self.engine.drain()
-        self.engine.forget_device()
-        return [self.engine.results.pop(name).answers for name in names]
+        assert self._engine is not None
+        names = [submit(self._engine, job, self.loras, salt=False) for job in jobs]
+        self._engine.drain()
+        self._engine.forget_device()
+        return [self._engine.results.pop(name).answers for name in names]
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    @property
+    def closed(self) -> bool:
+        return self._engine is None
+
+
+def _lora(folder: Path, number: int) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(f"adapter{number}", number, str(adapter(folder / f"adapter{number}", number)))
+
+
+def _cores(ranks: int) -> AbstractContextManager[None]:
+    """One for each rank, where there are two."""
+    return environment(VLLM_CPU_OMP_THREADS_BIND="0|1") if ranks > 1 else nullcontext()
 
 
 class Traffic:
@@ -165,9 +192,9 @@ class Traffic:
         job.priority = dice.randrange(3)
         if dice.random() < 0.05:
             job.features.add("several answers")
-            # The likeliest each time: a seed and a prompt in chunks end vLLM 0.32 on a CPU ("CPU Generator does not use
-            # offset").
-            job.sampling = {"n": dice.randrange(2, 4)}
+            # Always the likeliest: a seed and a prompt in chunks end vLLM 0.32 on a CPU ("CPU Generator does not use
+            # offset"), and without a seed nothing can be compared.
+            job.sampling = {"n": dice.randrange(2, 4), "temperature": 1.0, "top_k": 1}
 
 
 def submit(engine: Engine, job: Job, loras: Sequence[Any], *, salt: bool = True) -> str:
@@ -185,7 +212,6 @@ class Result:
 
     setup: str
     seed: int
-    rate: float
     seconds: float = 0.0
     requests: int = 0
     features: Counter[str] = field(default_factory=Counter)
@@ -206,7 +232,7 @@ class Result:
             return f"{len(self.differences)} answers differ; left over: {self.left or 'nothing'}"
         if missing := [tier for tier in SETUPS[self.setup].tiers if not self.tokens[tier]]:
             return f"nothing came from {missing}"
-        if not self.evictions or (self.rate and not self.faults):
+        if not self.evictions or not self.faults:
             return "nothing was evicted, or nothing failed"
         grown = self.growth or {}
         if grown.get("descriptors", 0) > 4 or grown.get("threads", 0) > 2 or grown.get("memory_mb", 0.0) > 64:
@@ -215,33 +241,24 @@ class Result:
 
 
 class Run:
-    """One set-up, started in `folder`. `close` ends its engines."""
+    """One set-up, started in `folder`. `close` ends its engines, but not the one without KVBM."""
 
-    def __init__(self, name: str, model: Path, folder: Path, seed: int, *, rate: float = RATE) -> None:
-        self.setup, self.result = SETUPS[name], Result(name, seed, rate)
+    def __init__(self, name: str, alone: Alone, folder: Path, seed: int, faults: Sequence[str]) -> None:
+        self.setup, self.result, self._alone = SETUPS[name], Result(name, seed), alone
         self._dice, self._switch = random.Random(seed), folder / "faults"
-        inject(self._switch, *self.setup.faults(rate))
+        self.traffic = Traffic(self._dice, alone)
+        inject(self._switch, *faults)
         self._stack = ExitStack()
         try:
-            self.loras = [None, *(_lora(folder, at) for at in (1, 2))]
-            self.alone: Alone | None = Alone(model, self.setup, self.loras)
-            self._stack.callback(self.finish_asking)
             self.engines = [
-                self._stack.enter_context(closing(self._start(model, settings))) for settings in self._settings(folder)
+                self._stack.enter_context(closing(self._start(settings))) for settings in self._settings(folder)
             ]
         except BaseException:
             self._stack.close()
             raise
-        self.traffic = Traffic(self._dice, self.alone)
 
     def close(self) -> None:
         self._stack.close()
-
-    def finish_asking(self) -> None:
-        """No more new requests: the engine without KVBM is not needed any longer."""
-        if self.alone is not None:
-            self.alone.engine.close()
-            self.alone = None
 
     def _settings(self, folder: Path) -> Iterator[dict[str, Any]]:
         own: dict[str, Any] = {
@@ -260,14 +277,13 @@ class Run:
         for name in "ab":
             yield own | {"directory": server.url, "peer_secret_file": str(secret), "peer_name": f"compare-{name}"}
 
-    def _start(self, model: Path, settings: Mapping[str, Any]) -> Engine:
+    def _start(self, settings: Mapping[str, Any]) -> Engine:
         options = dict(self.setup.options)
-        apart = options.get("tensor_parallel_size")
         with (
             asynchronous_scheduling() if options.get("async_scheduling") else nullcontext(),
-            environment(VLLM_CPU_OMP_THREADS_BIND="0|1" if apart else None),
+            _cores(self.setup.ranks),
         ):
-            engine = Engine(model, settings, **SIZES, **LORA, **options)
+            engine = Engine(self._alone.model, settings, **SIZES, **LORA, **options)
         config = engine.core.scheduler.vllm_config.scheduler_config
         assert config.async_scheduling == options.get("async_scheduling", False)
         self._count(engine, "_preempt_request", "preempted")
@@ -296,7 +312,7 @@ class Run:
         while waiting or any(engine.vllm.has_unfinished_requests() for engine in self.engines):
             while waiting and dice.random() < 0.3:
                 job, engine = waiting.pop(0), dice.choice(self.engines)
-                running.append((engine, submit(engine, job, self.loras), job))
+                running.append((engine, submit(engine, job, self._alone.loras), job))
                 counts.update(job.features)
             if running and dice.random() < 0.01:
                 engine, name, _ = dice.choice(running[-8:])
@@ -329,7 +345,7 @@ class Run:
             got = done.answers.get(index, [])
             if got == (expected if whole else expected[: len(got)]):
                 continue
-            again = self.alone.answer([job])[0] if self.alone is not None else {}
+            again = {} if self._alone.closed else self._alone.answer([job])[0]
             at = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), len(got))
             self.result.differences.append(
                 {
@@ -358,23 +374,17 @@ class Run:
         return result
 
 
-def _lora(folder: Path, number: int) -> Any:
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest(f"adapter{number}", number, str(adapter(folder / f"adapter{number}", number)))
-
-
 @contextmanager
-def running(name: str, model: Path, folder: Path, seed: int, *, rate: float = RATE) -> Iterator[Run]:
-    """A set-up, whose engines end with the block."""
+def running(name: str, alone: Alone, folder: Path, seed: int, faults: Sequence[str] | None = None) -> Iterator[Run]:
+    """A set-up, with these faults instead of its own, whose engines end with the block."""
     folder.mkdir()
-    with closing(Run(name, model, folder, seed, rate=rate)) as run:
+    with closing(Run(name, alone, folder, seed, SETUPS[name].faults(RATE) if faults is None else faults)) as run:
         yield run
 
 
-def compare(name: str, requests: int, seed: int, model: Path, folder: Path, *, rate: float = RATE) -> Result:
+def compare(name: str, requests: int, seed: int, alone: Alone, folder: Path) -> Result:
     """So many requests to one set-up. Raises nothing that KVBM does wrong: that is in the result."""
-    with running(name, model, folder, seed, rate=rate) as run:
+    with running(name, alone, folder, seed) as run:
         begun = time.monotonic()
         while run.result.requests < requests:
             run.ask(run.traffic.more(min(CHUNK, requests - run.result.requests)))
@@ -382,11 +392,11 @@ def compare(name: str, requests: int, seed: int, model: Path, folder: Path, *, r
         return run.look()
 
 
-def soak(name: str, minutes: float, seed: int, model: Path, folder: Path, *, distinct: int = 600) -> Result:
+def soak(name: str, minutes: float, seed: int, alone: Alone, folder: Path, *, distinct: int = 600) -> Result:
     """The same requests again and again for so long. The first two times are warm-up."""
-    with running(name, model, folder, seed) as run:
+    with running(name, alone, folder, seed) as run:
         jobs = [job for _ in range(distinct // CHUNK) for job in run.traffic.more(CHUNK)]
-        run.finish_asking()
+        alone.close()
         begun, before = time.monotonic(), None
         while time.monotonic() - begun < minutes * 60 or before is None:
             run.ask(jobs)
@@ -415,20 +425,21 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=5000, help="over all set-ups")
     parser.add_argument("--setups", default=",".join(SETUPS), help="which, separated by commas")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
-    parser.add_argument("--rate", type=float, default=RATE, help="of each kind of fault")
     parser.add_argument("--minutes", type=float, help="instead: the first set-up for so long")
     given = parser.parse_args()
     names, results = given.setups.split(","), list[Result]()
     always_load()
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        model = write_tiny(folder / "model")
-        for at, setup in enumerate(names):
+        model, alone = write_tiny(folder / "model"), dict[int, Alone]()
+        for at, setup in enumerate(names[:1] if given.minutes else names):
+            if (ranks := SETUPS[setup].ranks) not in alone:
+                alone[ranks] = stack.enter_context(closing(Alone(model, folder / f"alone{ranks}", ranks)))
             if given.minutes:
-                results.append(soak(setup, given.minutes, given.seed, model, folder / setup))
+                results.append(soak(setup, given.minutes, given.seed, alone[ranks], folder / setup))
                 break
             requests = given.requests // len(names) + (at < given.requests % len(names))
-            results.append(compare(setup, requests, given.seed + at, model, folder / setup, rate=given.rate))
+            results.append(compare(setup, requests, given.seed + at, alone[ranks], folder / setup))
             print(json.dumps(vars(results[-1])), flush=True)
     print(json.dumps({"total": total(results), "setups": [vars(each) for each in results]}, indent=1))
     problems = [f"{each.setup}: {problem}" for each in results if (problem := each.problem())]
