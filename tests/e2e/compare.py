@@ -43,8 +43,8 @@ DEADLINES = {"load_deadline_s": 0.2, "store_deadline_s": 0.2, "g3_deadline_s": 0
 LATE_S = 0.7
 RATE = 0.05
 LORA = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
-"""For two adapters. With none to spare vLLM 0.32 on a CPU adds the last one to requests for the base model that are in a
-batch with others for adapters (vllm-project/vllm#48421): without KVBM, too, they then get other tokens than alone."""
+"""For two adapters. With no slot to spare vLLM 0.32 on a CPU adds the last adapter to requests for the base model that
+are in a batch with others (vllm-project/vllm#48421): without KVBM, too, they then get other tokens than alone."""
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
 
 
