@@ -33,14 +33,16 @@ from tests.valkey import Server
 
 CHUNK = 100
 """Requests that are made at once; conversations go on from one to the next."""
+ENOUGH = 300
+"""Requests to one set-up, with which some have come from every tier."""
 LONGEST = 450
-G2_BLOCKS = 100
+G2_BLOCKS = 60
 SIZES: dict[str, Any] = {
     "num_gpu_blocks_override": 25, "max_model_len": 512, "max_num_batched_tokens": 128, "max_num_seqs": 8,
 }  # fmt: skip
 """24 usable blocks: requests preempt each other; 128 tokens a step: prompts come in chunks."""
-DEADLINES = {"load_deadline_s": 0.2, "store_deadline_s": 0.2, "g3_deadline_s": 0.3, "peer_deadline_s": 0.5}
-LATE_S = 0.7
+DEADLINES = {"load_deadline_s": 0.3, "store_deadline_s": 0.3, "g3_deadline_s": 0.5, "peer_deadline_s": 0.5}
+LATE_S = 0.8
 RATE = 0.05
 LORA = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
 """For two adapters. With no slot to spare vLLM 0.32 on a CPU adds the last adapter to requests for the base model that
@@ -147,7 +149,7 @@ class Traffic:
 
     def __init__(self, dice: random.Random, alone: Alone) -> None:
         self._dice, self._alone = dice, alone
-        self._roots = [self._text(20, 330) for _ in range(10)]
+        self._roots = [self._text(150, 330) for _ in range(5)]
         self._past: list[Job] = []
 
     def more(self, count: int) -> list[Job]:
@@ -172,8 +174,8 @@ class Traffic:
             shared = dice.choice(self._roots)[: dice.randrange(1, 330)] if kind < 0.9 else []
             features |= {"shared beginning"} if len(shared) >= 32 else set()
             job.prompt = shared + self._text(1, 60)
-            job.salt = dice.choice([None, None, None, "a", "b"])
-            job.lora = dice.choice([0, 0, 0, 1, 2])
+            job.salt = dice.choice([*(None,) * 5, "a", "b"])
+            job.lora = dice.choice([0, 0, 0, 0, 0, 1, 2])
         features |= {f"adapter {job.lora}" if job.lora else "base model"} | ({"salt"} if job.salt else set())
         features |= {"chunked prefill"} if len(job.prompt) > 128 else set()
         self._wishes(job)
@@ -232,7 +234,9 @@ class Result:
         """Why it failed."""
         if self.differences or self.left:
             return f"{len(self.differences)} answers differ; left over: {self.left or 'nothing'}"
-        if missing := [tier for tier in SETUPS[self.setup].tiers if not self.tokens[tier]]:
+        # What few requests share may never leave host memory.
+        tiers = SETUPS[self.setup].tiers if self.requests >= ENOUGH else ("g2",)
+        if missing := [tier for tier in tiers if not self.tokens[tier]]:
             return f"nothing came from {missing}"
         if not self.evictions or not self.faults:
             return "nothing was evicted, or nothing failed"
