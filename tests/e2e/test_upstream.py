@@ -126,7 +126,7 @@ def test_onboarding_is_the_same_each_time(deployment: Deployment) -> None:
             before = deployment.counts()[1]
             assert deployment.ask(prompt) == answer
             onboarded[prompt].add(deployment.counts()[1] - before)
-    assert all(len(blocks) == 1 and blocks > {0} for blocks in onboarded.values())
+    assert all(len(blocks) == 1 and 0 not in blocks for blocks in onboarded.values())
 
 
 def test_prompts_in_chunks_of_256_tokens(deployment: Deployment) -> None:
@@ -135,7 +135,7 @@ def test_prompts_in_chunks_of_256_tokens(deployment: Deployment) -> None:
     first = deployment.ask(prompt)
     middle = deployment.counts()
     assert middle[0] - before[0] >= len(prompt) / 4 / BLOCK / 2
-    deployment.ask(words(7_000, 420)[:2_600])
+    deployment.ask(words(7_000, 700)[:3_600])
     assert deployment.ask(prompt) == first
     assert deployment.counts()[1] > middle[1]
 
