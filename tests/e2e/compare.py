@@ -344,9 +344,15 @@ class Run:
             return
         # A reset of KVBM ends sharing until the engine is started anew.
         running, connector = kind < 0.003, kind < 0.0005 and "peer" not in self.setup.tiers
-        if engine.vllm.reset_prefix_cache(reset_running_requests=running, reset_connector=connector):
-            what = "KVBM" if connector else "the device, requests running" if running else "the device"
-            self.result.features[f"reset of {what}"] += 1
+        what = "KVBM" if connector else "the device, requests running" if running else "the device"
+        try:
+            if engine.vllm.reset_prefix_cache(reset_running_requests=running, reset_connector=connector):
+                self.result.features[f"reset of {what}"] += 1
+        except RuntimeError as error:
+            # With every connector: while a request waits for what it loads, or blocks are kept for a copy, vLLM refuses
+            # this way; requests that ran are preempted all the same.
+            assert "Failed to reset KV cache" in str(error)
+            self.result.features["reset that vLLM refused"] += 1
 
     def _compare(self, engine: Engine, name: str, job: Job, *, whole: bool) -> None:
         done: Done = engine.results.pop(name)
