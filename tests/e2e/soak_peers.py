@@ -94,11 +94,10 @@ def kill(process: subprocess.Popen[bytes], *, frozen_s: float = 0.0) -> None:
 
 
 def use(engine: Engine) -> tuple[int, int, float, float]:
-    """File descriptors and threads of this process and the engine's worker; megabytes of the one and of the other."""
-    worker = engine.core.model_executor.workers[0].proc.pid
+    """File descriptors and threads of this process and the engine's workers; megabytes of this and of the first."""
     descriptors = threads = 0
     memory = []
-    for pid in (os.getpid(), worker):
+    for pid in (os.getpid(), *(worker.proc.pid for worker in engine.core.model_executor.workers)):
         descriptors += len(os.listdir(f"/proc/{pid}/fd"))
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             name, _, value = line.partition(":")
@@ -144,7 +143,7 @@ def soak(minutes: float, every: float, folder: Path) -> Result:
     finally:
         kill(other)
     result.seconds = time.monotonic() - begun
-    result.left = _left(engine)
+    result.left = left(engine)
     after = use(engine)
     growth = [b - a for a, b in zip(before or after, after, strict=True)]
     result.descriptors, result.threads = int(growth[0]), int(growth[1])
@@ -157,19 +156,26 @@ def soak(minutes: float, every: float, folder: Path) -> Result:
     return result
 
 
-def _left(engine: Engine) -> str:
+def left(engine: Engine) -> str:
     """Waits until nothing is under way, a minute at most; what is still held then."""
-    peers, deadline = engine.leader.lower.peers, time.monotonic() + 60
+    leader, deadline = engine.leader, time.monotonic() + 60
+    peers = None if leader.lower is None else leader.lower.peers
+    pools = {"g2": leader.pool} | ({} if leader.disk is None else {"g3": leader.disk.tier.pool})
     while True:
-        engine.leader.tick()
-        now = engine.leader.pool.statistics()
-        held = {
-            "active": now.active, "staged": now.staged, "writable": now.writable, "orphaned": now.orphaned,
-            "promised": peers.serving.held, "reads": peers.in_flight(), "searches": len(peers._sought),
-            "connections": sum(client.open for client in peers.network._clients.values()),
-        }  # fmt: skip
+        leader.tick()
+        held = {"copies": sum(leader.in_flight()), "requests": len(leader.requests), "loads": len(leader._loading)}
+        held |= {"matches": leader._held}
+        for tier, now in ((tier, pool.statistics()) for tier, pool in pools.items()):
+            states = {"active": now.active, "staged": now.staged, "writable": now.writable, "orphaned": now.orphaned}
+            held |= {f"{tier} {state}": count for state, count in states.items()}
+        if peers is not None:
+            held |= {
+                "promised": peers.serving.held, "reads": peers.in_flight(), "searches": len(peers._sought),
+                "connections": sum(client.open for client in peers.network._clients.values()),
+            }  # fmt: skip
         if not any(held.values()):
-            engine.leader.pool.check()
+            for pool in pools.values():
+                pool.check()
             return ""
         if time.monotonic() > deadline:
             return str({name: count for name, count in held.items() if count})

@@ -3,42 +3,115 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import pytest
 
+from kvbm.testing.faults import inject
 from tests.e2e.conftest import prompt_of
-from tests.e2e.engine import Done, Engine
+from tests.e2e.engine import Done, Engine, asynchronous_scheduling, environment
+from tests.e2e.soak_peers import left
 
 Plain = Callable[..., list[Done]]
+
+
+DEADLINES = {"load_deadline_s": 0.3, "store_deadline_s": 0.3}
+LATE = "delay=1"
+RATES = {
+    "1 %": "fail=0.01",
+    "10 %": "fail=0.1",
+    "all loads": "load_fail=1",
+    "all stores": "store_fail=1",
+    "late loads": f"load_{LATE}",
+    "late stores": f"store_{LATE}",
+    "late at random": f"{LATE}&delayed=0.3",
+    "cut short": "load_short=0.3&store_short=0.3",
+}
+ROUNDS = 40
 
 
 def _with_faults(tiny: Path, query: str, **settings: object) -> Engine:
     return Engine(tiny, {"transport_wrapper": f"kvbm.testing.faults:build?{query}", **settings})
 
 
-@pytest.mark.parametrize("onboard", ["async", "sync"])
-def test_failed_copies_are_computed_and_never_matched(
-    tiny: Path, plain: Plain, dice: random.Random, onboard: str
-) -> None:
-    with closing(_with_faults(tiny, "store_fail=0.3&load_fail=0.4&seed=3", onboard=onboard)) as engine:
-        prompts = [prompt_of(dice, dice.randrange(40, 500)) for _ in range(12)]
-        prompts += [prompt[:200] + prompt_of(dice, 90) for prompt in prompts[:6]]
-        expected = [done.tokens for done in plain(prompts, 12)]
-        for _ in range(4):
-            assert [done.tokens for done in engine.run(prompts, 12)] == expected
-            engine.settle()
-            engine.forget_device()
-        status = engine.status()
-        assert status["onboard"]["failed"] > 0
-        assert status["offload"]["failed"] > 0
-        assert status["onboard"]["blocks"] > 0
-        assert status["healthy"]
-        engine.leader.pool.check()
-        statistics = engine.leader.pool.statistics()
-        assert (statistics.active, statistics.staged, statistics.orphaned) == (0, 0, 0)
+class Faulty:
+    """An engine whose faults can be changed while it runs."""
+
+    def __init__(self, engine: Engine, switch: Path) -> None:
+        self.engine, self.switch = engine, switch
+
+    def ask(self, prompts: list[list[int]], expected: list[list[int]]) -> list[str]:
+        """Every answer must be right. Returns which requests were computed because their load failed: exactly those."""
+        names = [self.engine.add(prompt, 8) for prompt in prompts]
+        self.engine.drain()
+        assert [self.engine.results[name].tokens for name in names] == expected
+        self.engine.settle()
+        self.engine.forget_device()
+        return [name for name in names if "load failed" in self.engine.leader.records[name].outcome]
+
+
+@pytest.fixture(scope="module", params=["async", "sync", "asynchronous scheduling"])
+def faulty(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
+    switch = tmp_path_factory.mktemp("faults") / "faults"
+    inject(switch)
+    scheduling = request.param == "asynchronous scheduling"
+    kvbm = {"transport_wrapper": f"kvbm.testing.faults:follow?{switch}", **DEADLINES}
+    kvbm["onboard"] = "sync" if request.param == "sync" else "async"
+    with asynchronous_scheduling() if scheduling else nullcontext(), environment(VLLM_CPU_OMP_THREADS_BIND="1"):
+        engine = Engine(tiny, kvbm, num_gpu_blocks_override=128, async_scheduling=scheduling)
+    assert engine.core.scheduler.vllm_config.scheduler_config.async_scheduling == scheduling
+    yield Faulty(engine, switch)
+    engine.close()
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_copies_that_fail_cost_a_computation(faulty: Faulty, plain: Plain, dice: random.Random, rate: str) -> None:
+    """Until it has happened, and once more: what failed once fails again, or is there."""
+    engine = faulty.engine
+    prompts = [prompt_of(dice, dice.randrange(40, 200)) for _ in range(16)]
+    expected = [done.tokens for done in plain(prompts, 8)]
+
+    def failed() -> int:
+        return sum(engine.status()[way]["failed"] for way in ("onboard", "offload"))
+
+    inject(faulty.switch)
+    faulty.ask(prompts, expected)
+    inject(faulty.switch, RATES[rate])
+    before, rounds, twice = failed(), 0, False
+    while not twice:
+        twice = failed() > before
+        fresh = [prompt_of(dice, 70) for _ in range(4)]
+        wanted = expected + [done.tokens for done in plain(fresh, 8)]
+        computed = faulty.ask(prompts + fresh, wanted)
+        if rate in ("all loads", "late loads"):
+            assert len(computed) == 16
+        if rate in ("all stores", "late stores"):
+            assert not computed
+        rounds += 1
+        assert rounds < ROUNDS, "nothing failed"
+    inject(faulty.switch)
+    faulty.ask(prompts, expected)
+    onboarded = engine.status()["onboard"]["blocks"]
+    assert not faulty.ask(prompts, expected)
+    assert engine.status()["onboard"]["blocks"] - onboarded == sum((len(prompt) - 1) // 32 for prompt in prompts)
+    assert left(engine) == ""
+    assert engine.status()["healthy"]
+
+
+def test_exactly_the_requests_whose_load_failed_are_computed(faulty: Faulty, plain: Plain, dice: random.Random) -> None:
+    prompts = [prompt_of(dice, 200) for _ in range(20)]
+    expected = [done.tokens for done in plain(prompts, 8)]
+    inject(faulty.switch)
+    faulty.ask(prompts, expected)
+    inject(faulty.switch, "load_fail=0.4")
+    computed = faulty.ask(prompts, expected)
+    assert 0 < len(computed) < 20
+    inject(faulty.switch)
+    names = list(faulty.engine.results)[-20:]
+    loaded = [name for name in names if faulty.engine.leader.records[name].loaded == 6]
+    assert sorted(loaded + computed) == sorted(names)
 
 
 def test_wrong_bytes_change_the_answer(tiny: Path, plain: Plain, dice: random.Random) -> None:

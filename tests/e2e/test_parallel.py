@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kvbm.testing.faults import inject
 from tests.e2e.conftest import prompt_of
 from tests.e2e.engine import Done, Engine, environment
 
@@ -45,19 +46,38 @@ def test_a_block_counts_when_both_ranks_have_it(tiny: Path, dice: random.Random)
         assert len(names) == 3
 
 
+FAULTS = {
+    "on one rank": "load_fail=0.4&store_fail=0.2&rank=1",
+    "on both": "load_fail=0.3&store_fail=0.2",
+    "every load on one": "load_fail=1&rank=1",
+    "every store on one": "store_fail=1&rank=0",
+    "late on one": "delay=1&delayed=0.3&rank=1",
+}
+
+
 @pytest.mark.parametrize("onboard", ["async", "sync"])
-def test_what_fails_on_one_rank_is_computed(tiny: Path, plain: Plain, dice: random.Random, onboard: str) -> None:
-    faults = "kvbm.testing.faults:build?load_fail=0.4&store_fail=0.2&rank=1&seed=2"
-    with closing(_two_ranks(tiny, transport_wrapper=faults, onboard=onboard)) as engine:
-        prompts = [prompt_of(dice, dice.randrange(60, 400)) for _ in range(10)]
-        expected = [done.tokens for done in plain(prompts, 12)]
-        for _ in range(3):
+def test_what_fails_on_a_rank_is_computed(
+    tiny: Path, plain: Plain, dice: random.Random, tmp_path: Path, onboard: str
+) -> None:
+    switch = tmp_path / "faults"
+    inject(switch)
+    settings = {"load_deadline_s": 0.3, "store_deadline_s": 0.3, "onboard": onboard}
+    with closing(_two_ranks(tiny, transport_wrapper=f"kvbm.testing.faults:follow?{switch}", **settings)) as engine:
+        for faults in FAULTS.values():
+            prompts = [prompt_of(dice, dice.randrange(60, 400)) for _ in range(10)]
+            expected = [done.tokens for done in plain(prompts, 12)]
+            before = engine.status()
+            for line in (faults, faults, ""):
+                inject(switch, line)
+                assert [done.tokens for done in engine.run(prompts, 12)] == expected
+                engine.settle()
+                engine.forget_device()
+            after = engine.status()
+            assert sum(after[way]["failed"] - before[way]["failed"] for way in ("onboard", "offload")) > 0
+            assert after["healthy"]
+            onboarded = after["onboard"]["blocks"]
             assert [done.tokens for done in engine.run(prompts, 12)] == expected
             engine.settle()
             engine.forget_device()
-        status = engine.status()
-        assert status["onboard"]["failed"] > 0
-        assert status["offload"]["failed"] > 0
-        assert status["onboard"]["blocks"] > 0
-        assert status["healthy"]
+            assert engine.status()["onboard"]["blocks"] > onboarded
         engine.leader.pool.check()

@@ -26,7 +26,7 @@ from rich.console import Console
 
 from kvbm.cli import control, models
 from kvbm.cli.demo.client import Client
-from kvbm.cli.serve import fast_dtype, free_port
+from kvbm.cli.serve import free_port
 from kvbm.core import config
 from tests.e2e.engine import BLOCK, CONNECTOR, tells_hits_apart
 
@@ -278,32 +278,6 @@ def test_sigterm_ends_everything(server: Served) -> None:
     assert server.process.wait(60) == 0
     assert server.living() == []
     assert list(server.run_dir.iterdir()) == []
-
-
-def test_the_command_of_an_existing_deployment(model: str, tmp_path: Path) -> None:
-    """With a metrics port that is taken: not worth an engine."""
-    port = free_port("127.0.0.1", 0)
-    connector = {
-        "kv_connector": "DynamoConnector",
-        "kv_connector_module_path": "kvbm.vllm_integration.connector",
-        "kv_role": "kv_both",
-    }
-    command = [*VLLM, "--model", model, "--served-model-name", "smollm2", "--dtype", fast_dtype(), "--port", str(port)]
-    command += ["--host", "127.0.0.1", *SMALL, "--kv-transfer-config", json.dumps(connector)]
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        metrics = str(taken.getsockname()[1])
-        settings = {"CPU_CACHE_OVERRIDE_NUM_BLOCKS": "50", "METRICS": "true", "METRICS_PORT": metrics}
-        environment = {f"DYN_KVBM_{name}": value for name, value in settings.items()}
-        with served(command, port, tmp_path, **environment) as server:
-            server.wait_for("Application startup complete")
-            complaint = next(line for line in server.output().splitlines() if metrics in line and "no metrics" in line)
-            assert "KVBM" in complaint
-            assert server.status()["tiers"][0]["total"] == 50
-            first = server.ask(text("assignment"))
-            server.reset()
-            assert server.ask(text("assignment")).text == first.text
-            eventually(lambda: server.status()["onboard"]["blocks"] == first.could_hit // BLOCK)
-            assert server.status()["offload"]["blocks"] >= first.could_hit // BLOCK
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ the block's key, so that any wrong byte shows."""
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,7 +60,7 @@ class Engine:
         self.leader = self.side.leader
         if self.leader.disk is not None:
             self.disk = self.leader.disk.tier.pool
-        self.names = iter(range(1000))
+        self.names = itertools.count()
         self.folder = path / "g3"
         self.own = self.folder / names.fingerprint[:16]
 
@@ -85,7 +86,8 @@ class Engine:
             worker.after_forward(step)
 
     def serve(self, keys: Sequence[bytes], **params: Any) -> int:
-        """A request with these blocks, and one of the last token; returns how many were loaded."""
+        """A request with these blocks, and one of the last token; returns how many were loaded: none, where the load
+        failed, for then the engine computes all of them."""
         name = f"r{next(self.names)}"
         self.leader.begin(name, [*keys, LAST], RequestParams(**params), (len(keys) + 1) * TOKENS)
         found: int | None = None
@@ -105,6 +107,8 @@ class Engine:
         self.leader.place(name, blocks, found, Admitted(tokens, 0, found * TOKENS))
         self.step(name, 0)
         self.until(lambda: self.leader.in_flight() == (0, 0))
+        if found and self._failed(name):
+            found = 0
         for rank, memory in enumerate(self.g1):
             for block in blocks[:found]:
                 assert memory.get(block) == kv(keys[block], self.parts[rank]), "wrong bytes were served"
@@ -115,6 +119,22 @@ class Engine:
         self.leader.finish(name, blocks, len(keys))
         self.step(name, 0)
         return found
+
+    def _failed(self, name: str) -> bool:
+        """Whether a worker says so of the request's load, which ended."""
+        ended, failed = set[int](), False
+
+        def said() -> bool:
+            nonlocal failed
+            for rank, worker in enumerate(self.workers):
+                collected = worker.collect(idle=False)
+                failed |= name in collected.failed
+                if name in collected.loaded:
+                    ended.add(rank)
+            return len(ended) == len(self.workers)
+
+        self.until(said)
+        return failed
 
     def settle(self) -> None:
         lower = self.leader.disk

@@ -1,12 +1,13 @@
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kvbm.abc.transport import Quiet, Transport
 from kvbm.core.outcome import Outcome
-from kvbm.testing.faults import FaultTransport, build
+from kvbm.testing.faults import FaultTransport, build, follow, inject, injected
 from kvbm.testing.transport import HostMemory, Memory, Recorder, TransportSuite, blocked, contents, fill, plan_of, run
 from kvbm.transfer.memcpy import MemcpyTransport
 
@@ -154,6 +155,37 @@ def test_build_reads_a_query_for_one_rank() -> None:
     everywhere = build(MemcpyTransport(1), 3, "")
     assert isinstance(everywhere, FaultTransport)
     everywhere.close()
+
+
+def test_some_are_delayed_and_all_is_counted(faulty: Faulty, pair: tuple[Memory, Memory]) -> None:
+    transport = faulty(load_delay=LONG, delayed=0.5, store_fail=1)
+    recorders = [Recorder() for _ in range(40)]
+    for recorder in recorders:
+        transport.submit(plan_of(pair, [0, 1], [0, 1]), recorder)
+    late = len(transport._timers)
+    assert 5 < late < 35
+    assert transport.injected == {"load_delay": 2 * late}
+    run(transport, plan_of(pair, [2], [2], urgent=False))
+    assert transport.injected["store_fail"] == 1
+
+
+def test_faults_of_a_running_transport_can_be_changed(pair: tuple[Memory, Memory], tmp_path: Path) -> None:
+    path = tmp_path / "faults"
+    inject(path, "load_fail=1&rank=1", "disk=1&store_fail=1", "peer=1&fetch_flip=1")
+    here, there = (follow(MemcpyTransport(1), rank, str(path)) for rank in (0, 1))
+    assert run(here, plan_of(pair, [0], [0])).error is None
+    assert run(there, plan_of(pair, [0, 1], [0, 1])).error == "injected"
+    assert run(there, plan_of(pair, [0], [0], urgent=False)).error is None
+    inject(path, "store_fail=1")
+    assert run(there, plan_of(pair, [0], [0])).error is None
+    assert run(here, plan_of(pair, [0], [0], urgent=False)).error == "injected"
+    inject(path)
+    assert run(here, plan_of(pair, [0], [0], urgent=False)).error is None
+    assert injected(path) == {"memory_load_fail": 2, "memory_store_fail": 1}
+    with pytest.raises(ValueError, match="unknown fault option"):
+        inject(path, "lod_fail=1")
+    for transport in (here, there):
+        transport.close()
 
 
 @pytest.mark.parametrize(

@@ -100,14 +100,15 @@ def build_worker(settings: Settings, place: Place, namespace: Namespace, g1: Reg
     """The worker of one rank. Returns at once; its arena is made when the leader says how large."""
     stores = rank in place.storing
 
+    def wrapped(transport: Transport) -> Transport:
+        return _wrap(settings.transport_wrapper, transport, rank) if settings.transport_wrapper else transport
+
     def make_executor() -> Executor:
         threads = settings.copy_threads or max(1, min(4, (os.cpu_count() or 1) // place.ranks))
         transports: list[Transport] = [MemcpyTransport(threads)]
         if build_disk.wanted(settings) and stores:
             transports.append(build_disk.transport(settings))
-        if settings.transport_wrapper:
-            transports = [_wrap(settings.transport_wrapper, transport, rank) for transport in transports]
-        return Executor(transports)
+        return Executor([wrapped(transport) for transport in transports])
 
     return Worker(
         settings,
@@ -118,7 +119,9 @@ def build_worker(settings: Settings, place: Place, namespace: Namespace, g1: Reg
         address=channel_path(settings, place.engine),
         make_executor=make_executor,
         open_disk=partial(build_disk.open_shard, settings) if stores else None,
-        open_peers=partial(build_peers.open_memory, settings) if build_peers.wanted(settings) and stores else None,
+        open_peers=(
+            partial(build_peers.open_memory, settings, wrapped) if build_peers.wanted(settings) and stores else None
+        ),
         stores=stores,
     )
 

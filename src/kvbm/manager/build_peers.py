@@ -11,6 +11,7 @@ from ipaddress import ip_address
 from typing import Final
 
 from kvbm import __version__
+from kvbm.abc.transport import Transport
 from kvbm.core.config import Settings, set_for_library
 from kvbm.core.errors import ConfigError
 from kvbm.core.keys import Namespace
@@ -28,6 +29,7 @@ from kvbm.manager.peers.sums import Sums
 from kvbm.manager.promote import Promotion
 from kvbm.manager.wire import Mine
 from kvbm.stores.directory import Directory
+from kvbm.transfer.executor import Executor
 from kvbm.transfer.nixl.agent import installed
 from kvbm.transfer.nixl.transport import NixlTransport
 
@@ -73,11 +75,15 @@ def _secret(settings: Settings) -> bytes:
     return secret
 
 
-def open_memory(settings: Settings, rank: int, memory: Region, tell: Callable[[Mine], None]) -> PeerMemory:
+def open_memory(
+    settings: Settings, wrapped: Callable[[Transport], Transport], rank: int, memory: Region,
+    tell: Callable[[Mine], None],
+) -> PeerMemory:  # fmt: skip
     """One rank's part. Raises Broken: NIXL is not there."""
     if _loopback(settings.peer_host):
         set_for_library("UCX_NET_DEVICES", "lo")  # or its port would be open to the world
-    return PeerMemory(NixlTransport("UCX"), memory, rank, tell, settings.peer_deadline_s)
+    transport = NixlTransport("UCX")
+    return PeerMemory(transport, Executor([wrapped(transport)]), memory, rank, tell, settings.peer_deadline_s)
 
 
 def _loopback(host: str) -> bool:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import heapq
+import json
 import os
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Final
 from urllib.parse import parse_qsl
 
@@ -23,22 +25,58 @@ from kvbm.core.errors import Misuse
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Region
 from kvbm.transfer.file import FileTransport
+from kvbm.transfer.nixl.transport import NixlTransport
 from kvbm.transfer.plan import checked_slots
 
-FAULTS: Final = ("delay", "rate", "fail", "flip", "garble", "short", "torn", "lie", "die_after")
-ODDS: Final = ("fail", "flip", "garble", "short", "torn", "lie")
-PREFIXES: Final = ("", "load_", "store_")
+FAULTS: Final = ("delay", "delayed", "rate", "fail", "flip", "garble", "short", "torn", "lie", "die_after")
+ODDS: Final = ("delayed", "fail", "flip", "garble", "short", "torn", "lie")
+PREFIXES: Final = ("", "load_", "store_", "fetch_")
 OPTIONS: Final = frozenset({"serial", "seed", *(prefix + fault for prefix in PREFIXES for fault in FAULTS)})
 
 
 def build(inner: Transport, rank: int, query: str) -> Transport:
     """`inner` wrapped as a query string says, e.g. ``store_delay=0.2&fail=0.1&rank=1``; as it is on other ranks.
 
-    It is about copies between host memory and the engine, or, with ``disk=1``, about those to and from disk.
+    It is about copies between host memory and the engine, or, with ``disk=1``, about those to and from disk, or, with
+    ``peer=1``, about those from other instances.
 
     Raises:
         ValueError: an unknown option, one given twice, or a value that is not a number; `inner` is untouched.
     """
+    options = _meant(inner, rank, query)
+    return inner if options is None else FaultTransport(inner, **options)
+
+
+def follow(inner: Transport, rank: int, path: str) -> Transport:
+    """`inner` with the faults that a file names at the moment (`inject` writes it), so that those of a running engine
+    can be changed. Each line is a query string as `build` takes it. What was injected stands beside it, for `injected`,
+    in files whose names go on with ``.memory``, ``.disk`` or ``.peer`` and the rank.
+    """
+    return _Following(inner, rank, Path(path))
+
+
+def inject(path: Path, *lines: str) -> None:
+    """Have all that follow this file do this from their next copy on; nothing, where there is no line."""
+    for line in lines:
+        _check({name: float(value) for name, value in parse_qsl(line) if name not in ("disk", "peer", "rank")})
+    _replace(path, "\n".join(lines))
+
+
+def injected(path: Path) -> Counter[str]:
+    """What has been injected by all that follow this file, e.g. ``disk_load_flip``, in blocks."""
+    found: Counter[str] = Counter()
+    for told in path.parent.glob(f"{path.name}.*[0-9]"):
+        kind = told.suffix[1:].rstrip("0123456789")
+        found.update({f"{kind}_{what}": blocks for what, blocks in json.loads(told.read_text()).items()})
+    return found
+
+
+def _kind(transport: Transport) -> str:
+    return {FileTransport: "disk", NixlTransport: "peer"}.get(type(transport), "memory")
+
+
+def _meant(inner: Transport, rank: int, query: str) -> dict[str, float] | None:
+    """The options for this transport of this rank; None: they are for others."""
     options: dict[str, float] = {}
     for name, value in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):
         if name in options:
@@ -48,16 +86,16 @@ def build(inner: Transport, rank: int, query: str) -> Transport:
         except ValueError:
             raise ValueError(f"fault option {name}={value!r} is not a number") from None
     only = options.pop("rank", rank)
-    disk = bool(options.pop("disk", 0))
+    kinds = [kind for kind in ("disk", "peer") if options.pop(kind, 0)] or ["memory"]
     _check(options)
-    return FaultTransport(inner, **options) if only == rank and disk == isinstance(inner, FileTransport) else inner
+    return options if only == rank and _kind(inner) in kinds else None
 
 
 def _check(options: dict[str, float]) -> None:
     """Raise `ValueError` naming the first option that `FaultTransport` does not have or cannot use."""
     for name, value in options.items():
         if name not in OPTIONS:
-            known = ", ".join(sorted(OPTIONS | {"disk", "rank"}))
+            known = ", ".join(sorted(OPTIONS | {"disk", "peer", "rank"}))
             raise ValueError(f"unknown fault option {name!r}; there are {known}")
         if value < 0 or (name.endswith(ODDS) and value > 1):
             raise ValueError(f"fault option {name}={value:g} is out of range")
@@ -81,10 +119,11 @@ class _Job:
 class FaultTransport(Transport):
     """Wraps `inner`, which it then owns. What is not made to fail is passed on.
 
-    Options, each also as ``load_…`` and ``store_…`` for plans with that label (which then wins):
+    Options, each also as ``load_…``, ``store_…`` and ``fetch_…`` for plans with that label (which then wins):
 
     - `delay`: seconds before the copy starts, so that the source is really read later. Delayed plans overlap, unless
       `serial` is 1: then the delay of each begins when that of the one before is over.
+    - `delayed`: probability that a plan is delayed, where it is not every one.
     - `rate`: megabytes per second, over all plans of this rank: each waits for its turn, as with `serial`.
     - `fail`: probability that a plan ends `FAILED` with "injected", uncopied.
     - `flip`: probability that, after the copy, one bit in each of the plan's blocks is flipped in the destination
@@ -109,6 +148,8 @@ class FaultTransport(Transport):
         self._last_due = 0.0
         self._jobs: dict[int, _Job] = {}
         self._seen: Counter[str] = Counter()
+        self.injected: Counter[str] = Counter()
+        """Blocks that something was done to, by label and fault."""
         self._dead: str | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="kvbm-faults", daemon=True)
@@ -137,12 +178,14 @@ class FaultTransport(Transport):
                 if (odds := self._option(fault, plan)) > 0 and self._random.random() < odds:
                     faults.add(fault)
             error = self._dead or ("injected" if fail else None)
+            delay = self._delay(plan)
+            self._count(plan, "fail" if fail else "delay" if delay else None, faults)
             self._jobs[ticket] = job = _Job(plan, done, error, frozenset(faults))
             now = time.monotonic()
             rate = self._option("rate", plan)
             begin = max(now, self._last_due) if rate or self._options.get("serial") else now
             turn = len(plan.source_slots) * plan.source.slot_bytes / (rate * 1e6) if rate else 0.0
-            self._last_due = begin + self._option("delay", plan) + turn
+            self._last_due = begin + delay + turn
             if job.error is None and self._last_due <= now:
                 self._pass_on(ticket, job)
             if job.inner is None:
@@ -244,8 +287,52 @@ class FaultTransport(Transport):
         heapq.heappush(self._timers, (due, ticket))
         self._due.notify()
 
-    def _option(self, fault: str, plan: Plan) -> float:
-        return self._options.get(f"{plan.label}_{fault}", self._options.get(fault, 0.0))
+    def _delay(self, plan: Plan) -> float:
+        odds = self._option("delayed", plan, 1.0)
+        return self._option("delay", plan) if odds == 1 or self._random.random() < odds else 0.0
+
+    def _count(self, plan: Plan, first: str | None, others: Iterable[str]) -> None:
+        for fault in [first] if first == "fail" else [first, *others]:
+            if fault is not None:
+                self.injected[f"{plan.label}_{fault}"] += len(plan.destination_slots)
+
+    def _option(self, fault: str, plan: Plan, otherwise: float = 0.0) -> float:
+        return self._options.get(f"{plan.label}_{fault}", self._options.get(fault, otherwise))
+
+
+class _Following(FaultTransport):
+    """See `follow`."""
+
+    def __init__(self, inner: Transport, rank: int, path: Path) -> None:
+        super().__init__(inner)
+        self._rank, self._path, self._read = rank, path, (0, 0)
+        self._tally = path.with_name(f"{path.name}.{_kind(inner)}{rank}")
+
+    def submit(self, plan: Plan, done: Callable[[Completion], None]) -> int:
+        with self._due:
+            self._look()
+            before = self.injected.total()
+        ticket = super().submit(plan, done)
+        with self._due:
+            if self.injected.total() != before:
+                _replace(self._tally, json.dumps(self.injected))
+        return ticket
+
+    def _look(self) -> None:
+        """Lock held."""
+        status = self._path.stat()
+        if (version := (status.st_ino, status.st_mtime_ns)) == self._read:
+            return
+        self._read, self._options = version, {}
+        for line in self._path.read_text().splitlines():
+            self._options |= _meant(self._inner, self._rank, line) or {}
+
+
+def _replace(path: Path, text: str) -> None:
+    """At once, for somebody else reads it."""
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.write_text(text)
+    fresh.replace(path)
 
 
 def _failed(ticket: int, job: _Job, error: str) -> Completion:

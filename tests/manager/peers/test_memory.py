@@ -16,6 +16,7 @@ from kvbm.core.region import Region
 from kvbm.manager.peers.memory import PeerMemory
 from kvbm.manager.wire import Attach, Mine, Pull, pack
 from kvbm.stores.memory import Arena
+from kvbm.transfer.executor import Executor
 
 SLOT = 4096
 
@@ -68,7 +69,7 @@ class Rank:
         self.arena = Arena(8 * SLOT)
         region = self.arena.region([SLOT], 8)
         transport: Any = self.transport
-        self.memory = PeerMemory(transport, region, 0, self.said.append, 0.05)
+        self.memory = PeerMemory(transport, Executor([transport]), region, 0, self.said.append, 0.05)
 
     def pull(self, job: int, peer: str = "p") -> None:
         sums = np.zeros(2, np.uint64).tobytes()

@@ -34,14 +34,17 @@ Ended = Callable[[int, Completion, Words], None]
 
 
 class PeerMemory:
-    """`memory` is the host memory, a slot one extent; `tell` says to the leader where it is. Any thread."""
+    """`memory` is the host memory, a slot one extent; `tell` says to the leader where it is. Any thread.
+
+    `executor` reads over `transport`; it is this object's own from now on."""
 
     def __init__(
-        self, transport: NixlTransport, memory: Region, rank: int, tell: Callable[[Mine], None], deadline_s: float
-    ) -> None:
+        self, transport: NixlTransport, executor: Executor, memory: Region, rank: int,
+        tell: Callable[[Mine], None], deadline_s: float,
+    ) -> None:  # fmt: skip
         self._transport, self._memory, self._rank, self._tell = transport, memory, rank, tell
         self._deadline_s = deadline_s
-        self._executor = Executor([transport])
+        self._executor = executor
         self._thread = ThreadPoolExecutor(1, "kvbm-peers")
         self._known: dict[str, Attach] = {}
         self._regions: dict[str, Region] = {}

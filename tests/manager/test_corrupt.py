@@ -1,0 +1,34 @@
+"""The short form of `python -m tests.manager.corrupt`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvbm.core.region import Region, Slots
+from kvbm.stores.format import Words, checksums
+from tests.manager.corrupt import PLACES, run
+
+COUNT = 60
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_damaged_block_is_served(tmp_path: Path, place: str) -> None:
+    result = run(COUNT, 1, tmp_path, [place])
+    assert result.problem(COUNT) is None, result
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_without_checksums_they_would_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """The negative control."""
+
+    def same(_: Region, slots: Slots, __: int) -> Words:
+        return np.zeros(len(slots), np.uint64)
+
+    for name, module in tuple(sys.modules.items()):
+        if name.startswith("kvbm.") and getattr(module, "checksums", None) is checksums:
+            monkeypatch.setattr(module, "checksums", same)
+    assert "wrong bytes were served" in run(COUNT, 1, tmp_path, [place]).served
