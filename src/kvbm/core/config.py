@@ -93,6 +93,8 @@ class Settings(BaseSettings):
     """Longest time, in seconds, that a request with pull_from waits for the instance that computes its prompt."""
     onboard: Literal["async", "sync"] = "async"
     """When blocks come back: between engine steps (async) or inside the step, before its forward pass (sync)."""
+    checkpoint_tokens: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
+    """Sliding-window layers are stored where prompts end, and at every multiple of so many tokens; unset: 4 windows."""
     enabled: bool = True
     """Whether KVBM does anything; false leaves the connector in place and the engine on its own."""
     strict: bool = False

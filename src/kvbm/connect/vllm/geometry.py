@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import vllm
 
+from kvbm.blocks import LayerGroup
+from kvbm.blocks.groups import Kind
 from kvbm.core.config import Resolved
 from kvbm.core.errors import ConfigError, Unsupported
 from kvbm.core.keys import Namespace, weights_digest
 from kvbm.core.region import Plane, Region
+from kvbm.manager import build_disk, build_peers
 from kvbm.manager.build import Place
 
 if TYPE_CHECKING:
@@ -22,7 +25,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TESTED = ("0.32.",)
-_SERVED = {"FullAttentionSpec", "MLAAttentionSpec"}
+_KINDS: dict[str, tuple[Kind, str]] = {
+    "FullAttentionSpec": ("full", ""),
+    "MLAAttentionSpec": ("full", ""),
+    "SlidingWindowSpec": ("window", "sliding_window"),
+    "ChunkedLocalAttentionSpec": ("chunk", "attention_chunk_size"),
+}
+"""What is served: the rule of such a group, and where its tokens stand."""
 _HASHES = {"sha256", "sha256_cbor"}
 
 
@@ -33,12 +42,13 @@ def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
         log.warning("KVBM was tested with vLLM %s, not with %s", "x, ".join(_TESTED) + "x", vllm.__version__)
     parallel = config.parallel_config
     kinds = [type(group.kv_cache_spec).__name__ for group in kv.kv_cache_groups]
+    unknown = ", ".join(sorted(set(kinds) - _KINDS.keys()))
     spec: Any = kv.kv_cache_groups[0].kv_cache_spec
     speculative = config.speculative_config
     hash_name = config.cache_config.prefix_caching_hash_algo
     for wrong, sentence in (
-        (len(kinds) != 1, f"models with {len(kinds)} KV-cache groups ({', '.join(kinds)})"),
-        (kinds[0] not in _SERVED, f"layers of kind {kinds[0]} (only full attention and MLA)"),
+        (bool(unknown), f"layers of kind {unknown} (only full, sliding-window and chunked local attention, and MLA)"),
+        (len({group.kv_cache_spec.block_size for group in kv.kv_cache_groups}) > 1, "KV blocks of different sizes"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
         (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
         (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallelism"),
@@ -64,6 +74,38 @@ def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
             "that fails inside a step", source=resolved.sources["onboard"],
             remedy="Use onboard=async, or start the engine with --no-async-scheduling.",
         )  # fmt: skip
+    if layer_groups(kv):
+        _check_settings(resolved)
+
+
+def _check_settings(resolved: Resolved) -> None:
+    """What cannot go with several layer groups, or one that does not need all blocks."""
+    settings, sources = resolved.settings, resolved.sources
+    disk = "g3_gb" if settings.g3_gb is not None else "g3_blocks"
+    for name, wrong, sentence, remedy in (
+        ("onboard", settings.onboard == "sync", "sync cannot be used", "Use onboard=async."),
+        (disk, build_disk.wanted(settings), "there is no disk tier", "Leave it out."),
+        ("directory", build_peers.wanted(settings), "blocks are not shared with other instances", "Leave it out."),
+    ):
+        if wrong:
+            raise ConfigError(
+                name, f"{sentence} for a model whose layers need different blocks of a prompt (several KV-cache groups,"
+                " or sliding windows)", source=sources[name],
+                remedy=f"{remedy} Or start the engine with --disable-hybrid-kv-cache-manager: then all layers keep all "
+                "blocks.",
+            )  # fmt: skip
+
+
+def layer_groups(kv: KVCacheConfig) -> list[LayerGroup]:
+    """The rules of the engine's layer groups; none where there is one and it needs all blocks."""
+    groups = []
+    for group in kv.kv_cache_groups:
+        spec: Any = group.kv_cache_spec
+        kind, tokens = _KINDS[type(spec).__name__]
+        # What a model that predicts several tokens keeps behind its window has to be loaded too.
+        behind = int(getattr(spec, "extra_retained_tokens", 0))
+        groups.append(LayerGroup(kind, spec.block_size, int(getattr(spec, tokens)) + behind if tokens else 1))
+    return groups if len(groups) > 1 or groups[0].kind != "full" else []
 
 
 def hash_block_tokens(config: VllmConfig, kv: KVCacheConfig) -> int:
@@ -89,7 +131,9 @@ def place(config: VllmConfig) -> Place:
 
 def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
     """Everything that decides a block's bytes besides its tokens."""
-    model, cache, spec = config.model_config, config.cache_config, kv.kv_cache_groups[0].kv_cache_spec
+    model, cache = config.model_config, config.cache_config
+    specs = [str(group.kv_cache_spec) for group in kv.kv_cache_groups]
+    layers = [sorted(group.layer_names) for group in kv.kv_cache_groups]
     folder = Path(model.model)
     if config.load_config.load_format == "dummy":
         weights = f"dummy seed {model.seed}"
@@ -104,8 +148,8 @@ def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
         "cache_dtype": str(cache.cache_dtype),
-        "spec": str(spec),
-        "layers": sorted(kv.kv_cache_groups[0].layer_names),
+        "spec": specs if len(specs) > 1 else specs[0],
+        "layers": layers if len(specs) > 1 else layers[0],
         "layout": str(kv.kv_cache_layout),
         "hash": cache.prefix_caching_hash_algo,
         "hash_block": hash_block_tokens(config, kv),
