@@ -184,3 +184,25 @@ def test_wrong_bytes_change_the_answer(gemma: Path, plain: Plain, dice: random.R
         again = engine.run(prompts, 24)
         assert all(done.cached for done in again)
         assert [done.tokens for done in again] != expected
+
+
+def test_events_say_the_group_and_the_engines_own_hash() -> None:
+    from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+
+    from kvbm.connect.vllm.translate import SchedulerSide
+    from kvbm.core.events import Removed, Stored
+    from kvbm.core.keys import group_key
+
+    one, two = bytes(range(32)), bytes(range(1, 33))
+    side = object.__new__(SchedulerSide)
+    side._block = BLOCK
+    side._events = [
+        Stored("g2", (one, two), None),
+        Stored("g2", (group_key(two, 3),), group_key(one, 3)),
+        Removed("g2", (group_key(two, 3), one, two)),
+    ]
+    first, second, *removed = side.take_events()
+    hashes = [maybe_convert_block_hash(key) for key in (one, two)]
+    assert (first.block_hashes, first.parent_block_hash, first.group_idx) == (hashes, None, 0)
+    assert (second.block_hashes, second.parent_block_hash, second.group_idx) == (hashes[1:], hashes[0], 3)
+    assert [(event.block_hashes, event.group_idx) for event in removed] == [(hashes, 0), (hashes[1:], 3)]

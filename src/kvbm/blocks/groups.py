@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -59,7 +59,8 @@ class LayerGroup:
         return -(-max(self.tokens - 1, 1) // self.block)
 
 
-class Hit(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Hit:
     """What `match_groups` holds."""
 
     length: int

@@ -74,13 +74,14 @@ def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
             "that fails inside a step", source=resolved.sources["onboard"],
             remedy="Use onboard=async, or start the engine with --no-async-scheduling.",
         )  # fmt: skip
-    if layer_groups(kv):
-        _check_settings(resolved)
+    if groups := layer_groups(kv):
+        _check_settings(resolved, len(groups))
 
 
-def _check_settings(resolved: Resolved) -> None:
+def _check_settings(resolved: Resolved, groups: int) -> None:
     """What cannot go with several layer groups, or one that does not need all blocks."""
     settings, sources = resolved.settings, resolved.sources
+    otherwise = " Or start the engine with --disable-hybrid-kv-cache-manager: then every layer keeps all blocks."
     disk = "g3_gb" if settings.g3_gb is not None else "g3_blocks"
     for name, wrong, sentence, remedy in (
         ("onboard", settings.onboard == "sync", "sync cannot be used", "Use onboard=async."),
@@ -91,8 +92,7 @@ def _check_settings(resolved: Resolved) -> None:
             raise ConfigError(
                 name, f"{sentence} for a model whose layers need different blocks of a prompt (several KV-cache groups,"
                 " or sliding windows)", source=sources[name],
-                remedy=f"{remedy} Or start the engine with --disable-hybrid-kv-cache-manager: then all layers keep all "
-                "blocks.",
+                remedy=remedy + (otherwise if groups > 1 else ""),
             )  # fmt: skip
 
 
