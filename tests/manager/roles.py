@@ -96,7 +96,13 @@ class Stage:
     """`workers` are the other ends of the leader's links. G1 blocks are whatever numbers the test gives."""
 
     def __init__(
-        self, slots: int = 64, *, ranks: int = 1, shares: bool = True, groups: Sequence[LayerGroup] = (), **settings: Any
+        self,
+        slots: int = 64,
+        *,
+        ranks: int = 1,
+        shares: bool = True,
+        groups: Sequence[LayerGroup] = (),
+        **settings: Any,
     ) -> None:
         ends = {rank: socket.socketpair() for rank in range(ranks)}
         self.workers = {rank: Link(ours) for rank, (ours, _) in ends.items()}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvbm.blocks import LayerGroup, prompt_keys
 from kvbm.core.errors import Misuse
 from kvbm.core.events import Admitted
-from kvbm.core.keys import group_key, group_of
+from kvbm.core.keys import group_key
 from kvbm.core.outcome import Outcome
 from kvbm.manager.hybrid import HybridLeader
 from kvbm.manager.requests import RequestParams
@@ -358,3 +358,82 @@ def test_a_block_that_left_its_window_is_not_read(make_stage: Make) -> None:
     (third,) = leader.seal(tokens=0).stores
     assert third.g1_slots().tolist() == [17, 18, 27, 28]
     stage.answer(third)
+
+
+def _hit(stage: Stage) -> tuple[HybridLeader, list[bytes]]:
+    """A request that has matched 4 blocks, 8 of G2's."""
+    keys, leader = keys_of("a", 6), stage.leader
+    assert isinstance(leader, HybridLeader)
+    leader.begin("old", keys, RequestParams(), 4 * BLOCK)
+    leader.place("old", range(1, 5), 0, Admitted(16, 0, 0), [range(11, 15), range(21, 25)])
+    leader.reach("old", 4, 0)
+    (store,) = leader.seal(tokens=16).stores
+    stage.answer(store)
+    leader.finish("old", [1, 2, 3, 4], 4, [[0, 0, 13, 14], [0, 0, 23, 24]])
+    leader.begin("new", keys, RequestParams(), 6 * BLOCK)
+    assert leader.match("new", 0, 5) == 4
+    assert stage.pool.statistics().active == 8
+    return leader, keys
+
+
+@pytest.mark.parametrize(
+    ("count", "others"),
+    [
+        (3, [[0, 0, 33, 34], [0, 0, 43, 44]]),  # a part of the hit
+        (4, [[0, 0, 0, 34], [0, 0, 43, 44]]),  # no place for a block
+        (4, [[0, 0, 33, 34], [0, 42, 43, 44]]),  # one more, that would hold anything
+    ],
+)
+def test_a_table_that_does_not_fit_the_hit_changes_nothing(
+    make_stage: Make, count: int, others: list[list[int]]
+) -> None:
+    stage = make_stage(groups=GEMMA)
+    leader, _ = _hit(stage)
+    with pytest.raises(Misuse):
+        leader.place("new", [31, 32, 33, 34], count, Admitted(24, 0, 16), others)
+    assert stage.pool.statistics().active == 8
+    leader.finish("new", [], 0)
+
+
+def test_a_load_that_failed_in_part_is_found_as_far_as_it_goes(make_stage: Make) -> None:
+    stage = make_stage(groups=GEMMA)
+    leader, keys = _hit(stage)
+    leader.place("new", [31, 32, 33, 34], 4, Admitted(24, 0, 16), [[0, 0, 33, 34], [0, 0, 43, 44]])
+    (load,) = leader.seal(tokens=0).loads
+    assert load.g1_slots().tolist() == [31, 32, 33, 34, 33, 34, 43, 44]
+    stage.answer(load, *[DONE] * 7, FAILED)
+    assert leader.match("new", 0, 5) == 3
+    assert stage.pool.absent([group_key(keys[3], 2)]) == [0]
+    assert leader.records["new"].outcome == "load failed, computed instead"
+    leader.finish("new", [], 0)
+
+
+@pytest.mark.parametrize(("share", "found"), [(1.0, 4), (0.13, 4), (0.12, 3), (0.09, 0)])
+def test_holds_are_bounded_over_all_groups(make_stage: Make, share: float, found: int) -> None:
+    """A hit of 4 blocks holds 8 of 64, one of 3 blocks 7; shorter ones are not possible."""
+    stage = make_stage(groups=GEMMA, held_share=1.0)
+    leader, keys = _hit(stage)
+    leader.finish("new", [], 0)
+    leader._settings = leader._settings.model_copy(update={"held_share": share})
+    for name in ("one", "two"):
+        leader.begin(name, keys, RequestParams(), 6 * BLOCK)
+    assert leader.match("one", 0, 5) == found
+    assert leader.match("two", 0, 5) == (None if 0 < share < 0.5 and found else found)
+    for name in ("one", "two"):
+        leader.finish(name, [], 0)
+
+
+def test_nothing_is_stored_or_looked_up_while_it_is_paused(make_stage: Make) -> None:
+    stage = make_stage(groups=GEMMA)
+    leader, keys = _hit(stage)
+    leader.pause()
+    assert leader.match("new", 0, 5) == 0
+    leader.place("new", [31], 0, Admitted(24, 0, 0), [[32], [33]])
+    leader.reach("new", 1, 0)
+    leader.resume()
+    leader.reach("new", 1, 4)
+    leader.reach("gone", 1, 4)
+    assert not leader.seal(tokens=4).stores
+    # It was preempted and ended while it waited.
+    assert not leader.finish("new", [], 0, [[], []])
+    assert stage.pool.absent(keys[:4]) == []

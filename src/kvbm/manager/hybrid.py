@@ -146,6 +146,8 @@ class HybridLeader(Leader):
         prompt = request.record.prompt_tokens
         # The same prompt again: its last token is always computed. A longer one.
         yield from {(prompt - 1) // group.block, prompt // group.block, request.parts, request.end}
+        if group.kind == "state" and complete * group.block <= prompt:
+            yield complete  # in a prompt the engine keeps a state only where a step ends
         end = (least // self._every + 1) * self._every
         while group.first(end) < complete:
             yield end

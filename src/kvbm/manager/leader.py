@@ -146,10 +146,10 @@ class Leader(Housekeeping):
                 self._release(request)
                 self._admit(request, tokens)
                 return
-            request.hold = None
-            self._held -= len(hold)
+            matched = len(hold)
             targets, places = self._aim(request, hold, count)
-            self._held += len(hold)
+            request.hold = None
+            self._held += len(hold) - matched
             record = request.record
             record.load, record.outcome = self._settings.onboard, "loading"
             request.loading = request.keys[record.device_blocks]

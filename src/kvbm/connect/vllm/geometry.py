@@ -30,6 +30,7 @@ _KINDS: dict[str, tuple[Kind, str]] = {
     "MLAAttentionSpec": ("full", ""),
     "SlidingWindowSpec": ("window", "sliding_window"),
     "ChunkedLocalAttentionSpec": ("chunk", "attention_chunk_size"),
+    "MambaSpec": ("state", ""),
 }
 """What is served: the rule of such a group, and where its tokens stand."""
 _HASHES = {"sha256", "sha256_cbor"}
@@ -49,6 +50,7 @@ def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
     for wrong, sentence in (
         (bool(unknown), f"layers of kind {unknown} (only full, sliding-window and chunked local attention, and MLA)"),
         (len({group.kv_cache_spec.block_size for group in kv.kv_cache_groups}) > 1, "KV blocks of different sizes"),
+        _states(config, kv),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
         (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
         (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallelism"),
@@ -76,6 +78,22 @@ def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
         )  # fmt: skip
     if groups := layer_groups(kv):
         _check_settings(resolved, len(groups))
+
+
+def _states(config: VllmConfig, kv: KVCacheConfig) -> tuple[bool, str]:
+    """Whether recurrent layers keep their state where it cannot be found again, and what that is called."""
+    names = {type(group.kv_cache_spec).__name__ for group in kv.kv_cache_groups}
+    specs: list[Any] = [group.kv_cache_spec for group in kv.kv_cache_groups]
+    states = [spec for spec in specs if type(spec).__name__ == "MambaSpec"]
+    if not states:
+        return False, ""
+    if any(spec.mamba_cache_mode != "align" or spec.num_prefill_checkpoint_blocks for spec in states):
+        return True, "recurrent state that is not kept at block boundaries (--mamba-cache-mode align, prefix caching)"
+    if hash_block_tokens(config, kv) != states[0].block_size:
+        return True, "recurrent state with prefix matches inside blocks (--prefix-match-unit)"
+    if config.speculative_config is not None:
+        return True, "recurrent state with speculative decoding"
+    return bool(names & {"SlidingWindowSpec", "ChunkedLocalAttentionSpec"}), "recurrent state beside sliding windows"
 
 
 def _check_settings(resolved: Resolved, groups: int) -> None:
@@ -161,6 +179,8 @@ def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
 def g1_region(kv: KVCacheConfig, caches: dict[str, torch.Tensor]) -> Region:
     """The engine's KV cache: a plane per layer, or two where K and V lie apart. Layers that share memory count once.
     Raises Unsupported for memory that is not laid out in one row per block."""
+    if any(type(group.kv_cache_spec).__name__ == "MambaSpec" for group in kv.kv_cache_groups):
+        return _region_of_pages(kv, caches)
     planes: list[Plane] = []
     seen: set[int] = set()
     for layer in sorted(caches, key=_layer_number):
@@ -180,6 +200,24 @@ def g1_region(kv: KVCacheConfig, caches: dict[str, torch.Tensor]) -> Region:
             row = part.numel() * part.element_size() // kv.num_blocks
             planes.append(Plane(part.data_ptr(), row, row))
     return Region("g1", "host", kv.num_blocks, tuple(planes), owner=list(caches.values()))
+
+
+def _region_of_pages(kv: KVCacheConfig, caches: dict[str, Any]) -> Region:
+    """The same from where vLLM says that the layers' pages lie, which all groups share: the tensors of recurrent layers
+    leave out what fills up a page."""
+    pages = {group.kv_cache_spec.page_size_bytes for group in kv.kv_cache_groups}
+    starts = {
+        (tensor.offset + number * tensor.layer_stride, tensor.block_stride)
+        for tensor in kv.kv_cache_tensors
+        for number in range(len(tensor.layers))
+    }
+    owners = [cache[0] if isinstance(cache, list | tuple) else cache for cache in caches.values()]
+    bases = {owner.untyped_storage().data_ptr() for owner in owners}
+    if len(pages) != 1 or len(bases) != 1:
+        raise Unsupported("KVBM cannot serve recurrent layers whose pages differ in size, or do not lie in one piece.")
+    (page,), (base,) = pages, bases
+    planes = tuple(Plane(base + start, page, stride) for start, stride in sorted(starts))
+    return Region("g1", "host", kv.num_blocks, planes, owner=owners)
 
 
 def _layer_number(name: str) -> tuple[list[int], str]:
