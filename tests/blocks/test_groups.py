@@ -10,7 +10,17 @@ from kvbm.blocks import LayerGroup, Pool, match_groups
 from kvbm.core.errors import Misuse
 from kvbm.policy import LRU
 
-SLOTS = 32
+SLOTS = 64
+BLOCK = 4
+WINDOW = LayerGroup("window", BLOCK, 2 * BLOCK + 1)
+"""Needs two blocks."""
+
+rules = st.one_of(
+    st.just(LayerGroup("full", BLOCK)),
+    st.builds(LayerGroup, st.just("window"), st.just(BLOCK), st.integers(1, 20)),
+    st.builds(LayerGroup, st.just("chunk"), st.just(BLOCK), st.integers(1, 20)),
+    st.just(LayerGroup("state", BLOCK)),
+)
 present = st.sets(st.integers(0, 9))
 
 
@@ -18,76 +28,133 @@ def key(group: int, block: int) -> bytes:
     return bytes([group, block])
 
 
-def filled(group: int, blocks: set[int], needs: int | None) -> LayerGroup:
-    pool = Pool(SLOTS, order=LRU(SLOTS), group=group)
-    for block in sorted(blocks):
-        raw = pool.allocate(1)
-        assert raw is not None
-        raw.stage([key(group, block)]).register().drop()
-    return LayerGroup(pool, needs)
+def filled(has: list[set[int]]) -> Pool:
+    """A pool with these blocks of each group."""
+    pool = Pool(SLOTS, order=LRU(SLOTS))
+    for group, blocks in enumerate(has):
+        for block in sorted(blocks):
+            raw = pool.allocate(1)
+            assert raw is not None
+            raw.stage([key(group, block)]).register().drop()
+    return pool
 
 
-def possible(n: int, start: int, blocks: set[int], needs: int | None) -> bool:
-    first = start if needs is None else max(start, n - needs)
-    return all(block in blocks for block in range(first, n))
+def read_by(rule: LayerGroup, token: int) -> set[int]:
+    """The tokens before `token` that such a layer reads to compute it: the definition, token by token."""
+    match rule.kind:
+        case "full":
+            return set(range(token))
+        case "window":
+            return {other for other in range(token) if token - other < rule.tokens}
+        case "chunk":
+            return {other for other in range(token) if other // rule.tokens == token // rule.tokens}
+        case "state":
+            return {token - 1} if token else set()
+
+
+def needed(rule: LayerGroup, end: int, start: int) -> set[int]:
+    """The blocks from `start` on with a token that is read once `end` blocks are there."""
+    return {token // BLOCK for token in read_by(rule, end * BLOCK)} & set(range(start, end))
+
+
+@given(rule=rules, end=st.integers(0, 12))
+def test_a_hit_needs_the_blocks_that_its_next_token_reads(rule: LayerGroup, end: int) -> None:
+    assert set(range(rule.first(end), end)) == needed(rule, end, 0)
+    if rule.kind != "full":
+        assert end - rule.first(end) <= rule.reach
+
+
+@given(rule=rules, tokens=st.integers(1, 50), later=st.integers(0, 12))
+def test_what_is_not_needed_now_is_never_needed_again(rule: LayerGroup, tokens: int, later: int) -> None:
+    gone = range(rule.after(tokens))
+    assert not {token // BLOCK for token in read_by(rule, tokens + later)} & set(gone)
 
 
 @given(
-    has=st.lists(st.tuples(present, st.none() | st.integers(1, 4)), min_size=1, max_size=3),
+    has=st.lists(st.tuples(present, rules), min_size=1, max_size=3),
     total=st.integers(0, 10),
     start=st.integers(0, 3),
+    most=st.none() | st.integers(0, 12),
 )
 def test_the_longest_hit_that_every_group_can_serve(
-    has: list[tuple[set[int], int | None]], total: int, start: int
+    has: list[tuple[set[int], LayerGroup]], total: int, start: int, most: int | None
 ) -> None:
-    groups = [filled(at, blocks, needs) for at, (blocks, needs) in enumerate(has)]
-    keys = {at: [key(at, block) for block in range(total)] for at in range(len(groups))}
-    length, held = match_groups(groups, keys, start)
-    hits = [n for n in range(start + 1, total + 1) if all(possible(n, start, *each) for each in has)]
-    assert length == max(hits, default=0)
-    for at, (pinned, (_, needs)) in enumerate(zip(held, has, strict=True)):
-        first = start if needs is None else max(start, length - needs)
-        assert pinned.keys == tuple(key(at, block) for block in range(first, length))
-        assert groups[at].pool.statistics().active == len(pinned)
-        pinned.drop()
+    pool = filled([blocks for blocks, _ in has])
+    groups = [rule for _, rule in has]
+    keys = [[key(at, block) for block in range(total)] for at in range(len(has))]
+    hit = match_groups(pool, groups, keys, start, most)
+    costs = {
+        end: sum(len(needed(rule, end, start)) for rule in groups)
+        for end in range(start + 1, total + 1)
+        if all(needed(rule, end, start) <= blocks for blocks, rule in has)
+    }
+    assert hit.longest == max(costs, default=0)
+    assert hit.length == max((end for end in costs if most is None or costs[end] <= most), default=0)
+    assert sorted(hit.blocks) == [
+        (at, block) for at, rule in enumerate(groups) if hit.length for block in sorted(needed(rule, hit.length, start))
+    ]
+    assert hit.held.keys == tuple(key(*each) for each in hit.blocks)
+    assert pool.statistics().active == len(hit.blocks)
+    hit.held.drop()
 
 
 def test_a_window_needs_fewer_blocks_than_full_attention() -> None:
-    full, window = filled(0, set(range(8)), None), filled(1, {6, 7}, 2)
-    keys = {at: [key(at, block) for block in range(10)] for at in range(2)}
-    length, held = match_groups([full, window], keys)
-    assert (length, [len(pinned) for pinned in held]) == (8, [8, 2])
-    for pinned in held:
-        pinned.drop()
-    window.pool.discard([key(1, 6)])
-    length, held = match_groups([full, window], keys)
-    assert (length, [len(pinned) for pinned in held]) == (0, [0, 0])
+    pool = filled([set(range(8)), {6, 7}])
+    keys = [[key(at, block) for block in range(10)] for at in range(2)]
+    hit = match_groups(pool, [LayerGroup("full", BLOCK), WINDOW], keys)
+    assert (hit.length, len(hit.blocks), hit.reach) == (8, 10, 8)
+    hit.held.drop()
+    pool.discard([key(1, 6)])
+    hit = match_groups(pool, [LayerGroup("full", BLOCK), WINDOW], keys)
+    assert (hit.length, len(hit.blocks), hit.reach) == (0, 0, 8)
+    hit.held.drop()
 
 
-@pytest.mark.parametrize("keys", [{}, {0: [b"a"], 1: []}])
-def test_groups_need_as_many_keys(keys: dict[int, list[bytes]]) -> None:
-    groups = [filled(at, set(), None) for at in range(len(keys))]
+class Going(Pool):
+    """Loses a block between asking and holding."""
+
+    def present(self, keys):  # type: ignore[no-untyped-def]
+        found = super().present(keys)
+        self.discard([key(1, 7)])
+        return found
+
+
+def test_a_block_that_goes_meanwhile_makes_a_miss() -> None:
+    pool = Going(SLOTS, order=LRU(SLOTS))
+    for name in [key(0, block) for block in range(8)] + [key(1, 6), key(1, 7)]:
+        raw = pool.allocate(1)
+        assert raw is not None
+        raw.stage([name]).register().drop()
+    hit = match_groups(pool, [LayerGroup("full", BLOCK), WINDOW], [[key(at, n) for n in range(8)] for at in range(2)])
+    assert (hit.length, len(hit.held)) == (0, 0)
+    assert pool.statistics().active == 0
+    hit.held.drop()
+
+
+@pytest.mark.parametrize("keys", [[], [[b"a"], []], [[b"a"]]])
+def test_groups_need_as_many_keys(keys: list[list[bytes]]) -> None:
     with pytest.raises(Misuse):
-        match_groups(groups, keys)
+        match_groups(filled([]), [WINDOW] * (2 if keys else 0), keys)
 
 
-def test_a_group_needs_a_block() -> None:
+@pytest.mark.parametrize(("block", "tokens"), [(0, 1), (1, 0)])
+def test_a_group_has_tokens(block: int, tokens: int) -> None:
     with pytest.raises(Misuse):
-        filled(0, set(), 0)
+        LayerGroup("window", block, tokens)
 
 
 @pytest.mark.parametrize("positions", [[0, 0], [3], [-1]])
 def test_selecting_what_is_not_there_changes_nothing(positions: list[int]) -> None:
-    group = filled(0, {0, 1, 2}, None)
-    with group.pool.match([key(0, 0), key(0, 1), key(0, 2)]) as pinned:
+    pool = filled([{0, 1, 2}])
+    with pool.match([key(0, 0), key(0, 1), key(0, 2)]) as pinned:
         with pytest.raises(Misuse):
             pinned.select(positions)
         assert len(pinned) == 3
 
 
 def test_selecting_keeps_the_order_that_was_asked_for() -> None:
-    group = filled(0, {0, 1, 2}, None)
-    pinned = group.pool.match([key(0, 0), key(0, 1), key(0, 2)]).select([2, 0])
+    pool = filled([{0, 1, 2}])
+    pinned = pool.match([key(0, 0), key(0, 1), key(0, 2)]).select([2, 0])
     with pinned:
         assert pinned.keys == (key(0, 2), key(0, 0))
-        assert group.pool.statistics().active == 2
+        assert pool.statistics().active == 2

@@ -1,12 +1,10 @@
-"""Models that are served although the engine could do more with them, and what is refused."""
+"""What is refused at start."""
 
 from __future__ import annotations
 
 import copy
-import random
 import shutil
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,37 +13,7 @@ import pytest
 
 from kvbm.core.config import load
 from kvbm.core.errors import ConfigError, Unsupported
-from tests.e2e.conftest import prompt_of
-from tests.e2e.engine import BLOCK, TINY, Engine, environment
-
-
-def _gemma(folder: Path) -> Path:
-    import torch
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        **(TINY | {"num_hidden_layers": 6, "tie_word_embeddings": True}),
-        sliding_window=64, query_pre_attn_scalar=32, pad_token_id=0,
-    )  # fmt: skip
-    Gemma3ForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-def test_a_sliding_window_model_is_served_with_all_of_its_blocks(tmp_path: Path, dice: random.Random) -> None:
-    """KVBM does not say that it knows several groups, so vLLM keeps one, in which no block leaves the window."""
-    model = _gemma(tmp_path / "gemma")
-    prompts = [prompt_of(dice, length) for length in (100, 300, 500)]
-    with closing(Engine(model, None, num_gpu_blocks_override=256)) as plain:
-        expected = [done.tokens for done in plain.run(prompts, 24)]
-    with closing(Engine(model, {}, num_gpu_blocks_override=256)) as engine:
-        assert [done.tokens for done in engine.run(prompts, 24)] == expected
-        engine.settle()
-        engine.forget_device()
-        again = engine.run(prompts, 24)
-        assert [done.tokens for done in again] == expected
-        assert [done.cached for done in again] == [96, 288, 480]
-        assert engine.status()["onboard"]["blocks"] == 27
+from tests.e2e.engine import BLOCK, environment
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +43,8 @@ def _set(path: str, value: Any) -> Change:
     return change
 
 
-def _groups(*names: str) -> Change:
-    """As many groups, each with a specification of that class."""
+def _groups(*names: str, block: int = BLOCK) -> Change:
+    """As many groups, each with a specification of that class; the last with blocks of that size."""
 
     def change(_: Any, kv: Any) -> None:
         group = kv.kv_cache_groups[0]
@@ -84,7 +52,9 @@ def _groups(*names: str) -> Change:
         for name in names:
             spec = type(name, (), {})()
             spec.block_size = group.kv_cache_spec.block_size
+            spec.sliding_window = 64
             kv.kv_cache_groups.append(type(group)(["layer"], spec))
+        kv.kv_cache_groups[-1].kv_cache_spec.block_size = block
 
     return change
 
@@ -105,10 +75,10 @@ def _drafting(method: str, draft: Path | None = None, **facts: Any) -> Change:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (_groups("FullAttentionSpec", "SlidingWindowSpec"), "2 KV-cache groups"),
-        (_groups("SlidingWindowSpec"), "SlidingWindowSpec"),
+        (_groups("FullAttentionSpec", "SlidingWindowSpec", block=64), "blocks of different sizes"),
         (_groups("MambaSpec"), "MambaSpec"),
-        (_groups("ChunkedLocalAttentionSpec"), "ChunkedLocalAttentionSpec"),
+        (_groups("FullAttentionSpec", "MambaSpec"), "MambaSpec"),
+        (_groups("CrossAttentionSpec"), "CrossAttentionSpec"),
         (_set("parallel_config.pipeline_parallel_size", 2), "pipeline parallelism"),
         (_set("parallel_config.decode_context_parallel_size", 2), "decode context parallelism"),
         (_set("parallel_config.prefill_context_parallel_size", 2), "prefill context parallelism"),
@@ -201,3 +171,27 @@ def test_loading_inside_the_step_is_refused_where_it_cannot_fail_safely(served: 
     _set("scheduler_config.async_scheduling", True)(config, None)
     with pytest.raises(ConfigError, match=r"onboard.*environment KVBM_ONBOARD"):
         geometry.check(config, served[1], resolved)
+
+
+@pytest.mark.parametrize("names", [("FullAttentionSpec", "SlidingWindowSpec"), ("SlidingWindowSpec",)])
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"KVBM_ONBOARD": "sync"}, r"onboard.*environment KVBM_ONBOARD.*sync cannot be used"),
+        ({"KVBM_G3_GB": "1"}, r"g3_gb.*no disk tier"),
+        ({"KVBM_G3_BLOCKS": "100"}, r"g3_blocks.*no disk tier"),
+        ({"KVBM_DIRECTORY": "redis://localhost"}, r"directory.*not shared"),
+    ],
+)
+def test_what_needs_all_blocks_is_refused_where_some_layers_do_not(
+    served: tuple[Any, Any], names: tuple[str, ...], settings: dict[str, str], sentence: str
+) -> None:
+    from kvbm.connect.vllm import geometry
+
+    kv = copy.copy(served[1])
+    geometry.check(served[0], kv, load(environ=settings))
+    _groups(*names)(None, kv)
+    geometry.check(served[0], kv, load(environ={}))
+    with pytest.raises(ConfigError, match=sentence) as error:
+        geometry.check(served[0], kv, load(environ=settings))
+    assert ("disable-hybrid-kv-cache-manager" in str(error.value)) == (len(names) > 1)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import socket
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from kvbm.blocks import Pool
+from kvbm.blocks import LayerGroup, Pool
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken
 from kvbm.core.events import Admitted, Event
@@ -18,6 +19,7 @@ from kvbm.manager.channel import Link
 from kvbm.manager.demote import Budget, Demotion
 from kvbm.manager.disk import DiskTier
 from kvbm.manager.gate import Gate
+from kvbm.manager.hybrid import HybridLeader
 from kvbm.manager.leader import Leader
 from kvbm.manager.lower import DiskSide, Lower
 from kvbm.manager.promote import Promotion
@@ -93,14 +95,24 @@ class FakeFolder:
 class Stage:
     """`workers` are the other ends of the leader's links. G1 blocks are whatever numbers the test gives."""
 
-    def __init__(self, slots: int = 64, *, ranks: int = 1, shares: bool = True, **settings: Any) -> None:
+    def __init__(
+        self,
+        slots: int = 64,
+        *,
+        ranks: int = 1,
+        shares: bool = True,
+        groups: Sequence[LayerGroup] = (),
+        **settings: Any,
+    ) -> None:
         ends = {rank: socket.socketpair() for rank in range(ranks)}
         self.workers = {rank: Link(ours) for rank, (ours, _) in ends.items()}
         self.clock = ManualClock()
         self.events: list[Event] = []
         self.pool = Pool(slots, order=LRU(slots), clock=self.clock)
-        self.leader = Leader(
-            Settings(**settings),
+        given = Settings(**settings)
+        make = partial(HybridLeader, groups=groups, checkpoint_tokens=given.checkpoint_tokens) if groups else Leader
+        self.leader = make(
+            given,
             self.pool,
             {rank: Link(theirs) for rank, (_, theirs) in ends.items()},
             slot_bytes=BLOCK_BYTES,

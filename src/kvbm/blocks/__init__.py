@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvbm.blocks.groups import LayerGroup, match_groups
+from kvbm.blocks.groups import Hit, LayerGroup, match_groups
 from kvbm.blocks.keys import prompt_keys
 from kvbm.blocks.leases import Pinned, Staged, Weak, Writable
 from kvbm.blocks.pool import Pool
@@ -10,6 +10,7 @@ from kvbm.blocks.statistics import Block, PoolStatistics
 
 __all__ = [
     "Block",
+    "Hit",
     "LayerGroup",
     "Pinned",
     "Pool",

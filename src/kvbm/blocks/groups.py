@@ -2,63 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from kvbm.blocks.leases import Pinned
 from kvbm.blocks.pool import Pool
 from kvbm.core.errors import Misuse
+from kvbm.core.region import Slots
+
+Kind = Literal["full", "window", "chunk", "state"]
 
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """The pool of one group's blocks, and how many blocks before its end a hit needs of it.
+    """Which blocks of a group a hit needs, with blocks of `block` tokens.
 
-    None is all of them (full attention); a sliding window of w tokens needs ceil((w - 1) / block size), chunked local
-    attention at most a chunk, recurrent state the last one alone.
+    full: all before its end (full attention). window: those of the last `tokens - 1` tokens (sliding window). chunk:
+    those of the chunk of `tokens` that the next token is in, none where it is the first of it (chunked local
+    attention). state: the last one alone, which holds what is known after its last token (recurrent layers).
     """
 
-    pool: Pool
-    needs: int | None = None
+    kind: Kind = "full"
+    block: int = 1
+    tokens: int = 1
 
     def __post_init__(self) -> None:
-        if self.needs is not None and self.needs < 1:
-            raise Misuse(f"a layer group needs at least one block, not {self.needs}")
+        if self.block < 1 or self.tokens < 1:
+            raise Misuse(f"a layer group has blocks and a reach of at least one token, not {self.block}, {self.tokens}")
+
+    def first(self, end: int) -> int:
+        """The first block that a hit of `end` blocks needs; `end` where it needs none."""
+        return self.after(end * self.block)
+
+    def after(self, tokens: int) -> int:
+        """The first block that is needed once so many tokens are computed."""
+        return int(self.firsts(np.array([tokens]))[0])
+
+    def firsts(self, tokens: Slots) -> Slots:
+        """`after` each."""
+        match self.kind:
+            case "full":
+                return np.zeros_like(tokens)
+            case "window":
+                return np.maximum(0, tokens - self.tokens + 1) // self.block
+            case "chunk":
+                return tokens // self.tokens * self.tokens // self.block
+            case "state":
+                return np.maximum(0, tokens - 1) // self.block
+
+    @property
+    def reach(self) -> int:
+        """Most blocks that a hit needs of a group that is not full."""
+        return -(-max(self.tokens - 1, 1) // self.block)
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """What `match_groups` holds."""
+
+    length: int
+    """Blocks from the prompt's first on that are there for every group; 0 for a miss."""
+    held: Pinned
+    blocks: list[tuple[int, int]]
+    """Group and number in the prompt of each block of `held`."""
+    longest: int
+    """The length if any number of blocks could be held."""
+    reach: int
+    """How far the full groups alone go; where there is none, `longest`."""
 
 
 def match_groups(
-    groups: Sequence[LayerGroup], keys: Mapping[int, Sequence[bytes]], start: int = 0
-) -> tuple[int, list[Pinned]]:
-    """Hold what the longest hit over all groups needs, and only that.
+    pool: Pool, groups: Sequence[LayerGroup], keys: Sequence[Sequence[bytes]], start: int = 0, most: int | None = None
+) -> Hit:
+    """Hold what the longest hit over all groups needs, and only that; at most `most` blocks.
 
-    `keys[g]` are the keys of the prompt's blocks in `groups[g]`: as many in each, since blocks cover the same tokens.
-    A hit of n blocks is possible if every group has all it needs of the blocks before n; blocks before `start` are
-    there already. Returns n (0 or more than `start`) and for each group its blocks, the last of them being n - 1.
-    Each pool is asked once, so a block may go between asking and holding: then the answer is a miss.
+    `keys[g]` are the keys of the prompt's blocks in `groups[g]`: as many in each, and no key in two. A hit of n blocks
+    is possible if every group has all it needs of the blocks before n; those before `start` are there already. Between
+    asking and holding a block may go: then the answer is a miss.
     """
-    if not groups or len({len(keys[at]) for at in range(len(groups))}) != 1:
+    if not groups or len(keys) != len(groups) or len({len(each) for each in keys}) != 1:
         raise Misuse("every layer group needs keys, and all as many")
-    held = [group.pool.scan(keys[at][start:]) for at, group in enumerate(groups)]
-    length = _longest(
-        [group.needs for group in groups], [positions for _, positions in held], max(0, len(keys[0]) - start)
-    )
-    answer: list[Pinned] = []
-    for group, (pinned, positions) in zip(groups, held, strict=True):
-        first = 0 if group.needs is None else max(0, length - group.needs)
-        answer.append(pinned.select([at for at, position in enumerate(positions) if first <= position < length]))
-    return (start + length if length else 0), answer
-
-
-def _longest(needs: Sequence[int | None], present: Sequence[Sequence[int]], total: int) -> int:
-    """The largest n up to `total` for which each group has the last `needs` of the first n blocks."""
-    possible = np.ones(total + 1, np.bool_)
-    for needed, positions in zip(needs, present, strict=True):
-        there = np.zeros(total + 1, np.int64)
-        there[1:][np.asarray(positions, np.int64)] = 1
-        before = np.cumsum(there)  # how many of the first n are there
-        n = np.arange(total + 1)
-        first = np.zeros_like(n) if needed is None else np.maximum(0, n - needed)
-        possible &= before - before[first] == n - first
-    return int(possible.nonzero()[0][-1])
+    total = len(keys[0])
+    for group, theirs in zip(groups, keys, strict=True):
+        if group.kind == "full" and total > start:
+            total = start + pool.peek(theirs[start:total])
+    full = any(group.kind == "full" for group in groups)
+    ends = np.arange(start + 1, max(start, total) + 1)
+    possible, needed = np.ones(len(ends), np.bool_), np.zeros(len(ends), np.int64)
+    firsts = {group: np.maximum(group.firsts(ends * group.block), start) for group in groups}
+    for group, theirs in zip(groups, keys, strict=True):
+        count = ends - firsts[group]
+        needed += count
+        if group.kind != "full" and len(ends):
+            there = np.concatenate(([0], np.cumsum(pool.present(theirs[start:total]))))
+            possible &= there[ends - start] - there[firsts[group] - start] == count
+    longest = int(ends[possible][-1]) if possible.any() else 0
+    if most is not None:
+        possible &= needed <= most
+    length = int(ends[possible][-1]) if possible.any() else 0
+    at = length - start - 1
+    blocks = [
+        (number, block)
+        for number, group in enumerate(groups)
+        for block in (range(int(firsts[group][at]), length) if length else ())
+    ]
+    held, positions = pool.scan([keys[number][block] for number, block in blocks])
+    if len(positions) < len(blocks):
+        length, held, blocks = 0, held.select([]), []
+    return Hit(length, held, blocks, longest, total if full else longest)

@@ -13,6 +13,7 @@ FORMAT_VERSION = 1
 """Part of every fingerprint: changes when the meaning of stored bytes changes."""
 
 _HEADER_BYTES = 1 << 20
+_KEY_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +51,13 @@ def weights_digest(folder: Path) -> str:
 def variant_keys(keys: Sequence[bytes], variant: bytes) -> list[bytes]:
     """Keys of the same blocks under something the engine's hash does not cover (an adapter's weights, say)."""
     return [hashlib.sha256(variant + key).digest() for key in keys]
+
+
+def group_key(key: bytes, group: int) -> bytes:
+    """The key of the same block in a layer group: the first group's is the engine's own, of 32 bytes."""
+    return key + bytes([group]) if group else key
+
+
+def group_of(key: bytes) -> tuple[bytes, int]:
+    """The engine's key of a block, and its layer group."""
+    return (key[:_KEY_BYTES], key[_KEY_BYTES]) if len(key) > _KEY_BYTES else (key, 0)

@@ -8,7 +8,7 @@ import logging
 import os
 import select
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from typing import cast
 
 from kvbm import __version__
 from kvbm.abc.transport import Transport
-from kvbm.blocks import Pool
+from kvbm.blocks import LayerGroup, Pool
 from kvbm.core.config import Resolved, Settings
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.core.keys import Namespace
@@ -26,6 +26,7 @@ from kvbm.manager import build_disk, build_peers
 from kvbm.manager.channel import Link, listen, socket_path
 from kvbm.manager.control import About, Control
 from kvbm.manager.gate import Gate
+from kvbm.manager.hybrid import HybridLeader
 from kvbm.manager.leader import Leader
 from kvbm.manager.lower import Lower
 from kvbm.manager.reports import Reports
@@ -136,10 +137,12 @@ def _wrap(spec: str, transport: Transport, rank: int) -> Transport:
 
 
 def build_leader(
-    resolved: Resolved, place: Place, namespace: Namespace, *, block_tokens: int, shares_device_blocks: bool
-) -> LeaderSide:
-    """The leader, once every rank's worker has its arena. Raises ConfigError for a size that cannot be, Broken if a
-    worker does not come or cannot get its memory."""
+    resolved: Resolved, place: Place, namespace: Namespace, *, block_tokens: int, shares_device_blocks: bool,
+    groups: Sequence[LayerGroup] = (),
+) -> LeaderSide:  # fmt: skip
+    """The leader, once every rank's worker has its arena. `groups` are the engine's layer groups, where there are
+    several, or one that does not need all blocks. Raises ConfigError for a size that cannot be, Broken if a worker does
+    not come or cannot get its memory."""
     settings = resolved.settings
     eviction_order(settings.g2_order, 1, "g2_order")  # before anything is waited for
     build_disk.check(settings)
@@ -173,7 +176,8 @@ def build_leader(
         undo.pop_all()
     totals = Totals()
     pool = Pool(slots, order=eviction_order(settings.g2_order, slots), tier="g2")
-    leader = Leader(
+    make = partial(HybridLeader, groups=groups, checkpoint_tokens=settings.checkpoint_tokens) if groups else Leader
+    leader = make(
         settings,
         pool,
         links,

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 
 import numpy as np
 
 from kvbm.abc.observer import Observer
-from kvbm.blocks import Pool
+from kvbm.blocks import Pinned, Pool, Writable
 from kvbm.core.config import Settings
 from kvbm.core.events import Admitted
+from kvbm.core.region import Slots
 from kvbm.manager.channel import Link
 from kvbm.manager.gate import Gate
 from kvbm.manager.housekeeping import Housekeeping
@@ -136,17 +138,20 @@ class Leader(Housekeeping):
         return None if request.params.load else "the request opted out of loading"
 
     @paced
-    def place(self, request_id: str, g1: Sequence[int], count: int, tokens: Admitted) -> None:
+    def place(
+        self, request_id: str, g1: Sequence[int], count: int, tokens: Admitted, others: Sequence[Sequence[int]] = ()
+    ) -> None:
         """The engine gave the request its blocks `g1` and wants the first `count` blocks of its match loaded.
 
         `count` may be 0: whatever was matched is let go. `tokens` is counted the first time a request is placed.
+        `others` are, here and below, its blocks in the second and further layer groups.
         """
         with self._lock:
             request = self.requests.get(request_id)
             if request is None:
                 return
             self._end_loading(request)
-            request.g1 = list(g1)
+            request.g1, request.others = list(g1), [list(table) for table in others]
             if self.shadow is not None:
                 self.shadow.placed(request)  # before what was read for it is let go
             if self.lower is not None:
@@ -156,22 +161,26 @@ class Leader(Housekeeping):
                 self._release(request)
                 self._admit(request, tokens)
                 return
+            matched = len(hold)
+            targets, places = self._aim(request, hold, count)
             request.hold = None
-            self._held -= len(hold)
-            if count < len(hold):
-                hold.narrow(count)
-            self._held += len(hold)
+            self._held += len(hold) - matched
             record = request.record
             record.load, record.outcome = self._settings.onboard, "loading"
-            request.loading = hold.keys[0]
+            request.loading = request.keys[record.device_blocks]
             self._loading[request.loading] = request_id
-            first = request.record.device_blocks
-            targets = np.asarray(request.g1[first : first + len(hold)], np.int64)
-            places = np.arange(first, first + len(hold))
             self.reuse(targets.tolist())
             job = self._copies.start(request, hold, targets, places, self._settings.load_deadline_s + _GRACE)
             self._step.loads.append(Copy.of(job.id, request_id, targets, hold.slots))
             self._admit(request, tokens)
+
+    def _aim(self, request: Request, hold: Pinned, count: int) -> tuple[Slots, Slots]:
+        """Where in the engine what is held goes, and which blocks of the request these are; lets go of the rest."""
+        if count < len(hold):
+            hold.narrow(count)
+        first = request.record.device_blocks
+        targets = np.asarray(request.g1[first : first + len(hold)], np.int64)
+        return targets, np.arange(first, first + len(hold))
 
     def _admit(self, request: Request, tokens: Admitted) -> None:
         """Counts a prompt once, however often the request is preempted and placed again."""
@@ -181,13 +190,15 @@ class Leader(Housekeeping):
 
     # ------------------------------------------------------------------ the engine steps
 
-    def grow(self, request_id: str, g1: Sequence[int], *, replace: bool) -> None:
+    def grow(self, request_id: str, g1: Sequence[int], *, replace: bool, others: Sequence[Sequence[int]] = ()) -> None:
         """The engine gave a request more blocks, or (`replace`) a new table after a preemption."""
         if (request := self.requests.get(request_id)) is not None:
             if replace:
-                request.g1 = list(g1)
+                request.g1, request.others = list(g1), [list(table) for table in others]
             else:
                 request.g1.extend(g1)
+                for table, more in zip(request.others, others, strict=True):
+                    table.extend(more)
 
     def reuse(self, g1: Iterable[int]) -> None:
         """This step may overwrite these blocks of the engine: copies that still read them are waited for first."""
@@ -242,7 +253,7 @@ class Leader(Housekeeping):
             self.gate.step_ends()
 
     @paced
-    def finish(self, request_id: str, g1: Sequence[int], complete: int) -> bool:
+    def finish(self, request_id: str, g1: Sequence[int], complete: int, others: Sequence[Sequence[int]] = ()) -> bool:
         """The request is over. Offers its last blocks, unless it still waits for a load (then what the engine calls
         computed may never have arrived). True: the engine must keep its blocks until the workers say that it may have
         them back. Never while it loads: then the engine keeps them until the load ended, and would be told twice; a
@@ -255,19 +266,18 @@ class Leader(Housekeeping):
             self._release(request)
             loading = request.loading is not None
             self._end_loading(request)
-            request.g1 = list(g1)
+            request.g1, request.others = list(g1), [list(table) for table in others]
             if not loading:
                 self._compare(request, complete)
-            if complete > request.offered and not loading:
-                self._offer(request, min(complete, len(request.g1)))
+                self._offer_last(request, min(complete, len(request.g1)))
             if self.shadow is not None:
                 self.shadow.finished(request)
             request.record.outcome = "finished"
             # Its blocks became idle run by run, the first run first; together, its leaf goes before its root.
-            self.pool.touch(request.keys[: request.offered])
+            self.pool.touch(self._in_order(request))
             if self.lower is not None:
                 self.lower.finished(request)
-            jobs = self._copies.reading(g1)
+            jobs = self._copies.reading(chain(g1, *others))
             if loading or not jobs:
                 return False
             self._step.finishing[request_id] = sorted(jobs)
@@ -280,34 +290,55 @@ class Leader(Housekeeping):
 
     def _offer(self, request: Request, complete: int) -> None:
         """Starts offloading what G2 does not have of blocks [offered, complete)."""
-        record = request.record
         if (reason := self._no_store(request)) is not None:
-            record.note(f"not offloaded: {reason}")
+            request.record.note(f"not offloaded: {reason}")
             request.offered = complete
             return
         keys = request.keys[request.offered : complete]
+        slots, absent = self._room(request, keys)
+        if slots is None and absent:
+            return
+        rest = absent
+        if slots is not None:
+            chosen, rest = absent[: len(slots)], absent[len(slots) :]
+            places = np.asarray(chosen, np.int64) + request.offered
+            sources = np.asarray([request.g1[place] for place in places.tolist()], np.int64)
+            parent = request.keys[request.offered + chosen[0] - 1] if request.offered + chosen[0] else None
+            self._store(request, slots, [keys[i] for i in chosen], parent, sources, places)
+        request.offered += chosen[-1] + 1 if rest else len(keys)
+
+    def _offer_last(self, request: Request, complete: int) -> None:
+        """The request is over, after so many blocks."""
+        if complete > request.offered:
+            self._offer(request, complete)
+
+    def _in_order(self, request: Request) -> Sequence[bytes]:
+        """What was offered of a request, from its root to its leaf."""
+        return request.keys[: request.offered]
+
+    def _room(self, request: Request, keys: Sequence[bytes]) -> tuple[Writable | None, list[int]]:
+        """Slots for the first of those `keys` that G2 lacks, as many as may be copied now, and where all these are."""
         absent = self.pool.absent(keys)
         if len(absent) < len(keys):
             self.pool.touch(keys)
-        wanted = len(absent)
         most = max(1, self._settings.store_inflight_mb * 1_000_000 // self._slot_bytes)
         pool = self.pool.statistics()
-        absent = absent[: max(0, min(most - self._copies.blocks_read, pool.free + pool.inactive))]
-        slots = self.pool.allocate(len(absent)) if absent else None
-        if slots is None and wanted:
+        count = min(len(absent), max(0, min(most - self._copies.blocks_read, pool.free + pool.inactive)))
+        slots = self.pool.allocate(count) if count else None
+        if slots is None and absent:
             self.deferred += 1
-            record.note("some blocks were not offloaded at once: copies in flight or holds filled their share")
-            return
-        if slots is not None:
-            chosen = [keys[i] for i in absent]
-            places = np.asarray(absent, np.int64) + request.offered
-            sources = np.asarray([request.g1[place] for place in places.tolist()], np.int64)
-            parent = request.keys[request.offered + absent[0] - 1] if request.offered + absent[0] else None
-            params = request.params
-            staged = slots.stage(chosen, parent=parent, priority=params.priority, ttl=params.ttl)
-            job = self._copies.start(request, staged, sources, places, self._settings.store_deadline_s + _GRACE)
-            self._step.stores.append(Copy.of(job.id, request.id, sources, staged.slots))
-        request.offered += absent[-1] + 1 if len(absent) < wanted else len(keys)
+            request.record.note("some blocks were not offloaded at once: copies in flight or holds filled their share")
+        return slots, absent
+
+    def _store(
+        self, request: Request, slots: Writable, keys: Sequence[bytes],
+        parent: bytes | tuple[bytes | None, ...] | None, sources: Slots, places: Slots,
+    ) -> None:  # fmt: skip
+        """Starts to copy blocks of a request out of the engine's `sources`."""
+        params = request.params
+        staged = slots.stage(keys, parent=parent, priority=params.priority, ttl=params.ttl)
+        job = self._copies.start(request, staged, sources, places, self._settings.store_deadline_s + _GRACE)
+        self._step.stores.append(Copy.of(job.id, request.id, sources, staged.slots))
 
     def _no_store(self, request: Request) -> str | None:
         if (reason := self.standing_aside()) is not None:

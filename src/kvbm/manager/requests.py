@@ -85,13 +85,15 @@ class Record:
 
 @dataclass(slots=True)
 class Request:
-    """A living request. `keys` grows as blocks fill; `g1` are its blocks in the engine, in order."""
+    """A living request. `keys` grows as blocks fill; `g1` are its blocks in the engine, in order, `others` those in the
+    second and further layer groups."""
 
     id: str
     keys: Sequence[bytes]
     params: RequestParams
     record: Record
     g1: list[int] = field(default_factory=list)
+    others: list[list[int]] = field(default_factory=list)
     offered: int = 0
     hold: Pinned | None = None
     admitted: bool = False
@@ -99,3 +101,14 @@ class Request:
     """It began before a reset: its KV may belong to the old generation."""
     loading: bytes | None = None
     """First key of the load it started and has not been scheduled with yet; others that want it wait."""
+    # Of a model whose layer groups need different blocks (`manager/hybrid.py`):
+    needs: list[tuple[int, int]] = field(default_factory=list)
+    """Group and number of each block of `hold`."""
+    passed: int = 0
+    """Blocks that groups which do not keep all of theirs have been asked for."""
+    computed: int = 0
+    """Tokens that were computed before this step."""
+    parts: int = 0
+    """Block where others were seen to go on differently; 0: nowhere."""
+    end: int = 0
+    """Block where it ended."""

@@ -28,7 +28,7 @@ class PdConnector(KVConnectorBase_V1):  # type: ignore[misc]
     `connectors`, which has to be KVBM's connector and then `NixlConnector`.
 
     Making one gives vLLM's `MultiConnector`, which tells both everything. This class is not derived from that: vLLM
-    would take it to serve several KV-cache groups at once, which KVBM does not. Raises ConfigError for other lists.
+    would take it to serve several KV-cache groups at once, which the two do not. Raises ConfigError for other lists.
     """
 
     def __new__(cls, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> Any:

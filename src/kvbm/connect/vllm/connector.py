@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
+    SupportsHMA,
 )
 
 from kvbm.connect.vllm import contract, geometry
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class KvbmConnector(KVConnectorBase_V1):  # type: ignore[misc]
+class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """`--kv-transfer-config '{"kv_connector":"KvbmConnector","kv_connector_module_path":"kvbm.connect.vllm",
     "kv_role":"kv_both"}'`. Settings may stand in `kv_connector_extra_config`.
 
@@ -104,6 +105,12 @@ class KvbmConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return (self._scheduler is not None and self._scheduler.finish(request, block_ids)), None
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        first, *others = block_ids
+        return (self._scheduler is not None and self._scheduler.finish(request, first, others)), None
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         return self._scheduler.take_events() if self._scheduler is not None else ()

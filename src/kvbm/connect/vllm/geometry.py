@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvbm.blocks import LayerGroup
+from kvbm.blocks.groups import Kind
 from kvbm.connect.vllm.contract import hash_block_tokens
 from kvbm.core.config import Resolved
 from kvbm.core.errors import ConfigError, Unsupported
 from kvbm.core.keys import Namespace, weights_digest
 from kvbm.core.region import Plane, Region
+from kvbm.manager import build_disk, build_peers
 from kvbm.manager.build import Place
 
 if TYPE_CHECKING:
@@ -17,7 +20,14 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-_SERVED = {"FullAttentionSpec", "MLAAttentionSpec"}
+_KINDS: dict[str, tuple[Kind, str]] = {
+    "FullAttentionSpec": ("full", ""),
+    "MLAAttentionSpec": ("full", ""),
+    "SlidingWindowSpec": ("window", "sliding_window"),
+    "ChunkedLocalAttentionSpec": ("chunk", "attention_chunk_size"),
+    "MambaSpec": ("state", ""),
+}
+"""What is served: the rule of such a group, and where its tokens stand."""
 _HASHES = {"sha256", "sha256_cbor"}
 _SPECULATION = {"ngram", "draft_model"}
 """Others keep KV that depends on the target's hidden states, and on the token after a block."""
@@ -30,13 +40,15 @@ def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
     that cannot go together."""
     parallel = config.parallel_config
     kinds = [type(_a_spec(group)).__name__ for group in kv.kv_cache_groups]
+    unknown = ", ".join(sorted(set(kinds) - _KINDS.keys()))
     spec: Any = kv.kv_cache_groups[0].kv_cache_spec
     speculative = config.speculative_config
     method = speculative.method if speculative is not None else "ngram"
     hash_name = config.cache_config.prefix_caching_hash_algo
     for wrong, sentence in (
-        (len(kinds) != 1, f"models with {len(kinds)} KV-cache groups ({', '.join(kinds)})"),
-        (kinds[0] not in _SERVED, f"layers of kind {kinds[0]} (only full attention and MLA)"),
+        (bool(unknown), f"layers of kind {unknown} (only full, sliding-window and chunked local attention, and MLA)"),
+        (len({group.kv_cache_spec.block_size for group in kv.kv_cache_groups}) > 1, "KV blocks of different sizes"),
+        _states(config, kv),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
         (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
         (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallelism"),
@@ -44,6 +56,7 @@ def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
         (config.model_config.is_encoder_decoder, "encoder-decoder models"),
         (config.device_config.device_type != "cpu", f"copies to and from {config.device_config.device_type} memory"),
         (method not in _SPECULATION, f"speculative decoding by {method} (only by n-grams and draft models)"),
+        (method == "draft_model" and bool(layer_groups(kv)), "a draft model beside sliding windows"),
         (getattr(speculative, "parallel_drafting", False), "drafts of which all tokens are made at once"),
         (getattr(config.cache_config, "calculate_kv_scales", False), "KV scales that are computed while serving"),
         (hash_block_tokens(config, kv) > spec.block_size, "block hashes coarser than blocks"),
@@ -63,6 +76,60 @@ def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
             "that fails inside a step", source=resolved.sources["onboard"],
             remedy="Use onboard=async, or start the engine with --no-async-scheduling.",
         )  # fmt: skip
+    if groups := layer_groups(kv):
+        _check_settings(resolved, len(groups))
+
+
+def _states(config: VllmConfig, kv: KVCacheConfig) -> tuple[bool, str]:
+    """Whether recurrent layers keep their state where it cannot be found again, and what that is called."""
+    names = {type(group.kv_cache_spec).__name__ for group in kv.kv_cache_groups}
+    specs: list[Any] = [group.kv_cache_spec for group in kv.kv_cache_groups]
+    states = [spec for spec in specs if type(spec).__name__ == "MambaSpec"]
+    if not states:
+        return False, ""
+    if any(spec.mamba_cache_mode != "align" or spec.num_prefill_checkpoint_blocks for spec in states):
+        return True, "recurrent state that is not kept at block boundaries (--mamba-cache-mode align, prefix caching)"
+    if hash_block_tokens(config, kv) != states[0].block_size:
+        return True, "recurrent state with prefix matches inside blocks (--prefix-match-unit)"
+    if config.speculative_config is not None:
+        return True, "recurrent state with speculative decoding"
+    return bool(names & {"SlidingWindowSpec", "ChunkedLocalAttentionSpec"}), "recurrent state beside sliding windows"
+
+
+def _check_settings(resolved: Resolved, groups: int) -> None:
+    """What cannot go with several layer groups, or one that does not need all blocks."""
+    settings, sources = resolved.settings, resolved.sources
+    otherwise = " Or start the engine with --disable-hybrid-kv-cache-manager: then every layer keeps all blocks."
+    disk = "g3_gb" if settings.g3_gb is not None else "g3_blocks"
+    for name, wrong, sentence, remedy in (
+        ("onboard", settings.onboard == "sync", "sync cannot be used", "Use onboard=async."),
+        (disk, build_disk.wanted(settings), "there is no disk tier", "Leave it out."),
+        ("directory", build_peers.wanted(settings), "blocks are not shared with other instances", "Leave it out."),
+        (
+            "shadow_every",
+            bool(settings.shadow_every),
+            "stored blocks are not compared with computed ones",
+            "Set it to 0.",
+        ),
+    ):
+        if wrong:
+            raise ConfigError(
+                name, f"{sentence} for a model whose layers need different blocks of a prompt (several KV-cache groups,"
+                " or sliding windows)", source=sources[name],
+                remedy=remedy + (otherwise if groups > 1 else ""),
+            )  # fmt: skip
+
+
+def layer_groups(kv: KVCacheConfig) -> list[LayerGroup]:
+    """The rules of the engine's layer groups; none where there is one and it needs all blocks."""
+    groups = []
+    for group in kv.kv_cache_groups:
+        spec = _a_spec(group)
+        kind, tokens = _KINDS[type(spec).__name__]
+        # What a model that predicts several tokens keeps behind its window has to be loaded too.
+        behind = int(getattr(spec, "extra_retained_tokens", 0))
+        groups.append(LayerGroup(kind, spec.block_size, int(getattr(spec, tokens)) + behind if tokens else 1))
+    return groups if len(groups) > 1 or groups[0].kind != "full" else []
 
 
 def _a_spec(group: KVCacheGroupSpec) -> Any:
@@ -99,7 +166,9 @@ def _replicated(config: VllmConfig, kv: KVCacheConfig) -> bool:
 
 def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
     """Everything that decides a block's bytes besides its tokens."""
-    model, cache, spec = config.model_config, config.cache_config, _a_spec(kv.kv_cache_groups[0])
+    model, cache = config.model_config, config.cache_config
+    specs = [str(_a_spec(group)) for group in kv.kv_cache_groups]
+    layers = [sorted(group.layer_names) for group in kv.kv_cache_groups]
     weights = _weights(model, config.load_config.load_format)
     facts: dict[str, object] = {
         "engine": "vllm",
@@ -108,8 +177,8 @@ def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
         "cache_dtype": str(cache.cache_dtype),
-        "spec": str(spec),
-        "layers": sorted(kv.kv_cache_groups[0].layer_names),
+        "spec": specs if len(specs) > 1 else specs[0],
+        "layers": layers if len(specs) > 1 else layers[0],
         "layout": str(kv.kv_cache_layout),
         "hash": cache.prefix_caching_hash_algo,
         "hash_block": hash_block_tokens(config, kv),
@@ -142,6 +211,8 @@ def _weights(model: ModelConfig, load_format: str) -> str:
 def g1_region(kv: KVCacheConfig, caches: dict[str, torch.Tensor], cache_dtype: str = "") -> Region:
     """The engine's KV cache: a plane per layer, or two where K and V lie apart. Layers that share memory count once.
     Raises Unsupported for memory that is not laid out in one row per block."""
+    if any(type(group.kv_cache_spec).__name__ == "MambaSpec" for group in kv.kv_cache_groups):
+        return _region_of_pages(kv, caches)
     planes: list[Plane] = []
     seen: set[int] = set()
     for layer in sorted(caches, key=_layer_number):
@@ -171,6 +242,24 @@ def _numbers(tensor: str, cache_dtype: str) -> str:
         return _FP8[cache_dtype]
     plain = tensor.removeprefix("torch.")
     return plain if cache_dtype in ("auto", plain) else ""
+
+
+def _region_of_pages(kv: KVCacheConfig, caches: dict[str, Any]) -> Region:
+    """The same from where vLLM says that the layers' pages lie, which all groups share: the tensors of recurrent layers
+    leave out what fills up a page."""
+    pages = {group.kv_cache_spec.page_size_bytes for group in kv.kv_cache_groups}
+    starts = {
+        (tensor.offset + number * tensor.layer_stride, tensor.block_stride)
+        for tensor in kv.kv_cache_tensors
+        for number in range(len(tensor.layers))
+    }
+    owners = [cache[0] if isinstance(cache, list | tuple) else cache for cache in caches.values()]
+    bases = {owner.untyped_storage().data_ptr() for owner in owners}
+    if len(pages) != 1 or len(bases) != 1:
+        raise Unsupported("KVBM cannot serve recurrent layers whose pages differ in size, or do not lie in one piece.")
+    (page,), (base,) = pages, bases
+    planes = tuple(Plane(base + start, page, stride) for start, stride in sorted(starts))
+    return Region("g1", "host", kv.num_blocks, planes, owner=owners)
 
 
 def _layer_number(name: str) -> tuple[list[int], str]:

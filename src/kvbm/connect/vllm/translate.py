@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -20,8 +21,9 @@ from kvbm.connect.vllm.ending import before_sigterm
 from kvbm.connect.vllm.stats import KvbmStats
 from kvbm.core.config import Resolved
 from kvbm.core.events import Admitted, Cleared, Event, Removed, Stored
-from kvbm.core.keys import variant_keys, weights_digest
+from kvbm.core.keys import group_of, variant_keys, weights_digest
 from kvbm.manager.build import build_leader, build_worker
+from kvbm.manager.hybrid import HybridLeader
 from kvbm.manager.requests import RequestParams
 from kvbm.manager.wire import Step, decode_step, encode
 from kvbm.manager.worker import Worker
@@ -100,6 +102,7 @@ class SchedulerSide:
             geometry.namespace(config, kv),
             block_tokens=self._block,
             shares_device_blocks=bool(config.cache_config.enable_prefix_caching),
+            groups=geometry.layer_groups(kv),
         )
         self._leader = self.side.leader
         seconds = resolved.settings.g3_drain_s
@@ -155,19 +158,22 @@ class SchedulerSide:
     def place(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
         """vLLM's update_state_after_alloc."""
         device = self._computed.get(request.request_id, 0)
+        first, *others = blocks.get_block_ids()
         self._leader.place(
             request.request_id,
-            blocks.get_block_ids()[0],
+            first,
             external_tokens // self._block,
             Admitted(request.num_tokens, device, external_tokens),
+            others,
         )
 
     def step(self, output: SchedulerOutput) -> KvbmMetadata:
         """vLLM's build_connector_meta."""
         leader, block = self._leader, self._block
         for new in output.scheduled_new_reqs:
-            leader.grow(new.req_id, new.block_ids[0], replace=True)
-            leader.reuse(new.block_ids[0][new.num_computed_tokens // block :])
+            leader.grow(new.req_id, new.block_ids[0], replace=True, others=new.block_ids[1:])
+            for table in new.block_ids:
+                leader.reuse(table[new.num_computed_tokens // block :])
             self._advance(new.req_id, new.num_computed_tokens, output)
         cached = output.scheduled_cached_reqs
         for request_id, groups, computed in zip(
@@ -175,8 +181,9 @@ class SchedulerSide:
         ):
             if groups is not None:
                 resumed = request_id in cached.resumed_req_ids
-                leader.grow(request_id, groups[0], replace=resumed)
-                leader.reuse(groups[0][computed // block :] if resumed else groups[0])
+                leader.grow(request_id, groups[0], replace=resumed, others=groups[1:])
+                for table in groups:
+                    leader.reuse(table[computed // block :] if resumed else table)
             self._advance(request_id, computed, output)
         return KvbmMetadata(encode(leader.seal(tokens=output.total_num_scheduled_tokens)))
 
@@ -184,32 +191,37 @@ class SchedulerSide:
         request = self._requests.get(request_id)
         if request is not None:
             tokens = min(computed + output.num_scheduled_tokens[request_id], request.num_tokens)
-            self._leader.advance(request_id, min(tokens // self._block, len(request.block_hashes) // self._per_block))
+            complete = min(tokens // self._block, len(request.block_hashes) // self._per_block)
+            if isinstance(self._leader, HybridLeader):
+                self._leader.reach(request_id, complete, computed)
+            else:
+                self._leader.advance(request_id, complete)
 
     def stepped(self) -> None:
         """vLLM's update_connector_output."""
         self._leader.stepped()
 
-    def finish(self, request: Request, blocks: list[int]) -> bool:
-        """vLLM's request_finished."""
+    def finish(self, request: Request, blocks: Sequence[int], others: Sequence[Sequence[int]] = ()) -> bool:
+        """vLLM's request_finished, and request_finished_all_groups."""
         self._requests.pop(request.request_id, None)
         self._computed.pop(request.request_id, None)
         tokens = min(request.num_computed_tokens, request.num_tokens)
         complete = min(tokens // self._block, len(request.block_hashes) // self._per_block, len(blocks))
-        return self._leader.finish(request.request_id, blocks, complete)
+        return self._leader.finish(request.request_id, blocks, complete, others)
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         events, self._events = self._events, []
         for event in events:
             match event:
-                case Stored(keys=keys, parent=parent, group=group):
+                case Stored(keys=keys, parent=parent):  # of one group: a run of blocks that follow each other
                     yield BlockStored(
                         block_hashes=_external(keys), parent_block_hash=_external([parent])[0] if parent else None,
                         token_ids=[], block_size=self._block, lora_id=None, medium=MEDIUM, lora_name=None,
-                        group_idx=group,
+                        group_idx=group_of(keys[0])[1],
                     )  # fmt: skip
-                case Removed(keys=keys, group=group):
-                    yield BlockRemoved(block_hashes=_external(keys), medium=MEDIUM, group_idx=group)
+                case Removed(keys=keys):
+                    for group, theirs in groupby(sorted(keys, key=_group), key=_group):
+                        yield BlockRemoved(block_hashes=_external(theirs), medium=MEDIUM, group_idx=group)
                 case Cleared():
                     yield AllBlocksCleared()
 
@@ -228,7 +240,11 @@ class SchedulerSide:
 
 def _external(keys: Iterable[bytes]) -> list[Any]:
     """Keys as vLLM writes block hashes in its events (64-bit numbers unless told otherwise)."""
-    return [maybe_convert_block_hash(key) for key in keys]
+    return [maybe_convert_block_hash(group_of(key)[0]) for key in keys]
+
+
+def _group(key: bytes) -> int:
+    return group_of(key)[1]
 
 
 class WorkerSide:

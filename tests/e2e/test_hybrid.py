@@ -1,0 +1,208 @@
+"""A model whose layers need different blocks: full attention beside sliding windows (a Gemma 3 with random weights)."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import prompt_of
+from tests.e2e.engine import BLOCK, TINY, Done, Engine
+
+Plain = Callable[..., list[Done]]
+WINDOW = 64
+"""Two blocks; four windows, from one checkpoint to the next, are 256 tokens."""
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        **(TINY | {"num_hidden_layers": 6, "tie_word_embeddings": True}),
+        sliding_window=WINDOW, query_pre_attn_scalar=32, pad_token_id=0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("gemma")
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(gemma: Path) -> Iterator[Plain]:
+    """vLLM without KVBM."""
+    engine = Engine(gemma, num_gpu_blocks_override=512)
+
+    def run(prompts: list[list[int]], tokens: int = 8) -> list[Done]:
+        results = engine.run(prompts, tokens)
+        engine.forget_device()
+        return results
+
+    yield run
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def engine(gemma: Path) -> Iterator[Engine]:
+    engine = Engine(gemma, {"g2_blocks": 2000}, num_gpu_blocks_override=512, max_num_batched_tokens=256)
+    yield engine
+    engine.close()
+
+
+def _forget(engine: Engine) -> None:
+    engine.settle()
+    engine.forget_device()
+
+
+def test_a_prompt_comes_back_with_the_windows_of_its_end(engine: Engine, plain: Plain, dice: random.Random) -> None:
+    groups = engine.core.scheduler.kv_cache_config.kv_cache_groups
+    kinds = sorted(type(group.kv_cache_spec).__name__ for group in groups)
+    assert kinds == ["FullAttentionSpec"] + ["SlidingWindowSpec"] * (len(groups) - 1)
+    assert len(groups) > 1
+    prompts = [prompt_of(dice, length) for length in (100, 320, 500, 900)]
+    expected = [done.tokens for done in plain(prompts, 12)]
+    assert [done.tokens for done in engine.run(prompts, 12)] == expected
+    _forget(engine)
+    again = engine.run(prompts, 12)
+    assert [done.tokens for done in again] == expected
+    assert [done.cached for done in again] == [96, 288, 480, 896]
+    blocks = [cached // BLOCK for cached in (96, 288, 480, 896)]
+    # All of the full group, two blocks of each other group.
+    assert engine.status()["onboard"]["blocks"] == sum(blocks) + len(blocks) * 2 * (len(groups) - 1)
+
+
+def test_space_is_saved(engine: Engine, dice: random.Random) -> None:
+    groups = len(engine.core.scheduler.kv_cache_config.kv_cache_groups)
+    before = engine.leader.pool.statistics().registered
+    engine.run([prompt_of(dice, 910)], 2)
+    _forget(engine)
+    used = engine.leader.pool.statistics().registered - before
+    # 28 blocks; windows at 256, 512, 768 and at the end.
+    assert used == 28 + (groups - 1) * 2 * 4
+    assert used < groups * 28 / 2
+
+
+def test_prompts_that_part_are_found_at_a_checkpoint_then_where_they_part(
+    engine: Engine, plain: Plain, dice: random.Random
+) -> None:
+    root = prompt_of(dice, 400)
+    prompts = [root + prompt_of(dice, 150) for _ in range(3)]
+    expected = [done.tokens for done in plain(prompts, 12)]
+    found = []
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        (done,) = engine.run([prompt], 12)
+        assert done.tokens == tokens
+        found.append(done.cached)
+        _forget(engine)
+    assert found == [0, 256, 384]
+
+
+def test_a_conversation_goes_on_where_its_last_answer_ended(engine: Engine, plain: Plain, dice: random.Random) -> None:
+    history = prompt_of(dice, 200)
+    for turn in range(4):
+        (expected,) = plain([history], 70)
+        (done,) = engine.run([history], 70)
+        assert done.tokens == expected.tokens
+        assert done.cached == (len(history) - 30 - 1) // BLOCK * BLOCK * (turn > 0)
+        _forget(engine)
+        history = history + done.tokens + prompt_of(dice, 30)
+
+
+def test_every_output_is_the_engines_own(gemma: Path, plain: Plain) -> None:
+    """Preemptions (140 blocks), chunks of 128 tokens, a G2 that evicts, aborts, copies that fail or are slow."""
+    seed = int(os.environ.get("KVBM_TEST_SEED", time.time_ns() % 1_000_000))
+    print(f"seed {seed} (KVBM_TEST_SEED repeats it)")
+    dice = random.Random(seed)
+    roots = [prompt_of(dice, dice.randrange(100, 700)) for _ in range(8)]
+    prompts = [dice.choice(roots)[: dice.randrange(1, 700)] + prompt_of(dice, dice.randrange(1, 60)) for _ in range(80)]
+    expected = [done.tokens for done in plain(prompts, 40)]
+    faults = "kvbm.testing.faults:build?load_fail=0.02&store_fail=0.02&delay=0.01&seed=1"
+    with closing(
+        Engine(
+            gemma, {"g2_blocks": 400, "transport_wrapper": faults},
+            num_gpu_blocks_override=140, max_num_batched_tokens=128, max_num_seqs=8,
+        )
+    ) as engine:  # fmt: skip
+        preempted = _count_preemptions(engine)
+        waiting, names, aborted = list(enumerate(prompts)), {}, set()
+        while waiting or engine.vllm.has_unfinished_requests():
+            while waiting and dice.random() < 0.3:
+                at, prompt = waiting.pop(0)
+                names[at] = engine.add(prompt, 40)
+            if names and dice.random() < 0.01:
+                aborted.add(at := dice.choice(list(names)))
+                engine.vllm.abort_request([names[at]])
+            if dice.random() < 0.02:
+                engine.vllm.reset_prefix_cache()
+            engine.step()
+        engine.drain()
+        engine.settle()
+        for at, name in names.items():
+            tokens = engine.results[name].tokens
+            assert tokens == expected[at][: len(tokens) if at in aborted else None]
+        status = engine.status()
+        assert status["onboard"]["blocks"] > 100
+        assert status["onboard"]["failed"] > 0
+        assert status["offload"]["failed"] > 0
+        assert status["evictions"] > 0
+        assert status["healthy"]
+        assert preempted[0] > 0
+        engine.leader.pool.check()
+        statistics = engine.leader.pool.statistics()
+        assert (statistics.active, statistics.staged, statistics.writable, statistics.orphaned) == (0, 0, 0, 0)
+        assert not engine.leader.requests
+        assert not engine.leader._loading
+        assert engine.leader._held == 0
+
+
+def _count_preemptions(engine: Engine) -> list[int]:
+    scheduler, count = engine.core.scheduler, [0]
+    preempt = scheduler._preempt_request
+
+    def counted(*args: object, **kwargs: object) -> object:
+        count[0] += 1
+        return preempt(*args, **kwargs)
+
+    scheduler._preempt_request = counted
+    return count
+
+
+def test_wrong_bytes_change_the_answer(gemma: Path, plain: Plain, dice: random.Random) -> None:
+    """The negative control of every test here."""
+    settings = {"transport_wrapper": "kvbm.testing.faults:build?load_garble=1"}
+    with closing(Engine(gemma, settings, num_gpu_blocks_override=256)) as engine:
+        prompts = [prompt_of(dice, 320) for _ in range(3)]
+        expected = [done.tokens for done in plain(prompts, 24)]
+        assert [done.tokens for done in engine.run(prompts, 24)] == expected
+        _forget(engine)
+        again = engine.run(prompts, 24)
+        assert all(done.cached for done in again)
+        assert [done.tokens for done in again] != expected
+
+
+def test_events_say_the_group_and_the_engines_own_hash() -> None:
+    from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+
+    from kvbm.connect.vllm.translate import SchedulerSide
+    from kvbm.core.events import Removed, Stored
+    from kvbm.core.keys import group_key
+
+    one, two = bytes(range(32)), bytes(range(1, 33))
+    side = object.__new__(SchedulerSide)
+    side._block = BLOCK
+    side._events = [
+        Stored("g2", (one, two), None),
+        Stored("g2", (group_key(two, 3),), group_key(one, 3)),
+        Removed("g2", (group_key(two, 3), one, two)),
+    ]
+    first, second, *removed = side.take_events()
+    hashes = [maybe_convert_block_hash(key) for key in (one, two)]
+    assert (first.block_hashes, first.parent_block_hash, first.group_idx) == (hashes, None, 0)
+    assert (second.block_hashes, second.parent_block_hash, second.group_idx) == (hashes[1:], hashes[0], 3)
+    assert [(event.block_hashes, event.group_idx) for event in removed] == [(hashes, 0), (hashes[1:], 3)]
