@@ -351,7 +351,8 @@ class Run:
         except RuntimeError as error:
             # With every connector: while a request waits for what it loads, or blocks are kept for a copy, vLLM refuses
             # this way; requests that ran are preempted all the same.
-            assert "Failed to reset KV cache" in str(error)
+            if "Failed to reset KV cache" not in str(error):
+                raise
             self.result.features["reset that vLLM refused"] += 1
 
     def _compare(self, engine: Engine, name: str, job: Job, *, whole: bool) -> None:
