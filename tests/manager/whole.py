@@ -123,7 +123,8 @@ class Engine:
     def _failed(self, name: str) -> bool:
         """Whether a worker says so of the request's load, which ended."""
         if self.leader._settings.onboard == "sync":
-            return any([worker.take_bad_blocks() for worker in self.workers])
+            bad = [worker.take_bad_blocks() for worker in self.workers]  # of each, whatever the others say
+            return any(bad)
         ended, failed = set[int](), False
 
         def said() -> bool:
