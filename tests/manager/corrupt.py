@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from kvbm.core.config import Settings
 from kvbm.core.region import Region
 from kvbm.manager.peers import network
 from kvbm.testing.faults import _peek, _poke, inject, injected
@@ -211,9 +210,8 @@ def host(result: Result, dice: random.Random, folder: Path) -> Rounds:
         yield play
 
 
-PLACES = {"g3": disk, "peer": peer, "wire": wire}
-if "g2_verify" in Settings.model_fields:
-    PLACES["g2"] = host  # the whole load is computed again, also the blocks before the damaged one
+PLACES = {"g2": host, "g3": disk, "peer": peer, "wire": wire}
+"""In host memory the whole load is computed again, also the blocks before the damaged one."""
 
 
 @contextmanager
