@@ -45,6 +45,14 @@ def _start(model: Path, ranks: int, kvbm: dict[str, Any] | None) -> Engine:
         return Engine(model, kvbm, tensor_parallel_size=ranks, block_size=BLOCK, num_gpu_blocks_override=128)
 
 
+@pytest.fixture(autouse=True)
+def _amx() -> None:
+    import torch
+
+    if not torch.cpu._is_amx_tile_supported():
+        pytest.skip("without AMX vLLM's MLA cannot go on from a cached beginning, and KVBM refuses it")
+
+
 @pytest.mark.parametrize("ranks", [2, 1])
 def test_the_latent_is_stored_once(deepseek: Path, dice: random.Random, tmp_path: Path, ranks: int) -> None:
     """In memory and on disk, whatever the number of ranks; all of them load the one copy."""

@@ -72,6 +72,14 @@ def _drafting(method: str, draft: Path | None = None, **facts: Any) -> Change:
     return change
 
 
+def _mla(config: Any, kv: Any) -> None:
+    """On a CPU on which vLLM cannot go on from a cached beginning: what is loaded there gives other answers."""
+    _set("scheduler_config.enable_chunked_prefill", False)(config, kv)
+    group = copy.copy(kv.kv_cache_groups[0])
+    group.kv_cache_spec = type("MLAAttentionSpec", (), {"block_size": group.kv_cache_spec.block_size})()
+    kv.kv_cache_groups = [group]
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -84,6 +92,7 @@ def _drafting(method: str, draft: Path | None = None, **facts: Any) -> Change:
         (_set("parallel_config.prefill_context_parallel_size", 2), "prefill context parallelism"),
         (_set("parallel_config.nnodes", 2), "several nodes"),
         (_set("device_config.device_type", "cuda"), "cuda memory"),
+        (_mla, "cannot go on from a cached beginning"),
         (_drafting("eagle"), "speculative decoding by eagle"),
         (_drafting("draft_model", parallel_drafting=True), "made at once"),
         (_set("cache_config.calculate_kv_scales", True), "KV scales"),

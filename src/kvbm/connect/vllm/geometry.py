@@ -58,6 +58,11 @@ def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
         (method not in _SPECULATION, f"speculative decoding by {method} (only by n-grams and draft models)"),
         (method == "draft_model" and bool(layer_groups(kv)), "a draft model beside sliding windows"),
         (getattr(speculative, "parallel_drafting", False), "drafts of which all tokens are made at once"),
+        (
+            kinds[0] == "MLAAttentionSpec" and not config.scheduler_config.enable_chunked_prefill,
+            "MLA where the engine cannot go on from a cached beginning of a prompt (without chunked prefill, which "
+            "vLLM switches off on a CPU without AMX)",
+        ),
         (getattr(config.cache_config, "calculate_kv_scales", False), "KV scales that are computed while serving"),
         (hash_block_tokens(config, kv) > spec.block_size, "block hashes coarser than blocks"),
     ):
