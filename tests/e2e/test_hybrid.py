@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from kvbm.testing.faults import inject
 from tests.e2e.conftest import prompt_of
 from tests.e2e.engine import BLOCK, TINY, Done, Engine
 
@@ -184,6 +185,44 @@ def test_wrong_bytes_change_the_answer(gemma: Path, plain: Plain, dice: random.R
         again = engine.run(prompts, 24)
         assert all(done.cached for done in again)
         assert [done.tokens for done in again] != expected
+
+
+def test_recurrent_state_comes_back_at_block_boundaries(tmp_path: Path, dice: random.Random) -> None:
+    """Short convolutions beside full attention (an LFM2 with random weights): one state is what a hit needs of them."""
+    import torch
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        **(TINY | {"num_hidden_layers": 4}), full_attn_idxs=[1, 3], conv_dim=128, conv_dim_out=128, conv_L_cache=3,
+        block_auto_adjust_ff_dim=False, block_dim=128, pad_token_id=0,
+    )  # fmt: skip
+    Lfm2ForCausalLM(config).save_pretrained(tmp_path / "lfm2")
+    root = prompt_of(dice, 350)
+    prompts = [prompt_of(dice, length) for length in (100, 320, 500, 900)] + [root + prompt_of(dice, 90)] * 2
+    options = {"num_gpu_blocks_override": 256, "max_num_batched_tokens": 256}
+    with closing(Engine(tmp_path / "lfm2", **options)) as alone:
+        expected = [alone.run([prompt], 12)[0].tokens for prompt in prompts]
+    switch = tmp_path / "faults"
+    inject(switch)
+    settings = {"transport_wrapper": f"kvbm.testing.faults:follow?{switch}"}
+    with closing(Engine(tmp_path / "lfm2", settings, **options)) as engine:
+        groups = engine.core.scheduler.kv_cache_config.kv_cache_groups
+        assert {type(group.kv_cache_spec).__name__ for group in groups} == {"FullAttentionSpec", "MambaSpec"}
+
+        def found() -> list[int]:
+            done = []
+            for prompt, tokens in zip(prompts, expected, strict=True):
+                done += engine.run([prompt], 12)
+                assert done[-1].tokens == tokens
+                _forget(engine)
+            return [each.cached for each in done]
+
+        assert found()[:4] == [0] * 4
+        assert found() == [(len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts]
+        inject(switch, "load_garble=1")
+        with pytest.raises(AssertionError):  # the negative control
+            found()
 
 
 def test_events_say_the_group_and_the_engines_own_hash() -> None:
