@@ -30,7 +30,7 @@ EXPLAINED: dict[str, Any] = {
     "load_ms": 4.5,
     "outcome": "finished",
     "offloaded_blocks": 1,
-    "why": ["1 blocks failed to copy: [/dev/shm] is gone"],
+    "why": ["1 blocks failed to load: [/dev/shm] is gone"],
 }
 
 

@@ -38,7 +38,7 @@ def test_a_block_that_failed_on_one_rank_is_never_matched(make_stage: Make, bad:
     assert stage.pool.peek(keys, 3) == 1
     assert stage.pool.absent(keys) == [2]
     assert Offloaded(3, 1, 8 * BLOCK_BYTES, 0.001) in stage.events
-    assert "1 blocks failed to copy: injected" in stage.leader.records["a"].why
+    assert "1 blocks failed to be offloaded: injected" in stage.leader.records["a"].why
 
 
 def test_an_answer_of_another_length_publishes_nothing(stage: Stage) -> None:

@@ -156,8 +156,9 @@ class Housekeeping:
                 record.outcome = "computing" if not failed else "load failed, computed instead"
             self.emit(Onboarded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
         if failed:
-            record.note(f"{failed} blocks failed to copy: {job.error}")
-            log.warning("KVBM: %d blocks of request %s failed to copy: %s", failed, job.request.id, job.error)
+            way = "be offloaded" if job.is_store else "load"
+            record.note(f"{failed} blocks failed to {way}: {job.error}")
+            log.warning("KVBM: %d blocks of request %s failed to %s: %s", failed, job.request.id, way, job.error)
 
     # ------------------------------------------------------------------ health
 
