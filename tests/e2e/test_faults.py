@@ -90,7 +90,8 @@ def test_copies_that_fail_cost_a_computation(faulty: Faulty, plain: Plain, dice:
         fresh = [prompt_of(dice, 70) for _ in range(4)]
         wanted = expected + [done.tokens for done in plain(fresh, 8)]
         computed = faulty.ask(prompts + fresh, wanted)
-        if rate in ("all loads", "late loads"):
+        if rate in ("all loads", "late loads") and not rounds:
+            # Once more it is fewer where loads are inside the step: what is computed with a failed one is not stored.
             assert len(computed) == 16
         if rate in ("all stores", "late stores"):
             assert not computed
