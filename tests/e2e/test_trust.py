@@ -86,7 +86,6 @@ def test_right_blocks_raise_no_alarm(shadowed: Engine, plain: Plain, dice: rando
 def test_wrong_blocks_are_found_and_never_served(shadowed: Engine, dice: random.Random) -> None:
     ours, others = prompt_of(dice, 320), prompt_of(dice, 320)
     shadow, leader = shadowed.leader.shadow, shadowed.leader
-    (right, _), (a, b) = [], ([], [])
     keys = keys_while(shadowed, lambda: stored(shadowed, [ours], 24))
     keys += keys_while(shadowed, lambda: shadowed.run([others], 24))
     shadowed.settle()
@@ -111,7 +110,7 @@ def test_wrong_blocks_are_found_and_never_served(shadowed: Engine, dice: random.
     assert done.cached == 0
     assert done.tokens == right
     shadowed.settle()
-    assert shadow.wrong >= len(a) - 1
+    assert shadow.wrong > 0
     status = shadowed.status()
     assert not status["healthy"]
     assert "quarantined" in status["problems"][0]
