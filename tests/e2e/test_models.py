@@ -52,9 +52,10 @@ def _groups(*names: str, block: int = BLOCK) -> Change:
         for name in names:
             spec = type(name, (), {})()
             spec.block_size = group.kv_cache_spec.block_size
-            spec.sliding_window = 64
+            spec.sliding_window, spec.mamba_cache_mode, spec.num_prefill_checkpoint_blocks = 64, "none", 0
             kv.kv_cache_groups.append(type(group)(["layer"], spec))
         kv.kv_cache_groups[-1].kv_cache_spec.block_size = block
+        kv.hash_block_size = BLOCK
 
     return change
 
@@ -84,8 +85,8 @@ def _mla(config: Any, kv: Any) -> None:
     ("change", "sentence"),
     [
         (_groups("FullAttentionSpec", "SlidingWindowSpec", block=64), "blocks of different sizes"),
-        (_groups("MambaSpec"), "MambaSpec"),
-        (_groups("FullAttentionSpec", "MambaSpec"), "MambaSpec"),
+        (_groups("MambaSpec"), "state that is not kept at block boundaries"),
+        (_groups("FullAttentionSpec", "MambaSpec"), "state that is not kept at block boundaries"),
         (_groups("CrossAttentionSpec"), "CrossAttentionSpec"),
         (_set("parallel_config.pipeline_parallel_size", 2), "pipeline parallelism"),
         (_set("parallel_config.decode_context_parallel_size", 2), "decode context parallelism"),

@@ -92,7 +92,7 @@ def _states(config: VllmConfig, kv: KVCacheConfig) -> tuple[bool, str]:
     states = [spec for spec in specs if type(spec).__name__ == "MambaSpec"]
     if not states:
         return False, ""
-    if any(spec.mamba_cache_mode != "align" or spec.num_prefill_checkpoint_blocks for spec in states):
+    if any(spec.mamba_cache_mode != "align" or getattr(spec, "num_prefill_checkpoint_blocks", 0) for spec in states):
         return True, "recurrent state that is not kept at block boundaries (--mamba-cache-mode align, prefix caching)"
     if hash_block_tokens(config, kv) != states[0].block_size:
         return True, "recurrent state with prefix matches inside blocks (--prefix-match-unit)"
