@@ -171,7 +171,9 @@ def left(engine: Engine) -> str:
         if peers is not None:
             held |= {
                 "promised": peers.serving.held, "reads": peers.in_flight(), "searches": len(peers._sought),
-                "connections": sum(client.open for client in peers.network._clients.values()),
+                "connections to the dead": sum(
+                    client.open for name, client in peers.network._clients.items() if name not in peers.network.peers
+                ),
             }  # fmt: skip
         if not any(held.values()):
             for pool in pools.values():
