@@ -71,7 +71,8 @@ def _apart(a: Raw, b: Raw, dtype: str) -> Floats:
     x, y = decoded(a, dtype), decoded(b, dtype)
     with np.errstate(all="ignore"):
         sizes = _norm(x) + _norm(y)
-        apart: Floats = 2 * _norm(x - y) / np.where(sizes > 0, sizes, 1)
+        sizes[sizes == 0] = 1
+        apart: Floats = 2 * _norm(x - y) / sizes
     odd: npt.NDArray[np.bool_] = ~np.isfinite(apart)
     if odd.any():
         apart[odd] = np.where((a[odd] == b[odd]).all(axis=1), 0, np.inf)
