@@ -20,13 +20,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from kvbm.testing.faults import inject, injected
-from tests.e2e.engine import Done, Engine, asynchronous_scheduling, environment, write_tiny
+from tests.e2e.engine import Done, Engine, asynchronous_scheduling, write_tiny
 from tests.e2e.soak_peers import always_load, left, use
 from tests.e2e.test_requests import adapter
 from tests.valkey import Server
@@ -113,9 +113,8 @@ class Alone:
         folder.mkdir()
         self.model, self.ranks = model, ranks
         self.loras = [None, *(_lora(folder, number) for number in (1, 2))]
-        with _cores(ranks):
-            sizes = SIZES | {"num_gpu_blocks_override": 256, "tensor_parallel_size": ranks}
-            self._engine: Engine | None = Engine(model, None, **sizes, **LORA)
+        sizes = SIZES | {"num_gpu_blocks_override": 256, "tensor_parallel_size": ranks}
+        self._engine: Engine | None = Engine(model, None, **sizes, **LORA)
 
     def answer(self, jobs: Sequence[Job]) -> None:
         """Fill in the answers to all of them."""
@@ -140,11 +139,6 @@ def _lora(folder: Path, number: int) -> Any:
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(f"adapter{number}", number, str(adapter(folder / f"adapter{number}", number)))
-
-
-def _cores(ranks: int) -> AbstractContextManager[None]:
-    """One for each rank: for so small a model a second thread costs more, in waiting, than it does."""
-    return environment(VLLM_CPU_OMP_THREADS_BIND="0|1" if ranks > 1 else "1")
 
 
 class Traffic:
@@ -288,10 +282,7 @@ class Run:
 
     def _start(self, settings: Mapping[str, Any]) -> Engine:
         options = dict(self.setup.options)
-        with (
-            asynchronous_scheduling() if options.get("async_scheduling") else nullcontext(),
-            _cores(self.setup.ranks),
-        ):
+        with asynchronous_scheduling() if options.get("async_scheduling") else nullcontext():
             engine = Engine(self._alone.model, settings, **SIZES, **LORA, **options)
         config = engine.core.scheduler.vllm_config.scheduler_config
         assert config.async_scheduling == options.get("async_scheduling", False)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import prompt_of
-from tests.e2e.engine import Done, Engine, environment, write_tiny
+from tests.e2e.engine import Done, Engine, write_tiny
 from tests.e2e.test_requests import adapter
 from tests.e2e.test_serve import eventually
 
@@ -190,8 +190,7 @@ def test_two_ranks_serve_what_both_have(
 ) -> None:
     def start() -> Engine:
         settings = {"g3_gb": 0.1, "g3_dir": str(tmp_path), "g2_blocks": SMALL}
-        with environment(VLLM_CPU_OMP_THREADS_BIND="0|1"):
-            return Engine(tiny, settings, tensor_parallel_size=2)
+        return Engine(tiny, settings, tensor_parallel_size=2)
 
     with closing(start()) as engine:
         first = [done.tokens for done in engine.run(prompts[:2], 12)]

@@ -12,7 +12,7 @@ import pytest
 from kvbm.manager.requests import Record
 from kvbm.testing.faults import inject
 from tests.e2e.conftest import prompt_of
-from tests.e2e.engine import Done, Engine, asynchronous_scheduling, environment
+from tests.e2e.engine import Done, Engine, asynchronous_scheduling
 from tests.e2e.soak_peers import left
 
 Plain = Callable[..., list[Done]]
@@ -64,7 +64,7 @@ def faulty(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.
     scheduling = request.param == "asynchronous scheduling"
     kvbm = {"transport_wrapper": f"kvbm.testing.faults:follow?{switch}", **DEADLINES}
     kvbm["onboard"] = "sync" if request.param == "sync" else "async"
-    with asynchronous_scheduling() if scheduling else nullcontext(), environment(VLLM_CPU_OMP_THREADS_BIND="1"):
+    with asynchronous_scheduling() if scheduling else nullcontext():
         engine = Engine(tiny, kvbm, num_gpu_blocks_override=128, async_scheduling=scheduling)
     assert engine.core.scheduler.vllm_config.scheduler_config.async_scheduling == scheduling
     yield Faulty(engine, switch)

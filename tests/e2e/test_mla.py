@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import prompt_of
-from tests.e2e.engine import TINY, Engine, environment
+from tests.e2e.engine import TINY, Engine
 from tests.e2e.test_disk import settled
 
 BLOCK = 16
@@ -38,11 +38,7 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _start(model: Path, ranks: int, kvbm: dict[str, Any] | None) -> Engine:
-    from vllm import envs
-
-    envs.disable_envs_cache()  # another engine of this process had vLLM keep what it read
-    with environment(VLLM_CPU_OMP_THREADS_BIND="0|1" if ranks == 2 else None):
-        return Engine(model, kvbm, tensor_parallel_size=ranks, block_size=BLOCK, num_gpu_blocks_override=128)
+    return Engine(model, kvbm, tensor_parallel_size=ranks, block_size=BLOCK, num_gpu_blocks_override=128)
 
 
 @pytest.fixture(autouse=True)

@@ -12,14 +12,13 @@ import pytest
 
 from kvbm.testing.faults import inject
 from tests.e2e.conftest import prompt_of
-from tests.e2e.engine import Done, Engine, environment
+from tests.e2e.engine import Done, Engine
 
 Plain = Callable[..., list[Done]]
 
 
 def _two_ranks(tiny: Path, **settings: object) -> Engine:
-    with environment(VLLM_CPU_OMP_THREADS_BIND="0|1"):
-        return Engine(tiny, settings, tensor_parallel_size=2)
+    return Engine(tiny, settings, tensor_parallel_size=2)
 
 
 def test_a_block_counts_when_both_ranks_have_it(tiny: Path, dice: random.Random) -> None:
