@@ -44,6 +44,14 @@ def test_every_fact_counts(name: str) -> None:
     assert Namespace({n: fact for n, fact in FACTS.items() if n != name}, "w").fingerprint != fingerprint
 
 
+def test_ranks_agree_on_what_loading_the_model_does_not_alter() -> None:
+    def of(config: str, model: str = "m") -> Namespace:
+        return Namespace({"config": config, "model": model}, "w", altered=frozenset({"config", "absent"}))
+
+    assert of("a").rank_fingerprint == of("b").rank_fingerprint != of("a", "other").rank_fingerprint
+    assert of("a").fingerprint != of("b").fingerprint == Namespace({"config": "b", "model": "m"}, "w").fingerprint
+
+
 def test_weights_and_format_count(monkeypatch: pytest.MonkeyPatch) -> None:
     fingerprint = Namespace(FACTS, "w").fingerprint
     assert Namespace(FACTS, "v").fingerprint != fingerprint

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import prompt_of
-from tests.e2e.engine import Done, Engine, write_tiny
+from tests.e2e.engine import TINY, Done, Engine, write_tiny
 from tests.e2e.test_requests import adapter
 from tests.e2e.test_serve import eventually
 
@@ -22,9 +22,9 @@ SMALL = 40
 """Blocks of a G2 that holds three of the prompts below, so that most come from disk."""
 
 
-def on_disk(model: Path, folder: Path, max_num_seqs: int = 128, **settings: Any) -> Engine:
+def on_disk(model: Path, folder: Path, max_num_seqs: int = 128, max_model_len: int = 1024, **settings: Any) -> Engine:
     kvbm = {"g3_gb": 0.1, "g3_dir": str(folder), "g2_blocks": SMALL, **settings}
-    return Engine(model, kvbm, max_num_seqs=max_num_seqs)
+    return Engine(model, kvbm, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
 
 
 def settled(engine: Engine) -> dict[str, Any]:
@@ -154,6 +154,30 @@ def test_other_weights_find_nothing(
     with closing(on_disk(model, disk)) as engine:
         (done,) = engine.run(prompts[:1], 12)
         assert (done.tokens, done.cached) == (expected[0], 384)
+
+
+def test_a_longer_context_finds_nothing_that_a_shorter_one_stored(tmp_path: Path, prompts: list[list[int]]) -> None:
+    """Phi-3's position embeddings are others once the context may be longer than the one it was trained with."""
+    import torch
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(0)
+    factors = {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
+    config = Phi3Config(
+        **(TINY | {"max_position_embeddings": 1024}), original_max_position_embeddings=512, pad_token_id=0,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors},
+    )  # fmt: skip
+    Phi3ForCausalLM(config).save_pretrained(tmp_path / "phi")
+    tokens = {}
+    for length in (512, 1024):
+        with closing(Engine(tmp_path / "phi", max_model_len=length)) as engine:
+            tokens[length] = engine.run(prompts[:1], 12)[0].tokens
+    assert tokens[512] != tokens[1024]
+    for length, cached in ((512, 0), (1024, 0), (512, 384)):
+        with closing(on_disk(tmp_path / "phi", tmp_path / "disk", max_model_len=length)) as engine:
+            (done,) = engine.run(prompts[:1], 12)
+            assert (done.tokens, done.cached) == (tokens[length], cached)
+            settled(engine)
 
 
 def test_an_adapter_retrained_between_two_runs_finds_nothing(

@@ -13,11 +13,12 @@ import pytest
 
 from kvbm.testing.faults import inject
 from tests.e2e.conftest import prompt_of
-from tests.e2e.engine import BLOCK, TINY, Done, Engine
+from tests.e2e.engine import BLOCK, TINY, Done, Engine, environment
 
 Plain = Callable[..., list[Done]]
 WINDOW = 64
 """Two blocks; four windows, from one checkpoint to the next, are 256 tokens."""
+CHUNK = 128
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +188,36 @@ def test_wrong_bytes_change_the_answer(gemma: Path, plain: Plain, dice: random.R
         assert [done.tokens for done in again] != expected
 
 
+def _comes_back(model: Path, switch: Path, prompts: list[list[int]], kinds: set[str]) -> int:
+    """What was computed once, to its last block, with the answers that the engine gives alone. Returns how many blocks
+    of all groups that took."""
+    options = {"num_gpu_blocks_override": 256, "max_num_batched_tokens": 256}
+    with closing(Engine(model, **options)) as alone:
+        expected = [alone.run([prompt], 12)[0].tokens for prompt in prompts]
+    inject(switch)
+    settings = {"transport_wrapper": f"kvbm.testing.faults:follow?{switch}"}
+    with closing(Engine(model, settings, **options)) as engine:
+        groups = engine.core.scheduler.kv_cache_config.kv_cache_groups
+        assert {type(group.kv_cache_spec).__name__ for group in groups} == kinds
+
+        def found() -> list[int]:
+            done = []
+            for prompt, tokens in zip(prompts, expected, strict=True):
+                done += engine.run([prompt], 12)
+                assert done[-1].tokens == tokens
+                _forget(engine)
+            return [each.cached for each in done]
+
+        assert found()[:4] == [0] * 4
+        before = engine.status()["onboard"]["blocks"]
+        assert found() == [(len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts]
+        onboarded: int = engine.status()["onboard"]["blocks"] - before
+        inject(switch, "load_garble=1")
+        with pytest.raises(AssertionError):  # the negative control
+            found()
+        return onboarded
+
+
 def test_recurrent_state_comes_back_at_block_boundaries(tmp_path: Path, dice: random.Random) -> None:
     """Short convolutions beside full attention (an LFM2 with random weights): one state is what a hit needs of them."""
     import torch
@@ -200,29 +231,42 @@ def test_recurrent_state_comes_back_at_block_boundaries(tmp_path: Path, dice: ra
     Lfm2ForCausalLM(config).save_pretrained(tmp_path / "lfm2")
     root = prompt_of(dice, 350)
     prompts = [prompt_of(dice, length) for length in (100, 320, 500, 900)] + [root + prompt_of(dice, 90)] * 2
-    options = {"num_gpu_blocks_override": 256, "max_num_batched_tokens": 256}
-    with closing(Engine(tmp_path / "lfm2", **options)) as alone:
-        expected = [alone.run([prompt], 12)[0].tokens for prompt in prompts]
-    switch = tmp_path / "faults"
-    inject(switch)
-    settings = {"transport_wrapper": f"kvbm.testing.faults:follow?{switch}"}
-    with closing(Engine(tmp_path / "lfm2", settings, **options)) as engine:
-        groups = engine.core.scheduler.kv_cache_config.kv_cache_groups
-        assert {type(group.kv_cache_spec).__name__ for group in groups} == {"FullAttentionSpec", "MambaSpec"}
+    _comes_back(tmp_path / "lfm2", tmp_path / "faults", prompts, {"FullAttentionSpec", "MambaSpec"})
 
-        def found() -> list[int]:
-            done = []
-            for prompt, tokens in zip(prompts, expected, strict=True):
-                done += engine.run([prompt], 12)
-                assert done[-1].tokens == tokens
-                _forget(engine)
-            return [each.cached for each in done]
 
-        assert found()[:4] == [0] * 4
-        assert found() == [(len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts]
-        inject(switch, "load_garble=1")
-        with pytest.raises(AssertionError):  # the negative control
-            found()
+@pytest.fixture(scope="module")
+def llama4(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Three layers read the chunk of 128 tokens that they are in, one reads everything."""
+    import torch
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    torch.manual_seed(0)
+    config = Llama4TextConfig(
+        **(TINY | {"num_hidden_layers": 4, "intermediate_size": 128}), intermediate_size_mlp=256, num_local_experts=2,
+        num_experts_per_tok=1, interleave_moe_layer_step=2, attention_chunk_size=CHUNK, no_rope_layers=[1, 1, 1, 0],
+        use_qk_norm=False, pad_token_id=0,
+    )  # fmt: skip
+    model = Llama4ForCausalLM(config)
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if (
+                "q_proj" in name or "k_proj" in name
+            ):  # else attention is so even that twenty other tokens change nothing
+                weights.mul_(3)
+    folder = tmp_path_factory.mktemp("llama4")
+    model.save_pretrained(folder)
+    # Without it every layer is in one group: vLLM finds its groups slow with chunks.
+    with environment(VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE="1"):
+        yield folder
+
+
+def test_chunks_come_back(llama4: Path, tmp_path: Path, dice: random.Random) -> None:
+    lengths = (100, 129, 320, 385, 500, 900)
+    prompts = [prompt_of(dice, length) for length in lengths]
+    kinds = {"FullAttentionSpec", "ChunkedLocalAttentionSpec"}
+    onboarded = _comes_back(llama4, tmp_path / "faults", prompts, kinds)
+    ends = [(length - 1) // BLOCK for length in lengths]
+    assert onboarded == sum(end + 3 * (end % (CHUNK // BLOCK)) for end in ends)
 
 
 def test_events_say_the_group_and_the_engines_own_hash() -> None:

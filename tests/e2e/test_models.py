@@ -147,6 +147,7 @@ def test_what_changes_a_block_is_another_namespace(served: tuple[Any, Any], tiny
         [_set("cache_config.cache_dtype", "fp8")],
         [_set("cache_config.prefix_caching_hash_algo", "sha256_cbor")],
         [_set("model_config.dtype", "bfloat16")],
+        [_set("model_config.max_model_len", 512)],
         [_set("model_config.quantization", "fp8")],
         [_set("model_config.model", str(other))],
         [_set("parallel_config.tensor_parallel_size", 2)],

@@ -22,15 +22,26 @@ class Namespace:
 
     `facts` are what the engine says (model, dtypes, block size, layers, heads, layout, shard ...), `weights` what
     :func:`weights_digest` read from disk. Two engines may share a block only if their fingerprints are equal.
+    `altered` names facts that an engine's workers may see altered once they have loaded the model; `rank_fingerprint`,
+    which the ranks of one engine agree on, is without them.
     """
 
     facts: Mapping[str, object]
     weights: str
+    altered: frozenset[str] = frozenset()
     fingerprint: str = field(init=False)
+    rank_fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
-        text = json.dumps([FORMAT_VERSION, dict(self.facts), self.weights], sort_keys=True, default=str)
-        object.__setattr__(self, "fingerprint", hashlib.sha256(text.encode()).hexdigest())
+        facts = dict(self.facts)
+        object.__setattr__(self, "fingerprint", self._digest(facts))
+        object.__setattr__(
+            self, "rank_fingerprint", self._digest({name: facts[name] for name in facts.keys() - self.altered})
+        )
+
+    def _digest(self, facts: Mapping[str, object]) -> str:
+        text = json.dumps([FORMAT_VERSION, facts, self.weights], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def weights_digest(folder: Path) -> str:

@@ -116,7 +116,7 @@ def build_worker(settings: Settings, place: Place, namespace: Namespace, g1: Reg
         g1,
         rank=rank,
         world=place.ranks,
-        fingerprint=namespace.fingerprint,
+        fingerprint=namespace.rank_fingerprint,
         address=channel_path(settings, place.engine),
         make_executor=make_executor,
         open_disk=partial(build_disk.open_shard, settings) if stores else None,
@@ -256,7 +256,7 @@ def _gather(settings: Settings, place: Place, namespace: Namespace, undo: ExitSt
             if not isinstance(hello, Hello):
                 link.close()
                 continue
-            if (hello.fingerprint, hello.world) != (namespace.fingerprint, place.ranks):
+            if (hello.fingerprint, hello.world) != (namespace.rank_fingerprint, place.ranks):
                 raise Broken(f"the worker of rank {hello.rank} runs another configuration than the scheduler")
             links[hello.rank] = link
             sizes.add(hello.slot_bytes)

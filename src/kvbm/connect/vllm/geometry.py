@@ -179,6 +179,8 @@ def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
         "engine": "vllm",
         "architecture": model.architectures,
         "config": model.hf_config.to_json_string(),
+        # Longer contexts have other position embeddings (Phi-3's LongRoPE) or other attention (Llama 4's temperature).
+        "max_model_len": model.max_model_len,
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
         "cache_dtype": str(cache.cache_dtype),
@@ -200,7 +202,8 @@ def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
             draft.hf_config.to_json_string(), str(draft.dtype), str(draft.quantization), _weights(draft, load_format),
             bool(getattr(speculative, "use_heterogeneous_vocab", False)),
         ]  # fmt: skip
-    return Namespace(facts, weights)
+    # Loading a model writes into its configuration, in the process that loads it (Llama 4, Falcon).
+    return Namespace(facts, weights, altered=frozenset({"config", "draft"}))
 
 
 def _weights(model: ModelConfig, load_format: str) -> str:
