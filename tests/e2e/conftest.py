@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvbm.manager.gate import Gate
 from tests.e2e.engine import Done, Engine, write_tiny
 
 
@@ -36,6 +37,12 @@ def plain(tiny: Path) -> Iterator[Callable[..., list[Done]]]:
 
     yield run
     engine.close()
+
+
+@pytest.fixture
+def always_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models here are so small that computing is often faster, or seems so on a busy machine."""
+    monkeypatch.setattr(Gate, "computing_s", lambda *_: None)
 
 
 @pytest.fixture

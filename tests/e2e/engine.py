@@ -251,15 +251,19 @@ class Engine:
         """Clears the engine's own prefix cache, and nothing else."""
         assert self.vllm.reset_prefix_cache()
 
-    def spoil(self) -> None:
-        """Overwrites what rank 0 keeps in host memory, behind KVBM's back."""
+    def arena(self) -> Path:
+        """What rank 0 keeps in host memory, as its process has it open."""
         (worker, *_) = self.core.model_executor.workers
-        for descriptor in (Path("/proc") / str(worker.proc.pid) / "fd").iterdir():
-            if "kvbm-arena" in str(descriptor.readlink()):
-                with descriptor.open("r+b") as file:
-                    size = file.seek(0, 2)
-                    file.seek(0)
-                    file.write((random.Random(0).randbytes(1 << 16) * (size // (1 << 16) + 1))[:size])
+        descriptors = (Path("/proc") / str(worker.proc.pid) / "fd").iterdir()
+        (arena,) = (each for each in descriptors if "kvbm-arena" in str(each.readlink()))
+        return arena
+
+    def spoil(self) -> None:
+        """Overwrites it, behind KVBM's back."""
+        with self.arena().open("r+b") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            file.write((random.Random(0).randbytes(1 << 16) * (size // (1 << 16) + 1))[:size])
 
     def close(self) -> None:
         self.vllm.engine_core.shutdown()

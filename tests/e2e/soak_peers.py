@@ -133,7 +133,9 @@ def soak(minutes: float, every: float, folder: Path) -> Result:
             engine.forget_device()
             if not engine.leader.lower.peers.network.peers:
                 time.sleep(0.3)  # it starts, and needs the processor
+                assert other.poll() is None, log.read_text()
                 killed = max(killed, time.monotonic() - every / 2)
+                begun = begun if result.kills else time.monotonic()
             if time.monotonic() - killed > every:
                 kill(other, frozen_s=FROZEN_S if result.kills % 3 == 2 else 0.0)
                 result.kills += 1

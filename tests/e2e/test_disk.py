@@ -44,6 +44,9 @@ def wrong(folder: Path) -> None:
         path.write_bytes(content)
 
 
+pytestmark = pytest.mark.usefixtures("always_load")
+
+
 @pytest.fixture
 def prompts(dice: random.Random) -> list[list[int]]:
     return [prompt_of(dice, 400) for _ in range(12)]
@@ -241,8 +244,9 @@ def slow(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engin
 
 
 def test_what_is_slower_than_computing_is_not_waited_for(
-    slow: Engine, plain: Plain, prompts: list[list[int]], expected: list[list[int]]
+    slow: Engine, prompts: list[list[int]], expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.undo()  # `always_load`
     for prompt in prompts:
         slow.run([prompt], 12)
         settled(slow)

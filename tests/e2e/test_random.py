@@ -10,16 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from kvbm.manager.gate import Gate
 from tests.e2e.compare import SETUPS, Alone, compare, running
 
-REQUESTS = 100
-
-
-@pytest.fixture(autouse=True)
-def always_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model is so small that computing would always be faster."""
-    monkeypatch.setattr(Gate, "computing_s", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("always_load")
+REQUESTS = 60
 
 
 @pytest.fixture(scope="module")
@@ -57,5 +51,5 @@ def test_every_output_is_the_engines_own(name: str, alone: Alone, tmp_path: Path
 def test_wrong_blocks_would_be_noticed(one_rank: Alone, tmp_path: Path) -> None:
     """The negative control: bits are flipped where nothing looks for it, on the way into the engine."""
     with running("sync", one_rank, tmp_path / "run", 1, faults=["load_garble=1"]) as run:
-        run.ask(run.traffic.more(60))
+        run.ask(run.traffic.more(30))
         assert run.look().differences

@@ -28,7 +28,8 @@ from kvbm.cli import control, models
 from kvbm.cli.demo.client import Client
 from kvbm.cli.serve import free_port
 from kvbm.core import config
-from tests.e2e.engine import BLOCK, CONNECTOR, tells_hits_apart
+from kvbm.core.errors import ConfigError
+from tests.e2e.engine import BLOCK, CONNECTOR, Engine, environment, tells_hits_apart
 
 KVBM = [sys.executable, "-m", "kvbm.cli.main"]
 VLLM = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--block-size", str(BLOCK)]
@@ -288,12 +289,18 @@ def test_sigterm_ends_everything(server: Served) -> None:
         ("99999", "memory are available"),
     ],
 )
-def test_a_wrong_setting_ends_the_start(tiny: Path, tmp_path: Path, value: str, sentence: str) -> None:
+def test_a_wrong_setting_is_told(tiny: Path, value: str, sentence: str) -> None:
+    said = r"setting g2_gb \(from environment KVBM_G2_GB\).*" + re.escape(sentence)
+    with environment(KVBM_G2_GB=value), pytest.raises(ConfigError, match=said):
+        Engine(tiny, {"g2_blocks": None})
+
+
+def test_a_wrong_setting_ends_the_start(tiny: Path, tmp_path: Path) -> None:
     port = free_port("127.0.0.1", 0)
     command = [*VLLM, "--model", str(tiny), "--skip-tokenizer-init", "--port", str(port), *SMALL]
     command += ["--kv-transfer-config", json.dumps(CONNECTOR)]
-    with served(command, port, tmp_path, KVBM_G2_GB=value) as server:
+    with served(command, port, tmp_path, KVBM_G2_GB="0.00001") as server:
         assert server.process.wait(START_S) != 0
         said = [line for line in server.output().splitlines() if "setting g2_gb (from environment KVBM_G2_GB)" in line]
         assert said, server.output()[-5000:]
-        assert all(sentence in line for line in said)
+        assert all("G2 would be smaller than one block of " in line for line in said)

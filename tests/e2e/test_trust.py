@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -132,18 +131,6 @@ def test_wrong_blocks_are_found_and_never_served(shadowed: Engine, dice: random.
     shadow.wrong = 0
 
 
-def arena(engine: Engine) -> Path:
-    """The worker's host memory, as its process has it open."""
-    size = engine.leader.pool.statistics().total * engine.status()["block_bytes"]
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with suppress(OSError):
-            status = (link.parent.parent / "status").read_text()
-            ours = f"PPid:\t{os.getpid()}\n" in status and os.readlink(link).startswith("/memfd:kvbm-arena")
-            if ours and link.stat().st_size == size:
-                return link
-    raise AssertionError("no worker has this arena")
-
-
 @pytest.mark.parametrize("verify", [True, False])
 def test_bits_that_flip_in_host_memory(tiny: Path, plain: Plain, dice: random.Random, verify: bool) -> None:
     prompts = [prompt_of(dice, 320) for _ in range(4)]
@@ -157,7 +144,7 @@ def test_bits_that_flip_in_host_memory(tiny: Path, plain: Plain, dice: random.Ra
         assert engine.status()["onboard"]["blocks"] > 0
         engine.settle()
         engine.forget_device()
-        with arena(engine).open("r+b") as memory:
+        with engine.arena().open("r+b") as memory:
             held = bytearray(memory.read())
             for at in range(3, len(held), 997 * 4):
                 held[at] ^= 0x40  # of a float32 the highest bit of the exponent

@@ -27,7 +27,7 @@ from tests.e2e.test_serve import VLLM, Served, eventually, served
 
 DEVICE, HOST = 40, 400
 """Blocks. The device holds one long prompt and a half."""
-TEXTS = int(os.environ.get("KVBM_TEST_TEXTS", "10"))
+TEXTS = int(os.environ.get("KVBM_TEST_TEXTS", "6"))
 WORDS = " ".join(topics[name] for name in sorted(topics)).split()
 SPANISH = "Responde en una frase y en español: ¿por qué el mar parece azul, y qué tiene que ver el cielo con ello? ({})"
 
@@ -158,7 +158,7 @@ def test_rapid_unique_requests(deployment: Deployment) -> None:
 def test_answers_before_and_after_a_reset(deployment: Deployment) -> None:
     """Upstream has 100 texts of 200 words and 48 tokens each: all have to be the same."""
     prompts = [words(12_000 + 400 * at, 200) for at in range(TEXTS)]
-    tokens = 48 if TEXTS >= 100 else 24
+    tokens = 48 if TEXTS >= 100 else 16
     first = deployment.ask_together(prompts, tokens)
     deployment.reset()
     before = deployment.counts()[1]
@@ -169,7 +169,7 @@ def test_answers_before_and_after_a_reset(deployment: Deployment) -> None:
 
 def test_answers_under_load(deployment: Deployment) -> None:
     """Others come all the time; upstream asks for at least 80 % of the same answers."""
-    prompts = [SPANISH.format(at) for at in range(15)]
+    prompts = [SPANISH.format(at) for at in range(min(15, TEXTS))]
     first = [deployment.ask(prompt) for prompt in prompts]
     deployment.reset()
     before = deployment.counts()
