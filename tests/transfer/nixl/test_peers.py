@@ -75,7 +75,8 @@ def tcp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def transport() -> Iterator[NixlTransport]:
-    transport = NixlTransport(stuck_s=4)
+    # More pieces of all slots than may fly at once.
+    transport = NixlTransport(stuck_s=4, piece_bytes=SLOTS * BLOCK // 16)
     yield transport
     transport.close()
 
