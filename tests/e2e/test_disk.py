@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import time
@@ -44,9 +45,6 @@ def wrong(folder: Path) -> None:
         path.write_bytes(content)
 
 
-pytestmark = pytest.mark.usefixtures("always_load")
-
-
 @pytest.fixture
 def prompts(dice: random.Random) -> list[list[int]]:
     return [prompt_of(dice, 400) for _ in range(12)]
@@ -60,6 +58,7 @@ def expected(plain: Plain, prompts: list[list[int]]) -> list[list[int]]:
 @pytest.mark.parametrize(
     "settings", [{"g3_engine": "threads"}, {"placement": "exclusive", "g2_blocks": 104, "g3_key_file": "key"}]
 )
+@pytest.mark.usefixtures("always_load")
 def test_blocks_come_back_from_disk_and_after_a_restart(
     tiny: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]], settings: dict[str, Any]
 ) -> None:
@@ -90,6 +89,8 @@ def test_blocks_come_back_from_disk_and_after_a_restart(
         (done,) = engine.run(prompts[:1], 12)
         assert (done.tokens, done.cached) == (expected[0], 384)
         assert engine.status()["tokens"]["g3"] == 384
+    (meta,) = disk.glob("*/meta.json")
+    assert json.loads(meta.read_text())["facts"]["kernels"][0].startswith("CPU_ATTN ")
     if encrypted:
         with closing(on_disk(tiny, disk)) as engine:
             assert engine.status()["tiers"][1]["inactive"] == 0
@@ -120,6 +121,7 @@ def test_a_budget_that_runs_low_is_kept_for_what_is_hot(
         assert engine.status()["tokens"]["g3"] > 0
 
 
+@pytest.mark.usefixtures("always_load")
 def test_damaged_blocks_are_noticed_and_computed(
     tiny: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
@@ -138,6 +140,7 @@ def test_damaged_blocks_are_noticed_and_computed(
         assert settled(engine)["tokens"]["g3"] > 0
 
 
+@pytest.mark.usefixtures("always_load")
 def test_other_weights_find_nothing(
     tiny: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
@@ -159,6 +162,7 @@ def test_other_weights_find_nothing(
         assert (done.tokens, done.cached) == (expected[0], 384)
 
 
+@pytest.mark.usefixtures("always_load")
 def test_a_longer_context_finds_nothing_that_a_shorter_one_stored(tmp_path: Path, prompts: list[list[int]]) -> None:
     """Phi-3's position embeddings are others once the context may be longer than the one it was trained with."""
     import torch
@@ -183,6 +187,7 @@ def test_a_longer_context_finds_nothing_that_a_shorter_one_stored(tmp_path: Path
             settled(engine)
 
 
+@pytest.mark.usefixtures("always_load")
 def test_an_adapter_retrained_between_two_runs_finds_nothing(
     tiny: Path, tmp_path: Path, prompts: list[list[int]]
 ) -> None:
@@ -212,6 +217,7 @@ def test_an_adapter_retrained_between_two_runs_finds_nothing(
         assert engine.status()["tokens"]["g3"] == 384
 
 
+@pytest.mark.usefixtures("always_load")
 def test_two_ranks_serve_what_both_have(
     tiny: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
@@ -244,9 +250,8 @@ def slow(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engin
 
 
 def test_what_is_slower_than_computing_is_not_waited_for(
-    slow: Engine, prompts: list[list[int]], expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    slow: Engine, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    monkeypatch.undo()  # `always_load`
     for prompt in prompts:
         slow.run([prompt], 12)
         settled(slow)

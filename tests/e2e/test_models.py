@@ -131,8 +131,10 @@ def _shared(config: Any, kv: Any) -> None:
     kv.kv_tp_replicas = 2
 
 
-def test_what_changes_a_block_is_another_namespace(served: tuple[Any, Any], tiny: Path, tmp_path: Path) -> None:
-    from kvbm.connect.vllm import geometry
+def test_what_changes_a_block_is_another_namespace(
+    served: tuple[Any, Any], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvbm.connect.vllm import contract, geometry
 
     def fingerprint(*changes: Change) -> str:
         config, kv = copy.copy(served[0]), copy.copy(served[1])
@@ -162,6 +164,8 @@ def test_what_changes_a_block_is_another_namespace(served: tuple[Any, Any], tiny
     )]  # fmt: skip
     assert len(set(seen)) == len(seen)
     assert fingerprint() == seen[0] == fingerprint(_drafting("ngram")), "n-grams keep no KV"
+    monkeypatch.setattr(contract, "MINOR", "0.99")
+    assert fingerprint() not in seen
 
 
 def test_hashes_that_differ_between_processes_are_refused(served: tuple[Any, Any]) -> None:

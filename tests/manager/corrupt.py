@@ -225,7 +225,7 @@ def two(folder: Path, **reader: Any) -> Iterator[tuple[Engine, Engine]]:
         shared: dict[str, Any] = {
             "g3_blocks": None, "directory": server.url, "peer_secret_file": str(secret),
             # A connection that was given up cannot say that blocks are not wanted any more: their lease has to end.
-            "g2_blocks": 64 * BLOCKS, "peer_lease_s": 1, "peer_deadline_s": 10,
+            "g2_blocks": 64 * BLOCKS, "peer_lease_s": 3, "peer_deadline_s": 10,
         }  # fmt: skip
         engines = []
         for name, settings in (("holder", {}), ("reader", reader)):

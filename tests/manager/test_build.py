@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ ROWS = (4096, 4096)
 NAMESPACE = Namespace({"model": "m"}, "w")
 
 
-def start(run_dir: Path, *, ranks: int = 1, other: int | None = None, **settings: Any) -> LeaderSide:
+def start(
+    run_dir: Path, *, ranks: int = 1, other: int | None = None, kernels: Sequence[str] = ("", ""), **settings: Any
+) -> LeaderSide:
     """A leader and its workers, all closed again; rank `other` runs another configuration."""
     resolved = load(environ={}, extra={"run_dir": str(run_dir), "init_timeout_s": 30, **settings})
     place = Place("e", ranks)
@@ -29,10 +32,20 @@ def start(run_dir: Path, *, ranks: int = 1, other: int | None = None, **settings
         for rank in range(ranks):
             names = Namespace({"model": "other"}, "w") if rank == other else NAMESPACE
             memory = HostMemory(ROWS, 4)
-            stack.enter_context(closing(build_worker(resolved.settings, place, names, memory.region, rank)))
+            worker = build_worker(resolved.settings, place, names, memory.region, rank, kernels[rank])
+            stack.enter_context(closing(worker))
         side = build_leader(resolved, place, NAMESPACE, block_tokens=32, shares_device_blocks=True)
         side.close()
     return side
+
+
+def test_other_kernels_on_a_rank_are_another_namespace(tmp_path: Path) -> None:
+    seen = {
+        start(tmp_path, ranks=2, g2_gb=0.001, kernels=kernels).control.status()["fingerprint"]
+        for kernels in (("", ""), ("CPU_ATTN vec", "CPU_ATTN vec"), ("CPU_ATTN vec", "CPU_ATTN amx"))
+    }
+    assert len(seen) == 3
+    assert NAMESPACE.fingerprint in seen
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

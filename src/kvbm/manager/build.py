@@ -10,7 +10,7 @@ import select
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -97,8 +97,11 @@ def channel_path(settings: Settings, engine: str) -> Path:
     return socket_path(settings.run_dir, engine, ".chan")
 
 
-def build_worker(settings: Settings, place: Place, namespace: Namespace, g1: Region, rank: int) -> Worker:
-    """The worker of one rank. Returns at once; its arena is made when the leader says how large."""
+def build_worker(
+    settings: Settings, place: Place, namespace: Namespace, g1: Region, rank: int, kernels: str = ""
+) -> Worker:
+    """The worker of one rank. Returns at once; its arena is made when the leader says how large. `kernels` is part of
+    the namespace, too: what decides how they lay out a block, as far as only a worker knows it."""
     stores = rank in place.storing
 
     def wrapped(transport: Transport) -> Transport:
@@ -117,6 +120,7 @@ def build_worker(settings: Settings, place: Place, namespace: Namespace, g1: Reg
         rank=rank,
         world=place.ranks,
         fingerprint=namespace.rank_fingerprint,
+        kernels=kernels,
         address=channel_path(settings, place.engine),
         make_executor=make_executor,
         open_disk=partial(build_disk.open_shard, settings) if stores else None,
@@ -152,7 +156,7 @@ def build_leader(
     absent: dict[str, str] = {}
     found: build_disk.Found | None = None
     with ExitStack() as undo:
-        links, slot_bytes = _gather(settings, place, namespace, undo)
+        links, slot_bytes, namespace = _gather(settings, place, namespace, undo)
         parts = len(place.storing)
         block_bytes = slot_bytes * parts
         if build_disk.wanted(settings):
@@ -234,11 +238,14 @@ def peer_name(settings: Settings, place: Place) -> str:
     return f"{settings.peer_name}_dp{place.dp_rank}" if place.data_parallel else settings.peer_name
 
 
-def _gather(settings: Settings, place: Place, namespace: Namespace, undo: ExitStack) -> tuple[dict[int, Link], int]:
+def _gather(
+    settings: Settings, place: Place, namespace: Namespace, undo: ExitStack
+) -> tuple[dict[int, Link], int, Namespace]:
     """Waits until every rank's worker has connected and said the same as the leader knows. If the start fails after
     all, `undo` closes the links."""
     path = channel_path(settings, place.engine)
     links: dict[int, Link] = {}
+    kernels: dict[int, str] = {}
     sizes: set[int] = set()
     deadline = time.monotonic() + settings.init_timeout_s
     with listen(path) as sock:
@@ -258,12 +265,15 @@ def _gather(settings: Settings, place: Place, namespace: Namespace, undo: ExitSt
                 continue
             if (hello.fingerprint, hello.world) != (namespace.rank_fingerprint, place.ranks):
                 raise Broken(f"the worker of rank {hello.rank} runs another configuration than the scheduler")
-            links[hello.rank] = link
+            links[hello.rank], kernels[hello.rank] = link, hello.kernels
             sizes.add(hello.slot_bytes)
     path.unlink(missing_ok=True)
     if len(sizes) != 1:
         raise Broken(f"ranks hold blocks of different sizes ({sorted(sizes)} bytes): not supported")
-    return links, sizes.pop()
+    if any(kernels.values()):
+        facts = {**namespace.facts, "kernels": [kernels[rank] for rank in sorted(kernels)]}
+        namespace = replace(namespace, facts=facts)
+    return links, sizes.pop(), namespace
 
 
 @contextmanager

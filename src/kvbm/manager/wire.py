@@ -81,6 +81,8 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     world: int
     fingerprint: str
     slot_bytes: int
+    kernels: str = ""
+    """What lays a block's bytes out on this rank, where the engine's scheduler cannot know it."""
 
 
 class Allot(msgspec.Struct, frozen=True, tag=True):

@@ -78,6 +78,7 @@ class Worker:
         rank: int,
         world: int,
         fingerprint: str,
+        kernels: str = "",
         address: Path,
         make_executor: Callable[[], Executor],
         open_disk: OpenDisk | None = None,
@@ -85,7 +86,7 @@ class Worker:
         stores: bool = True,
     ) -> None:
         self._settings, self._g1, self._rank, self._stores = settings, g1, rank, stores
-        self._hello = Hello(rank, world, fingerprint, g1.slot_bytes)
+        self._hello = Hello(rank, world, fingerprint, g1.slot_bytes, kernels)
         self._address = address
         self._executor = make_executor()
         self._open_disk, self._open_peers = open_disk, open_peers

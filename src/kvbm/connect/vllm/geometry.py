@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvbm.blocks import LayerGroup
 from kvbm.blocks.groups import Kind
-from kvbm.connect.vllm.contract import hash_block_tokens
+from kvbm.connect.vllm import contract
 from kvbm.core.config import Resolved
 from kvbm.core.errors import ConfigError, Unsupported
 from kvbm.core.keys import Namespace, weights_digest
@@ -64,7 +64,7 @@ def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
             "vLLM switches off on a CPU without AMX)",
         ),
         (getattr(config.cache_config, "calculate_kv_scales", False), "KV scales that are computed while serving"),
-        (hash_block_tokens(config, kv) > spec.block_size, "block hashes coarser than blocks"),
+        (contract.hash_block_tokens(config, kv) > spec.block_size, "block hashes coarser than blocks"),
     ):
         if wrong:
             raise Unsupported(f"KVBM does not serve {sentence} yet. Start the engine without KVBM's connector.")
@@ -94,7 +94,7 @@ def _states(config: VllmConfig, kv: KVCacheConfig) -> tuple[bool, str]:
         return False, ""
     if any(spec.mamba_cache_mode != "align" or getattr(spec, "num_prefill_checkpoint_blocks", 0) for spec in states):
         return True, "recurrent state that is not kept at block boundaries (--mamba-cache-mode align, prefix caching)"
-    if hash_block_tokens(config, kv) != states[0].block_size:
+    if contract.hash_block_tokens(config, kv) != states[0].block_size:
         return True, "recurrent state with prefix matches inside blocks (--prefix-match-unit)"
     if config.speculative_config is not None:
         return True, "recurrent state with speculative decoding"
@@ -176,7 +176,7 @@ def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
     layers = [sorted(group.layer_names) for group in kv.kv_cache_groups]
     weights = _weights(model, config.load_config.load_format)
     facts: dict[str, object] = {
-        "engine": "vllm",
+        "engine": f"vllm {contract.MINOR}",
         "architecture": model.architectures,
         "config": model.hf_config.to_json_string(),
         # Longer contexts have other position embeddings (Phi-3's LongRoPE) or other attention (Llama 4's temperature).
@@ -188,7 +188,7 @@ def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
         "layers": layers if len(specs) > 1 else layers[0],
         "layout": str(kv.kv_cache_layout),
         "hash": cache.prefix_caching_hash_algo,
-        "hash_block": hash_block_tokens(config, kv),
+        "hash_block": contract.hash_block_tokens(config, kv),
         "tensor_parallel": config.parallel_config.tensor_parallel_size,
     }
     if _replicated(config, kv):
@@ -204,6 +204,17 @@ def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
         ]  # fmt: skip
     # Loading a model writes into its configuration, in the process that loads it (Llama 4, Falcon).
     return Namespace(facts, weights, altered=frozenset({"config", "draft"}))
+
+
+def kernels(config: VllmConfig, kv: KVCacheConfig) -> str:
+    """What decides how a block's bytes are laid out besides its shape, of the layers that are loaded here: attention
+    backends and, on a CPU, the instructions that they use (with AMX it packs keys another way than without)."""
+    layers = config.compilation_config.static_forward_context
+    found = set()
+    for name in (name for group in kv.kv_cache_groups for name in group.layer_names):
+        backend = getattr(layers[name], "attn_backend", None) or layers[name].get_attn_backend()
+        found.add(f"{backend.get_name()} {getattr(layers[name], 'isa', '')}".rstrip())
+    return ", ".join(sorted(found))
 
 
 def _weights(model: ModelConfig, load_format: str) -> str:

@@ -265,6 +265,7 @@ class WorkerSide:
             geometry.namespace(self._config, self._kv),
             geometry.g1_region(self._kv, caches, str(self._config.cache_config.cache_dtype)),
             get_tensor_model_parallel_rank(),
+            geometry.kernels(self._config, self._kv),
         )
         settings = self._settings
         has_disk = settings.g3_gb is not None or settings.g3_blocks is not None
