@@ -246,6 +246,7 @@ sys.exit(serve.run(serve.plan("m", [], "m")))
 '''
 
 
+@pytest.mark.e2e  # no engine, but processes and seconds of waiting
 @pytest.mark.parametrize("state", ["up", "starting"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_end_the_server_too(number: signal.Signals, state: str) -> None:

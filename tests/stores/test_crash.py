@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.e2e  # no engine, but processes and seconds of waiting
 ROOT = Path(__file__).parents[2]
 
 

@@ -10,6 +10,7 @@ from kvbm.transfer.nixl import probe
 pytest.importorskip("nixl_cu12", reason="NIXL is not installed: pip install 'pykvbm[nixl]'")
 
 
+@pytest.mark.e2e  # no engine, but a process for each
 @pytest.mark.parametrize("backend", ["UCX", "POSIX"])
 def test_what_works_is_proven(backend: str, tmp_path: Path) -> None:
     report = probe(backend, tmp_path)
