@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -118,6 +120,49 @@ def test_exactly_the_requests_whose_load_failed_are_computed(faulty: Faulty, pla
     names = list(faulty.engine.results)[-20:]
     loaded = [name for name in names if faulty.record(name).loaded == 6]
     assert sorted(loaded + computed) == sorted(names)
+
+
+@pytest.mark.parametrize(("others", "within"), [(0, False), (2, False), (0, True), (2, True)])
+def test_nothing_goes_on_from_blocks_whose_load_failed(
+    tiny: Path, tmp_path: Path, plain: Plain, dice: random.Random, others: int, within: bool
+) -> None:
+    """A load inside the step fails, and its request ends, within the step or after it, before the engine has computed
+    those blocks: not what comes later, nor what shares them in the same step, may take them for computed."""
+    from vllm.v1.request import RequestStatus
+
+    switch = tmp_path / "faults"
+    inject(switch)
+    kvbm = {"transport_wrapper": f"kvbm.testing.faults:follow?{switch}", "onboard": "sync"}
+    with closing(Engine(tiny, kvbm, num_gpu_blocks_override=128, max_num_batched_tokens=1024)) as engine:
+        prompt = prompt_of(dice, 320)
+        longer = prompt + prompt_of(dice, 20)
+        expected, wanted = plain([prompt, longer], 24)
+        engine.run([prompt], 24)
+        engine.settle()
+        engine.forget_device()
+        inject(switch, "load_fail=1")
+        first = engine.add(prompt, 24)
+        sharing = [engine.add(prompt, 24) for _ in range(others)]
+        scheduler = engine.core.scheduler
+        update = scheduler.update_from_output
+
+        def ended_meanwhile(*args: Any) -> Any:
+            """As the engine does with what is aborted while the model runs."""
+            if within:
+                (internal,) = (name for name in scheduler.requests if name.split("-")[0] == first)
+                scheduler.finish_requests(internal, RequestStatus.FINISHED_ABORTED)
+            return update(*args)
+
+        with mock.patch.object(scheduler, "update_from_output", ended_meanwhile):
+            engine.step()
+        engine.vllm.abort_request([first])
+        inject(switch)
+        sharing.append(engine.add(prompt, 24))
+        engine.drain()
+        assert [engine.results[name].tokens for name in sharing] == [expected.tokens] * (others + 1)
+        (done,) = engine.run([longer], 24)  # which goes on from the block behind those of the load
+        assert done.tokens == wanted.tokens
+        assert engine.status()["onboard"]["failed"] > 0
 
 
 def test_wrong_bytes_change_the_answer(tiny: Path, plain: Plain, dice: random.Random) -> None:

@@ -101,6 +101,8 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if self._scheduler is not None:
+            if connector_output.invalid_block_ids:
+                self._scheduler.not_loaded(connector_output.invalid_block_ids, self._kv_cache_manager)
             self._scheduler.stepped()
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:

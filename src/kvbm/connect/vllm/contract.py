@@ -43,6 +43,8 @@ READS = {
     "finished_sending",
     "vllm.lora.request.LoRARequest": "lora_int_id lora_path",
     "vllm.v1.core.kv_cache_manager.KVCacheBlocks": "get_block_ids",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager": "evict_blocks get_block_ids",
+    "vllm.v1.outputs.KVConnectorOutput": "invalid_block_ids",
     "vllm.v1.core.sched.output.CachedRequestData": "new_block_ids num_computed_tokens req_ids resumed_req_ids",
     "vllm.v1.core.sched.output.NewRequestData": "block_ids num_computed_tokens req_id",
     "vllm.v1.core.sched.output.SchedulerOutput": "num_scheduled_tokens scheduled_cached_reqs scheduled_new_reqs "

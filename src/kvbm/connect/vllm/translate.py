@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.distributed.kv_events import KVCacheEvent
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
@@ -95,6 +95,8 @@ class SchedulerSide:
         self._requests: dict[str, Request] = {}
         self._computed: dict[str, int] = {}
         """Request -> tokens that the engine itself held when it asked last."""
+        self._ended: list[Sequence[int]] = []
+        """Device blocks of requests that ended since the last step was scheduled."""
         self._adapters: dict[tuple[Any, ...], bytes] = {}
         self.side = build_leader(
             resolved,
@@ -170,6 +172,7 @@ class SchedulerSide:
     def step(self, output: SchedulerOutput) -> KvbmMetadata:
         """vLLM's build_connector_meta."""
         leader, block = self._leader, self._block
+        self._ended.clear()
         for new in output.scheduled_new_reqs:
             leader.grow(new.req_id, new.block_ids[0], replace=True, others=new.block_ids[1:])
             for table in new.block_ids:
@@ -197,6 +200,23 @@ class SchedulerSide:
             else:
                 self._leader.advance(request_id, complete)
 
+    def not_loaded(self, blocks: set[int], manager: KVCacheManager) -> None:
+        """What vLLM does about these device blocks, whose load inside the step failed, is not enough: they stay in its
+        prefix cache, for others to go on from, although the request that is to compute them may be preempted or end
+        first, or take several steps; and who shares them in the same step is told that they are computed. So each
+        request with one of them computes it itself, and what follows it is found by nobody."""
+        stale = set(blocks)
+        tables = [(None, table) for table in self._ended]
+        tables += [(request, manager.get_block_ids(name)[0]) for name, request in self._requests.items()]
+        for request, table in tables:
+            first = next((at for at, block in enumerate(table) if block in blocks), None)
+            if first is None:
+                continue
+            stale.update(table[first:])
+            if request is not None:
+                request.num_computed_tokens = min(request.num_computed_tokens, first * self._block)
+        manager.evict_blocks(stale)
+
     def stepped(self) -> None:
         """vLLM's update_connector_output."""
         self._leader.stepped()
@@ -205,6 +225,8 @@ class SchedulerSide:
         """vLLM's request_finished, and request_finished_all_groups."""
         self._requests.pop(request.request_id, None)
         self._computed.pop(request.request_id, None)
+        if not self._async:
+            self._ended.append(blocks)
         tokens = min(request.num_computed_tokens, request.num_tokens)
         complete = min(tokens // self._block, len(request.block_hashes) // self._per_block, len(blocks))
         return self._leader.finish(request.request_id, blocks, complete, others)
