@@ -124,7 +124,7 @@ def test_every_output_is_the_engines_own(gemma: Path, plain: Plain) -> None:
     roots = [prompt_of(dice, dice.randrange(100, 700)) for _ in range(8)]
     prompts = [dice.choice(roots)[: dice.randrange(1, 700)] + prompt_of(dice, dice.randrange(1, 60)) for _ in range(80)]
     expected = [done.tokens for done in plain(prompts, 40)]
-    faults = "kvbm.testing.faults:build?load_fail=0.02&store_fail=0.02&delay=0.01&seed=1"
+    faults = "kvbm.testing.faults:build?load_fail=0.15&store_fail=0.05&delay=0.01&seed=1"
     with closing(
         Engine(
             gemma, {"g2_blocks": 400, "transport_wrapper": faults},
