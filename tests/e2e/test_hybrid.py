@@ -231,7 +231,8 @@ def test_recurrent_state_comes_back_at_block_boundaries(tmp_path: Path, dice: ra
     Lfm2ForCausalLM(config).save_pretrained(tmp_path / "lfm2")
     root = prompt_of(dice, 350)
     prompts = [prompt_of(dice, length) for length in (100, 320, 500, 900)] + [root + prompt_of(dice, 90)] * 2
-    _comes_back(tmp_path / "lfm2", tmp_path / "faults", prompts, {"FullAttentionSpec", "MambaSpec"})
+    onboarded = _comes_back(tmp_path / "lfm2", tmp_path / "faults", prompts, {"FullAttentionSpec", "MambaSpec"})
+    assert onboarded > sum((len(prompt) - 1) // BLOCK for prompt in prompts)  # and states
 
 
 @pytest.fixture(scope="module")
