@@ -46,8 +46,8 @@ class Peer:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs,), daemon=True)
         self.process.start()
-        metadata, address = self.pipe.recv()
-        self.name = transport.connect(metadata)
+        self.metadata, address = self.pipe.recv()
+        self.name = transport.connect(self.metadata)
         self.region = packed("peer", address, [BLOCK], SLOTS, kind="peer", owner=RemoteMemory(self.name))
 
     def signal(self, number: int) -> None:
@@ -156,6 +156,32 @@ def test_a_frozen_peer_holds_up_nobody_else_and_its_memory_stays_uncertain(
     done = np.flatnonzero(completion.outcomes == Outcome.DONE)
     assert (here.array[done] == (done % 251)[:, None]).all()
     assert transport.cancel(ticket) is Quiet.QUIESCED
+    assert transport.restarts == 0
+
+
+@pytest.mark.usefixtures("tcp")
+def test_a_peer_that_is_left_may_still_write_until_what_flies_has_ended(
+    transport: NixlTransport, start: Callable[[], Peer]
+) -> None:
+    """NIXL calls a transfer failed as soon as its agent is forgotten; its bytes land all the same."""
+    peer, here = start(), Here()
+    submit(transport, peer.region, here.region, range(1))[1].wait()
+    peer.signal(signal.SIGSTOP)
+    _, waiting = submit(transport, peer.region, here.region, range(SLOTS))
+    time.sleep(0.1)
+    transport.disconnect(peer.name)
+    with pytest.raises(Broken, match="have not ended"):
+        transport.connect(peer.metadata)
+    time.sleep(0.5)
+    assert not waiting.completions, "a plan ended while the peer could still write"
+    peer.signal(signal.SIGCONT)
+    assert waiting.wait().error == "the peer was disconnected"
+    here.array[:] = 200
+    time.sleep(1)
+    assert (here.array == 200).all(), "bytes arrived after their plan had ended"
+    assert transport.connect(peer.metadata) == peer.name
+    _, recorder = submit(transport, peer.region, here.region, range(4))
+    assert recorder.wait().error is None
     assert transport.restarts == 0
 
 

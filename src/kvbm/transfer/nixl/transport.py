@@ -81,6 +81,10 @@ class NixlTransport(Transport):
         self._flights: list[Flight] = []
         self._commands: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._lost: set[str] = set()
+        self._met: dict[str, bytes] = {}
+        """Agents that are connected, and the metadata by which they are."""
+        self._leaving: set[str] = set()
+        """Those of them to be forgotten once nothing flies. NIXL would call what flies failed, and it would land."""
         self._tickets = 0
         self._closed = False
         self._dead: str | None = None
@@ -159,12 +163,15 @@ class NixlTransport(Transport):
     def connect(self, metadata: bytes) -> str:
         """Make an agent's memory reachable; the name it returns is the owner of its regions (`RemoteMemory`).
 
-        Raises Broken: it cannot be, or is connected already.
+        Raises Broken: it cannot be, is connected already, or what flew when it was disconnected still does.
         """
 
         def connect() -> str:
+            if any(self._met[name] == metadata for name in self._leaving):
+                raise Broken("NIXL: transfers with this peer from before it was disconnected have not ended")
             name = self._agent.connect(metadata)
             self._lost.discard(name)
+            self._met[name] = metadata
             return name
 
         return self._on_thread(connect)
@@ -174,10 +181,18 @@ class NixlTransport(Transport):
 
         def disconnect() -> None:
             self._lose(peer, "the peer was disconnected")
-            self._lost.discard(peer)
-            self._agent.disconnect(peer)
+            self._leaving.add(peer)
+            self._leave()
 
         self._on_thread(disconnect)
+
+    def _leave(self) -> None:
+        """Forget the agents that are to be and with which nothing flies."""
+        for peer in self._leaving - {flight.job.peer for flight in self._flights}:
+            self._leaving.discard(peer)
+            self._lost.discard(peer)
+            self._met.pop(peer, None)
+            self._agent.disconnect(peer)
 
     # ------------------------------------------------------------------ the thread
 
@@ -280,6 +295,11 @@ class NixlTransport(Transport):
                 error = problem
             self._settle(flight, error)
             ended += 1
+        if ended:
+            try:
+                self._leave()
+            except Broken as problem:
+                logger.warning("%s", problem)
         return ended
 
     def _settle(self, flight: Flight, error: Exception | None) -> None:
@@ -356,6 +376,8 @@ class NixlTransport(Transport):
                 self._agent.abandon(flight.handle)
                 flight.handle = None
         self._agent.close()
+        self._met.clear()
+        self._leaving.clear()
         for flight in list(self._flights):
             self._settle(flight, Broken(why))
         with self._lock:
