@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from kvbm.core.region import Region, Slots
-from kvbm.stores.format import Words, checksums
+from tests.checksums import off
 from tests.manager.corrupt import PLACES, run
 
 COUNT = 60
@@ -27,11 +24,5 @@ def test_no_damaged_block_is_served(tmp_path: Path, place: str) -> None:
 @pytest.mark.parametrize("place", SOME)
 def test_without_checksums_they_would_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     """The negative control."""
-
-    def same(_: Region, slots: Slots, __: int) -> Words:
-        return np.zeros(len(slots), np.uint64)
-
-    for name, module in tuple(sys.modules.items()):
-        if name.startswith("kvbm.") and getattr(module, "checksums", None) is checksums:
-            monkeypatch.setattr(module, "checksums", same)
+    off(monkeypatch.setattr)
     assert "wrong bytes were served" in run(COUNT, 1, tmp_path, [place]).served

@@ -156,6 +156,19 @@ def test_bits_that_flip_in_host_memory(make: Make, verify: bool, onboard: str) -
     engine.leader.finish(name, list(range(5)), 0)
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_bits_that_flip_on_the_way_to_host_memory(make: Make, verify: bool) -> None:
+    """A checksum is that of the engine's bytes, not of what became of them."""
+    engine, keys = make(g2_verify=verify, transport_wrapper="kvbm.testing.faults:build?store_flip=1"), keys_of("a", 5)
+    engine.serve(keys)
+    if verify:
+        assert engine.serve(keys) == 0
+        assert engine.leader.corrupt == 5
+    else:
+        with pytest.raises(AssertionError, match="wrong bytes were served"):
+            engine.serve(keys)
+
+
 def test_a_copy_that_hangs_costs_its_deadline_and_no_more(make: Make) -> None:
     wrapper = "kvbm.testing.faults:build?load_delay=600"
     engine, keys = make(transport_wrapper=wrapper, load_deadline_s=0.3), keys_of("a", 5)

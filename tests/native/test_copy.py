@@ -7,10 +7,11 @@ from array import array
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 
 import kvbm.native
-from kvbm.native import copy_rows, touch
+from kvbm.native import XXH3_FROM, checksums, copy_rows, touch
 
 Layout = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -73,9 +74,17 @@ def test_copies_what_the_oracle_copies(
     slots = np.array(pairs, np.int64).reshape(-1, 2)
     arguments = (*addresses(source), *addresses(destination), rows, slots[:, 0].copy(), slots[:, 1].copy())
     shared = (np.zeros(2, np.int64), chunk) if chunk else ()
-    assert copy_rows(*arguments, *shared) == int(rows.sum()) * len(pairs)
+    sums = np.zeros(len(pairs), np.int64)
+    summed = bool(shared) and rows.sum() >= XXH3_FROM
+    assert copy_rows(*arguments, *shared, *((sums,) if summed else ())) == int(rows.sum()) * len(pairs)
     assert (destination[0] == expected).all()
     assert (source[0] == before).all()
+    if summed:
+        starts = [[int(offset + s * stride) for offset, stride in zip(*source[1:], strict=True)] for s, _ in pairs]
+        blocks = [
+            b"".join(source[0][at : at + n].tobytes() for at, n in zip(block, rows, strict=True)) for block in starts
+        ]
+        assert sums.view(np.uint64).tolist() == [xxhash.xxh3_64_intdigest(block) for block in blocks]
 
 
 def one_plane(slots: int, row: int = 64) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
@@ -159,6 +168,34 @@ def test_negative_rows_and_bad_controls_are_refused() -> None:
     with pytest.raises(TypeError):
         copy_rows(*arguments, np.zeros(2, np.int64), "3")
     assert not destination.any()
+
+
+@pytest.mark.parametrize("row", [XXH3_FROM, 1024, 1025, 16 << 10, 40_000])
+def test_checksums_are_those_of_xxhash(row: int) -> None:
+    source, _, arguments = one_plane(9, row)
+    sums, copied = np.zeros(3, np.int64), np.zeros(9, np.int64)
+    checksums(source.ctypes.data, row, row - (row > XXH3_FROM), np.array([8, 0, 3]), sums)
+    blocks = [source[at * row : (at + 1) * row - (row > XXH3_FROM)].tobytes() for at in (8, 0, 3)]
+    assert sums.view(np.uint64).tolist() == [xxhash.xxh3_64_intdigest(block) for block in blocks]
+    copy_rows(*arguments, np.array([2, 0]), 2, copied)
+    whole = [xxhash.xxh3_64_intdigest(source[at * row : (at + 1) * row].tobytes()) for at in range(9)]
+    assert copied.view(np.uint64).tolist() == [0, 0, *whole[2:]]
+
+
+def test_checksums_of_too_little_or_for_other_blocks_are_refused() -> None:
+    _, destination, arguments = one_plane(3, XXH3_FROM)
+    control, slots = np.zeros(2, np.int64), np.arange(3)
+    with pytest.raises(ValueError, match="one per block"):
+        copy_rows(*arguments, control, 1, np.zeros(2, np.int64))
+    with pytest.raises(ValueError, match="sums"):
+        copy_rows(*arguments, control, 1, np.zeros(3, np.float64))
+    assert not destination.any()
+    for nbytes, sums in ((XXH3_FROM - 1, np.zeros(3, np.int64)), (XXH3_FROM, np.zeros(2, np.int64))):
+        with pytest.raises(ValueError, match="one per slot"):
+            checksums(destination.ctypes.data, XXH3_FROM, nbytes, slots, sums)
+    _, _, small = one_plane(3, XXH3_FROM - 1)
+    with pytest.raises(ValueError, match="at least 241"):
+        copy_rows(*small, control, 1, np.zeros(3, np.int64))
 
 
 def test_touch_keeps_what_is_there() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import xxhash
 
 from kvbm.abc.transport import Quiet, Transport
 from kvbm.core.errors import Misuse
@@ -201,9 +202,12 @@ def test_real_chunks_of_an_arena_and_an_engine_shaped_cache(transport: MemcpyTra
         region = g2
 
     down, up = (engine, G2), (G2, engine)
-    assert run(transport, plan_of(down, list(range(12)), there, urgent=False)).error is None  # type: ignore[arg-type]
-    completion = run(transport, plan_of(up, there, back))  # type: ignore[arg-type]
-    assert (completion.error, completion.nbytes) == (None, arena.size)
+    stored = run(transport, replace(plan_of(down, list(range(12)), there, urgent=False), sums=True))  # type: ignore[arg-type]
+    completion = run(transport, replace(plan_of(up, there, back), sums=True))  # type: ignore[arg-type]
+    assert (stored.error, completion.error, completion.nbytes) == (None, None, arena.size)
+    for sums in (stored.sums, completion.sums):
+        assert sums is not None
+        assert sums.tolist() == [xxhash.xxh3_64_intdigest(before[slot]) for slot in range(12)]
     assert completion.seconds > 0
     assert contents(engine) == {int(back[i]): before[i] for i in range(12)}
     assert engine.guards_intact()

@@ -19,7 +19,8 @@ class Plan:
     """Copy slot ``source_slots[i]`` of `source` to slot ``destination_slots[i]`` of `destination`, for every block i.
 
     Neither the slots nor the memory of a source slot may change before the completion. `urgent` is for what a request
-    waits for. `label` ("load" or "store") names the direction for metrics and fault injection.
+    waits for. `label` ("load" or "store") names the direction for metrics and fault injection. `sums`: checksums are
+    wanted, if they cost less here than afterwards.
     """
 
     source: Region
@@ -28,6 +29,7 @@ class Plan:
     destination_slots: Slots
     urgent: bool
     label: str
+    sums: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +37,8 @@ class Completion:
     """How a plan ended. Nothing touches its memory any more.
 
     `outcomes` has an `Outcome` per block, in the plan's order; `error` says why some are not `DONE`. `seconds` runs
-    from the first byte to the last (time in a queue is not in it); `nbytes` were moved.
+    from the first byte to the last (time in a queue is not in it); `nbytes` were moved. `sums`, where they were wanted
+    and the transport makes some, has the xxh3-64 of each `DONE` block as it was read.
     """
 
     ticket: int
@@ -43,6 +46,7 @@ class Completion:
     error: str | None
     seconds: float
     nbytes: int
+    sums: npt.NDArray[np.uint64] | None = None
 
     @classmethod
     def failed(cls, ticket: int, blocks: int, error: str) -> Completion:

@@ -117,10 +117,20 @@ def _eight_bits(exponent_bits: int, *, infinite: bool) -> Floats:
 _EIGHT_BITS: Final = {"float8_e4m3fn": _eight_bits(4, infinite=False), "float8_e5m2": _eight_bits(5, infinite=True)}
 
 
+def sums_of(completion: Completion, region: Region, slots: Slots, length: int) -> Words:
+    """Checksums of the blocks of a copy to or from these slots; of those that were not copied they mean nothing."""
+    if completion.sums is not None:
+        return completion.sums
+    sums = np.zeros(len(slots), np.uint64)
+    there = completion.outcomes == Outcome.DONE
+    sums[there] = checksums(region, slots[there], length)
+    return sums
+
+
 def verified(completion: Completion, region: Region, slots: Slots, sums: Words, length: int) -> Completion:
     """How a copy out of these slots ended: what does not have its checksum any more (`sums`, by slot) is corrupt."""
-    there = np.flatnonzero(completion.outcomes == Outcome.DONE)
-    bad = there[checksums(region, slots[there], length) != sums[slots[there]]]
+    changed = sums_of(completion, region, slots, length) != sums[slots]
+    bad = np.flatnonzero(changed & (completion.outcomes == Outcome.DONE))
     if not len(bad):
         return completion
     outcomes = completion.outcomes.copy()

@@ -22,7 +22,7 @@ from kvbm.core.errors import Broken
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Region, Slots
 from kvbm.manager.channel import Link, connect
-from kvbm.manager.compare import Comparisons, verified
+from kvbm.manager.compare import Comparisons, sums_of, verified
 from kvbm.manager.disk_worker import DiskWorker
 from kvbm.manager.jobs import Collected
 from kvbm.manager.peers.memory import PeerMemory
@@ -51,7 +51,7 @@ from kvbm.manager.wire import (
     unpack,
 )  # fmt: skip
 from kvbm.stores.disk import Disk
-from kvbm.stores.format import Words, checksums
+from kvbm.stores.format import Words
 from kvbm.stores.memory import Arena
 from kvbm.stores.meta import Place
 from kvbm.transfer.executor import Executor
@@ -86,6 +86,7 @@ class Worker:
         stores: bool = True,
     ) -> None:
         self._settings, self._g1, self._rank, self._stores = settings, g1, rank, stores
+        self._verifies = settings.g2_verify and stores  # who stores has the checksums, and loads as well
         self._hello = Hello(rank, world, fingerprint, g1.slot_bytes, kernels)
         self._address = address
         self._executor = make_executor()
@@ -217,9 +218,9 @@ class Worker:
             self._live.add(copy.job)
         g1, g2 = copy.g1_slots(), copy.g2_slots()
         if is_load:
-            plan = Plan(self._g2, g2, self._g1, g1, urgent=True, label="load")
+            plan = Plan(self._g2, g2, self._g1, g1, urgent=True, label="load", sums=self._verifies)
         else:
-            plan = Plan(self._g1, g1, self._g2, g2, urgent=False, label="store")
+            plan = Plan(self._g1, g1, self._g2, g2, urgent=False, label="store", sums=len(self._sums) > 0)
         deadline = self._settings.load_deadline_s if is_load else self._settings.store_deadline_s
         self._executor.submit(copy.job, plan, deadline, partial(self._load_ended if is_load else self._store_ended, g2))
 
@@ -237,7 +238,7 @@ class Worker:
         self._executor.submit(wanted.job, plan, self._settings.store_deadline_s, copied)
 
     def _load_ended(self, slots: Slots, job: int, completion: Completion) -> None:
-        if self._settings.g2_verify and self._stores:  # who stores has the checksums, and loads as well
+        if self._verifies:
             assert self._extents is not None
             completion = verified(completion, self._extents, slots, self._sums, self._g1.slot_bytes)
         self._report(job, completion)
@@ -254,8 +255,7 @@ class Worker:
     def _store_ended(self, slots: Slots, job: int, completion: Completion) -> None:
         if len(self._sums):
             assert self._extents is not None
-            there = slots[completion.outcomes == Outcome.DONE]
-            self._sums[there] = checksums(self._extents, there, self._g1.slot_bytes)
+            self._sums[slots] = sums_of(completion, self._extents, slots, self._g1.slot_bytes)
         self._report(job, completion, slots)
         self._over(job)
 

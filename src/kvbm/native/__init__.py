@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 try:
-    from kvbm.native._copy import copy_rows, touch
+    from kvbm.native._copy import XXH3_FROM, checksums, copy_rows, touch
     from kvbm.native._io import Ring, run_io
     from kvbm.native._keys import chain
     from kvbm.native._lists import Lists
@@ -20,4 +20,16 @@ except ImportError as missing:
         "`pip install --force-reinstall pykvbm`."
     ) from missing
 
-__all__ = ["Ghosts", "Lists", "Ring", "Sketch", "Table", "chain", "copy_rows", "run_io", "touch"]
+__all__ = [
+    "XXH3_FROM",
+    "Ghosts",
+    "Lists",
+    "Ring",
+    "Sketch",
+    "Table",
+    "chain",
+    "checksums",
+    "copy_rows",
+    "run_io",
+    "touch",
+]

@@ -1,9 +1,10 @@
-/* Copies many rows in one call, without the GIL.
+/* Copies many rows in one call, without the GIL, and makes checksums of what it copies.
  *
  * A Python loop over rows costs microseconds a row, and each of its steps waits for the GIL beside a busy thread; this
  * is one call per batch. Addresses are trusted: the caller (kvbm.transfer.plan) has checked slots against regions. */
 
 #include "int64s.h"
+#include "xxh3.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAVE_STREAMING 1
@@ -12,12 +13,13 @@
 #define HAVE_STREAMING 0
 #endif
 
-enum { SRC_ADDRESS, SRC_STRIDE, DST_ADDRESS, DST_STRIDE, ROW_BYTES, SRC_SLOTS, DST_SLOTS, CONTROL, BUFFERS };
-static const char *const NAMES[BUFFERS] = {"src_address", "src_stride", "dst_address", "dst_stride",
-                                           "row_bytes",   "src_slots",  "dst_slots",   "control"};
+enum { SRC_ADDRESS, SRC_STRIDE, DST_ADDRESS, DST_STRIDE, ROW_BYTES, SRC_SLOTS, DST_SLOTS, CONTROL, SUMS, BUFFERS };
+static const char *const NAMES[BUFFERS] = {"src_address", "src_stride", "dst_address", "dst_stride", "row_bytes",
+                                           "src_slots",   "dst_slots",  "control",     "sums"};
 
-/* Bytes of a row. From STREAM_FROM on streaming beats memcpy; up to PREFETCH_TO fetching the next row ahead helps. */
-enum { STREAM_FROM = 512, PREFETCH_TO = 4096 };
+/* Bytes of a row. From STREAM_FROM on streaming beats memcpy; up to PREFETCH_TO fetching the next row ahead helps. What
+ * gets a checksum is read for it while it is in the first cache: PIECE bytes at a time. */
+enum { STREAM_FROM = 512, PREFETCH_TO = 4096, PIECE = 16 << 10 };
 
 #if HAVE_STREAMING
 /* Stores go round the cache: a block is not read again soon by this core, and not fetching the destination first saves
@@ -44,39 +46,50 @@ __attribute__((target("avx2"))) static void stream_row(char *dst, const char *sr
 }
 #endif
 
-static void copy_blocks(const Py_buffer *b, Py_ssize_t begin, Py_ssize_t end) {
+static void copy_row(char *dst, const char *src, size_t n, const char *ahead) {
+#if HAVE_STREAMING
+    if (n >= STREAM_FROM && __builtin_cpu_supports("avx2")) {
+        stream_row(dst, src, n, n <= PREFETCH_TO ? ahead : NULL);
+        return;
+    }
+#endif
+    (void)ahead;
+    memcpy(dst, src, n);
+}
+
+static void copy_blocks(const Py_buffer *b, Py_ssize_t begin, Py_ssize_t end, uint64_t *sums) {
     const int64_t *src_address = b[SRC_ADDRESS].buf, *src_stride = b[SRC_STRIDE].buf;
     const int64_t *dst_address = b[DST_ADDRESS].buf, *dst_stride = b[DST_STRIDE].buf;
     const int64_t *row_bytes = b[ROW_BYTES].buf, *src_slots = b[SRC_SLOTS].buf, *dst_slots = b[DST_SLOTS].buf;
     Py_ssize_t planes = b[ROW_BYTES].shape[0];
-#if HAVE_STREAMING
-    int streaming = __builtin_cpu_supports("avx2");
-#endif
     for (Py_ssize_t i = begin; i < end; i++) {
+        struct xxh3 sum;
+        xxh3_begin(&sum);
         for (Py_ssize_t p = 0; p < planes; p++) {
             const char *src = (const char *)(intptr_t)(src_address[p] + src_slots[i] * src_stride[p]);
             char *dst = (char *)(intptr_t)(dst_address[p] + dst_slots[i] * dst_stride[p]);
-            size_t n = (size_t)row_bytes[p];
-#if HAVE_STREAMING
-            if (streaming && n >= STREAM_FROM) {
-                Py_ssize_t q = p + 1 < planes ? p + 1 : 0, j = q || i + 1 == end ? i : i + 1;
-                const char *next = (const char *)(intptr_t)(src_address[q] + src_slots[j] * src_stride[q]);
-                stream_row(dst, src, n, n <= PREFETCH_TO ? next : NULL);
-                continue;
+            Py_ssize_t q = p + 1 < planes ? p + 1 : 0, j = q || i + 1 == end ? i : i + 1;
+            const char *next = (const char *)(intptr_t)(src_address[q] + src_slots[j] * src_stride[q]);
+            size_t n = (size_t)row_bytes[p], step = sums ? PIECE : n;
+            for (size_t at = 0; at < n; at += step) {
+                size_t some = n - at < step ? n - at : step;
+                copy_row(dst + at, src + at, some, next);
+                if (sums) {
+                    xxh3_add(&sum, src + at, some);
+                }
             }
-#endif
-            memcpy(dst, src, n);
+        }
+        if (sums) {
+            sums[i] = xxh3_end(&sum);
         }
     }
 #if HAVE_STREAMING
-    if (streaming) {
-        _mm_sfence(); /* streaming stores are weakly ordered; whoever is told of this copy must see its bytes */
-    }
+    _mm_sfence(); /* streaming stores are weakly ordered; whoever is told of this copy must see its bytes */
 #endif
 }
 
 /* Takes chunks off `control` until none is left or somebody asks to stop; returns the blocks copied by this call. */
-static int64_t copy_shared(const Py_buffer *b, int64_t *control, int64_t chunk) {
+static int64_t copy_shared(const Py_buffer *b, int64_t *control, int64_t chunk, uint64_t *sums) {
     int64_t blocks = b[SRC_SLOTS].shape[0], copied = 0;
     while (!__atomic_load_n(&control[1], __ATOMIC_SEQ_CST)) {
         int64_t begin = __atomic_fetch_add(&control[0], chunk, __ATOMIC_SEQ_CST);
@@ -84,14 +97,14 @@ static int64_t copy_shared(const Py_buffer *b, int64_t *control, int64_t chunk) 
             break;
         }
         int64_t end = blocks - begin < chunk ? blocks : begin + chunk;
-        copy_blocks(b, begin, end);
+        copy_blocks(b, begin, end, sums);
         copied += end - begin;
     }
     return copied;
 }
 
 /* Whether the buffers fit together; bytes of one slot into `slot_bytes`. Otherwise -1 with ValueError set. */
-static int check(const Py_buffer *b, int shared, int64_t chunk, int64_t *slot_bytes) {
+static int check(const Py_buffer *b, int wanted, int64_t chunk, int64_t *slot_bytes) {
     for (int k = SRC_ADDRESS; k < ROW_BYTES; k++) {
         if (b[k].shape[0] != b[ROW_BYTES].shape[0]) {
             PyErr_Format(PyExc_ValueError, "%s has %zd entries, row_bytes has %zd", NAMES[k], b[k].shape[0],
@@ -113,33 +126,38 @@ static int check(const Py_buffer *b, int shared, int64_t chunk, int64_t *slot_by
         }
         *slot_bytes += row_bytes[p];
     }
-    if (shared && (b[CONTROL].shape[0] != 2 || ((int64_t *)b[CONTROL].buf)[0] < 0 || chunk < 1)) {
+    if (wanted > CONTROL && (b[CONTROL].shape[0] != 2 || ((int64_t *)b[CONTROL].buf)[0] < 0 || chunk < 1)) {
         PyErr_SetString(PyExc_ValueError, "control must be [next block >= 0, stop] and chunk at least 1");
+        return -1;
+    }
+    if (wanted > SUMS && (b[SUMS].shape[0] != b[SRC_SLOTS].shape[0] || *slot_bytes < XXH3_FROM)) {
+        PyErr_Format(PyExc_ValueError, "sums must be one per block, of blocks of at least %d bytes", XXH3_FROM);
         return -1;
     }
     return 0;
 }
 
 static PyObject *copy_rows(PyObject *Py_UNUSED(self), PyObject *const *args, Py_ssize_t count) {
-    if (count != CONTROL && count != CONTROL + 2) {
-        return PyErr_Format(PyExc_TypeError, "copy_rows takes 7 or 9 arguments, got %zd", count);
+    if (count != CONTROL && count != CONTROL + 2 && count != CONTROL + 3) {
+        return PyErr_Format(PyExc_TypeError, "copy_rows takes 7, 9 or 10 arguments, got %zd", count);
     }
-    int wanted = count == CONTROL ? CONTROL : BUFFERS, held = 0;
-    int64_t chunk = wanted == BUFFERS ? PyLong_AsLongLong(args[BUFFERS]) : 0, copied = -1, slot_bytes;
+    /* What comes after the chunk, which is a number, are buffers again. */
+    int wanted = count == CONTROL ? CONTROL : (int)count - 1, held = 0;
+    int64_t chunk = wanted > CONTROL ? PyLong_AsLongLong(args[CONTROL + 1]) : 0, copied = -1, slot_bytes;
     if (chunk == -1 && PyErr_Occurred()) {
         return NULL;
     }
     Py_buffer views[BUFFERS];
-    while (held < wanted && get_int64(args[held], NAMES[held], held == CONTROL, &views[held]) == 0) {
+    while (held < wanted && get_int64(args[held + (held > CONTROL)], NAMES[held], held >= CONTROL, &views[held]) == 0) {
         held++;
     }
-    if (held == wanted && check(views, wanted == BUFFERS, chunk, &slot_bytes) == 0) {
+    if (held == wanted && check(views, wanted, chunk, &slot_bytes) == 0) {
         Py_BEGIN_ALLOW_THREADS;
-        if (wanted == BUFFERS) {
-            copied = copy_shared(views, views[CONTROL].buf, chunk);
+        if (wanted > CONTROL) {
+            copied = copy_shared(views, views[CONTROL].buf, chunk, wanted > SUMS ? views[SUMS].buf : NULL);
         } else {
             copied = views[SRC_SLOTS].shape[0];
-            copy_blocks(views, 0, copied);
+            copy_blocks(views, 0, copied, NULL);
         }
         Py_END_ALLOW_THREADS;
     }
@@ -147,6 +165,38 @@ static PyObject *copy_rows(PyObject *Py_UNUSED(self), PyObject *const *args, Py_
         PyBuffer_Release(&views[--held]);
     }
     return copied < 0 ? NULL : PyLong_FromLongLong(copied * slot_bytes);
+}
+
+static PyObject *checksums(PyObject *Py_UNUSED(self), PyObject *args) {
+    unsigned long long address;
+    long long stride;
+    Py_ssize_t nbytes;
+    PyObject *objects[2];
+    Py_buffer slots, sums;
+    if (!PyArg_ParseTuple(args, "KLnOO:checksums", &address, &stride, &nbytes, &objects[0], &objects[1]) ||
+        get_int64(objects[0], "slots", 0, &slots) < 0) {
+        return NULL;
+    }
+    if (get_int64(objects[1], "sums", 1, &sums) < 0) {
+        PyBuffer_Release(&slots);
+        return NULL;
+    }
+    int good = nbytes >= XXH3_FROM && sums.shape[0] == slots.shape[0];
+    if (good) {
+        Py_BEGIN_ALLOW_THREADS;
+        for (Py_ssize_t i = 0; i < slots.shape[0]; i++) {
+            struct xxh3 sum;
+            xxh3_begin(&sum);
+            xxh3_add(&sum, (const char *)(uintptr_t)address + ((int64_t *)slots.buf)[i] * stride, (size_t)nbytes);
+            ((uint64_t *)sums.buf)[i] = xxh3_end(&sum);
+        }
+        Py_END_ALLOW_THREADS;
+    } else {
+        PyErr_Format(PyExc_ValueError, "sums must be one per slot, of slots of at least %d bytes", XXH3_FROM);
+    }
+    PyBuffer_Release(&slots);
+    PyBuffer_Release(&sums);
+    return good ? Py_NewRef(Py_None) : NULL;
 }
 
 static PyObject *touch(PyObject *Py_UNUSED(self), PyObject *args) {
@@ -172,11 +222,14 @@ static PyObject *touch(PyObject *Py_UNUSED(self), PyObject *args) {
 
 static PyMethodDef METHODS[] = {
     {"copy_rows", (PyCFunction)(void (*)(void))copy_rows, METH_FASTCALL, PyDoc_STR("See _copy.pyi.")},
+    {"checksums", checksums, METH_VARARGS, PyDoc_STR("See _copy.pyi.")},
     {"touch", touch, METH_VARARGS, PyDoc_STR("See _copy.pyi.")},
     {NULL, NULL, 0, NULL},
 };
 
-static PyModuleDef_Slot SLOTS[] = {{0, NULL}};
+static int add_constants(PyObject *module) { return PyModule_AddIntMacro(module, XXH3_FROM); }
+
+static PyModuleDef_Slot SLOTS[] = {{Py_mod_exec, add_constants}, {0, NULL}};
 
 static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "kvbm.native._copy", NULL, 0, METHODS, SLOTS, NULL, NULL,
                                     NULL};

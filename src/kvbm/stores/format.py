@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from kvbm import native
 from kvbm.core.errors import Misuse
-from kvbm.core.region import Region, Slots
+from kvbm.core.region import Plane, Region, Slots
 
 FORMAT: Final = 1
 PAGE: Final = 4096
@@ -204,6 +205,15 @@ def extents(region: Region, slots: Slots, length: int) -> Iterator[memoryview]:
     Raises:
         Misuse: a region that is not so, or a slot it does not have.
     """
+    first = _extent(region, slots, length)
+    span = (region.num_slots - 1) * first.stride + region.slot_bytes
+    memory = memoryview((ctypes.c_uint8 * span).from_address(first.address)).cast("B")
+    for slot in slots.tolist():
+        yield memory[slot * first.stride : slot * first.stride + length]
+
+
+def _extent(region: Region, slots: Slots, length: int) -> Plane:
+    """Where the slots begin. Raises Misuse, see `extents`."""
     if len(slots) and not (slots.min() >= 0 and slots.max() < region.num_slots):
         raise Misuse(f"slots {slots.min()} to {slots.max()}: region {region.name!r} has {region.num_slots}")
     first, end = region.planes[0], region.planes[0].address
@@ -211,12 +221,13 @@ def extents(region: Region, slots: Slots, length: int) -> Iterator[memoryview]:
         if region.kind != "host" or (plane.address, plane.stride) != (end, first.stride) or length > region.slot_bytes:
             raise Misuse(f"region {region.name!r} does not have {length} contiguous bytes of host memory per slot")
         end += plane.row_bytes
-    span = (region.num_slots - 1) * first.stride + region.slot_bytes
-    memory = memoryview((ctypes.c_uint8 * span).from_address(first.address)).cast("B")
-    for slot in slots.tolist():
-        yield memory[slot * first.stride : slot * first.stride + length]
+    return first
 
 
 def checksums(region: Region, slots: Slots, length: int) -> Words:
     """xxh3-64 of the first `length` bytes of each of these slots of a host region (see `extents`)."""
-    return np.fromiter(map(xxhash.xxh3_64_intdigest, extents(region, slots, length)), dtype=np.uint64, count=len(slots))
+    if length < native.XXH3_FROM:
+        return np.array([xxhash.xxh3_64_intdigest(each) for each in extents(region, slots, length)], np.uint64)
+    first, sums = _extent(region, slots, length), np.empty(len(slots), np.uint64)
+    native.checksums(first.address, first.stride, length, np.ascontiguousarray(slots, np.int64), sums.view(np.int64))
+    return sums

@@ -13,6 +13,7 @@ from typing import Final, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 import pytest
+import xxhash
 
 from kvbm.abc.transport import Completion, Plan, Quiet, Transport
 from kvbm.core.errors import Misuse
@@ -195,6 +196,14 @@ class TransportSuite:
         assert contents(source) == before
         assert source.guards_intact()
         assert destination.guards_intact()
+
+    def test_checksums_if_it_makes_any_are_those_of_the_blocks(
+        self, transport: Transport, pair: tuple[Memory, Memory]
+    ) -> None:
+        assert run(transport, plan_of(pair, [2], [2])).sums is None
+        sums = run(transport, replace(plan_of(pair, [3, 15, 0], [0, 3, 9]), sums=True)).sums
+        if sums is not None:
+            assert sums.tolist() == [xxhash.xxh3_64_intdigest(pair[0].get(slot)) for slot in (3, 15, 0)]
 
     def test_one_source_may_feed_two_destinations(self, transport: Transport, pair: tuple[Memory, Memory]) -> None:
         run(transport, plan_of(pair, [4, 4], [1, 9]))

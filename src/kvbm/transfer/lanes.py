@@ -46,6 +46,8 @@ class Job:
 
     parts: int = 0
     step: int = 1
+    sums: npt.NDArray[np.uint64] | None = None
+    """Checksums of the blocks, where this kind of job makes some."""
 
     @property
     def begun(self) -> int:
@@ -79,7 +81,7 @@ class Job:
         outcomes = np.where(moved, np.uint8(Outcome.DONE), np.uint8(Outcome.FAILED))
         error = None if moved.all() else problem or self.error
         nbytes = int(moved.sum()) * self.plan.source.slot_bytes
-        self.done(Completion(self.ticket, outcomes, error, self.ended - self.started, nbytes))
+        self.done(Completion(self.ticket, outcomes, error, self.ended - self.started, nbytes, self.sums))
 
 
 class LaneTransport(Transport):

@@ -2,7 +2,8 @@
 
 A chunk cannot be a Python call: beside a busy Python thread each call would wait up to 5 ms to get the GIL back, ten
 times what the copy takes. So a thread enters the C helper with the whole plan; in there chunks are taken off a shared
-counter (several threads can join one plan), and a flag makes everybody leave after the chunk at hand.
+counter (several threads can join one plan), and a flag makes everybody leave after the chunk at hand. Checksums are
+made in there, too, while a block's bytes are in the cache: afterwards they would be read from memory once more.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from kvbm.abc.transport import Completion, Plan
 from kvbm.core.errors import Misuse
 from kvbm.core.region import Region, Slots
-from kvbm.native import copy_rows
+from kvbm.native import XXH3_FROM, copy_rows
 from kvbm.transfer.lanes import Job, LaneTransport
 from kvbm.transfer.plan import Rows, checked_slots, chunk_blocks, coalesce
 
@@ -45,6 +46,7 @@ class _Copy(Job):
             self.destination,
             self.control,
             self.step,
+            *(() if self.sums is None else (self.sums.view(np.int64),)),
         )
 
     def moved(self) -> tuple[npt.NDArray[np.bool_], str | None]:
@@ -77,4 +79,5 @@ class MemcpyTransport(LaneTransport):
             rows=coalesce(plan.source, plan.destination),
             source=source,
             destination=destination,
+            sums=np.zeros(len(source), np.uint64) if plan.sums and plan.source.slot_bytes >= XXH3_FROM else None,
         )
