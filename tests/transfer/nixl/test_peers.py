@@ -186,6 +186,32 @@ def test_a_peer_that_is_left_may_still_write_until_what_flies_has_ended(
 
 
 @pytest.mark.usefixtures("tcp")
+@pytest.mark.parametrize("call", ["begin", "ended"])
+def test_a_transfer_that_fails_halfway_writes_nothing_afterwards(
+    transport: NixlTransport, start: Callable[[], Peer], monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """NIXL gives up a transfer of many rows at the first that fails, and does not wait for the others."""
+    peer, here = start(), Here()
+    submit(transport, peer.region, here.region, range(1))[1].wait()
+    peer.signal(signal.SIGSTOP)
+    real = getattr(agent.Agent, call)
+
+    def fails(self: agent.Agent, handle: object) -> bool:
+        real(self, handle)
+        raise Broken("one row cannot be posted")
+
+    monkeypatch.setattr(agent.Agent, call, fails)
+    _, recorder = submit(transport, peer.region, here.region, range(SLOTS))
+    assert "one row" in str(recorder.wait().error)
+    monkeypatch.undo()
+    assert transport.restarts > 0
+    here.array[:] = 200
+    peer.signal(signal.SIGCONT)
+    time.sleep(1)
+    assert (here.array == 200).all(), "bytes arrived after their plan had ended"
+
+
+@pytest.mark.usefixtures("tcp")
 def test_what_never_ends_is_ended_by_a_new_agent(transport: NixlTransport, start: Callable[[], Peer]) -> None:
     peer, here = start(), Here()
     submit(transport, peer.region, here.region, range(1))[1].wait()

@@ -130,9 +130,9 @@ class Agent:
 
     def forget(self, region: Region) -> None:
         """The region is not used any more."""
-        self._drop(lambda pair: region is pair.source or region is pair.destination)
-        if (known := self._registered.pop(id(region), None)) is not None:
-            with self._reported(f"region {region.name!r} cannot be taken back"):
+        with self._reported(f"region {region.name!r} cannot be taken back"):
+            self._drop(lambda pair: region is pair.source or region is pair.destination)
+            if (known := self._registered.pop(id(region), None)) is not None:
                 self._nixl.deregister_memory(known[1])
 
     def metadata(self) -> bytes:
@@ -149,8 +149,8 @@ class Agent:
 
     def disconnect(self, name: str) -> None:
         """Forget an agent and everything that was prepared with its memory."""
-        self._drop(lambda pair: pair.remote_agent == name)
         with self._reported("a peer cannot be disconnected"):
+            self._drop(lambda pair: pair.remote_agent == name)
             self._nixl.remove_remote_agent(name)
 
     def prepare(self, source: Region, destination: Region) -> Prepared:
@@ -184,20 +184,24 @@ class Agent:
 
     # ------------------------------------------------------------------ transfers
 
-    def begin(self, pair: Prepared, source: Slots, destination: Slots) -> tuple[Any, bool]:
-        """Start a transfer: its handle, and whether it has ended already.
+    def make(self, pair: Prepared, source: Slots, destination: Slots) -> Any:
+        """A transfer that has not begun: its handle. Raises Broken."""
+        local, remote = pair.indices(source, destination)
+        with self._reported("a transfer cannot be made"):
+            return self._nixl.make_prepped_xfer(pair.op, pair.local, local, pair.remote, remote)
+
+    def begin(self, handle: Any) -> bool:
+        """Start a transfer; whether it has ended already.
 
         Raises:
             Lost: the other side is gone.
-            Broken: it cannot be started.
+            Broken: it cannot be started. With UCX a part of it may have been, and be on its way.
         """
-        local, remote = pair.indices(source, destination)
         with self._reported("a transfer failed"):
-            handle = self._nixl.make_prepped_xfer(pair.op, pair.local, local, pair.remote, remote)
-            return handle, self._nixl.transfer(handle) == "DONE"
+            return bool(self._nixl.transfer(handle) == "DONE")
 
     def ended(self, handle: Any) -> bool:
-        """Whether a transfer has ended well. Raises as `begin` where it ended otherwise."""
+        """Whether a transfer has ended well. Raises as `begin` where it did not."""
         with self._reported("a transfer failed"):
             return bool(self._nixl.check_xfer_state(handle) == "DONE")
 

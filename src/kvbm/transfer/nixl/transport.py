@@ -182,17 +182,23 @@ class NixlTransport(Transport):
         def disconnect() -> None:
             self._lose(peer, "the peer was disconnected")
             self._leaving.add(peer)
-            self._leave()
+            if (problem := self._leave()) is not None:
+                raise Broken(problem)
 
         self._on_thread(disconnect)
 
-    def _leave(self) -> None:
-        """Forget the agents that are to be and with which nothing flies."""
+    def _leave(self) -> str | None:
+        """Forget the agents that are to be and with which nothing flies; what went wrong with the last one."""
+        problem = None
         for peer in self._leaving - {flight.job.peer for flight in self._flights}:
             self._leaving.discard(peer)
             self._lost.discard(peer)
             self._met.pop(peer, None)
-            self._agent.disconnect(peer)
+            try:
+                self._agent.disconnect(peer)
+            except Broken as error:
+                problem = str(error)
+        return problem
 
     # ------------------------------------------------------------------ the thread
 
@@ -208,6 +214,7 @@ class NixlTransport(Transport):
         try:
             return result.result(COMMAND_S)
         except TimeoutError:
+            result.cancel()  # or it would be done when nobody knows of it
             raise Broken(f"NIXL does not answer within {COMMAND_S:.0f} s") from None
 
     def _run(self) -> None:
@@ -220,8 +227,9 @@ class NixlTransport(Transport):
                 self._dead = f"the NIXL thread died: {error!r}"
                 self._fail(self._dead)
                 for result, _ in self._commands:
-                    result.set_exception(Broken(self._dead))
-            self._settle_all(self._dead)
+                    if result.set_running_or_notify_cancel():
+                        result.set_exception(Broken(self._dead))
+        self._settle_all(self._dead)  # not above: the error's frames hold what has to be destroyed
         while True:  # somebody has to say that plans failed
             with self._lock:
                 self._work.wait_for(lambda: self._over or self._closed)
@@ -237,10 +245,9 @@ class NixlTransport(Transport):
             if self._closed and not (self._jobs or self._over or self._commands):
                 self._agent.close()
                 return
-            if moved or not self._flights:
-                continue
-            if self._stuck():
+            if self._flights and self._stuck():
                 self._restart(f"a transfer has not ended in {self._stuck_s:.0f} s")
+            if moved or not self._flights:
                 continue
             age = time.monotonic() - self._flights[-1].begun
             with self._lock:
@@ -253,6 +260,8 @@ class NixlTransport(Transport):
             if not self._commands:
                 return 0
             result, call = self._commands.popleft()
+        if not result.set_running_or_notify_cancel():
+            return 1
         try:
             result.set_result(call())
         except Broken as error:
@@ -273,33 +282,48 @@ class NixlTransport(Transport):
                 return 1
             flight = self._queues.take(job)
         self._flights.append(flight)
+        error: Exception | None = None
+        over = True
         try:
-            pair = self._agent.prepare(job.plan.source, job.plan.destination)
-            flight.handle, over = self._agent.begin(pair, job.source[flight.blocks], job.destination[flight.blocks])
-        except Broken as error:
-            self._settle(flight, error)
+            flight.handle = self._agent.make(
+                self._agent.prepare(job.plan.source, job.plan.destination),  # in no variable: it would hold the agent
+                job.source[flight.blocks], job.destination[flight.blocks],
+            )  # fmt: skip
+        except Broken as problem:
+            error = problem
         else:
-            if over:
-                self._settle(flight, None)
+            over, error = self._asked(self._agent.begin, flight)
+        if over:
+            self._settle(flight, error)
         return 1
+
+    def _asked(self, call: Callable[[Any], bool], flight: Flight) -> tuple[bool, Broken | None]:
+        """Whether a transfer has ended, and what went wrong with it."""
+        why = ""
+        try:
+            return call(flight.handle), None
+        except Lost as problem:
+            return True, problem  # UCX drops everything that is on its way to or from somebody who is gone
+        except Broken as problem:
+            if self.backend != "UCX":
+                return True, problem
+            why = str(problem)
+        # NIXL forgets a transfer of which one row failed; the bytes of the others may still land.
+        self._restart(why)
+        return False, None
 
     def _look(self) -> int:
         """Ask after everything that flies."""
-        ended = 0
+        ended, agent = 0, self._agent
         for flight in list(self._flights):
-            error: Exception | None = None
-            try:
-                if not self._agent.ended(flight.handle):
-                    continue
-            except Broken as problem:
-                error = problem
-            self._settle(flight, error)
-            ended += 1
-        if ended:
-            try:
-                self._leave()
-            except Broken as problem:
-                logger.warning("%s", problem)
+            over, error = self._asked(agent.ended, flight)
+            if self._agent is not agent:
+                return 1
+            if over:
+                self._settle(flight, error)
+                ended += 1
+        if ended and (problem := self._leave()) is not None:
+            logger.warning("%s", problem)
         return ended
 
     def _settle(self, flight: Flight, error: Exception | None) -> None:
