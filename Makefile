@@ -58,8 +58,8 @@ docs: $(VENV)/dev
 clean:
 	rm -rf build dist $(VENV) src/*.egg-info src/kvbm/native/*.so
 
-# Stamps: set up once, and again when pyproject.toml or the C helper changes. NIXL asks for torch and does not need it.
-$(VENV)/dev: pyproject.toml $(wildcard src/kvbm/native/*.c)
+# Stamps: set up once, and again when pyproject.toml or a C helper changes. NIXL asks for torch and does not need it.
+$(VENV)/dev: pyproject.toml $(wildcard src/kvbm/native/*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing kvbm and its development tools ..."
 	$(PIP) -e ".[dev]"
