@@ -22,8 +22,8 @@ from bench.model import engine
 from bench.throughput import OPTIONS, against, run
 from bench.ttft import first_token
 from kvbm.blocks import Pinned, Staged
-from kvbm.manager.disk import Move
 from kvbm.manager.gate import Gate
+from kvbm.manager.jobs import Move
 from tests.e2e.engine import Engine
 
 LENGTH, SHORT = 2000, 1000
@@ -39,7 +39,7 @@ rates: list[float] = []
 def settle(vllm: Engine) -> None:
     """Until nothing moves any more."""
     vllm.settle()
-    while any(vllm.leader.lower.tier.in_flight()) or not vllm.leader.lower.demotion.idle:
+    while any(vllm.leader.disk.tier.in_flight()) or not vllm.leader.disk.demotion.idle:
         vllm.leader.tick()
         time.sleep(0.005)
 
@@ -138,7 +138,7 @@ def partly(bench: Bench, folder: Path) -> None:
 def second_writer(vllm: Engine) -> Iterator[None]:
     """Somebody else writes WRITER_MB_S through the same store: copies of blocks that are there, kept by nobody."""
     over = threading.Event()
-    leader, tier = vllm.leader, vllm.leader.lower.tier
+    leader, tier = vllm.leader, vllm.leader.disk.tier
     batch = max(1, int(WRITER_MB_S * 1e6 * PERIOD_S / vllm.status()["block_bytes"]))
     written = 0
 

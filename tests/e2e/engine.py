@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from tests.e2e.start.imported import Imported
 
 CONNECTOR = {
     "kv_connector": "KvbmConnector",
@@ -98,27 +98,8 @@ def asynchronous_scheduling() -> Iterator[None]:
         CpuPlatform.check_and_update_config = original
 
 
-class _Worker(ForkServerProcess):
-    def __init__(self, *, target: Callable[..., None], **kwargs: Any) -> None:
-        super().__init__(target=functools.partial(_in_environment, dict(os.environ), target), **kwargs)
-
-
-def _in_environment(variables: dict[str, str], target: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    os.environ.clear()
-    os.environ.update(variables)
-    target(*args, **kwargs)
-
-
-class _Imported(ForkServerContext):
-    """Makes workers as copies of a process that has imported vLLM, which takes a new interpreter 15 s. What OpenMP
-    reads in its environment it has read by then: they have one thread each. Models this small need no more."""
-
-    Process = _Worker  # type: ignore[assignment]
-
-    def __init__(self) -> None:
-        self.set_forkserver_preload(
-            ["vllm.v1.executor.multiproc_executor", "vllm.v1.worker.cpu_worker", "kvbm.connect.vllm"]
-        )
+FAST = {"PYTHONPATH": str(Path(__file__).parent / "start")}
+"""For the environment of a server that is not itself what is tested."""
 
 
 class Engine:
@@ -154,7 +135,7 @@ class Engine:
             variables |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         with (
             environment(**variables),
-            mock.patch("vllm.v1.executor.multiproc_executor.get_mp_context", _Imported) if tiny else nullcontext(),
+            mock.patch("vllm.v1.executor.multiproc_executor.get_mp_context", Imported) if tiny else nullcontext(),
         ):
             self.vllm = LLMEngine.from_engine_args(EngineArgs(**chosen), enable_multiprocessing=False)
         self._next = 0

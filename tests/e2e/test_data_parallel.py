@@ -21,7 +21,7 @@ import pytest
 
 from kvbm.cli.control import ask_all
 from tests.e2e.conftest import prompt_of
-from tests.e2e.engine import CONNECTOR
+from tests.e2e.engine import CONNECTOR, FAST
 
 
 def _free_ports(count: int) -> int:
@@ -60,7 +60,7 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
             "--enforce-eager", "--dtype", "float32", "--block-size", "32", "--num-gpu-blocks-override", "40",
             "--data-parallel-size", "2", "--kv-transfer-config", json.dumps(CONNECTOR),
         ]  # fmt: skip
-        environment = os.environ | {
+        environment = os.environ | FAST | {
             "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "KVBM_RUN_DIR": run_dir, "KVBM_G2_GB": "0.1",
             "KVBM_METRICS": "true", "KVBM_METRICS_PORT": str(metrics), "KVBM_G3_GB": "0.1", "KVBM_G3_DIR": str(disk),
         }  # fmt: skip

@@ -29,7 +29,7 @@ from kvbm.cli.demo.client import Client
 from kvbm.cli.serve import free_port
 from kvbm.core import config
 from kvbm.core.errors import ConfigError
-from tests.e2e.engine import BLOCK, CONNECTOR, Engine, environment, tells_hits_apart
+from tests.e2e.engine import BLOCK, CONNECTOR, FAST, Engine, environment, tells_hits_apart
 
 KVBM = [sys.executable, "-m", "kvbm.cli.main"]
 VLLM = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--block-size", str(BLOCK)]
@@ -300,7 +300,7 @@ def test_a_wrong_setting_ends_the_start(tiny: Path, tmp_path: Path) -> None:
     port = free_port("127.0.0.1", 0)
     command = [*VLLM, "--model", str(tiny), "--skip-tokenizer-init", "--port", str(port), *SMALL]
     command += ["--kv-transfer-config", json.dumps(CONNECTOR)]
-    with served(command, port, tmp_path, KVBM_G2_GB="0.00001") as server:
+    with served(command, port, tmp_path, KVBM_G2_GB="0.00001", **FAST) as server:
         assert server.process.wait(START_S) != 0
         said = [line for line in server.output().splitlines() if "setting g2_gb (from environment KVBM_G2_GB)" in line]
         assert said, server.output()[-5000:]

@@ -22,7 +22,7 @@ from kvbm.cli.demo.client import Client
 from kvbm.cli.serve import free_port
 from kvbm.core import config
 from kvbm.testing.faults import inject
-from tests.e2e.engine import BLOCK
+from tests.e2e.engine import BLOCK, FAST
 from tests.e2e.test_serve import VLLM, Served, eventually, served
 
 DEVICE, HOST = 40, 400
@@ -76,7 +76,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     settings = {"CPU_CACHE_OVERRIDE_NUM_BLOCKS": str(HOST), "METRICS": "true", "METRICS_PORT": str(metrics)}
     environment = {f"DYN_KVBM_{name}": value for name, value in settings.items()}
     environment["KVBM_TRANSPORT_WRAPPER"] = f"kvbm.testing.faults:follow?{faults}"
-    with served(command, port, folder, **environment) as server:
+    with served(command, port, folder, **environment, **FAST) as server:
         server.wait_for("Application startup complete")
         yield Deployment(server, metrics, faults)
 

@@ -238,7 +238,7 @@ def run(stage: Stage, groups: Sequence[LayerGroup], seed: int, requests: int = 1
     return engine
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(model=st.sampled_from(list(MODELS)), seed=st.integers(0, 1 << 30))
 def test_what_comes_back_is_what_the_next_token_reads(model: str, seed: int) -> None:
     """The engine asserts before every forward pass that each group has the blocks which it reads."""

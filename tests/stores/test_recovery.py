@@ -291,7 +291,7 @@ def unexpected(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert seen == []
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(DAMAGE, min_size=1, max_size=4))
 def test_no_damage_is_ever_served_or_an_unknown_error(
     whole: Path, tmp_path: Path, unexpected: None, damages: list[Any]
