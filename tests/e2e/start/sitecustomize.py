@@ -1,4 +1,4 @@
-"""With this folder in PYTHONPATH a vLLM server is there in a third of the time: its engines and workers, which it would
+"""With this folder in PYTHONPATH a vLLM server is there in two thirds of the time: its engines and workers, which it would
 spawn one after the other, are forked from a process that imports vLLM while the server does."""
 
 import multiprocessing
