@@ -118,8 +118,8 @@ def test_a_conversation_goes_on_where_its_last_answer_ended(engine: Engine, plai
 
 def test_every_output_is_the_engines_own(gemma: Path, plain: Plain) -> None:
     """Preemptions (140 blocks), chunks of 128 tokens, a G2 that evicts, aborts, copies that fail or are slow."""
-    seed = int(os.environ.get("KVBM_TEST_SEED", time.time_ns() % 1_000_000))
-    print(f"seed {seed} (KVBM_TEST_SEED repeats it)")
+    seed = int(os.environ.get("TEST_SEED", time.time_ns() % 1_000_000))
+    print(f"seed {seed} (TEST_SEED repeats it)")
     dice = random.Random(seed)
     roots = [prompt_of(dice, dice.randrange(100, 700)) for _ in range(8)]
     prompts = [dice.choice(roots)[: dice.randrange(1, 700)] + prompt_of(dice, dice.randrange(1, 60)) for _ in range(80)]

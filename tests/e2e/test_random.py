@@ -33,8 +33,8 @@ def alone(name: str, one_rank: Alone, tiny: Path, tmp_path: Path) -> Iterator[Al
 
 
 def _seed() -> int:
-    seed = int(os.environ.get("KVBM_TEST_SEED", time.time_ns() % 1_000_000))
-    print(f"seed {seed} (KVBM_TEST_SEED repeats it)")
+    seed = int(os.environ.get("TEST_SEED", time.time_ns() % 1_000_000))
+    print(f"seed {seed} (TEST_SEED repeats it)")
     return seed
 
 

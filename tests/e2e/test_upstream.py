@@ -1,7 +1,7 @@
 """What upstream's tests look at, as they do: an unchanged command, upstream's names of the connector, of settings and
 of metrics, `/reset_prefix_cache`. One server for all of it, in float32.
 
-Upstream's longest run compares 100 texts: `KVBM_TEST_TEXTS=100 pytest tests/e2e/test_upstream.py -k before_and_after`.
+Upstream's longest run compares 100 texts: `TEST_TEXTS=100 pytest -m e2e tests/e2e/test_upstream.py -k before_and_after`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.e2e.test_serve import VLLM, Served, eventually, served
 
 DEVICE, HOST = 40, 400
 """Blocks. The device holds one long prompt and a half."""
-TEXTS = int(os.environ.get("KVBM_TEST_TEXTS", "6"))
+TEXTS = int(os.environ.get("TEST_TEXTS", "6"))
 WORDS = " ".join(topics[name] for name in sorted(topics)).split()
 SPANISH = "Responde en una frase y en español: ¿por qué el mar parece azul, y qué tiene que ver el cielo con ello? ({})"
 
