@@ -155,6 +155,7 @@ def test_rapid_unique_requests(deployment: Deployment) -> None:
     assert "AssertionError" not in said
 
 
+@pytest.mark.timeout(600 if TEXTS < 100 else 7200)
 def test_answers_before_and_after_a_reset(deployment: Deployment) -> None:
     """Upstream has 100 texts of 200 words and 48 tokens each: all have to be the same."""
     prompts = [words(12_000 + 400 * at, 200) for at in range(TEXTS)]
