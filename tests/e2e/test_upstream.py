@@ -1,7 +1,7 @@
 """What upstream's tests look at, as they do: an unchanged command, upstream's names of the connector, of settings and
 of metrics, `/reset_prefix_cache`. One server for all of it, in float32.
 
-Upstream's longest run compares 100 texts: `TEST_TEXTS=100 pytest -m e2e tests/e2e/test_upstream.py -k before_and_after`.
+Upstream's longest run compares 100 texts: `TEST_TEXTS=100 pytest tests/e2e/test_upstream.py -k before_and_after`.
 """
 
 from __future__ import annotations

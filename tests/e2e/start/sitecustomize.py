@@ -1,5 +1,5 @@
-"""With this folder in PYTHONPATH a vLLM server is there in two thirds of the time: its engines and workers, which it would
-spawn one after the other, are forked from a process that imports vLLM while the server does."""
+"""With this folder in PYTHONPATH a vLLM server is there in two thirds of the time: its engines and workers, which it
+would spawn one after the other, are forked from a process that imports vLLM while the server does."""
 
 import multiprocessing
 import multiprocessing.forkserver
