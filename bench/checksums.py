@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
-
 from bench.g3 import FOLDER, LENGTH, forget_memory, prompt_of, settle
 from bench.harness import Bench, medians_of
 from bench.model import engine
@@ -26,6 +24,8 @@ from kvbm.abc.transport import Completion, Plan, Transport
 from kvbm.core.region import Region, Slots
 from kvbm.manager.gate import Gate
 from kvbm.stores.format import Words, checksums
+from tests.checksums import nothing
+from tests.checksums import replace as replace_checksums
 from tests.e2e.engine import Engine
 
 ROUNDS, COLD_ROUNDS, PROMPTS = 25, 9, 2
@@ -41,12 +41,10 @@ def switched(inner: Transport, rank: int, query: str) -> Transport:
         return submit(replace(plan, sums=plan.sums and not off()), done)
 
     def making(region: Region, slots: Slots, length: int) -> Words:
-        return np.zeros(len(slots), np.uint64) if off() else checksums(region, slots, length)
+        return (nothing if off() else checksums)(region, slots, length)
 
     inner.submit = submitting  # type: ignore[method-assign]
-    for name, module in tuple(sys.modules.items()):
-        if name.startswith("kvbm.") and getattr(module, "checksums", None) is checksums:
-            module.checksums = making  # type: ignore[attr-defined]
+    replace_checksums(making)
     return inner
 
 

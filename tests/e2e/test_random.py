@@ -1,4 +1,4 @@
-"""The short form of `python -m tests.e2e.compare`: every set-up, some hundred requests, every output compared."""
+"""The short form of `python -m tests.e2e.compare`: every set-up, sixty requests each, every output compared."""
 
 from __future__ import annotations
 
