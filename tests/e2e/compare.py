@@ -47,7 +47,8 @@ RATE = 0.05
 LORA = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
 """For two adapters. With no slot to spare vLLM 0.32 on a CPU adds the last adapter to requests for the base model that
 are in a batch with others (vllm-project/vllm#48421): without KVBM, too, they then get other tokens than alone."""
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 4}
+"""From one token that was there before: of what the model says about random prompts, four in a row may never repeat."""
 
 
 @dataclass(frozen=True)
