@@ -95,7 +95,7 @@ def dead(bench: Bench, secret: str) -> None:
 
     for each in engines.values():
         once(each)
-    cases = {name: lambda each=each: once(each) for name, each in engines.items()}  # type: ignore[misc]
+    cases = {name: lambda each=each: once(each) for name, each in engines.items()}
     median = medians_of(DEAD_ROUNDS, cases)
     assert engines["dead"].leader.degraded()
     bench.row("first token, directory dead", "no directory", median["dead"] / median["none"], "<=", DEAD_BAR)

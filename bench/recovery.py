@@ -68,7 +68,7 @@ def main() -> int:
             begin = time.perf_counter()
             assert len(recover(place, 0.0).slots) == BLOCKS
             first = time.perf_counter() - begin
-            cases = {"recover": lambda p=place: recover(p, 0.0), "read": lambda p=place: read(p)}  # type: ignore[misc]
+            cases = {"recover": lambda p=place: recover(p, 0.0), "read": lambda p=place: read(p)}
             seconds = medians(ROUNDS, cases)
             code = f"from bench.recovery import grown; grown({folder!r}, {ranks})"
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

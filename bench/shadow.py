@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,11 @@ def dump(model: str, dtype: str, kv: str, chunk: int, path: Path) -> None:
     texts = [[token % 900 + 50 for token in prompt] if "tiny" in model else prompt for prompt in prompts()]
     begin, keys = vllm.leader.begin, list[list[bytes]]()
 
-    def note(name: str, hashes: list[bytes], *rest: Any) -> None:
-        keys.append(hashes)
+    def note(name: str, hashes: Sequence[bytes], *rest: Any) -> None:
+        keys.append(list(hashes))
         begin(name, hashes, *rest)
 
-    vllm.leader.begin = note
+    vllm.leader.begin = note  # type: ignore[method-assign, assignment]
     blocks: Blocks = {}
     for run in RUNS[chunk]:
         vllm.leader.reset()
@@ -68,11 +69,11 @@ def dump(model: str, dtype: str, kv: str, chunk: int, path: Path) -> None:
         memory = get_kv_transfer_group()._worker.worker._g2
         blocks["rows"] = np.array([plane.row_bytes for plane in memory.planes])
         for number, hashes in enumerate(keys):
-            for place, key in enumerate(list(hashes)[: TOKENS // 32]):
+            for place, key in enumerate(hashes[: TOKENS // 32]):
                 address = memory.planes[0].address + vllm.leader.pool.look(key).slot * memory.planes[0].stride
                 raw = ctypes.string_at(address, int(blocks["rows"].sum()))
                 blocks[f"{run}/{number} {place}"] = np.frombuffer(raw, np.uint8)
-    np.savez(path, **blocks)
+    np.savez(path, **dict[str, Any](blocks))
     vllm.close()
 
 

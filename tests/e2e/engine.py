@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from kvbm.manager.leader import Leader
 from tests.e2e.start.imported import Imported
 
 CONNECTOR = {
@@ -150,8 +151,9 @@ class Engine:
         return self.core.scheduler.connector._scheduler.side
 
     @property
-    def leader(self) -> Any:
-        return self.side.leader
+    def leader(self) -> Leader:
+        leader: Leader = self.side.leader
+        return leader
 
     def status(self) -> dict[str, Any]:
         """What `kvbm status` would show."""
