@@ -107,9 +107,8 @@ class SchedulerSide:
             groups=geometry.layer_groups(kv),
         )
         self._leader = self.side.leader
-        seconds = resolved.settings.g3_drain_s
-        if self._leader.disk is not None and seconds > 0:
-            before_sigterm(lambda: self.side.drain(seconds))
+        self._drain_s = resolved.settings.g3_drain_s if self._leader.disk is not None else 0.0
+        """How long to write before the end, until that has been arranged."""
         self._events: list[Event] = []
         if config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events:
             self._leader.pool.add_observer(self)
@@ -120,6 +119,10 @@ class SchedulerSide:
         self._events.append(event)
 
     def on_new_request(self, request: Request) -> None:
+        if self._drain_s > 0:
+            # Not before there is something to write: vLLM before 0.32 sets its own handler after all of this is made.
+            before_sigterm(partial(self.side.drain, self._drain_s))
+            self._drain_s = 0.0
         params, wrong = RequestParams.parse(request.kv_transfer_params)
         for sentence in wrong:
             log.warning("KVBM: request %s: %s", request.request_id, sentence)
