@@ -49,7 +49,7 @@ def test_nothing_of_before_is_served_after(
         generation = engine.status()["generation"]
         engine.vllm.sleep(1)
         _reload(engine, other)
-        assert engine.vllm.wake_up()
+        engine.vllm.wake_up()
         assert engine.status()["generation"] == generation + 1
         first = engine.run(prompts, 12)
         new = [done.tokens for done in first]
