@@ -25,9 +25,9 @@ from kvbm.testing.faults import inject
 from tests.e2e.engine import BLOCK, FAST
 from tests.e2e.test_serve import VLLM, Served, eventually, served
 
-DEVICE, HOST = 40, 400
-"""Blocks. The device holds one long prompt and a half."""
 TEXTS = int(os.environ.get("TEST_TEXTS", "6"))
+DEVICE, HOST = 40, max(400, 20 * TEXTS)
+"""Blocks. The device holds one long prompt and a half, host memory every text and its answer."""
 WORDS = " ".join(topics[name] for name in sorted(topics)).split()
 SPANISH = "Responde en una frase y en español: ¿por qué el mar parece azul, y qué tiene que ver el cielo con ello? ({})"
 
