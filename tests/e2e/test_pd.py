@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import socket
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from kvbm.core.errors import ConfigError
 from tests.e2e.conftest import prompt_of
 from tests.e2e.engine import Done, Engine, environment
+from tests.ports import free_port
 
 NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
 KVBM = {
@@ -27,13 +27,10 @@ HAND_OVER = {"do_remote_decode": True, "do_remote_prefill": False} | dict.fromke
 
 
 def start(tiny: Path, transfer: dict[str, Any]) -> Engine:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
     from vllm import envs
 
     envs.disable_envs_cache()  # which an engine that started before has filled
-    with environment(VLLM_NIXL_SIDE_CHANNEL_PORT=str(port)):
+    with environment(VLLM_NIXL_SIDE_CHANNEL_PORT=str(free_port())):
         # KVBM's connector has vLLM turn this off; NixlConnector refuses a peer where it is on.
         return Engine(tiny, kv_transfer_config=transfer, disable_hybrid_kv_cache_manager=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 import signal
 import time
@@ -17,10 +16,10 @@ from rich.console import Console
 
 from kvbm.cli import models
 from kvbm.cli.demo.client import Message, Reply
-from kvbm.cli.serve import free_port
 from kvbm.core import config
 from tests.e2e.engine import BLOCK, FAST
 from tests.e2e.test_serve import KVBM, SMALL, Served, eventually, served
+from tests.ports import free_port
 
 QUESTIONS = ("What is this text about?", "Give one example.")
 SHARED = 2 * BLOCK
@@ -34,8 +33,7 @@ WRITTEN = re.compile(r"KVBM: (\d+) of \1 blocks of host memory are on disk")
 def on_disk(folder: Path, disk: Path, **settings: str) -> Iterator[Served]:
     """A server that is there."""
     models.resolve("smollm2", config.load().settings.cache_dir, Console(stderr=True))
-    # Below those that the system gives to others while the engine starts.
-    port = free_port("127.0.0.1", random.randrange(20_000, 30_000))
+    port = free_port()
     command = [*KVBM, "serve", "smollm2", "--port", str(port), "--enable-prompt-tokens-details", *SMALL]
     command += ["--shutdown-timeout", "90"]
     kvbm = {"KVBM_G2_GB": "0.5", "KVBM_G3_GB": "1", "KVBM_G3_DIR": str(disk), **settings}

@@ -26,10 +26,10 @@ from rich.console import Console
 
 from kvbm.cli import control, models
 from kvbm.cli.demo.client import Client
-from kvbm.cli.serve import free_port
 from kvbm.core import config
 from kvbm.core.errors import ConfigError
 from tests.e2e.engine import BLOCK, CONNECTOR, FAST, Engine, environment, tells_hits_apart
+from tests.ports import free_port
 
 KVBM = [sys.executable, "-m", "kvbm.cli.main"]
 VLLM = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--block-size", str(BLOCK)]
@@ -150,7 +150,7 @@ def model() -> str:
 
 @pytest.fixture(scope="module")
 def server(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    port, metrics = free_port("127.0.0.1", 0), free_port("127.0.0.1", 0)
+    port, metrics = free_port(), free_port()
     command = [*KVBM, "serve", "smollm2", "--port", str(port), "--enable-prompt-tokens-details", *SMALL]
     settings = {"KVBM_G2_GB": "1", "KVBM_METRICS": "true", "KVBM_METRICS_PORT": str(metrics)}
     with served(command, port, tmp_path_factory.mktemp("serve"), **settings) as server:
@@ -297,7 +297,7 @@ def test_a_wrong_setting_is_told(tiny: Path, value: str, sentence: str) -> None:
 
 
 def test_a_wrong_setting_ends_the_start(tiny: Path, tmp_path: Path) -> None:
-    port = free_port("127.0.0.1", 0)
+    port = free_port()
     command = [*VLLM, "--model", str(tiny), "--skip-tokenizer-init", "--port", str(port), *SMALL]
     command += ["--kv-transfer-config", json.dumps(CONNECTOR)]
     with served(command, port, tmp_path, KVBM_G2_GB="0.00001", **FAST) as server:

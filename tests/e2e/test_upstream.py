@@ -19,11 +19,11 @@ from rich.console import Console
 
 from kvbm.cli import models
 from kvbm.cli.demo.client import Client
-from kvbm.cli.serve import free_port
 from kvbm.core import config
 from kvbm.testing.faults import inject
 from tests.e2e.engine import BLOCK, FAST
 from tests.e2e.test_serve import VLLM, Served, eventually, served
+from tests.ports import free_port
 
 TEXTS = int(os.environ.get("TEST_TEXTS", "6"))
 DEVICE, HOST = 40, max(400, 20 * TEXTS)
@@ -63,7 +63,7 @@ class Deployment:
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     folder = tmp_path_factory.mktemp("upstream")
     model = models.resolve("smollm2", config.load().settings.cache_dir, Console(stderr=True))
-    port, metrics, faults = free_port("127.0.0.1", 0), free_port("127.0.0.1", 0), folder / "faults"
+    port, metrics, faults = free_port(), free_port(), folder / "faults"
     inject(faults)
     connector = {
         "kv_connector": "DynamoConnector",

@@ -17,11 +17,7 @@ from kvbm.core.events import Admitted, Demoted, Gated, Offloaded, Onboarded, Pro
 from kvbm.observe import prometheus
 from kvbm.observe.totals import Totals
 from kvbm.policy.lru import LRU
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
+from tests.ports import free_port
 
 
 def serve(port: int, totals: Totals, *pools: Pool, healthy: bool = True) -> Callable[[], None] | None:

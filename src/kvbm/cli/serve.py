@@ -171,7 +171,7 @@ def warnings() -> list[str]:
 
 
 def free_port(host: str, first: int, tries: int = 100) -> int:
-    """`first`, or the next port that is free on `host`; 0 leaves the choice to the system."""
+    """`first`, or the next port that is free on `host`."""
     for port in range(first, first + tries):
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -179,7 +179,7 @@ def free_port(host: str, first: int, tries: int = 100) -> int:
                 probe.bind((host, port))
             except OSError:
                 continue
-            return int(probe.getsockname()[1])
+            return port
     raise KvbmError(f"no free port on {host} from {first} to {first + tries - 1}: give one with --port")
 
 
