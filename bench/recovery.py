@@ -25,7 +25,7 @@ def fill(place: Place) -> None:
     records = np.zeros(BLOCKS, dtype=RECORD)
     records["key"] = dice.integers(0, 1 << 63, (BLOCKS, 4), dtype=np.uint64)
     records["sequence"], records["slot"] = dice.permutation(BLOCKS), np.arange(BLOCKS)
-    records["length"], records["key_length"], records["expires"] = BLOCK, 32, np.inf
+    records["length"], records["key_tail"], records["expires"] = BLOCK, 32, np.inf
     Seal(place.fingerprint).close(records)
     for rank in range(place.ranks):
         place.index(rank).write_bytes(place.header(rank) + records.tobytes())

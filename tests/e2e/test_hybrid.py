@@ -14,6 +14,7 @@ import pytest
 from kvbm.testing.faults import inject
 from tests.e2e.conftest import prompt_of
 from tests.e2e.engine import BLOCK, TINY, Done, Engine, environment, minor
+from tests.e2e.test_disk import settled, wrong
 
 Plain = Callable[..., list[Done]]
 WINDOW = 64
@@ -58,7 +59,7 @@ def engine(gemma: Path) -> Iterator[Engine]:
 
 
 def _forget(engine: Engine) -> None:
-    engine.settle()
+    settled(engine)
     engine.forget_device()
 
 
@@ -116,21 +117,24 @@ def test_a_conversation_goes_on_where_its_last_answer_ended(engine: Engine, plai
         history = history + done.tokens + prompt_of(dice, 30)
 
 
-def test_every_output_is_the_engines_own(gemma: Path, plain: Plain) -> None:
-    """Preemptions (140 blocks), chunks of 128 tokens, a G2 that evicts, aborts, copies that fail or are slow."""
+@pytest.mark.usefixtures("always_load")
+def test_every_output_is_the_engines_own(gemma: Path, plain: Plain, tmp_path: Path) -> None:
+    """Preemptions (140 blocks), chunks of 128 tokens, a G2 that evicts, aborts, copies that fail or are slow, to disk
+    and back too."""
     seed = int(os.environ.get("TEST_SEED", time.time_ns() % 1_000_000))
     print(f"seed {seed} (TEST_SEED repeats it)")
     dice = random.Random(seed)
     roots = [prompt_of(dice, dice.randrange(100, 700)) for _ in range(8)]
     prompts = [dice.choice(roots)[: dice.randrange(1, 700)] + prompt_of(dice, dice.randrange(1, 60)) for _ in range(80)]
     expected = [done.tokens for done in plain(prompts, 40)]
-    faults = "kvbm.testing.faults:build?load_fail=0.15&store_fail=0.05&delay=0.01&seed=1"
+    inject(tmp_path / "faults", "load_fail=0.15&store_fail=0.05&delay=0.01&seed=1", "disk=1&fail=0.02&flip=0.02&seed=1")
+    kvbm = {
+        "g2_blocks": 300, "g3_gb": 0.1, "g3_dir": str(tmp_path / "disk"),
+        "transport_wrapper": f"kvbm.testing.faults:follow?{tmp_path / 'faults'}",
+    }  # fmt: skip
     with closing(
-        Engine(
-            gemma, {"g2_blocks": 400, "transport_wrapper": faults},
-            num_gpu_blocks_override=140, max_num_batched_tokens=128, max_num_seqs=8,
-        )
-    ) as engine:  # fmt: skip
+        Engine(gemma, kvbm, num_gpu_blocks_override=140, max_num_batched_tokens=128, max_num_seqs=8)
+    ) as engine:
         preempted = _count_preemptions(engine)
         waiting, names, aborted = list(enumerate(prompts)), {}, set()
         while waiting or engine.vllm.has_unfinished_requests():
@@ -144,13 +148,14 @@ def test_every_output_is_the_engines_own(gemma: Path, plain: Plain) -> None:
                 engine.vllm.reset_prefix_cache()
             engine.step()
         engine.drain()
-        engine.settle()
+        status = settled(engine)
         for at, name in names.items():
             tokens = engine.results[name].tokens
             assert tokens == expected[at][: len(tokens) if at in aborted else None]
-        status = engine.status()
         assert status["onboard"]["blocks"] > 100
         assert status["onboard"]["failed"] > 0
+        assert status["promote"]["blocks"] > 20
+        assert status["promote"]["corrupt"] > 0
         assert status["offload"]["failed"] > 0
         assert status["evictions"] > 0
         assert status["healthy"]
@@ -188,14 +193,55 @@ def test_wrong_bytes_change_the_answer(gemma: Path, plain: Plain, dice: random.R
         assert [done.tokens for done in again] != expected
 
 
-def _comes_back(model: Path, switch: Path, prompts: list[list[int]], kinds: set[str]) -> int:
+@pytest.mark.usefixtures("always_load")
+def test_the_disk_gives_back_what_each_group_needs(
+    gemma: Path, plain: Plain, tmp_path: Path, dice: random.Random
+) -> None:
+    """Out of a host memory that holds one prompt, after a restart, and not where the files were damaged."""
+    prompts = [prompt_of(dice, length) for length in (100, 320, 500, 900)]
+    expected = [done.tokens for done in plain(prompts, 12)]
+    cached = [(len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts]
+
+    def serve(engine: Engine) -> list[int]:
+        found = []
+        for prompt, tokens in zip(prompts, expected, strict=True):
+            (done,) = engine.run([prompt], 12)
+            assert done.tokens == tokens
+            found.append(done.cached)
+            _forget(engine)
+        return found
+
+    def started() -> Engine:
+        return Engine(gemma, {"g2_blocks": 100, "g3_gb": 0.1, "g3_dir": str(tmp_path)}, num_gpu_blocks_override=256)
+
+    with closing(started()) as engine:
+        groups = len(engine.core.scheduler.kv_cache_config.kv_cache_groups)
+        assert serve(engine) == [0] * 4
+        assert serve(engine) == cached
+        status = settled(engine)
+        assert status["tokens"]["g3"] > 0
+        assert status["promote"]["corrupt"] == status["promote"]["failed"] == status["demote"]["failed"] == 0
+    with closing(started()) as engine:
+        assert serve(engine) == cached
+        status = settled(engine)
+        # All of the full group, two blocks of each other group.
+        needed = sum(cached) // BLOCK + len(prompts) * 2 * (groups - 1)
+        assert status["promote"]["blocks"] == status["onboard"]["blocks"] == needed
+        assert status["tokens"]["g3"] == sum(cached)
+    wrong(tmp_path)
+    with closing(started()) as engine:
+        assert serve(engine) == [0] * 4
+        assert settled(engine)["promote"]["corrupt"] > 0
+
+
+def _comes_back(model: Path, switch: Path, prompts: list[list[int]], kinds: set[str], **kvbm: object) -> int:
     """What was computed once, to its last block, with the answers that the engine gives alone. Returns how many blocks
     of all groups that took."""
     options = {"num_gpu_blocks_override": 256, "max_num_batched_tokens": 256}
     with closing(Engine(model, **options)) as alone:
         expected = [alone.run([prompt], 12)[0].tokens for prompt in prompts]
     inject(switch)
-    settings = {"transport_wrapper": f"kvbm.testing.faults:follow?{switch}"}
+    settings = {"transport_wrapper": f"kvbm.testing.faults:follow?{switch}", **kvbm}
     with closing(Engine(model, settings, **options)) as engine:
         groups = engine.core.scheduler.kv_cache_config.kv_cache_groups
         assert {type(group.kv_cache_spec).__name__ for group in groups} == kinds
@@ -212,14 +258,17 @@ def _comes_back(model: Path, switch: Path, prompts: list[list[int]], kinds: set[
         before = engine.status()["onboard"]["blocks"]
         assert found() == [(len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts]
         onboarded: int = engine.status()["onboard"]["blocks"] - before
+        assert (engine.status()["tokens"]["g3"] > 0) == ("g3_gb" in kvbm)
         inject(switch, "load_garble=1")
         with pytest.raises(AssertionError):  # the negative control
             found()
         return onboarded
 
 
+@pytest.mark.usefixtures("always_load")
 def test_recurrent_state_comes_back_at_block_boundaries(tmp_path: Path, dice: random.Random) -> None:
-    """Short convolutions beside full attention (an LFM2 with random weights): one state is what a hit needs of them."""
+    """Short convolutions beside full attention (an LFM2 with random weights): one state is what a hit needs of them.
+    From disk, too: host memory holds two of the prompts."""
     import torch
     from transformers import Lfm2Config, Lfm2ForCausalLM
 
@@ -233,7 +282,10 @@ def test_recurrent_state_comes_back_at_block_boundaries(tmp_path: Path, dice: ra
     # Of a prompt that ends with a block vLLM before 0.32 keeps the state at its end only, which no hit can use.
     second = 320 if minor() >= 32 else 330
     prompts = [prompt_of(dice, length) for length in (100, second, 500, 900)] + [root + prompt_of(dice, 90)] * 2
-    onboarded = _comes_back(tmp_path / "lfm2", tmp_path / "faults", prompts, {"FullAttentionSpec", "MambaSpec"})
+    onboarded = _comes_back(
+        tmp_path / "lfm2", tmp_path / "faults", prompts, {"FullAttentionSpec", "MambaSpec"},
+        g2_blocks=80, g3_gb=0.1, g3_dir=str(tmp_path / "disk"),
+    )  # fmt: skip
     assert onboarded > sum((len(prompt) - 1) // BLOCK for prompt in prompts)  # and states
 
 

@@ -193,8 +193,6 @@ def test_loading_inside_the_step_is_refused_where_it_cannot_fail_safely(served: 
     ("settings", "sentence"),
     [
         ({"KVBM_ONBOARD": "sync"}, r"onboard.*environment KVBM_ONBOARD.*sync cannot be used"),
-        ({"KVBM_G3_GB": "1"}, r"g3_gb.*no disk tier"),
-        ({"KVBM_G3_BLOCKS": "100"}, r"g3_blocks.*no disk tier"),
         ({"KVBM_DIRECTORY": "redis://localhost"}, r"directory.*not shared"),
     ],
 )

@@ -29,6 +29,7 @@ from kvbm.manager.wire import Copy, Message, Probe, Probed, Read, Result, Step, 
 from kvbm.policy import admission
 from kvbm.policy.admissions import Frequency
 from kvbm.policy.lru import LRU
+from kvbm.stores.format import heads, packed_keys
 from kvbm.stores.recovery import Recovered
 from kvbm.testing.clock import ManualClock
 
@@ -44,12 +45,13 @@ def keys_of(name: str, count: int) -> list[bytes]:
 
 def recovered(keys: Sequence[bytes], parents: Sequence[bytes | None], slots: Sequence[int], **given: Any) -> Recovered:
     """What a folder would say of these blocks, the oldest write first."""
-    count = len(keys)
+    count, (words, tails) = len(keys), packed_keys(keys)
+    above = heads(*packed_keys([key or bytes(8) for key in parents]))
     parts: dict[str, Any] = {
         "slots": np.array(slots, np.int64),
-        "keys": np.frombuffer(b"".join(key.ljust(32, b"\0") for key in keys), np.uint8).reshape(count, 32),
-        "key_lengths": np.array([len(key) for key in keys], np.uint32),
-        "parents": np.array([int.from_bytes((key or bytes(8))[:8], "little") for key in parents], np.uint64),
+        "keys": words,
+        "tails": tails,
+        "parents": np.where([key is None for key in parents], np.uint64(0), above),
         "sequences": np.arange(count, dtype=np.uint64),
         "priorities": np.zeros(count, np.int32),
         "expires": np.full(count, np.inf),
@@ -197,6 +199,7 @@ class Stage:
         batch: int = 4,
         most: int = 32,
         patience: float = 10.0,
+        block_tokens: int = BLOCK_TOKENS,
     ) -> Stage:
         """Puts a disk tier below; sizes in blocks."""
         leader = self.leader
@@ -218,7 +221,7 @@ class Stage:
             emit=leader.emit, clock=self.clock,
         )  # fmt: skip
         self.promotion.shadow = leader.shadow
-        leader.lower = Lower(self.promotion, BLOCK_TOKENS, DiskSide(self.tier, self.demotion))
+        leader.lower = Lower(self.promotion, block_tokens, DiskSide(self.tier, self.demotion))
         return self
 
     def hear(self, kind: type[Any], rank: int = 0) -> list[Any]:

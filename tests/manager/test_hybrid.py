@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,12 +14,12 @@ from hypothesis import strategies as st
 from kvbm.blocks import LayerGroup, prompt_keys
 from kvbm.core.errors import Misuse
 from kvbm.core.events import Admitted
-from kvbm.core.keys import group_key
+from kvbm.core.keys import group_key, group_of
 from kvbm.core.outcome import Outcome
 from kvbm.manager.hybrid import HybridLeader
 from kvbm.manager.requests import RequestParams
-from kvbm.manager.wire import Copy
-from tests.manager.roles import DONE, FAILED, Stage, keys_of
+from kvbm.manager.wire import Copy, Read, Write, unpack
+from tests.manager.roles import BLOCK_TOKENS, DONE, FAILED, Stage, keys_of
 
 Make = Callable[..., Stage]
 BLOCK = 4
@@ -26,6 +27,7 @@ FULL = LayerGroup("full", BLOCK)
 WINDOW = LayerGroup("window", BLOCK, 9)
 """Two blocks."""
 GEMMA = (FULL, WINDOW, WINDOW)
+CORRUPT = Outcome.CORRUPT
 MODELS: dict[str, tuple[LayerGroup, ...]] = {
     "full and windows": GEMMA,
     "windows first": (WINDOW, FULL),
@@ -49,6 +51,7 @@ class Request:
     computed: int = 0
     tables: list[list[int]] = field(default_factory=list)
     replaced: bool = False
+    found: int = 0
 
     @property
     def keys(self) -> list[bytes]:
@@ -70,7 +73,10 @@ class Engine:
         self.requests: dict[str, Request] = {}
         self.kept: dict[str, tuple[set[int], list[int]]] = {}
         """Finished requests: the jobs they wait for, their blocks."""
-        self.loaded = self.hits = self.preempted = 0
+        self.disk: dict[int, object] = {}
+        self.moves: list[Read | Write] = []
+        """Between G2 and the disk, that are not done."""
+        self.loaded = self.hits = self.preempted = self.read = 0
 
     def add(self, request: Request) -> None:
         self.requests[request.name] = request
@@ -85,6 +91,7 @@ class Engine:
         found = self.leader.match(request.name, 0, (len(request.tokens) - 1) // BLOCK)
         if found is None:
             return
+        request.found = found
         firsts = [group.first(found) for group in self.groups]
         if sum(found - first for first in firsts) > len(self.free):
             return
@@ -148,6 +155,11 @@ class Engine:
         for job in list(self.copies):
             if self.dice.random() < 0.3:
                 self.end(job)
+        self.leader.tick()
+        self.moves += [*self.stage.hear(Read), *self.stage.hear(Write)]
+        for move in list(self.moves):
+            if self.dice.random() < 0.3:
+                self.move(move)
         for name, (jobs, blocks) in list(self.kept.items()):
             # The workers hear which jobs a finished request waits for in the step after.
             if jobs and not jobs & self.copies.keys():
@@ -190,6 +202,17 @@ class Engine:
             else:
                 request.state = "running"
 
+    def move(self, move: Read | Write) -> None:
+        self.moves.remove(move)
+        outcomes = [self.dice.choice([FAILED, CORRUPT]) if self.dice.random() < 0.02 else DONE for _ in move.keys]
+        for g2, g3, outcome in zip(unpack(move.g2).tolist(), unpack(move.g3).tolist(), outcomes, strict=True):
+            if isinstance(move, Write):
+                self.disk[g3] = self.g2[g2] if outcome is DONE else "garbage"
+            else:
+                self.g2[g2] = self.disk[g3] if outcome is DONE else "garbage"
+                self.read += outcome is DONE
+        self.stage.moved(move, *outcomes)
+
     def finish(self, request: Request) -> None:
         del self.requests[request.name]
         first, *others = [
@@ -208,6 +231,11 @@ class Engine:
         while self.copies:
             self.end(next(iter(self.copies)))
         self.leader.tick()
+        while moves := [*self.moves, *self.stage.hear(Read), *self.stage.hear(Write)]:
+            self.moves = moves
+            for move in moves:
+                self.move(move)
+            self.leader.tick()
 
 
 def blocks_for(groups: Sequence[LayerGroup]) -> int:
@@ -238,11 +266,20 @@ def run(stage: Stage, groups: Sequence[LayerGroup], seed: int, requests: int = 1
     return engine
 
 
-@settings(max_examples=40, deadline=None)
-@given(model=st.sampled_from(list(MODELS)), seed=st.integers(0, 1 << 30))
-def test_what_comes_back_is_what_the_next_token_reads(model: str, seed: int) -> None:
+def with_disk(stage: Stage, **options: Any) -> Stage:
+    """Below as many blocks of G2 as the stage has, four times as many."""
+    return stage.add_disk(4 * stage.pool.statistics().total, block_tokens=BLOCK, **options)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    model=st.sampled_from(list(MODELS)), disk=st.sampled_from(["", "beside", "exclusive"]), seed=st.integers(0, 1 << 30)
+)
+def test_what_comes_back_is_what_the_next_token_reads(model: str, disk: str, seed: int) -> None:
     """The engine asserts before every forward pass that each group has the blocks which it reads."""
     stage = Stage(48, groups=MODELS[model], checkpoint_tokens=16)
+    if disk:
+        with_disk(stage, exclusive=disk == "exclusive")
     engine = run(stage, MODELS[model], seed)
     assert sorted(engine.free) == list(range(1, blocks_for(MODELS[model]) + 1))
     stage.close()
@@ -250,14 +287,17 @@ def test_what_comes_back_is_what_the_next_token_reads(model: str, seed: int) -> 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_random_requests_hit(model: str) -> None:
-    hits = preempted = 0
+    hits = preempted = read = 0
     for seed in range(4):
-        stage = Stage(100, groups=MODELS[model], checkpoint_tokens=16)
+        stage = Stage(40 if seed % 2 else 100, groups=MODELS[model], checkpoint_tokens=16)
+        if seed % 2:
+            with_disk(stage)
         engine = run(stage, MODELS[model], seed, 25)
-        hits, preempted = hits + engine.hits, preempted + engine.preempted
+        hits, preempted, read = hits + engine.hits, preempted + engine.preempted, read + engine.read
         stage.close()
     assert hits > 10
     assert preempted > 0
+    assert read > 5
 
 
 # ---------------------------------------------------------------------- one request at a time
@@ -276,13 +316,11 @@ class Solo:
         """How many blocks it found."""
         request = Request(name, tokens, prompt or len(tokens))
         self.engine.add(request)
-        self.engine.admit(request)
-        found = request.computed // BLOCK
         while name in self.engine.requests:
             self.engine.step()
         self.engine.step()
         self.engine.settle()
-        return found
+        return request.found
 
 
 def tokens_of(name: str, count: int) -> list[int]:
@@ -437,3 +475,96 @@ def test_nothing_is_stored_or_looked_up_while_it_is_paused(make_stage: Make) -> 
     # It was preempted and ended while it waited.
     assert not leader.finish("new", [], 0, [[], []])
     assert stage.pool.absent(keys[:4]) == []
+
+
+# ---------------------------------------------------------------------- below host memory
+
+
+def _read_at_arrival(stage: Stage, name: str, keys: Sequence[bytes]) -> list[tuple[bytes, int]]:
+    """What is read from disk as a request with these blocks, and one of its last token, arrives."""
+    stage.leader.begin(name, [*keys, b"last".ljust(32)], RequestParams(), len(keys) * BLOCK + 1)
+    reads = stage.hear(Read)
+    for read in reads:
+        stage.moved(read)
+    return [group_of(key) for read in reads for key in read.keys]
+
+
+def _on_disk(stage: Stage, name: str, count: int) -> list[bytes]:
+    """A prompt of whole blocks that was computed, and is on disk alone."""
+    solo, tokens = Solo(stage, GEMMA), tokens_of(name, count * BLOCK)
+    solo.engine.dice.choice = lambda _: DONE  # type: ignore[method-assign,assignment]
+    solo.serve(name, tokens)
+    keys = prompt_keys(tokens, BLOCK)
+    stage.pool.discard([group_key(key, group) for key in keys for group in range(3)])
+    return keys
+
+
+def test_of_each_group_what_a_hit_needs_comes_from_disk(make_stage: Make) -> None:
+    stage = with_disk(make_stage(200, groups=GEMMA, checkpoint_tokens=32), batch=64)
+    keys = _on_disk(stage, "a", 14)
+    read = _read_at_arrival(stage, "b", keys)
+    assert read == [(key, 0) for key in keys] + [(key, group) for group in (1, 2) for key in keys[12:]]
+    assert stage.leader.match("b", 0, 14) == 14
+    stage.leader.place(
+        "b", range(1, 16), 14, Admitted(57, 0, 56), [[0] * 12 + [first, first + 1, first + 2] for first in (21, 31)]
+    )
+    assert Admitted(57, 0, 56, 56) in stage.events
+    (load,) = stage.leader.seal(tokens=0).loads
+    assert len(load.g1_slots()) == 14 + 2 * 2
+    stage.answer(load)
+
+
+def test_what_is_in_host_memory_is_not_read(make_stage: Make) -> None:
+    """Only windows are missing; each of their blocks replaces several of the prompt."""
+    stage = with_disk(make_stage(200, groups=GEMMA, checkpoint_tokens=32), batch=64)
+    keys = _on_disk(stage, "a", 14)
+    _read_at_arrival(stage, "b", keys)
+    stage.tick()
+    stage.leader.finish("b", [], 0)
+    stage.pool.discard([group_key(key, group) for key in keys for group in (1, 2)])
+    stage.measure(computed=BLOCK_TOKENS * 40.0, read=20.0)  # 14 blocks in .35 s, 4 blocks in .2 s
+    windows = [(key, group) for group in (1, 2) for key in keys[12:]]
+    stage.leader.begin("c", [*keys, b"last".ljust(32)], RequestParams(), 57)
+    read = []
+    while (found := stage.leader.match("c", 0, 14)) is None:
+        for move in stage.hear(Read):
+            read += [group_of(key) for key in move.keys]
+            stage.moved(move)
+    assert (read, found) == (windows, 14)
+    stage.leader.finish("c", [], 0)
+
+
+def test_a_slow_disk_is_not_waited_for_where_its_blocks_replace_few(make_stage: Make) -> None:
+    stage = with_disk(make_stage(200, groups=GEMMA, checkpoint_tokens=32), batch=64)
+    keys = _on_disk(stage, "a", 14)
+    stage.measure(computed=BLOCK_TOKENS * 40.0, read=45.0)  # 14 blocks computed in .35 s; 18 are read in .4 s
+    stage.leader.begin("b", [*keys, b"last".ljust(32)], RequestParams(), 57)
+    assert stage.leader.match("b", 0, 14) == 0
+    assert any(why.startswith("gated: loading 18 blocks would take 400 ms") for why in stage.leader.records["b"].why)
+    stage.leader.finish("b", [], 0)
+
+
+def test_a_window_that_cannot_be_read_leaves_the_hit_before_it(make_stage: Make) -> None:
+    stage = with_disk(make_stage(200, groups=GEMMA, checkpoint_tokens=32), batch=64)
+    keys = _on_disk(stage, "a", 14)
+    stage.leader.begin("b", [*keys, b"last".ljust(32)], RequestParams(), 57)
+    (read,) = stage.hear(Read)
+    bad = read.keys.index(group_key(keys[13], 2))
+    stage.moved(read, *[CORRUPT if at == bad else DONE for at in range(len(read.keys))])
+    assert stage.leader.match("b", 0, 14) == 0  # nothing more is read for it, and a shorter hit needs other blocks
+    assert stage.disk.absent([group_key(keys[13], 2)]) == [0]
+    stage.leader.finish("b", [], 0)
+    assert _read_at_arrival(stage, "c", keys) == [(keys[11], group) for group in (1, 2)]  # block 12 is there by now
+    assert stage.leader.match("c", 0, 14) == 13
+    stage.leader.finish("c", [], 0)
+
+
+def test_where_prompts_part_is_learned_from_disk_too(make_stage: Make) -> None:
+    stage = with_disk(make_stage(400, groups=GEMMA, checkpoint_tokens=32), most=200, batch=64)
+    solo, root = Solo(stage, GEMMA), tokens_of("root", 52)
+    solo.engine.dice.choice = lambda _: DONE  # type: ignore[method-assign,assignment]
+    found = []
+    for name in "abc":
+        found.append(solo.serve(name, root + tokens_of(name, 40)))
+        stage.pool.clear()
+    assert found == [0, 8, 13]

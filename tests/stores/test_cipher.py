@@ -38,7 +38,7 @@ def test_it_comes_back() -> None:
     assert into == PLAIN
 
 
-@pytest.mark.parametrize("field", ["key", "key_length", "generation", "nonce", "tag"])
+@pytest.mark.parametrize("field", ["key", "key_tail", "generation", "nonce", "tag"])
 def test_a_block_belongs_to_its_record(field: str) -> None:
     cipher, found = Cipher(KEY), record()
     block, into = encrypted(cipher, found), memoryview(bytearray(len(PLAIN)))

@@ -35,7 +35,7 @@ def test_records_say_what_was_packed() -> None:
     assert blocks_of(records) == COUNT
     assert records["key"][7].tobytes() == key_of(7)
     assert records["sequence"].tolist() == list(range(5, 25))[::-1]
-    assert (records["key_length"] == 32).all()
+    assert (records["key_tail"] == 32).all()
     assert np.isinf(records["expires"]).all()
 
 
@@ -49,7 +49,7 @@ def test_the_layout_is_the_documented_one() -> None:
         "written_at": 56,
         "expires": 64,
         "length": 72,
-        "key_length": 76,
+        "key_tail": 76,
         "nonce": 80,
         "tag": 92,
         "priority": 108,
@@ -94,9 +94,9 @@ def test_words_that_change_places_are_noticed() -> None:
     assert blocks_of(records) == COUNT - 1
 
 
-@pytest.mark.parametrize("keys", [[b""], [bytes(33)], [bytes(32), b""]])
-def test_keys_have_1_to_32_bytes(keys: list[bytes]) -> None:
-    with pytest.raises(Misuse, match="1 to 32 bytes"):
+@pytest.mark.parametrize("keys", [[b""], [bytes(34)], [bytes(32), b""]])
+def test_keys_have_1_to_33_bytes(keys: list[bytes]) -> None:
+    with pytest.raises(Misuse, match="1 to 33 bytes"):
         packed_keys(keys)
 
 

@@ -284,7 +284,7 @@ def test_a_sync_that_fails_is_logged_once_and_known(
 def test_always_means_before_it_is_published(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = Shard(place, 0, sync="always", direct=False)
     synced: list[tuple[int, bool]] = []
-    monkeypatch.setattr(os, "fdatasync", lambda fd: synced.append((fd, shard._records["key_length"][1] > 0)))
+    monkeypatch.setattr(os, "fdatasync", lambda fd: synced.append((fd, shard._records["key_tail"][1] > 0)))
     commit(shard, [1], [1])
     assert [fd for fd, _ in synced] == [shard._data.fd, shard._index.fd]
     monkeypatch.setattr(os, "fdatasync", fails(errno.EIO))

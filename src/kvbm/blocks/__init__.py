@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvbm.blocks.groups import Hit, LayerGroup, match_groups
+from kvbm.blocks.groups import Either, LayerGroup, Where, find_groups, match_groups
 from kvbm.blocks.keys import prompt_keys
 from kvbm.blocks.leases import Pinned, Staged, Weak, Writable
 from kvbm.blocks.pool import Pool
@@ -10,14 +10,16 @@ from kvbm.blocks.statistics import Block, PoolStatistics
 
 __all__ = [
     "Block",
-    "Hit",
+    "Either",
     "LayerGroup",
     "Pinned",
     "Pool",
     "PoolStatistics",
     "Staged",
     "Weak",
+    "Where",
     "Writable",
+    "find_groups",
     "match_groups",
     "prompt_keys",
 ]

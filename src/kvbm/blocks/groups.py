@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
+from kvbm.abc.policy import Mask
 from kvbm.blocks.leases import Pinned
 from kvbm.blocks.pool import Pool
 from kvbm.core.errors import Misuse
@@ -59,36 +60,65 @@ class LayerGroup:
         return -(-max(self.tokens - 1, 1) // self.block)
 
 
+class Where(Protocol):
+    """What is asked which blocks are there: a pool, say."""
+
+    def present(self, keys: Sequence[bytes]) -> Mask:
+        """Which of them are."""
+
+    def peek(self, keys: Sequence[bytes]) -> int:
+        """How many of the first are."""
+
+
 @dataclass(frozen=True, slots=True)
-class Hit:
-    """What `match_groups` holds."""
+class Found:
+    """The longest hit."""
 
     length: int
     """Blocks from the prompt's first on that are there for every group; 0 for a miss."""
-    held: Pinned
     blocks: list[tuple[int, int]]
-    """Group and number in the prompt of each block of `held`."""
+    """Group and number in the prompt of each block that it needs."""
     longest: int
-    """The length if any number of blocks could be held."""
+    """The length if it could need any number of blocks."""
     reach: int
     """How far the full groups alone go; where there is none, `longest`."""
 
 
-def match_groups(
-    pool: Pool, groups: Sequence[LayerGroup], keys: Sequence[Sequence[bytes]], start: int = 0, most: int | None = None
-) -> Hit:
-    """Hold what the longest hit over all groups needs, and only that; at most `most` blocks.
+@dataclass(frozen=True, slots=True)
+class Hit(Found):
+    """The longest hit, held."""
+
+    held: Pinned
+
+
+class Either:
+    """What is in one pool or the other, as a `Where`."""
+
+    def __init__(self, one: Pool, other: Pool) -> None:
+        self._one, self._other = one, other
+
+    def present(self, keys: Sequence[bytes]) -> Mask:
+        return self._one.present(keys) | self._other.present(keys)
+
+    def peek(self, keys: Sequence[bytes]) -> int:
+        gone = np.flatnonzero(~self.present(keys))
+        return int(gone[0]) if len(gone) else len(keys)
+
+
+def find_groups(
+    where: Where, groups: Sequence[LayerGroup], keys: Sequence[Sequence[bytes]], start: int = 0, most: int | None = None
+) -> Found:
+    """What the longest hit over all groups needs, of at most `most` blocks. Holds nothing.
 
     `keys[g]` are the keys of the prompt's blocks in `groups[g]`: as many in each, and no key in two. A hit of n blocks
-    is possible if every group has all it needs of the blocks before n; those before `start` are there already. Between
-    asking and holding a block may go: then the answer is a miss.
+    is possible if every group has all it needs of the blocks before n; those before `start` are there already.
     """
     if not groups or len(keys) != len(groups) or len({len(each) for each in keys}) != 1:
         raise Misuse("every layer group needs keys, and all as many")
     total = len(keys[0])
     for group, theirs in zip(groups, keys, strict=True):
         if group.kind == "full" and total > start:
-            total = start + pool.peek(theirs[start:total])
+            total = start + where.peek(theirs[start:total])
     full = any(group.kind == "full" for group in groups)
     ends = np.arange(start + 1, max(start, total) + 1)
     possible, needed = np.ones(len(ends), np.bool_), np.zeros(len(ends), np.int64)
@@ -97,7 +127,7 @@ def match_groups(
         count = ends - firsts[group]
         needed += count
         if group.kind != "full" and len(ends):
-            there = np.concatenate(([0], np.cumsum(pool.present(theirs[start:total]))))
+            there = np.concatenate(([0], np.cumsum(where.present(theirs[start:total]))))
             possible &= there[ends - start] - there[firsts[group] - start] == count
     longest = int(ends[possible][-1]) if possible.any() else 0
     if most is not None:
@@ -109,7 +139,15 @@ def match_groups(
         for number, group in enumerate(groups)
         for block in (range(int(firsts[group][at]), length) if length else ())
     ]
-    held, positions = pool.scan([keys[number][block] for number, block in blocks])
-    if len(positions) < len(blocks):
-        length, held, blocks = 0, held.select([]), []
-    return Hit(length, held, blocks, longest, total if full else longest)
+    return Found(length, blocks, longest, total if full else longest)
+
+
+def match_groups(
+    pool: Pool, groups: Sequence[LayerGroup], keys: Sequence[Sequence[bytes]], start: int = 0, most: int | None = None
+) -> Hit:
+    """Hold what `find_groups` finds, and only that. Between asking and holding a block may go: then it is a miss."""
+    found = find_groups(pool, groups, keys, start, most)
+    held, positions = pool.scan([keys[number][block] for number, block in found.blocks])
+    if len(positions) < len(found.blocks):
+        return Hit(0, [], found.longest, found.reach, held.select([]))
+    return Hit(found.length, found.blocks, found.longest, found.reach, held)

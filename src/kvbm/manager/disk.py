@@ -22,6 +22,7 @@ from kvbm.manager.channel import Link
 from kvbm.manager.gate import Gate
 from kvbm.manager.jobs import Move
 from kvbm.manager.wire import Cancel, Forget, Generation, Message, Probe, Probed, Read, Result, Write, pack
+from kvbm.stores.format import heads
 from kvbm.stores.recovery import Recovered
 
 log = logging.getLogger(__name__)
@@ -317,13 +318,11 @@ class DiskTier:
 def adopt(pool: Pool, found: Recovered) -> None:
     """Have a pool that is empty hold what lies on disk. What was written first is the first to go, but never before
     what follows it in a prompt: that would be lost with it."""
-    keys = found.key_list()
-    # A record has the first 8 bytes of its parent's key.
-    heads = np.ascontiguousarray(found.keys[:, :8]).view("<u8").ravel()
-    by_head = np.argsort(heads)
-    places = np.searchsorted(heads, found.parents, sorter=by_head)
+    keys, known = found.key_list(), heads(found.keys, found.tails)
+    by_head = np.argsort(known)
+    places = np.searchsorted(known, found.parents, sorter=by_head)
     above = by_head[np.minimum(places, len(by_head) - 1)] if len(by_head) else by_head
-    above = np.where((found.parents != 0) & (heads[above] == found.parents), above, -1)
+    above = np.where((found.parents != 0) & (known[above] == found.parents), above, -1)
     order = _leaves_first(above)
     pool.adopt(
         found.slots[order],

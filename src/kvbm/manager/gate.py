@@ -114,14 +114,15 @@ class Gate:
         rate = None if self._stale else self._read.get()
         return max(1, int(rate * seconds)) if rate else None
 
-    def computing_s(self, blocks: int) -> float | None:
+    def computing_s(self, blocks: float) -> float | None:
         """Seconds in which the engine computes so many blocks; None while that is not known."""
         rate = self._computed.get()
         return blocks * self._block_tokens / rate if rate else None
 
-    def objection(self, blocks: int, ahead: int = 0) -> str | None:
-        """Why loading these would be slower than computing them; None where it is not."""
-        computing = self.computing_s(blocks)
+    def objection(self, blocks: int, ahead: int = 0, worth: float = 1.0) -> str | None:
+        """Why loading these would be slower than computing what they replace, `worth` blocks each; None where it is
+        not."""
+        computing = self.computing_s(blocks * worth)
         if computing is None or (loading := self.loading_s(blocks, ahead)) <= computing:
             return None
         takes = f"take {loading * 1e3:.0f} ms" if loading < math.inf else "not end: none came of the last reads"

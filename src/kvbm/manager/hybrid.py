@@ -7,11 +7,12 @@ from typing import Any, overload
 
 import numpy as np
 
-from kvbm.blocks import LayerGroup, Pinned, match_groups
+from kvbm.blocks import LayerGroup, Pinned, find_groups, match_groups
 from kvbm.core.errors import Misuse
 from kvbm.core.keys import group_key
 from kvbm.core.region import Slots
 from kvbm.manager.leader import Leader
+from kvbm.manager.promote import Wanted
 from kvbm.manager.requests import Request
 
 _WINDOWS = 4
@@ -28,7 +29,7 @@ class HybridLeader(Leader):
     where prompts were seen to part, and at checkpoints a fixed number of tokens apart. A block that could not be copied
     in the step that completes it is given up there: by the next step the engine may have used it for something else.
 
-    There is nothing below host memory.
+    Below host memory there is the disk; nothing is shared with other instances.
     """
 
     def __init__(self, *args: Any, groups: Sequence[LayerGroup], checkpoint_tokens: int | None, **options: Any) -> None:
@@ -41,10 +42,34 @@ class HybridLeader(Leader):
 
     # ------------------------------------------------------------------ up
 
+    def _asked(self, request: Request, keys: Sequence[bytes]) -> tuple[Sequence[bytes], Wanted]:
+        wanted = self._wanted(request, keys, 0)
+        full = [number for number, group in enumerate(self._groups) if group.kind == "full"]
+        asked = dict.fromkeys(key for number in full for key in _GroupKeys(keys, number)[:])
+        return [*(asked | dict.fromkeys(wanted.keys))], wanted
+
+    def _wanted(self, request: Request, keys: Sequence[bytes], computed: int) -> Wanted:
+        """What the longest hit needs that disk and G2 could give together, what is not in G2 first."""
+        assert self.lower is not None
+        promotion = self.lower.promotion
+        where, room = promotion.reachable(request.record), promotion.room_for(request.id)
+        found = find_groups(where, self._groups, self._views(keys), computed, room)
+        if found.reach > found.longest:
+            request.parts = max(request.parts, found.reach)
+        needed = self._keys(request, found.blocks)
+        near = self.pool.present(needed)
+        absent = int((~near).sum())
+        if not absent:
+            return Wanted([])
+        alone = find_groups(self.pool, self._groups, self._views(keys), computed, room).length
+        order = np.argsort(near, kind="stable").tolist()
+        return Wanted([needed[at] for at in order], (found.length - max(alone, computed)) / absent)
+
     def _hold(self, request: Request, keys: Sequence[bytes], computed: int) -> int | None:
+        if self.lower is not None and self.lower.waits(request, self._wanted(request, keys, computed), computed):
+            return None
         room = max(1, int(self._total * self._settings.held_share))
-        views = [_GroupKeys(keys, number) for number in range(len(self._groups))]
-        hit = match_groups(self.pool, self._groups, views, computed, max(0, room - self._held))
+        hit = match_groups(self.pool, self._groups, self._views(keys), computed, max(0, room - self._held))
         record = request.record
         record.matched = max(0, hit.longest - computed)
         if hit.reach > hit.longest:
@@ -163,6 +188,9 @@ class HybridLeader(Leader):
         return self._keys(request, blocks)
 
     # ------------------------------------------------------------------ of a request
+
+    def _views(self, keys: Sequence[bytes]) -> list[_GroupKeys]:
+        return [_GroupKeys(keys, number) for number in range(len(self._groups))]
 
     @staticmethod
     def _tables(request: Request) -> list[list[int]]:

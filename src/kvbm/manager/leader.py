@@ -24,6 +24,7 @@ from kvbm.core.region import Slots
 from kvbm.manager.channel import Link
 from kvbm.manager.gate import Gate
 from kvbm.manager.housekeeping import Housekeeping
+from kvbm.manager.promote import Wanted
 from kvbm.manager.requests import Record, Request, RequestParams
 from kvbm.manager.shadow import Shadow
 from kvbm.manager.watch import paced
@@ -73,7 +74,8 @@ class Leader(Housekeeping):
                 self.records.popitem(last=False)
             request = self.requests[request_id] = Request(request_id, keys, params, record)
             if self.lower is not None and self.standing_aside() is None:
-                self.lower.begin(request, prompt_tokens)
+                keys = request.keys[: (prompt_tokens - 1) // self.lower.block_tokens]
+                self.lower.begin(request, *self._asked(request, keys))
 
     @paced
     def match(self, request_id: str, computed: int, limit: int) -> int | None:
@@ -108,12 +110,16 @@ class Leader(Housekeeping):
                 return 0
             return found
 
+    def _asked(self, request: Request, keys: Sequence[bytes]) -> tuple[Sequence[bytes], Wanted]:
+        """Which blocks a prompt of these asks for, and which are to be in G2 when it is scheduled."""
+        return keys, Wanted(keys)
+
     def _hold(self, request: Request, keys: Sequence[bytes], computed: int) -> int | None:
         room = max(1, int(self._total * self._settings.held_share))
         hold = self.pool.match(keys, computed)
         found = request.record.matched = len(hold)
         rest = keys[computed + found : computed + room]
-        if self.lower is not None and self.lower.waits(request, rest, computed + found):
+        if self.lower is not None and self.lower.waits(request, Wanted(rest), computed + found):
             hold.drop()
             return None
         if found > max(0, room - self._held):
@@ -274,9 +280,9 @@ class Leader(Housekeeping):
                 self.shadow.finished(request)
             request.record.outcome = "finished"
             # Its blocks became idle run by run, the first run first; together, its leaf goes before its root.
-            self.pool.touch(self._in_order(request))
+            self.pool.touch(blocks := self._in_order(request))
             if self.lower is not None:
-                self.lower.finished(request)
+                self.lower.finished(request, blocks)
             jobs = self._copies.reading(chain(g1, *others))
             if loading or not jobs:
                 return False

@@ -13,7 +13,7 @@ from kvbm.manager.demote import Demotion
 from kvbm.manager.disk import DiskTier
 from kvbm.manager.jobs import Job
 from kvbm.manager.peers.fetch import Peers
-from kvbm.manager.promote import Promotion
+from kvbm.manager.promote import Promotion, Wanted
 from kvbm.manager.requests import Request
 from kvbm.manager.verify import Verification
 from kvbm.manager.wire import Mine, Probed, Result
@@ -47,15 +47,14 @@ class Lower:
     disk: DiskSide | None = None
     peers: Peers | None = None
 
-    def begin(self, request: Request, prompt_tokens: int) -> None:
+    def begin(self, request: Request, asked: Sequence[bytes], wanted: Wanted) -> None:
         """A request arrives: its blocks start to move before it is scheduled."""
-        keys = request.keys[: (prompt_tokens - 1) // self.block_tokens]
         if self.disk is not None:
-            self.disk.demotion.used(keys)
+            self.disk.demotion.used(asked)
         if request.params.load:
-            reach = self.promotion.begin(request.id, request.record, keys)
+            reach = self.promotion.begin(request.id, request.record, wanted)
             if self.peers is not None:
-                self.peers.begin(request, keys, reach)
+                self.peers.begin(request, wanted.keys, reach)
 
     def storing(self, job: Job) -> None:
         """Blocks were offloaded, and are about to be published."""
@@ -69,13 +68,13 @@ class Lower:
         if self.peers is not None and len(blocks):
             self.peers.published.stored(blocks.keys, job.places[job.done])
 
-    def waits(self, request: Request, keys: Sequence[bytes], at: int) -> bool:
-        """The engine asks: whether it should ask again later for what follows its match: `keys`, from block `at` on."""
-        if not len(keys):
+    def waits(self, request: Request, wanted: Wanted, at: int) -> bool:
+        """The engine asks: whether it should ask again later for what follows its match, from block `at` on."""
+        if not len(wanted.keys):
             return False
-        if self.promotion.waits(request.id, request.record, keys):
+        if self.promotion.waits(request.id, request.record, wanted):
             return True
-        return self.peers is not None and self.peers.waits(request, keys, at)
+        return self.peers is not None and self.peers.waits(request, wanted.keys, at)
 
     @property
     def waiting(self) -> bool:
@@ -85,22 +84,24 @@ class Lower:
     def placed(self, request: Request, tokens: Admitted) -> Admitted:
         """The request got its blocks, and holds what it matched itself."""
         self._done_with(request)
-        staged, block = request.record.staged, self.block_tokens
+        staged, block = request.record.staged, float(self.block_tokens)
         if not staged:
             return tokens
+        if request.needs:  # blocks of several layer groups make up one stretch of tokens
+            block = tokens.g2_tokens / len(request.needs)
         if self.peers is not None and not self.peers.keep and "peer" in staged:
             # Or what is not to be kept would be offloaded again.
-            request.offered = max(request.offered, (tokens.device_tokens + tokens.g2_tokens) // block)
-        peer = min(staged.get("peer", 0) * block, tokens.g2_tokens)
-        disk = min(staged.get("g3", 0) * block, tokens.g2_tokens - peer)
+            request.offered = max(request.offered, (tokens.device_tokens + tokens.g2_tokens) // self.block_tokens)
+        peer = min(int(staged.get("peer", 0) * block), tokens.g2_tokens)
+        disk = min(int(staged.get("g3", 0) * block), tokens.g2_tokens - peer)
         return msgspec.structs.replace(tokens, g3_tokens=disk, peer_tokens=peer)
 
-    def finished(self, request: Request) -> None:
-        """The request is over, or gone."""
+    def finished(self, request: Request, blocks: Sequence[bytes]) -> None:
+        """The request is over, or gone. `blocks` were offered of it, in prompt order."""
         self._done_with(request)
         if self.disk is not None:
             # Written batch by batch, its root first; together, its leaf goes before its root.
-            self.disk.tier.pool.touch(request.keys[: request.offered])
+            self.disk.tier.pool.touch(blocks)
 
     def _done_with(self, request: Request) -> None:
         self.promotion.drop(request.id)

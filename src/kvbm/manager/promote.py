@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from kvbm.abc.policy import Mask
-from kvbm.blocks import Pinned, Pool, Staged
+from kvbm.blocks import Either, Pinned, Pool, Staged, Where
 from kvbm.core.events import Fetched, Gated, Promoted
 from kvbm.core.region import Slots
 from kvbm.manager.jobs import Move
@@ -27,6 +28,14 @@ _KEEP = 30.0
 """Seconds that what has arrived is held for a request that is not scheduled."""
 _SOON = 0.05
 """Seconds that one move should take at most: what has arrived can be used, what is being read cannot."""
+
+
+class Wanted(NamedTuple):
+    """Blocks that a request needs in G2: in prompt order, or, where layer groups need different ones, what is not there
+    first. Each that is read saves computing `worth` blocks of the prompt."""
+
+    keys: Sequence[bytes]
+    worth: float = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +54,7 @@ class Staging:
     there: list[Pinned]
     """Blocks of the prompt in G2: those that were there, those that have arrived."""
     requests: dict[str, Record]
+    worth: float = 1.0
     sent: int = 0
     ended: int = 0
     jobs: set[int] = field(default_factory=set)
@@ -96,11 +106,11 @@ class Promotion:
 
     # ------------------------------------------------------------------ requests
 
-    def begin(self, request: str, record: Record, keys: Sequence[bytes]) -> int:
-        """Start to read what the request will want of `keys`: as far as each block is in G2 or on disk. Returns how far
-        that is."""
+    def begin(self, request: str, record: Record, wants: Wanted) -> int:
+        """Start to read what the request wants, as far as each block is in G2 or on disk. Returns how far that is."""
+        keys = wants.keys
         near = self._g2.present(keys)
-        disk = self._disk if self._disk is not None and self._disk.problem is None and not record.gated else None
+        disk = self._readable(record)
         reach, room = _prefix(near if disk is None else near | disk.pool.present(keys)), self.room
         wanted: list[bytes] = []
         before: list[bytes] = []
@@ -117,13 +127,27 @@ class Promotion:
         lease, _ = disk.pool.scan(wanted)
         priorities, left = lease.terms  # now: they mean nothing once a block was un-published
         terms = list(zip(priorities.tolist(), (left + self._clock()).tolist(), strict=True))
-        self.stage(disk, lease.keys, lease.parents, terms, lease.slots, lease, before, {request: record})
+        requests = {request: record}
+        self.stage(disk, lease.keys, lease.parents, terms, lease.slots, lease, before, requests, wants.worth)
         return reach
 
     @property
     def room(self) -> int:
         """Blocks of G2 that may still be held for requests that wait."""
-        return max(0, self._most - sum(staging.held for staging in self._stagings))
+        return self.room_for("")
+
+    def room_for(self, request: str) -> int:
+        """Blocks of G2 that may be held for this one, with those that are."""
+        others = (staging.held for staging in self._stagings if request not in staging.requests)
+        return max(0, self._most - sum(others))
+
+    def reachable(self, record: Record) -> Where:
+        """What could be in G2 when this request is scheduled."""
+        disk = self._readable(record)
+        return self._g2 if disk is None else Either(self._g2, disk.pool)
+
+    def _readable(self, record: Record) -> DiskSource | None:
+        return self._disk if self._disk is not None and self._disk.problem is None and not record.gated else None
 
     def coming(self, key: bytes) -> bool:
         """Whether this block is on its way."""
@@ -139,26 +163,28 @@ class Promotion:
         lease: Hold,
         before: Sequence[bytes],
         requests: dict[str, Record],
+        worth: float = 1.0,
     ) -> None:
         """Start to read `keys`, none of which is in G2 or on its way, from these slots of a source. `before` are the
         blocks of the same prompt in G2, which are held meanwhile. `terms` are priorities, and ends by the clock."""
-        staging = Staging(source, keys, parents, terms, slots, lease, [self._g2.scan(before)[0]], requests)
+        staging = Staging(source, keys, parents, terms, slots, lease, [self._g2.scan(before)[0]], requests, worth)
         self._stagings.append(staging)
         self._coming |= dict.fromkeys(keys, staging)
         self._send(staging)
 
-    def waits(self, request: str, record: Record, keys: Sequence[bytes]) -> bool:
-        """Whether the request should ask again later, for the block of `keys[0]` (not in G2) and those after it."""
-        if keys[0] not in self._coming:
-            self.begin(request, record, keys)
-        staging = self._coming.get(keys[0])
+    def waits(self, request: str, record: Record, wants: Wanted) -> bool:
+        """Whether the request should ask again later for what it wants, the first of which is not in G2."""
+        first = wants.keys[0]
+        if first not in self._coming:
+            self.begin(request, record, wants)
+        staging = self._coming.get(first)
         if staging is None or record.gated:
             return False
         staging.requests.setdefault(request, record)
         self._send(staging)
         source = staging.source
         ahead = sum(other.left for other in self._stagings[: self._stagings.index(staging)] if other.source is source)
-        if (objection := source.gate.objection(staging.left, ahead)) is not None:
+        if (objection := source.gate.objection(staging.left, ahead, staging.worth)) is not None:
             self._refuse(record, objection, staging.left)
         elif not staging.jobs and source.gate.reading < self._in_flight:
             record.note(f"did not wait for blocks on {source.name}: G2 has no room for them")

@@ -89,4 +89,4 @@ class Cipher:
 
 def _bound(record: Records, fingerprint: str) -> bytes:
     """What a block belongs to: any other key, generation or namespace than at encryption fails."""
-    return b"".join(record[of].tobytes() for of in ("key", "key_length", "generation")) + fingerprint.encode()
+    return b"".join(record[of].tobytes() for of in ("key", "key_tail", "generation")) + fingerprint.encode()

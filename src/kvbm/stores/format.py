@@ -26,17 +26,19 @@ FORMAT: Final = 1
 PAGE: Final = 4096
 """The header's size, and what slots are padded to, so that they can be read and written directly."""
 KEY_BYTES: Final = 32
+"""Bytes of a key that lie together; one more may follow elsewhere."""
 
 RECORD: Final = np.dtype(
     [
-        ("key", "<u8", (4,)),  # padded with zeros
-        ("parent", "<u8"),  # the first 8 bytes of the parent's key; 0: none
+        ("key", "<u8", (4,)),  # its first 32 bytes, padded with zeros
+        ("parent", "<u8"),  # the head of the parent's key, see `heads`; 0: none
         ("checksum", "<u8"),  # xxh3-64 of the block's bytes, before encryption
         ("sequence", "<u8"),  # the leader's number of this write: the same on all ranks, and rising
         ("written_at", "<f8"),  # unix seconds
         ("expires", "<f8"),  # unix seconds; inf: never
         ("length", "<u4"),  # the block's bytes
-        ("key_length", "<u4"),  # 0: no block, but a mark that one was found to be bad here
+        # The key's length, and 256 times its 33rd byte; 0: no block, but a mark that one was found to be bad here.
+        ("key_tail", "<u4"),
         ("nonce", "u1", (12,)),  # of the encryption; 0: none
         ("tag", "u1", (16,)),
         ("priority", "<i4"),
@@ -105,7 +107,7 @@ def _mixed(words: Words) -> Words:
 class Labels:
     """What is written down with the blocks of one job, besides their bytes.
 
-    Per block: the key (at most 32 bytes), the parent's key (empty: none), the priority, and when it `expires` (unix
+    Per block: the key (at most 33 bytes), the parent's key (empty: none), the priority, and when it `expires` (unix
     seconds, inf: never). The last block's write has the number `sequence`, those before it higher ones: what has the
     lowest is the first to go after a restart, and a prompt's leaf goes before its root.
     """
@@ -128,9 +130,9 @@ def pack(slots: Slots, labels: Labels, checksums: Words, length: int, now: float
     if len(lengths) > 1:
         raise Misuse(f"labels, slots and checksums are of as many blocks: {sorted(lengths)}")
     records = np.zeros(len(slots), dtype=RECORD)
-    records["key"], records["key_length"] = packed_keys(labels.keys)
-    parents = b"".join(parent[:8].ljust(8, b"\0") for parent in labels.parents)
-    records["parent"] = np.frombuffer(parents, dtype="<u8")
+    records["key"], records["key_tail"] = packed_keys(labels.keys)
+    known = [at for at, parent in enumerate(labels.parents) if parent]
+    records["parent"][known] = heads(*packed_keys([labels.parents[at] for at in known]))
     records["checksum"] = checksums
     records["sequence"] = labels.sequence + np.arange(len(slots), dtype=np.uint64)[::-1]
     records["written_at"], records["expires"] = now, labels.expires
@@ -140,16 +142,34 @@ def pack(slots: Slots, labels: Labels, checksums: Words, length: int, now: float
 
 
 def packed_keys(keys: Sequence[bytes]) -> tuple[Words, npt.NDArray[np.uint32]]:
-    """Keys as four words each, padded with zeros, and their lengths.
+    """Keys as four words each, padded with zeros, and their tails.
 
     Raises:
         Misuse: a key that is empty or too long.
     """
-    lengths = np.fromiter(map(len, keys), dtype=np.uint32, count=len(keys))
-    if len(keys) and not (lengths.min() >= 1 and lengths.max() <= KEY_BYTES):
-        raise Misuse(f"the disk tier's keys have 1 to {KEY_BYTES} bytes, not {lengths.min()} or {lengths.max()}")
+    tails = np.fromiter(map(len, keys), dtype=np.uint32, count=len(keys))
+    least, most = tails.min(initial=KEY_BYTES), tails.max(initial=0)
+    if least < 1 or most > KEY_BYTES + 1:
+        raise Misuse(f"the disk tier's keys have 1 to {KEY_BYTES + 1} bytes, not {least} or {most}")
+    if most > KEY_BYTES:
+        tails |= np.fromiter((key[KEY_BYTES] if len(key) > KEY_BYTES else 0 for key in keys), np.uint32, len(keys)) << 8
+        keys = [key[:KEY_BYTES] for key in keys]
     text = b"".join(key.ljust(KEY_BYTES, b"\0") for key in keys)
-    return np.frombuffer(text, dtype="<u8").reshape(len(keys), 4), lengths
+    return np.frombuffer(text, dtype="<u8").reshape(len(keys), 4), tails
+
+
+def heads(keys: Words, tails: npt.NDArray[np.uint32]) -> Words:
+    """What tells keys apart well enough to find a parent: the first 8 bytes, XORed with the 33rd."""
+    return keys[:, 0] ^ (tails >> 8).astype(np.uint64)
+
+
+def unpacked_keys(keys: Words, tails: npt.NDArray[np.uint32]) -> list[bytes]:
+    """The keys as they were given."""
+    text, ends = keys.tobytes(), [bytes([end]) for end in range(256)]
+    return [
+        text[at : at + KEY_BYTES] + ends[tail >> 8] if tail & 0xFF > KEY_BYTES else text[at : at + tail]
+        for at, tail in zip(range(0, len(text), KEY_BYTES), tails.tolist(), strict=True)
+    ]
 
 
 def marks(slots: Slots, generation: int, now: float) -> Records:
@@ -176,8 +196,8 @@ def parse(records: Records, first_slot: int, seal: Seal, generation: int, length
     """Tell the records of slots from `first_slot` on apart; blocks are of `generation` and have `length` bytes."""
     empty = is_empty(records)
     slots = np.arange(first_slot, first_slot + len(records))
-    intact = seal.intact(records) & (records["slot"] == slots) & (records["key_length"] <= KEY_BYTES)
-    current, marked = intact & (records["generation"] == generation), records["key_length"] == 0
+    intact = seal.intact(records) & (records["slot"] == slots) & (records["key_tail"] & 0xFF <= KEY_BYTES + 1)
+    current, marked = intact & (records["generation"] == generation), records["key_tail"] == 0
     blocks = current & ~marked & (records["length"] == length)
     return Parsed(blocks, empty, current & marked, ~intact & ~empty)
 

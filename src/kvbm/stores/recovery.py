@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from kvbm.core.region import Slots
 from kvbm.stores.files import opened, read_up_to, reported
-from kvbm.stores.format import KEY_BYTES, PAGE, RECORD, Mask, Records, Seal, Words, parse
+from kvbm.stores.format import PAGE, RECORD, Mask, Records, Seal, Words, parse, unpacked_keys
 from kvbm.stores.meta import Place
 
 _STRETCH: Final = 1 << 16
@@ -29,15 +29,15 @@ _OPAQUE: Final = np.dtype((np.void, RECORD.itemsize))
 class Recovered:
     """The blocks of a namespace, the oldest write first; arrays of one entry per block.
 
-    `keys` are (n, 32) bytes, padded with zeros, of `key_lengths`; `parents` the first 8 bytes of each parent's key as
-    a little-endian number, 0 where there is none; `expires` and `written_at` unix seconds. New writes begin with
+    `keys` and `tails` are as `packed_keys` makes them; `parents` the head of each parent's key, 0 where there is none;
+    `expires` and `written_at` unix seconds. New writes begin with
     `next_sequence`. `damaged` and `bad` count records that are not intact and slots in which a bad block was found,
     over all ranks.
     """
 
     slots: npt.NDArray[np.int64]
-    keys: npt.NDArray[np.uint8]
-    key_lengths: npt.NDArray[np.uint32]
+    keys: Words
+    tails: npt.NDArray[np.uint32]
     parents: Words
     sequences: Words
     priorities: npt.NDArray[np.int32]
@@ -49,8 +49,7 @@ class Recovered:
 
     def key_list(self) -> list[bytes]:
         """The keys as they were given."""
-        text, lengths = self.keys.tobytes(), self.key_lengths.tolist()
-        return [text[i : i + n] for i, n in zip(range(0, len(text), KEY_BYTES), lengths, strict=True)]
+        return unpacked_keys(self.keys, self.tails)
 
 
 def recover(place: Place, now: float) -> Recovered:
@@ -78,7 +77,7 @@ def recover(place: Place, now: float) -> Recovered:
                 continue
             common &= one.blocks & (records["sequence"] == ranks[0]["sequence"])
             common &= (records["key"] == ranks[0]["key"]).all(axis=1)
-            common &= records["key_length"] == ranks[0]["key_length"]
+            common &= records["key_tail"] == ranks[0]["key_tail"]
         kept.append(ranks[0].view(_OPAQUE)[common])
     blocks = np.concatenate(kept).view(RECORD)
     del kept
@@ -86,8 +85,8 @@ def recover(place: Place, now: float) -> Recovered:
     order = order[_last_of_each(blocks, order)]
     return Recovered(
         slots=blocks["slot"][order].astype(np.int64),
-        keys=blocks["key"][order].view(np.uint8),
-        key_lengths=blocks["key_length"][order],
+        keys=blocks["key"][order],
+        tails=blocks["key_tail"][order],
         parents=blocks["parent"][order],
         sequences=blocks["sequence"][order],
         priorities=blocks["priority"][order],
@@ -141,7 +140,7 @@ def _last_of_each(blocks: Records, order: Slots) -> Mask:
     newest: dict[tuple[bytes, int], int] = {}
     for place in np.unique(np.concatenate([sort[same], sort[same + 1]])).tolist():
         block = blocks[order[place]]
-        key = block["key"].tobytes(), int(block["key_length"])
+        key = block["key"].tobytes(), int(block["key_tail"])
         if key in newest:
             last[newest[key]] = False
         newest[key] = place

@@ -120,7 +120,7 @@ class Shard:
     def __len__(self) -> int:
         """Blocks that are there."""
         with self._lock:
-            return int((self._records["key_length"] > 0).sum())
+            return int((self._records["key_tail"] > 0).sum())
 
     def expect(self, slots: Slots, keys: Sequence[bytes]) -> tuple[Mask, Records]:
         """Which of `slots` hold the block of their key, and every slot's record.
@@ -129,12 +129,12 @@ class Shard:
             Misuse: a key no block can have, or a slot that is not there.
         """
         self._check(slots)
-        words, lengths = packed_keys(keys)
+        words, tails = packed_keys(keys)
         if len(words) != len(slots):
             raise Misuse(f"{len(slots)} slots, but {len(words)} keys")
         with self._lock:
             records = self._records[slots]
-        return (records["key"] == words).all(axis=1) & (records["key_length"] == lengths), records
+        return (records["key"] == words).all(axis=1) & (records["key_tail"] == tails), records
 
     def forget(self, slots: Slots) -> None:
         """Have these slots empty, on disk as well; before they are overwritten, or for good.
@@ -194,7 +194,7 @@ class Shard:
         """
         with self._lock:
             self.corrupt += len(slots)
-            same = (self._records["check"][slots] == found["check"]) & (found["key_length"] > 0)
+            same = (self._records["check"][slots] == found["check"]) & (found["key_tail"] > 0)
             slots = slots[same]
             records = marks(slots, self.place.generation, self._clock())
             self._seal.close(records)
@@ -291,7 +291,7 @@ class Shard:
         with reported(f"write {self._index.path}"):
             write_rows(self._index.fd, records[needed], slots[needed], PAGE)
         self._blank[slots] = blank
-        self._records[slots[records["key_length"] > 0]] = records[records["key_length"] > 0]
+        self._records[slots[records["key_tail"] > 0]] = records[records["key_tail"] > 0]
 
     def _try(self, fd: int, offset: int, content: bytes) -> None:
         page = mmap.mmap(-1, PAGE)  # on a page's boundary, as direct I/O wants it

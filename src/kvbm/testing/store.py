@@ -267,7 +267,7 @@ class StoreSuite:
         assert result.calls == []
 
     def test_nonsense_fails(self, rig: Rig) -> None:
-        for change in ({"keys": [bytes(33)]}, {"keys": [b""]}, {"parents": [b"", b""]}):
+        for change in ({"keys": [bytes(34)]}, {"keys": [b""]}, {"parents": [b"", b""]}):
             assert rig.start_write([1], [0], **change).outcomes == [FAILED]
         assert rig.write([1], [16]) == [FAILED]
         assert rig.read([1], [-1]) == [FAILED]

@@ -12,7 +12,7 @@ from kvbm.core.config import Resolved
 from kvbm.core.errors import ConfigError, Unsupported
 from kvbm.core.keys import Namespace, weights_digest
 from kvbm.core.region import Plane, Region
-from kvbm.manager import build_disk, build_peers
+from kvbm.manager import build_peers
 from kvbm.manager.build import Place
 
 if TYPE_CHECKING:
@@ -105,10 +105,8 @@ def _check_settings(resolved: Resolved, groups: int) -> None:
     """What cannot go with several layer groups, or one that does not need all blocks."""
     settings, sources = resolved.settings, resolved.sources
     otherwise = " Or start the engine with --disable-hybrid-kv-cache-manager: then every layer keeps all blocks."
-    disk = "g3_gb" if settings.g3_gb is not None else "g3_blocks"
     for name, wrong, sentence, remedy in (
         ("onboard", settings.onboard == "sync", "sync cannot be used", "Use onboard=async."),
-        (disk, build_disk.wanted(settings), "there is no disk tier", "Leave it out."),
         ("directory", build_peers.wanted(settings), "blocks are not shared with other instances", "Leave it out."),
         (
             "shadow_every",

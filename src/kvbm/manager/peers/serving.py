@@ -8,7 +8,7 @@ from typing import NamedTuple
 from kvbm.blocks import Pinned, Pool
 from kvbm.manager.peers.messages import Promise, Reserve
 from kvbm.manager.peers.sums import Sums
-from kvbm.manager.promote import Promotion
+from kvbm.manager.promote import Promotion, Wanted
 from kvbm.manager.requests import Record, Request
 from kvbm.manager.wire import pack
 
@@ -77,7 +77,7 @@ class Serving:
             return False
         if not self._pool.absent([key]) or self._promotion.coming(key):
             return True
-        self._promotion.begin(search, Record(search, 0), keys)
+        self._promotion.begin(search, Record(search, 0), Wanted(keys))
         if self._promotion.coming(key):
             return True
         return expected and any(len(each.keys) > at and each.keys[at] == key for each in self._requests.values())
