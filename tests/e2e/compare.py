@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbm.testing.faults import inject, injected
-from tests.e2e.engine import Done, Engine, asynchronous_scheduling, write_tiny
+from tests.e2e.engine import Done, Engine, asynchronous_scheduling, write_gemma, write_tiny
 from tests.e2e.soak_peers import always_load, left, use
 from tests.e2e.test_requests import adapter
 from tests.valkey import Server
@@ -62,6 +62,8 @@ class Setup:
     rank: int | None = None
     """The one on which copies fail; None: on all."""
 
+    write: Callable[[Path], Path] = write_tiny
+    """Makes the model."""
     several: bool = True
     """Whether requests ask for several answers: with top_k and speculation vLLM 0.32 ends when there was no guess."""
 
@@ -89,6 +91,7 @@ SETUPS = {
     "no-prefix-cache": Setup(options={"enable_prefix_caching": False}),
     "two-ranks": Setup(options={"tensor_parallel_size": 2}, rank=1),
     "peers": Setup(tiers=("g2", "peer")),
+    "hybrid": Setup({"g2_blocks": 3 * G2_BLOCKS}, {"num_gpu_blocks_override": 100}, write=write_gemma),
 }
 
 
@@ -108,11 +111,11 @@ class Job:
 
 
 class Alone:
-    """The engine without KVBM, for set-ups of so many ranks, and the adapters of both. `close` ends it."""
+    """The engine without KVBM, with a set-up's model and as many ranks, and the adapters of both. `close` ends it."""
 
     def __init__(self, model: Path, folder: Path, ranks: int = 1) -> None:
         folder.mkdir()
-        self.model, self.ranks = model, ranks
+        self.model = model
         self.loras = [None, *(_lora(folder, number) for number in (1, 2))]
         sizes = SIZES | {"num_gpu_blocks_override": 256, "tensor_parallel_size": ranks}
         self._engine: Engine | None = Engine(model, None, **sizes, **LORA)
@@ -284,7 +287,7 @@ class Run:
     def _start(self, settings: Mapping[str, Any]) -> Engine:
         options = dict(self.setup.options)
         with asynchronous_scheduling() if options.get("async_scheduling") else nullcontext():
-            engine = Engine(self._alone.model, settings, **SIZES, **LORA, **options)
+            engine = Engine(self._alone.model, settings, **(SIZES | LORA | options))
         config = engine.core.scheduler.vllm_config.scheduler_config
         assert config.async_scheduling == options.get("async_scheduling", False)
         self._count(engine, "_preempt_request", "preempted")
@@ -443,15 +446,17 @@ def main() -> int:
     always_load()
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        model, alone = write_tiny(folder / "model"), dict[int, Alone]()
+        engines = dict[tuple[Any, int], Alone]()
         for at, setup in enumerate(names[:1] if given.minutes else names):
-            if (ranks := SETUPS[setup].ranks) not in alone:
-                alone[ranks] = stack.enter_context(closing(Alone(model, folder / f"alone{ranks}", ranks)))
+            write, ranks = of = SETUPS[setup].write, SETUPS[setup].ranks
+            if of not in engines:
+                model = write(folder / f"model of {setup}")
+                engines[of] = stack.enter_context(closing(Alone(model, folder / f"alone for {setup}", ranks)))
             if given.minutes:
-                results.append(soak(setup, given.minutes, given.seed, alone[ranks], folder / setup))
+                results.append(soak(setup, given.minutes, given.seed, engines[of], folder / setup))
                 break
             requests = given.requests // len(names) + (at < given.requests % len(names))
-            results.append(compare(setup, requests, given.seed + at, alone[ranks], folder / setup))
+            results.append(compare(setup, requests, given.seed + at, engines[of], folder / setup))
             print(json.dumps(vars(results[-1])), flush=True)
     print(json.dumps({"total": total(results), "setups": [vars(each) for each in results]}, indent=1))
     problems = [f"{each.setup}: {problem}" for each in results if (problem := each.problem())]

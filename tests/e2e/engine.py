@@ -51,6 +51,24 @@ def write_tiny(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+_WINDOW = 64
+"""Tokens that five of `write_gemma`'s six layers see: two blocks."""
+
+
+def write_gemma(folder: Path) -> Path:
+    """A Gemma 3 with random weights: full attention beside sliding windows."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        **(TINY | {"num_hidden_layers": 6, "tie_word_embeddings": True}),
+        sliding_window=_WINDOW, query_pre_attn_scalar=32, pad_token_id=0,
+    )  # fmt: skip
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 @dataclass
 class Done:
     tokens: list[int] = field(default_factory=list)

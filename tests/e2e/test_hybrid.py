@@ -13,28 +13,16 @@ import pytest
 
 from kvbm.testing.faults import inject
 from tests.e2e.conftest import prompt_of
-from tests.e2e.engine import BLOCK, TINY, Done, Engine, environment, minor
+from tests.e2e.engine import BLOCK, TINY, Done, Engine, environment, minor, write_gemma
 from tests.e2e.test_disk import settled, wrong
 
 Plain = Callable[..., list[Done]]
-WINDOW = 64
-"""Two blocks; four windows, from one checkpoint to the next, are 256 tokens."""
 CHUNK = 128
 
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        **(TINY | {"num_hidden_layers": 6, "tie_word_embeddings": True}),
-        sliding_window=WINDOW, query_pre_attn_scalar=32, pad_token_id=0,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("gemma")
-    Gemma3ForCausalLM(config).save_pretrained(folder)
-    return folder
+    return write_gemma(tmp_path_factory.mktemp("gemma"))
 
 
 @pytest.fixture(scope="module")

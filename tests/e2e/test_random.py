@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.compare import SETUPS, Alone, compare, running
+from tests.e2e.engine import write_tiny
 
 pytestmark = pytest.mark.usefixtures("always_load")
 REQUESTS = 60
@@ -27,10 +28,12 @@ def alone(request: pytest.FixtureRequest, name: str, one_rank: Alone, tiny: Path
     """The engine without KVBM for this set-up."""
     if name == "ngram":
         request.getfixturevalue("guesses")
-    if (ranks := SETUPS[name].ranks) == 1:
+    write, ranks = SETUPS[name].write, SETUPS[name].ranks
+    if (write, ranks) == (write_tiny, 1):
         yield one_rank
         return
-    with closing(Alone(tiny, tmp_path / "alone", ranks)) as alone:
+    model = tiny if write is write_tiny else write(tmp_path / "model")
+    with closing(Alone(model, tmp_path / "alone", ranks)) as alone:
         yield alone
 
 
