@@ -12,10 +12,19 @@ from kvbm.manager.gate import Gate
 from tests.e2e.engine import Done, Engine, minor, write_tiny
 
 
+_UNTIMED = (
+    "contract", "hybrid", "keys", "kv_dtype", "mla", "models", "one_process", "onboard", "prompt_embeds", "random",
+    "requests", "speculation", "trust", "weights",
+)  # fmt: skip
+"""Modules that neither measure times nor have short deadlines."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.e2e)
+            if item.path.stem.removeprefix("test_") in _UNTIMED:
+                item.add_marker(pytest.mark.untimed)
             # vLLM and what it imports warn about many things; ours are still errors in the tests without an engine.
             item.add_marker(pytest.mark.filterwarnings("ignore"))
 
