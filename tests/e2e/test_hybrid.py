@@ -115,9 +115,9 @@ def test_every_output_is_the_engines_own(gemma: Path, plain: Plain, tmp_path: Pa
     roots = [prompt_of(dice, dice.randrange(100, 700)) for _ in range(8)]
     prompts = [dice.choice(roots)[: dice.randrange(1, 700)] + prompt_of(dice, dice.randrange(1, 60)) for _ in range(80)]
     expected = [done.tokens for done in plain(prompts, 40)]
-    inject(tmp_path / "faults", "load_fail=0.15&store_fail=0.05&delay=0.01&seed=1", "disk=1&fail=0.02&flip=0.02&seed=1")
+    inject(tmp_path / "faults", "load_fail=0.15&store_fail=0.05&delay=0.01&seed=1", "disk=1&fail=0.05&flip=0.05&seed=1")
     kvbm = {
-        "g2_blocks": 300, "g3_gb": 0.1, "g3_dir": str(tmp_path / "disk"),
+        "g2_blocks": 150, "g3_gb": 0.1, "g3_dir": str(tmp_path / "disk"),
         "transport_wrapper": f"kvbm.testing.faults:follow?{tmp_path / 'faults'}",
     }  # fmt: skip
     with closing(
