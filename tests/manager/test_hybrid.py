@@ -271,7 +271,7 @@ def with_disk(stage: Stage, **options: Any) -> Stage:
     return stage.add_disk(4 * stage.pool.statistics().total, block_tokens=BLOCK, **options)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     model=st.sampled_from(list(MODELS)), disk=st.sampled_from(["", "beside", "exclusive"]), seed=st.integers(0, 1 << 30)
 )

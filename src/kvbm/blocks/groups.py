@@ -92,15 +92,17 @@ class Hit(Found):
 
 
 class Either:
-    """What is in one pool or the other, as a `Where`."""
+    """What is in one pool or the other (`Where`)."""
 
     def __init__(self, one: Pool, other: Pool) -> None:
         self._one, self._other = one, other
 
     def present(self, keys: Sequence[bytes]) -> Mask:
+        """See `Where`."""
         return self._one.present(keys) | self._other.present(keys)
 
     def peek(self, keys: Sequence[bytes]) -> int:
+        """See `Where`."""
         gone = np.flatnonzero(~self.present(keys))
         return int(gone[0]) if len(gone) else len(keys)
 
