@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbm.blocks import LayerGroup, Pool, match_groups
+from kvbm.blocks import Either, LayerGroup, Pool, find_groups, match_groups
 from kvbm.core.errors import Misuse
 from kvbm.policy import LRU
 
@@ -108,6 +108,20 @@ def test_a_window_needs_fewer_blocks_than_full_attention() -> None:
     hit = match_groups(pool, [LayerGroup("full", BLOCK), WINDOW], keys)
     assert (hit.length, len(hit.blocks), hit.reach) == (0, 0, 8)
     hit.held.drop()
+
+
+@given(
+    has=st.lists(st.tuples(present, present, rules), min_size=1, max_size=3),
+    start=st.integers(0, 3),
+    most=st.none() | st.integers(0, 12),
+)
+def test_two_pools_give_together_what_one_with_everything_gives(
+    has: list[tuple[set[int], set[int], LayerGroup]], start: int, most: int | None
+) -> None:
+    either = Either(filled([one for one, _, _ in has]), filled([other for _, other, _ in has]))
+    whole, groups = filled([one | other for one, other, _ in has]), [rule for _, _, rule in has]
+    keys = [[key(at, block) for block in range(10)] for at in range(len(has))]
+    assert find_groups(either, groups, keys, start, most) == find_groups(whole, groups, keys, start, most)
 
 
 class Going(Pool):

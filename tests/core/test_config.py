@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvbm.core.config import UPSTREAM, Settings, allowed, child_environment, load, shown
+from kvbm.core.config import UPSTREAM, Settings, allowed, child_environment, load, set_for_library, shown
 from kvbm.core.errors import ConfigError
 
 
@@ -280,3 +280,11 @@ def test_passwords_of_addresses_are_not_shown(given: Any, seen: Any) -> None:
         with pytest.raises(ConfigError) as caught:
             load(environ={}, extra={"directory": given.replace("valkey", "ftp")})
         assert "pass" not in str(caught.value)
+
+
+def test_what_somebody_has_set_for_a_library_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_LIBRARY", "theirs")
+    monkeypatch.delenv("OTHER_LIBRARY", raising=False)
+    for name in ("SOME_LIBRARY", "OTHER_LIBRARY"):
+        set_for_library(name, "ours")
+    assert (os.environ["SOME_LIBRARY"], os.environ.pop("OTHER_LIBRARY")) == ("theirs", "ours")

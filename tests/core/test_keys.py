@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvbm.core import keys
-from kvbm.core.keys import Namespace, variant_keys, weights_digest
+from kvbm.core.keys import Namespace, group_key, group_of, variant_keys, weights_digest
 
 FACTS: dict[str, object] = {
     "architecture": ["LlamaForCausalLM"],
@@ -106,3 +106,13 @@ def test_variants_of_keys() -> None:
     first, second = variant_keys(plain, b"1 adapter"), variant_keys(plain, b"2 adapter")
     assert len({*plain, *first, *second}) == 6
     assert first == variant_keys(plain, b"1 adapter")
+
+
+def test_keys_of_layer_groups() -> None:
+    """The first group's are the engine's; no two are the same, and each says what it is of."""
+    engines = [bytes(range(32)), bytes(range(1, 33))]
+    pairs = [(key, group) for key in engines for group in (0, 1, 7)]
+    named = [group_key(key, group) for key, group in pairs]
+    assert len(set(named)) == len(named)
+    assert [named[0], named[3]] == engines
+    assert [group_of(key) for key in named] == pairs

@@ -11,7 +11,6 @@ import pytest
 from kvbm.manager.gate import Gate
 from tests.e2e.engine import Done, Engine, minor, write_tiny
 
-
 _UNTIMED = (
     "contract", "hybrid", "keys", "kv_dtype", "mla", "models", "one_process", "onboard", "prompt_embeds", "random",
     "requests", "speculation", "trust", "weights",

@@ -51,7 +51,7 @@ class LayerGroup:
                 return np.maximum(0, tokens - self.tokens + 1) // self.block
             case "chunk":
                 return tokens // self.tokens * self.tokens // self.block
-            case "state":
+            case _:  # state
                 return np.maximum(0, tokens - 1) // self.block
 
     @property
