@@ -30,8 +30,11 @@ class Server:
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd="/")
         deadline = time.monotonic() + 10
         while True:
-            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
-                return
+            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as sock:
+                sock.sendall(b"INFO server\r\n")
+                if f"\r\nprocess_id:{self._process.pid}\r\n".encode() in sock.recv(1 << 16):
+                    return
+            assert self._process.poll() is None, "Valkey does not start: another server has its port"
             assert time.monotonic() < deadline, "Valkey does not start"
             time.sleep(0.01)
 

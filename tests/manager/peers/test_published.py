@@ -29,7 +29,10 @@ class Tiers:
 
     def told(self) -> tuple[set[bytes], set[bytes], bool]:
         assert self.published.pending
-        return self.published.take()
+        taken = self.published.take()
+        assert self.published.pending == any(taken), "the directory does not know it yet"
+        self.published.told()
+        return taken
 
 
 def put(pool: Pool, keys: list[bytes]) -> None:

@@ -227,6 +227,7 @@ class Network:
                     except Exception:
                         self._published.again()
                         raise
+                    self._published.told()
                 written = self._published.written
                 if self.problem is not None:
                     if failures:

@@ -22,7 +22,7 @@ class Published:
         self._added: set[bytes] = set()
         self._gone: list[bytes] = []
         self._removed: set[bytes] = set()
-        self._afresh = False
+        self._afresh = self._telling = False
         self.written = 0
         """How many entries the directory has once it has been told what `take` gave."""
 
@@ -33,9 +33,9 @@ class Published:
 
     @property
     def pending(self) -> bool:
-        """Whether there is something to tell."""
+        """Whether the directory does not know everything."""
         with self._lock:
-            return bool(self._added or self._gone or self._removed or self._afresh)
+            return bool(self._added or self._gone or self._removed or self._afresh or self._telling)
 
     def stored(self, keys: Sequence[bytes], places: Slots) -> None:
         """These can be had here; `places` are their numbers in their prompt, counted from 0."""
@@ -61,7 +61,8 @@ class Published:
                 self._gone = list(self._keys.values())
 
     def take(self) -> tuple[set[bytes], set[bytes], bool]:
-        """What to add and what to remove since the last call; and whether everything else is to go."""
+        """What to add and what to remove since the last call; and whether everything else is to go. Then comes `told`
+        or, where the directory did not take it, `again`."""
         with self._lock:
             gone = {entry(key): key for key in self._gone}
             self._gone = []
@@ -80,9 +81,15 @@ class Published:
             removed, self._removed = self._removed, set()
             afresh, self._afresh = self._afresh, False
             self.written = len(self._keys)
+            self._telling = bool(added or removed or afresh)
             return added, removed, afresh
+
+    def told(self) -> None:
+        """The directory knows what `take` gave."""
+        with self._lock:
+            self._telling = False
 
     def again(self) -> None:
         """The directory has lost something: tell it everything."""
         with self._lock:
-            self._added, self._afresh = set(self._keys), True
+            self._added, self._afresh, self._telling = set(self._keys), True, False
