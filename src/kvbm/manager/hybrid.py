@@ -12,8 +12,7 @@ from kvbm.core.errors import Misuse
 from kvbm.core.keys import group_key
 from kvbm.core.region import Slots
 from kvbm.manager.leader import Leader
-from kvbm.manager.promote import Wanted
-from kvbm.manager.requests import Request
+from kvbm.manager.requests import Request, Wanted
 
 _WINDOWS = 4
 """Windows from one checkpoint to the next, where no other distance was asked for."""
@@ -43,13 +42,13 @@ class HybridLeader(Leader):
     # ------------------------------------------------------------------ up
 
     def _asked(self, request: Request, keys: Sequence[bytes]) -> tuple[Sequence[bytes], Wanted]:
-        wanted = self._wanted(request, keys, 0)
+        request.plan = self._plan(request, keys, 0)
         full = [number for number, group in enumerate(self._groups) if group.kind == "full"]
         asked = dict.fromkeys(key for number in full for key in _GroupKeys(keys, number)[:])
-        return [*(asked | dict.fromkeys(wanted.keys))], wanted
+        return [*(asked | dict.fromkeys(request.plan.keys))], self._absent_first(request.plan)
 
-    def _wanted(self, request: Request, keys: Sequence[bytes], computed: int) -> Wanted:
-        """What the longest hit needs that disk and G2 could give together, what is not in G2 first."""
+    def _plan(self, request: Request, keys: Sequence[bytes], computed: int) -> Wanted:
+        """What the longest hit needs that disk and G2 could give together."""
         assert self.lower is not None
         promotion = self.lower.promotion
         where, room = promotion.reachable(request.record), promotion.room_for(request.id)
@@ -57,16 +56,32 @@ class HybridLeader(Leader):
         if found.reach > found.longest:
             request.parts = max(request.parts, found.reach)
         needed = self._keys(request, found.blocks)
-        near = self.pool.present(needed)
-        absent = int((~near).sum())
+        absent = int((~self.pool.present(needed)).sum())
         if not absent:
             return Wanted([])
         alone = find_groups(self.pool, self._groups, self._views(keys), computed, room).length
-        order = np.argsort(near, kind="stable").tolist()
-        return Wanted([needed[at] for at in order], (found.length - max(alone, computed)) / absent)
+        return Wanted(needed, (found.length - max(alone, computed)) / absent)
+
+    def _absent_first(self, plan: Wanted) -> Wanted:
+        """Nothing, where all of it is in G2."""
+        near = self.pool.present(plan.keys)
+        order = [] if near.all() else np.argsort(near, kind="stable").tolist()
+        return plan._replace(keys=[plan.keys[at] for at in order])
+
+    def _comes(self, request: Request, keys: Sequence[bytes], computed: int) -> bool:
+        """Whether what a longer hit needs is on its way."""
+        if self.lower is None:
+            return False
+        plan = request.plan
+        if plan is None or not (wanted := self._absent_first(plan)).keys:
+            plan = self._plan(request, keys, computed)
+            wanted = self._absent_first(plan)
+        comes = self.lower.waits(request, wanted, computed)
+        request.plan = plan if comes else None  # asked for at every step: it is made once
+        return comes
 
     def _hold(self, request: Request, keys: Sequence[bytes], computed: int) -> int | None:
-        if self.lower is not None and self.lower.waits(request, self._wanted(request, keys, computed), computed):
+        if self._comes(request, keys, computed):
             return None
         room = max(1, int(self._total * self._settings.held_share))
         hit = match_groups(self.pool, self._groups, self._views(keys), computed, max(0, room - self._held))

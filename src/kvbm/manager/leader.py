@@ -24,8 +24,7 @@ from kvbm.core.region import Slots
 from kvbm.manager.channel import Link
 from kvbm.manager.gate import Gate
 from kvbm.manager.housekeeping import Housekeeping
-from kvbm.manager.promote import Wanted
-from kvbm.manager.requests import Record, Request, RequestParams
+from kvbm.manager.requests import Record, Request, RequestParams, Wanted
 from kvbm.manager.shadow import Shadow
 from kvbm.manager.watch import paced
 from kvbm.manager.wire import Compare, Copy, Step

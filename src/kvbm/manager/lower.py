@@ -13,8 +13,8 @@ from kvbm.manager.demote import Demotion
 from kvbm.manager.disk import DiskTier
 from kvbm.manager.jobs import Job
 from kvbm.manager.peers.fetch import Peers
-from kvbm.manager.promote import Promotion, Wanted
-from kvbm.manager.requests import Request
+from kvbm.manager.promote import Promotion
+from kvbm.manager.requests import Request, Wanted
 from kvbm.manager.verify import Verification
 from kvbm.manager.wire import Mine, Probed, Result
 

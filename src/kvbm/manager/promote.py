@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from kvbm.core.events import Fetched, Gated, Promoted
 from kvbm.core.region import Slots
 from kvbm.manager.jobs import Move
 from kvbm.manager.peers.sums import Sums
-from kvbm.manager.requests import Record
+from kvbm.manager.requests import Record, Wanted
 from kvbm.manager.shadow import Shadow
 from kvbm.manager.sources import DiskSource, Hold, Source
 
@@ -28,14 +27,6 @@ _KEEP = 30.0
 """Seconds that what has arrived is held for a request that is not scheduled."""
 _SOON = 0.05
 """Seconds that one move should take at most: what has arrived can be used, what is being read cannot."""
-
-
-class Wanted(NamedTuple):
-    """Blocks that a request needs in G2: in prompt order, or, where layer groups need different ones, what is not there
-    first. Each that is read saves computing `worth` blocks of the prompt."""
-
-    keys: Sequence[bytes]
-    worth: float = 1.0
 
 
 @dataclass(slots=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvbm.blocks import Pinned
 
@@ -83,6 +83,14 @@ class Record:
             self.why.append(sentence)
 
 
+class Wanted(NamedTuple):
+    """Blocks that a request needs in G2: in prompt order, or, where layer groups need different ones, what is not there
+    first. Each that is read saves computing `worth` blocks of the prompt."""
+
+    keys: Sequence[bytes]
+    worth: float = 1.0
+
+
 @dataclass(slots=True)
 class Request:
     """A living request. `keys` grows as blocks fill; `g1` are its blocks in the engine, in order, `others` those in the
@@ -108,6 +116,8 @@ class Request:
     """Blocks that groups which do not keep all of theirs have been asked for."""
     computed: int = 0
     """Tokens that were computed before this step."""
+    plan: Wanted | None = None
+    """What a hit over disk and G2 needs, while that is on its way."""
     parts: int = 0
     """Block where others were seen to go on differently; 0: nowhere."""
     end: int = 0

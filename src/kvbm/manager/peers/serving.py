@@ -8,8 +8,8 @@ from typing import NamedTuple
 from kvbm.blocks import Pinned, Pool
 from kvbm.manager.peers.messages import Promise, Reserve
 from kvbm.manager.peers.sums import Sums
-from kvbm.manager.promote import Promotion, Wanted
-from kvbm.manager.requests import Record, Request
+from kvbm.manager.promote import Promotion
+from kvbm.manager.requests import Record, Request, Wanted
 from kvbm.manager.wire import pack
 
 
