@@ -91,7 +91,10 @@ SETUPS = {
     "no-prefix-cache": Setup(options={"enable_prefix_caching": False}),
     "two-ranks": Setup(options={"tensor_parallel_size": 2}, rank=1),
     "peers": Setup(tiers=("g2", "peer")),
-    "hybrid": Setup({"g2_blocks": 3 * G2_BLOCKS}, {"num_gpu_blocks_override": 100}, write=write_gemma),
+    # Blocks of six groups; windows are kept where many prompts can go on from.
+    "hybrid": Setup(
+        {"g2_blocks": 6 * G2_BLOCKS, "checkpoint_tokens": 64}, {"num_gpu_blocks_override": 100}, write=write_gemma
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""The short form of `python -m tests.e2e.compare`: every set-up, sixty requests each, every output compared."""
+"""The short form of `python -m tests.e2e.compare`: every set-up, every output compared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.e2e.compare import SETUPS, Alone, compare, running
 from tests.e2e.engine import write_tiny
 
 pytestmark = pytest.mark.usefixtures("always_load")
-REQUESTS = 60
+REQUESTS = {"hybrid": 120}
+"""Of a set-up; 60 of the others. A hit there needs blocks of six groups, and one copy in ten goes wrong: there are few."""
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +46,10 @@ def _seed() -> int:
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_every_output_is_the_engines_own(name: str, alone: Alone, tmp_path: Path) -> None:
-    result = compare(name, REQUESTS, _seed(), alone, tmp_path / "run")
+    requests = REQUESTS.get(name, 60)
+    result = compare(name, requests, _seed(), alone, tmp_path / "run")
     assert result.problem() is None, vars(result)
-    assert result.requests == REQUESTS
+    assert result.requests == requests
     assert result.features["chunked prefill"] > 0
     assert result.features["preempted"] > 0
     assert ("guessed at" in result.features) == (name == "ngram")
