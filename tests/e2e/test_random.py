@@ -15,7 +15,7 @@ from tests.e2e.engine import write_tiny
 
 pytestmark = pytest.mark.usefixtures("always_load")
 REQUESTS = {"hybrid": 120}
-"""Of a set-up; 60 of the others. A hit there needs blocks of six groups, and one copy in ten goes wrong: there are few."""
+"""60 to the other set-ups. A hit here needs blocks of six groups, and one copy in ten goes wrong: hits are few."""
 
 
 @pytest.fixture(scope="module")
