@@ -51,6 +51,17 @@ def _forget(engine: Engine) -> None:
     engine.forget_device()
 
 
+def _serve(engine: Engine, prompts: list[list[int]], expected: list[list[int]]) -> list[int]:
+    """One after the other, with the answers that are expected. Returns how many tokens of each were there."""
+    found = []
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        (done,) = engine.run([prompt], 12)
+        assert done.tokens == tokens
+        found.append(done.cached)
+        _forget(engine)
+    return found
+
+
 def test_a_prompt_comes_back_with_the_windows_of_its_end(engine: Engine, plain: Plain, dice: random.Random) -> None:
     groups = engine.core.scheduler.kv_cache_config.kv_cache_groups
     kinds = sorted(type(group.kv_cache_spec).__name__ for group in groups)
@@ -85,13 +96,7 @@ def test_prompts_that_part_are_found_at_a_checkpoint_then_where_they_part(
     root = prompt_of(dice, 400)
     prompts = [root + prompt_of(dice, 150) for _ in range(3)]
     expected = [done.tokens for done in plain(prompts, 12)]
-    found = []
-    for prompt, tokens in zip(prompts, expected, strict=True):
-        (done,) = engine.run([prompt], 12)
-        assert done.tokens == tokens
-        found.append(done.cached)
-        _forget(engine)
-    assert found == [0, 256, 384]
+    assert _serve(engine, prompts, expected) == [0, 256, 384]
 
 
 def test_a_conversation_goes_on_where_its_last_answer_ended(engine: Engine, plain: Plain, dice: random.Random) -> None:
@@ -190,27 +195,18 @@ def test_the_disk_gives_back_what_each_group_needs(
     expected = [done.tokens for done in plain(prompts, 12)]
     cached = [(len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts]
 
-    def serve(engine: Engine) -> list[int]:
-        found = []
-        for prompt, tokens in zip(prompts, expected, strict=True):
-            (done,) = engine.run([prompt], 12)
-            assert done.tokens == tokens
-            found.append(done.cached)
-            _forget(engine)
-        return found
-
     def started() -> Engine:
         return Engine(gemma, {"g2_blocks": 100, "g3_gb": 0.1, "g3_dir": str(tmp_path)}, num_gpu_blocks_override=256)
 
     with closing(started()) as engine:
         groups = len(engine.core.scheduler.kv_cache_config.kv_cache_groups)
-        assert serve(engine) == [0] * 4
-        assert serve(engine) == cached
+        assert _serve(engine, prompts, expected) == [0] * 4
+        assert _serve(engine, prompts, expected) == cached
         status = settled(engine)
         assert status["tokens"]["g3"] > 0
         assert status["promote"]["corrupt"] == status["promote"]["failed"] == status["demote"]["failed"] == 0
     with closing(started()) as engine:
-        assert serve(engine) == cached
+        assert _serve(engine, prompts, expected) == cached
         status = settled(engine)
         # All of the full group, two blocks of each other group.
         needed = sum(cached) // BLOCK + len(prompts) * 2 * (groups - 1)
@@ -218,7 +214,7 @@ def test_the_disk_gives_back_what_each_group_needs(
         assert status["tokens"]["g3"] == sum(cached)
     wrong(tmp_path)
     with closing(started()) as engine:
-        assert serve(engine) == [0] * 4
+        assert _serve(engine, prompts, expected) == [0] * 4
         assert settled(engine)["promote"]["corrupt"] > 0
 
 
@@ -234,22 +230,14 @@ def _comes_back(model: Path, switch: Path, prompts: list[list[int]], kinds: set[
         groups = engine.core.scheduler.kv_cache_config.kv_cache_groups
         assert {type(group.kv_cache_spec).__name__ for group in groups} == kinds
 
-        def found() -> list[int]:
-            done = []
-            for prompt, tokens in zip(prompts, expected, strict=True):
-                done += engine.run([prompt], 12)
-                assert done[-1].tokens == tokens
-                _forget(engine)
-            return [each.cached for each in done]
-
-        assert found()[:4] == [0] * 4
+        assert _serve(engine, prompts, expected)[:4] == [0] * 4
         before = engine.status()["onboard"]["blocks"]
-        assert found() == [(len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts]
+        assert _serve(engine, prompts, expected) == [(len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts]
         onboarded: int = engine.status()["onboard"]["blocks"] - before
         assert (engine.status()["tokens"]["g3"] > 0) == ("g3_gb" in kvbm)
         inject(switch, "load_garble=1")
         with pytest.raises(AssertionError):  # the negative control
-            found()
+            _serve(engine, prompts, expected)
         return onboarded
 
 

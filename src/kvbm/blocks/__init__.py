@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvbm.blocks.groups import Either, LayerGroup, Where, find_groups, match_groups
+from kvbm.blocks.groups import Either, LayerGroup, Where, find_groups, match_groups, prefix
 from kvbm.blocks.keys import prompt_keys
 from kvbm.blocks.leases import Pinned, Staged, Weak, Writable
 from kvbm.blocks.pool import Pool
@@ -21,5 +21,6 @@ __all__ = [
     "Writable",
     "find_groups",
     "match_groups",
+    "prefix",
     "prompt_keys",
 ]

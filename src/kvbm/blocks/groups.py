@@ -91,6 +91,12 @@ class Hit(Found):
     held: Pinned
 
 
+def prefix(mask: Mask) -> int:
+    """How many of the first are true."""
+    gone = np.flatnonzero(~mask)
+    return int(gone[0]) if len(gone) else len(mask)
+
+
 class Either:
     """What is in one pool or the other (`Where`)."""
 
@@ -103,8 +109,7 @@ class Either:
 
     def peek(self, keys: Sequence[bytes]) -> int:
         """See `Where`."""
-        gone = np.flatnonzero(~self.present(keys))
-        return int(gone[0]) if len(gone) else len(keys)
+        return prefix(self.present(keys))
 
 
 def find_groups(

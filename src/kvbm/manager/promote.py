@@ -13,8 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from kvbm.abc.policy import Mask
-from kvbm.blocks import Either, Pinned, Pool, Staged, Where
+from kvbm.blocks import Either, Pinned, Pool, Staged, Where, prefix
 from kvbm.core.events import Fetched, Gated, Promoted
 from kvbm.core.region import Slots
 from kvbm.manager.jobs import Move
@@ -102,7 +101,7 @@ class Promotion:
         keys = wants.keys
         near = self._g2.present(keys)
         disk = self._readable(record)
-        reach, room = _prefix(near if disk is None else near | disk.pool.present(keys)), self.room
+        reach, room = prefix(near if disk is None else near | disk.pool.present(keys)), self.room
         wanted: list[bytes] = []
         before: list[bytes] = []
         for at in range(reach):
@@ -295,9 +294,3 @@ class Promotion:
             staging.there.pop().drop()
         if not staging.jobs and staging in self._stagings:
             self._stagings.remove(staging)
-
-
-def _prefix(mask: Mask) -> int:
-    """How many of the first are true."""
-    gone = np.flatnonzero(~mask)
-    return int(gone[0]) if len(gone) else len(mask)
