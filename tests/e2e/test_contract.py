@@ -28,7 +28,7 @@ def test_what_is_tested_is_what_is_served() -> None:
 @pytest.mark.parametrize(
     ("version", "warns"),
     [(f"{each}.0", False) for each in SERVED]
-    + [("0.32.3.post1+cpu", False), ("0.29.0", True), ("0.33.0", True), ("0.3.2", True)]
+    + [("0.32.3.post1+cpu", False), ("0.29.0", True), ("0.34.0", True), ("0.3.2", True)]
     + [("0.32.1.dev12+g1234567", True), ("0.32.0rc1", True)],
 )
 def test_a_version_that_was_not_tested_warns(caplog: pytest.LogCaptureFixture, version: str, warns: bool) -> None:
@@ -37,7 +37,7 @@ def test_a_version_that_was_not_tested_warns(caplog: pytest.LogCaptureFixture, v
     with caplog.at_level(logging.WARNING):
         contract.warn_if_untested(version)
     assert [record.getMessage() for record in caplog.records] == (
-        [f"KVBM was tested with vLLM 0.30, 0.31, 0.32, not with {version}"] if warns else []
+        [f"KVBM was tested with vLLM 0.30, 0.31, 0.32, 0.33, not with {version}"] if warns else []
     )
 
 

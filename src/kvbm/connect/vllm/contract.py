@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MINOR = ".".join(vllm.__version__.split(".")[:2])
-TESTED = ("0.30", "0.31", "0.32")
+TESTED = ("0.30", "0.31", "0.32", "0.33")
 
 READS = {
     "vllm.config.CacheConfig": "cache_dtype enable_prefix_caching prefix_caching_hash_algo",
