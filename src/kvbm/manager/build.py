@@ -6,7 +6,6 @@ import fcntl
 import importlib
 import logging
 import os
-import select
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +22,7 @@ from kvbm.core.errors import Broken, ConfigError
 from kvbm.core.keys import Namespace
 from kvbm.core.region import Region
 from kvbm.manager import build_disk, build_peers
-from kvbm.manager.channel import Link, listen, socket_path
+from kvbm.manager.channel import Link, listen, readable, socket_path
 from kvbm.manager.control import About, Control
 from kvbm.manager.gate import Gate
 from kvbm.manager.hybrid import HybridLeader
@@ -251,7 +250,7 @@ def _gather(
     with listen(path) as sock:
         undo.callback(path.unlink, missing_ok=True)
         while len(links) < place.ranks:
-            if not select.select([sock], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not readable([sock], deadline - time.monotonic()):
                 raise Broken(f"only {len(links)} of {place.ranks} workers came within {settings.init_timeout_s:.0f} s")
             link = Link(sock.accept()[0])
             undo.callback(link.close)

@@ -15,8 +15,9 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -27,6 +28,23 @@ _HEAD = struct.Struct("<I")
 _MAX_FRAME = 16 << 20
 _SUN_PATH = 107
 _YOUNG = 60.0
+
+
+class _HasDescriptor(Protocol):
+    def fileno(self) -> int: ...
+
+
+def readable(files: Sequence[_HasDescriptor], timeout: float) -> set[int]:
+    """Descriptors of those that have something to read, or an error, within `timeout` seconds, whatever their numbers
+    are: a process with more than 1,024 open files has larger ones than `select` takes. Closed ones are ready at once."""
+    poll, closed = select.poll(), set[int]()
+    for file in files:
+        if (descriptor := file.fileno()) >= 0:
+            poll.register(descriptor, select.POLLIN)
+        else:
+            closed.add(descriptor)
+    found = poll.poll(0 if closed else max(0.0, timeout) * 1000)
+    return closed | {descriptor for descriptor, _ in found}
 
 
 class Link:
@@ -40,7 +58,7 @@ class Link:
         self.open = True
 
     def fileno(self) -> int:
-        """For select; -1 once it is closed."""
+        """For `readable`; -1 once it is closed."""
         return self._sock.fileno()
 
     def send(self, message: Message, file: int | None = None) -> None:
@@ -84,9 +102,8 @@ class Link:
             if left <= 0:
                 return None
             try:
-                ready = select.select([self._sock], [], [], left)[0]
-                piece = self._receive() if ready else None
-            except (OSError, ValueError) as error:  # ValueError: another thread closed it
+                piece = self._receive() if readable([self._sock], left) else None
+            except OSError as error:
                 self.open = False
                 raise Broken(f"the channel between leader and worker broke: {error}") from error
             if piece:

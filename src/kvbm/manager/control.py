@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import os
-import select
 import socket
 import threading
 import time
@@ -20,7 +19,7 @@ from typing import Any
 
 from kvbm.blocks import PoolStatistics
 from kvbm.core.errors import Broken, ConfigError
-from kvbm.manager.channel import Link, listen, socket_path
+from kvbm.manager.channel import Link, listen, readable, socket_path
 from kvbm.manager.leader import Leader
 from kvbm.manager.upkeep import Upkeep
 from kvbm.manager.watch import SECONDS
@@ -83,8 +82,8 @@ class Control:
             try:
                 watched: list[socket.socket | Link] = [*self._leader.channels()]
                 watched += [self._sock] if self._sock is not None else []
-                ready = select.select(watched, [], [], _TICK)[0]
-                if self._sock is not None and self._sock in ready:
+                ready = readable(watched, _TICK)
+                if self._sock is not None and self._sock.fileno() in ready:
                     self._serve(self._sock.accept()[0])
                 self._leader.tick()
             except OSError as error:
