@@ -197,7 +197,7 @@ def build_leader(
     _add_lower(settings, place, namespace, leader, found, block_bytes, block_tokens)
     about = About(
         place.engine, __version__, namespace.fingerprint, place.ranks, block_bytes, block_tokens,
-        found.folder.path if found else None,
+        found.folder.path if found else None, found.namesakes if found else (),
     )  # fmt: skip
     control = Control(leader, totals, about, settings.run_dir)
     stop = None
