@@ -57,6 +57,7 @@ def test_engines_say_what_is_wrong_with_them(
         "paused": health | {"paused": True},
         "ill": health | {"healthy": False, "problems": ["rank 0: a copy thread died"]},
         "poor": health | {"degraded": {"g3": "disk full"}},
+        "alone": health | {"namesakes": ["on disk, x: hash.seed is 1 there, 0 here"]},
     }.items():
         engine(name, lambda _, said=said: {"ok": True, "result": said})
     engine("odd", lambda _: {"ok": False, "error": "it is busy"})
@@ -68,3 +69,5 @@ def test_engines_say_what_is_wrong_with_them(
         "poor": (False, "G3 is not used: disk full"),
         "odd": (False, "it is busy"),
     }
+    assert found["engine alone"] == (True, "healthy")
+    assert found["namespace of alone"] == (False, "on disk, x: hash.seed is 1 there, 0 here")

@@ -90,7 +90,7 @@ def test_blocks_come_back_from_disk_and_after_a_restart(
         assert (done.tokens, done.cached) == (expected[0], 384)
         assert engine.status()["tokens"]["g3"] == 384
     (meta,) = disk.glob("*/meta.json")
-    assert json.loads(meta.read_text())["facts"]["kernels"][0].startswith("CPU_ATTN ")
+    assert json.loads(meta.read_text())["facts"]["kv.backend"].startswith("CPU_ATTN ")
     if encrypted:
         with closing(on_disk(tiny, disk)) as engine:
             assert engine.status()["tiers"][1]["inactive"] == 0

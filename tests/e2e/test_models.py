@@ -134,13 +134,13 @@ def _shared(config: Any, kv: Any) -> None:
 def test_what_changes_a_block_is_another_namespace(
     served: tuple[Any, Any], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvbm.connect.vllm import contract, geometry
+    from kvbm.connect.vllm import contract, identity
 
     def fingerprint(*changes: Change) -> str:
         config, kv = copy.copy(served[0]), copy.copy(served[1])
         for change in changes:
             change(config, kv)
-        return geometry.namespace(config, kv).fingerprint
+        return identity.namespace(config, kv).fingerprint
 
     other = Path(shutil.copytree(tiny, tmp_path / "other"))
     (other / "model.safetensors").touch()
@@ -164,7 +164,7 @@ def test_what_changes_a_block_is_another_namespace(
     )]  # fmt: skip
     assert len(set(seen)) == len(seen)
     assert fingerprint() == seen[0] == fingerprint(_drafting("ngram")), "n-grams keep no KV"
-    monkeypatch.setattr(contract, "MINOR", "0.99")
+    monkeypatch.setattr(contract, "VERSION", "0.32.99")
     assert fingerprint() not in seen
 
 

@@ -23,7 +23,7 @@ NAMESPACE = Namespace({"model": "m"}, "w")
 
 
 def start(
-    run_dir: Path, *, ranks: int = 1, other: int | None = None, kernels: Sequence[str] = ("", ""), **settings: Any
+    run_dir: Path, *, ranks: int = 1, other: int | None = None, layers: Sequence[str] = ("", ""), **settings: Any
 ) -> LeaderSide:
     """A leader and its workers, all closed again; rank `other` runs another configuration."""
     resolved = load(environ={}, extra={"run_dir": str(run_dir), "init_timeout_s": 30, **settings})
@@ -32,17 +32,24 @@ def start(
         for rank in range(ranks):
             names = Namespace({"model": "other"}, "w") if rank == other else NAMESPACE
             memory = HostMemory(ROWS, 4)
-            worker = build_worker(resolved.settings, place, names, memory.region, rank, kernels[rank])
+            worker = build_worker(
+                resolved.settings,
+                place,
+                names,
+                memory.region,
+                rank,
+                {"kv.backend": layers[rank]} if layers[rank] else {},
+            )
             stack.enter_context(closing(worker))
         side = build_leader(resolved, place, NAMESPACE, block_tokens=32, shares_device_blocks=True)
         side.close()
     return side
 
 
-def test_other_kernels_on_a_rank_are_another_namespace(tmp_path: Path) -> None:
+def test_other_layers_on_a_rank_are_another_namespace(tmp_path: Path) -> None:
     seen = {
-        start(tmp_path, ranks=2, g2_gb=0.001, kernels=kernels).control.status()["fingerprint"]
-        for kernels in (("", ""), ("CPU_ATTN vec", "CPU_ATTN vec"), ("CPU_ATTN vec", "CPU_ATTN amx"))
+        start(tmp_path, ranks=2, g2_gb=0.001, layers=layers).control.status()["fingerprint"]
+        for layers in (("", ""), ("CPU_ATTN vec", "CPU_ATTN vec"), ("CPU_ATTN vec", "CPU_ATTN amx"))
     }
     assert len(seen) == 3
     assert NAMESPACE.fingerprint in seen

@@ -62,6 +62,7 @@ def test_status(control: Control, stage: Stage) -> None:
         "healthy": True,
         "problems": [],
         "degraded": {},
+        "namesakes": [],
         "version": "0.0",
         "pid": os.getpid(),
         "fingerprint": "f" * 64,
@@ -96,7 +97,7 @@ def test_pause_and_resume(control: Control, stage: Stage) -> None:
 
 
 def test_health(control: Control, stage: Stage) -> None:
-    rest = {"degraded": {}, "paused": False, "quarantined": None}
+    rest = {"degraded": {}, "namesakes": [], "paused": False, "quarantined": None}
     health = ask(control, "health")
     assert health.pop("last_check") is None or time.time() - stage.leader.audit.last < 60
     assert health == {"engine": "engine-1", "healthy": True, "problems": [], **rest}

@@ -38,8 +38,10 @@ def run(server: Server) -> Callable[[Work], None]:
         async def whole() -> None:
             opened: list[Directory] = []
 
-            def make(name: str, number: int = 1, *, lease_s: float = 30.0, space: str = SPACE) -> Directory:
-                opened.append(Directory(server.url, space, name, number, lease_s=lease_s, timeout=1.0))
+            def make(
+                name: str, number: int = 1, *, lease_s: float = 30.0, space: str = SPACE, facts: Any = None
+            ) -> Directory:
+                opened.append(Directory(server.url, space, name, number, lease_s=lease_s, timeout=1.0, facts=facts))
                 return opened[-1]
 
             await make("nobody")._server.flushall()
@@ -134,6 +136,26 @@ def test_updates(run: Run) -> None:
         assert await directory.renew("h", 1) == 10_000
         await directory.update([], many)
         assert await directory.renew("h", 1) == 0
+
+    run(work)
+
+
+def test_facts_of_other_namespaces_end_with_their_instances(run: Run) -> None:
+    async def work(make: Callable[..., Directory]) -> None:
+        mine, seed = make("a", facts={"model": "m", "seed": 1}), {"model": "m", "seed": "0"}
+        other, plain = make("b", space="6" * 64, lease_s=SHORT, facts=seed), make("c", space="7" * 64)
+        for each in (mine, other, plain):
+            await each.renew("10.1.2.3", 7)
+        assert await mine.namespaces() == {"6" * 16: seed}
+        assert await plain.namespaces() == {"6" * 16: seed, "5" * 16: {"model": "m", "seed": "1"}}
+        deadline = time.monotonic() + 5
+        while await mine.namespaces():
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.02)
+        assert list(await mine._server.smembers("kvbm:namespaces")) == [b"5" * 16]
+        await mine._server.set("kvbm:" + "6" * 16 + ":facts", b"not msgpack")
+        await mine._server.sadd("kvbm:namespaces", "6" * 16, b"\xff")
+        assert await mine.namespaces() == {}
 
     run(work)
 

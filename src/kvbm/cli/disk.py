@@ -258,7 +258,8 @@ def _some(slots: tuple[int, ...]) -> str:
 
 
 def _model(one: Listing) -> str:
-    return str(one.meta.facts.get("model", "?")) if one.meta else "?"
+    facts = one.meta.facts if one.meta else {}
+    return str(facts.get("model", facts.get("model.architectures", "?")))
 
 
 def _why(one: Listing) -> str:

@@ -84,6 +84,8 @@ def _engines(run_dir: Path) -> Iterator[Finding]:
         wrong += [f"{tier.upper()} is not used: {why}" for tier, why in said.get("degraded", {}).items()]
         paused = "paused" if said.get("paused") else "healthy"
         yield Finding(f"engine {answer.engine}", not wrong, "; ".join(wrong) or paused)
+        for sentence in said.get("namesakes", ()):
+            yield Finding(f"namespace of {answer.engine}", False, sentence)
 
 
 def _findings(folder: Path | None, objects: dict[str, str]) -> Iterator[Finding]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import importlib
+import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -97,10 +98,11 @@ def channel_path(settings: Settings, engine: str) -> Path:
 
 
 def build_worker(
-    settings: Settings, place: Place, namespace: Namespace, g1: Region, rank: int, kernels: str = ""
-) -> Worker:
-    """The worker of one rank. Returns at once; its arena is made when the leader says how large. `kernels` is part of
-    the namespace, too: what decides how they lay out a block, as far as only a worker knows it."""
+    settings: Settings, place: Place, namespace: Namespace, g1: Region, rank: int,
+    facts: Mapping[str, str] | None = None,
+) -> Worker:  # fmt: skip
+    """The worker of one rank. Returns at once; its arena is made when the leader says how large. `facts` are part of
+    the namespace, too: what only a worker knows of it."""
     stores = rank in place.storing
 
     def wrapped(transport: Transport) -> Transport:
@@ -119,7 +121,7 @@ def build_worker(
         rank=rank,
         world=place.ranks,
         fingerprint=namespace.rank_fingerprint,
-        kernels=kernels,
+        facts=facts,
         address=channel_path(settings, place.engine),
         make_executor=make_executor,
         open_disk=partial(build_disk.open_shard, settings) if stores else None,
@@ -194,7 +196,7 @@ def build_leader(
     _add_lower(settings, place, namespace, leader, found, block_bytes, block_tokens)
     about = About(
         place.engine, __version__, namespace.fingerprint, place.ranks, block_bytes, block_tokens,
-        found.folder.path if found else None,
+        found.folder.path if found else None, found.namesakes if found else (),
     )  # fmt: skip
     control = Control(leader, totals, about, settings.run_dir)
     stop = None
@@ -244,7 +246,7 @@ def _gather(
     all, `undo` closes the links."""
     path = channel_path(settings, place.engine)
     links: dict[int, Link] = {}
-    kernels: dict[int, str] = {}
+    facts: dict[int, dict[str, str]] = {}
     sizes: set[int] = set()
     deadline = time.monotonic() + settings.init_timeout_s
     with listen(path) as sock:
@@ -264,15 +266,21 @@ def _gather(
                 continue
             if (hello.fingerprint, hello.world) != (namespace.rank_fingerprint, place.ranks):
                 raise Broken(f"the worker of rank {hello.rank} runs another configuration than the scheduler")
-            links[hello.rank], kernels[hello.rank] = link, hello.kernels
+            links[hello.rank], facts[hello.rank] = link, hello.facts
             sizes.add(hello.slot_bytes)
     path.unlink(missing_ok=True)
     if len(sizes) != 1:
         raise Broken(f"ranks hold blocks of different sizes ({sorted(sizes)} bytes): not supported")
-    if any(kernels.values()):
-        facts = {**namespace.facts, "kernels": [kernels[rank] for rank in sorted(kernels)]}
-        namespace = replace(namespace, facts=facts)
-    return links, sizes.pop(), namespace
+    return links, sizes.pop(), replace(namespace, facts={**namespace.facts, **_over_ranks(facts)})
+
+
+def _over_ranks(facts: Mapping[int, Mapping[str, str]]) -> dict[str, str]:
+    """What the ranks say: once where all say the same."""
+    joined = {}
+    for name in sorted({name for theirs in facts.values() for name in theirs}):
+        values = [facts[rank].get(name, "") for rank in sorted(facts)]
+        joined[name] = values[0] if len(set(values)) == 1 else json.dumps(values)
+    return joined
 
 
 @contextmanager

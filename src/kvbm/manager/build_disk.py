@@ -20,6 +20,7 @@ from kvbm.manager.demote import Budget, Demotion
 from kvbm.manager.disk import DiskTier, adopt
 from kvbm.manager.leader import Leader
 from kvbm.manager.lower import DiskSide
+from kvbm.manager.namesakes import Namesake, facts_of, told
 from kvbm.manager.promote import Promotion
 from kvbm.manager.sources import DiskSource
 from kvbm.policy import admission, eviction_order, placement
@@ -28,7 +29,7 @@ from kvbm.stores.cipher import Cipher
 from kvbm.stores.disk import Disk
 from kvbm.stores.folder import Folder, NamespaceFolder
 from kvbm.stores.format import padded
-from kvbm.stores.meta import Place, bytes_of
+from kvbm.stores.meta import Place, as_facts, bytes_of, listed
 from kvbm.stores.recovery import Recovered
 from kvbm.stores.shard import Shard
 from kvbm.transfer.executor import Executor
@@ -54,6 +55,8 @@ class Found:
 
     folder: NamespaceFolder
     blocks: Recovered
+    namesakes: tuple[str, ...] = ()
+    """Where there was nothing: why blocks of the same model that lie beside it are not found."""
 
 
 def wanted(settings: Settings) -> bool:
@@ -97,13 +100,14 @@ def find(settings: Settings, path: Path, engine: str, ranks: int, namespace: Nam
         assert settings.g3_gb is not None
         bound = int(settings.g3_gb * 1e9)
     cipher, started = _cipher(settings), time.monotonic()
-    folder = Folder.claim(path, engine)
+    folder, facts = Folder.claim(path, engine), facts_of(namespace)
     try:
         part = folder.namespace(
-            namespace.fingerprint, namespace.facts, ranks=ranks, block_bytes=slot_bytes, bound_bytes=bound,
+            namespace.fingerprint, facts, ranks=ranks, block_bytes=slot_bytes, bound_bytes=bound,
             encryption=cipher.id if cipher else "", zerofill=settings.g3_zerofill,
         )  # fmt: skip
-        found = Found(part, part.recover())
+        blocks = part.recover()
+        found = Found(part, blocks, () if len(blocks.slots) else tuple(_namesakes(path, part, facts)))
     except BaseException:
         folder.close()
         raise
@@ -113,6 +117,19 @@ def find(settings: Settings, path: Path, engine: str, ranks: int, namespace: Nam
         time.monotonic() - started,
     )  # fmt: skip
     return found
+
+
+def _namesakes(path: Path, mine: NamespaceFolder, facts: Mapping[str, object]) -> list[str]:
+    """What else of the same model lies there."""
+    encrypted = {"encryption": mine.meta.encryption or "none"}
+    others = [
+        Namesake(f"on disk, {one.path}", one.meta.facts | {"encryption": one.meta.encryption or "none"})
+        for one in listed(path)
+        if one.meta is not None and one.path != mine.path
+    ]
+    for sentence in (sentences := told(as_facts({**facts, **encrypted}), others)):
+        log.warning("KVBM: %s", sentence)
+    return sentences
 
 
 def promotion(settings: Settings, leader: Leader, disk: DiskSide | None, block_bytes: int) -> Promotion:

@@ -19,6 +19,7 @@ from kvbm.core.region import Region
 from kvbm.manager.channel import Link
 from kvbm.manager.leader import Leader
 from kvbm.manager.lower import DiskSide
+from kvbm.manager.namesakes import facts_of
 from kvbm.manager.peers.client import Us
 from kvbm.manager.peers.fetch import Peers
 from kvbm.manager.peers.memory import PeerMemory
@@ -122,11 +123,11 @@ def peers(
     url = settings.directory
     network = Network(
         lambda: Directory(url, _shared(namespace), name, incarnation, lease_s=settings.directory_lease_s,
-                          timeout=_DIRECTORY_S),
+                          timeout=_DIRECTORY_S, facts=facts_of(namespace)),
         Us(name, incarnation, namespace.fingerprint, __version__, secret),
         Address(settings.peer_host, settings.peer_port and settings.peer_port + dp_rank), serving, published,
         leader.below,
-        lease_s=settings.directory_lease_s, deadline_s=settings.peer_deadline_s,
+        lease_s=settings.directory_lease_s, deadline_s=settings.peer_deadline_s, facts=facts_of(namespace),
     )  # fmt: skip
     network.wait(_START_S)
     promotion.sums = sums

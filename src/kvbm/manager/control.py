@@ -49,6 +49,8 @@ class About:
     block_tokens: int
     disk: Path | None = None
     """The namespace's folder on disk, where there is one."""
+    namesakes: tuple[str, ...] = ()
+    """Why blocks of the same model that lie beside it are not found."""
 
 
 class Control:
@@ -142,6 +144,7 @@ class Control:
             "problems": problems,
             "degraded": leader.degraded(),
             "paused": leader.paused,
+            "namesakes": [*self._about.namesakes, *self._shared_namesakes()],
             "quarantined": leader.quarantined,
             "last_check": leader.audit.last,
         }
@@ -229,6 +232,10 @@ class Control:
                 return {}
             known, counts, reading = peers.known(), peers.counts(), peers.in_flight()
         return {"fetch": {**_copies(self._totals.fetch), "in_flight": reading}, "peers": known, "sharing": counts}
+
+    def _shared_namesakes(self) -> tuple[str, ...]:
+        lower = self._leader.lower
+        return lower.peers.network.namesakes if lower is not None and lower.peers is not None else ()
 
     def explain(self, request_id: str) -> dict[str, Any]:
         """What happened to one of the last requests. An engine may have added to the id its clients know, so a unique

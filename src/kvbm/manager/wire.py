@@ -81,8 +81,8 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     world: int
     fingerprint: str
     slot_bytes: int
-    kernels: str = ""
-    """What lays a block's bytes out on this rank, where the engine's scheduler cannot know it."""
+    facts: dict[str, str] = {}
+    """Of the namespace, what only this rank knows: its layers, their bytes."""
 
 
 class Allot(msgspec.Struct, frozen=True, tag=True):

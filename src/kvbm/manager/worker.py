@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -78,7 +78,7 @@ class Worker:
         rank: int,
         world: int,
         fingerprint: str,
-        kernels: str = "",
+        facts: Mapping[str, str] | None = None,
         address: Path,
         make_executor: Callable[[], Executor],
         open_disk: OpenDisk | None = None,
@@ -87,7 +87,7 @@ class Worker:
     ) -> None:
         self._settings, self._g1, self._rank, self._stores = settings, g1, rank, stores
         self._verifies = settings.g2_verify and stores  # who stores has the checksums, and loads as well
-        self._hello = Hello(rank, world, fingerprint, g1.slot_bytes, kernels)
+        self._hello = Hello(rank, world, fingerprint, g1.slot_bytes, dict(facts or {}))
         self._address = address
         self._executor = make_executor()
         self._open_disk, self._open_peers = open_disk, open_peers

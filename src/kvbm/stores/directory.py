@@ -11,6 +11,8 @@ about as far: block `n` of a prompt (from 1) has one if `n` has at most four sig
     kvbm:{namespace}:names              set of the names of instances, living or not
     kvbm:{namespace}:lease:NAME         msgpack [host, port, incarnation], for as long as the lease
     kvbm:{namespace}:has:NAME:NUMBER    set of entries of the incarnation NUMBER of NAME, for as long
+    kvbm:{namespace}:facts              msgpack map of what the namespace is, for as long as an instance has a lease
+    kvbm:namespaces                     set of namespaces, living or not
 """
 
 from __future__ import annotations
@@ -37,6 +39,10 @@ _NAME: Final = re.compile(r"[\w.:-]{1,120}")
 _LEASE: Final = msgspec.msgpack.Decoder(tuple[str, Annotated[int, msgspec.Meta(ge=1, le=65_535)], int])
 _BATCH: Final = 4096
 """Entries of one command."""
+_NAMESPACES: Final = "kvbm:namespaces"
+_FACTS: Final = msgspec.msgpack.Decoder(dict[str, str])
+_COMPARED: Final = 64
+"""Namespaces that are compared with ours, at most."""
 
 
 class Instance(NamedTuple):
@@ -65,9 +71,10 @@ class Directory:
     answer, or not within `timeout` seconds."""
 
     def __init__(
-        self, url: str, namespace: str, name: str, incarnation: int, *, lease_s: float, timeout: float
-    ) -> None:
-        """Raises ConfigError: the URL cannot be used, or the client library is missing."""
+        self, url: str, namespace: str, name: str, incarnation: int, *, lease_s: float, timeout: float,
+        facts: Mapping[str, object] | None = None,
+    ) -> None:  # fmt: skip
+        """`facts` are what the namespace is. Raises ConfigError: the URL is wrong, or the client library is missing."""
         try:
             from valkey import asyncio as valkey
             from valkey.exceptions import ValkeyError
@@ -90,6 +97,8 @@ class Directory:
             ) from None  # fmt: skip
         self._errors = (ValkeyError, OSError, TimeoutError, UnicodeError)
         prefix = f"kvbm:{namespace[:16]}"
+        self._namespace = namespace[:16]
+        self._facts = msgspec.msgpack.encode({fact: str(value) for fact, value in facts.items()}) if facts else b""
         self._names, self._lease_of = f"{prefix}:names", f"{prefix}:lease:"
         self._has = f"{prefix}:has:"
         self.name, self.incarnation = name, incarnation
@@ -108,6 +117,9 @@ class Directory:
                 self._lease_of + self.name, msgspec.msgpack.encode([host, port, self.incarnation]), px=self._lease_ms
             )
             pipe.sadd(self._names, self.name)
+            if self._facts:
+                pipe.set(_facts_of(self._namespace), self._facts, px=self._lease_ms)
+                pipe.sadd(_NAMESPACES, self._namespace)
             pipe.pexpire(self._mine, self._lease_ms)
             pipe.scard(self._mine)
             return int((await pipe.execute())[-1])
@@ -127,6 +139,25 @@ class Directory:
             try:
                 if lease is not None and _NAME.fullmatch(name):
                     found[name] = Instance(*_LEASE.decode(lease))
+            except (msgspec.MsgspecError, UnicodeError):
+                continue  # not written by an instance
+        return found
+
+    async def namespaces(self) -> dict[str, dict[str, str]]:
+        """The facts of other namespaces that have living instances. Those that have none are forgotten."""
+        async with self._reported():
+            names = sorted(_text(name) for name in await self._server.srandmember(_NAMESPACES, _COMPARED))
+            names = [name for name in names if name != self._namespace]
+            if not names:
+                return {}
+            texts = await self._server.mget([_facts_of(name) for name in names])
+            if ended := [name for name, text in zip(names, texts, strict=True) if text is None]:
+                await self._server.srem(_NAMESPACES, *ended)
+        found = {}
+        for name, text in zip(names, texts, strict=True):
+            try:
+                if text is not None and _NAME.fullmatch(name):
+                    found[name] = _FACTS.decode(text)
             except (msgspec.MsgspecError, UnicodeError):
                 continue  # not written by an instance
         return found
@@ -181,6 +212,10 @@ class Directory:
         except self._errors as error:
             # Not its text: that has the server's address in it.
             raise Broken(f"the directory does not answer ({type(error).__name__})") from error
+
+
+def _facts_of(namespace: str) -> str:
+    return f"kvbm:{namespace}:facts"
 
 
 def _text(name: bytes | str) -> str:

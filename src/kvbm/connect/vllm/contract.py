@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MINOR = ".".join(vllm.__version__.split(".")[:2])
+VERSION = vllm.__version__
 TESTED = ("0.30", "0.31", "0.32", "0.33")
 
 READS = {

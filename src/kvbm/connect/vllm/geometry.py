@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbm.blocks import LayerGroup
@@ -10,14 +9,13 @@ from kvbm.blocks.groups import Kind
 from kvbm.connect.vllm import contract
 from kvbm.core.config import Resolved
 from kvbm.core.errors import ConfigError, Unsupported
-from kvbm.core.keys import Namespace, weights_digest
 from kvbm.core.region import Plane, Region
 from kvbm.manager import build_peers
 from kvbm.manager.build import Place
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 _KINDS: dict[str, tuple[Kind, str]] = {
@@ -39,7 +37,7 @@ def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
     """Raises Unsupported, with a sentence, for what the connector cannot serve correctly yet; ConfigError for settings
     that cannot go together."""
     parallel = config.parallel_config
-    kinds = [type(_a_spec(group)).__name__ for group in kv.kv_cache_groups]
+    kinds = [type(a_spec(group)).__name__ for group in kv.kv_cache_groups]
     unknown = ", ".join(sorted(set(kinds) - _KINDS.keys()))
     spec: Any = kv.kv_cache_groups[0].kv_cache_spec
     speculative = config.speculative_config
@@ -127,7 +125,7 @@ def layer_groups(kv: KVCacheConfig) -> list[LayerGroup]:
     """The rules of the engine's layer groups; none where there is one and it needs all blocks."""
     groups = []
     for group in kv.kv_cache_groups:
-        spec = _a_spec(group)
+        spec = a_spec(group)
         kind, tokens = _KINDS[type(spec).__name__]
         # What a model that predicts several tokens keeps behind its window has to be loaded too.
         behind = int(getattr(spec, "extra_retained_tokens", 0))
@@ -135,7 +133,7 @@ def layer_groups(kv: KVCacheConfig) -> list[LayerGroup]:
     return groups if len(groups) > 1 or groups[0].kind != "full" else []
 
 
-def _a_spec(group: KVCacheGroupSpec) -> Any:
+def a_spec(group: KVCacheGroupSpec) -> Any:
     """What a group's layers are. Where they differ in size (a draft model's heads, say), vLLM's workers see all of
     them and its scheduler the first."""
     spec = group.kv_cache_spec
@@ -155,74 +153,21 @@ def place(config: VllmConfig, kv: KVCacheConfig) -> Place:
         data_parallel=transfer.engine_id.endswith(f"_dp{parallel.data_parallel_index}"),
         dp_rank=parallel.data_parallel_index,
         dp_local=max(1, parallel.data_parallel_size_local),
-        replicated=_replicated(config, kv),
+        replicated=replicated(config, kv),
     )
 
 
-def _replicated(config: VllmConfig, kv: KVCacheConfig) -> bool:
+def replicated(config: VllmConfig, kv: KVCacheConfig) -> bool:
     """Whether every rank holds the same KV: the latent of MLA."""
     ranks = config.parallel_config.tensor_parallel_size
     # vLLM 0.30 does not say it.
-    latent = all(type(_a_spec(group)).__name__ == "MLAAttentionSpec" for group in kv.kv_cache_groups)
+    latent = all(type(a_spec(group)).__name__ == "MLAAttentionSpec" for group in kv.kv_cache_groups)
     return ranks > 1 and bool(getattr(kv, "kv_tp_replicas", ranks if latent else 1) == ranks)
 
 
-def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
-    """Everything that decides a block's bytes besides its tokens."""
-    model, cache = config.model_config, config.cache_config
-    specs = [str(_a_spec(group)) for group in kv.kv_cache_groups]
-    layers = [sorted(group.layer_names) for group in kv.kv_cache_groups]
-    weights = _weights(model, config.load_config.load_format)
-    facts: dict[str, object] = {
-        "engine": f"vllm {contract.MINOR}",
-        "architecture": model.architectures,
-        "config": model.hf_config.to_json_string(),
-        # Longer contexts have other position embeddings (Phi-3's LongRoPE) or other attention (Llama 4's temperature).
-        "max_model_len": model.max_model_len,
-        "dtype": str(model.dtype),
-        "quantization": str(model.quantization),
-        "cache_dtype": str(cache.cache_dtype),
-        "spec": specs if len(specs) > 1 else specs[0],
-        "layers": layers if len(specs) > 1 else layers[0],
-        "layout": str(kv.kv_cache_layout),
-        "hash": cache.prefix_caching_hash_algo,
-        "hash_block": contract.hash_block_tokens(config, kv),
-        "tensor_parallel": config.parallel_config.tensor_parallel_size,
-    }
-    if _replicated(config, kv):
-        facts["replicated"] = True
-    speculative = config.speculative_config
-    if speculative is not None and speculative.method == "draft_model":
-        # Its layers' KV is part of each block.
-        draft = speculative.draft_model_config
-        load_format = (speculative.draft_load_config or config.load_config).load_format
-        facts["draft"] = [
-            draft.hf_config.to_json_string(), str(draft.dtype), str(draft.quantization), _weights(draft, load_format),
-            bool(getattr(speculative, "use_heterogeneous_vocab", False)),
-        ]  # fmt: skip
-    # Loading a model writes into its configuration, in the process that loads it (Llama 4, Falcon).
-    return Namespace(facts, weights, altered=frozenset({"config", "draft"}))
-
-
-def kernels(config: VllmConfig, kv: KVCacheConfig) -> str:
-    """What decides how a block's bytes are laid out besides its shape, of the layers that are loaded here: attention
-    backends and, on a CPU, the instructions that they use (with AMX it packs keys another way than without)."""
-    layers = config.compilation_config.static_forward_context
-    found = set()
-    for name in (name for group in kv.kv_cache_groups for name in group.layer_names):
-        backend = getattr(layers[name], "attn_backend", None) or layers[name].get_attn_backend()
-        found.add(f"{backend.get_name()} {getattr(layers[name], 'isa', '')}".rstrip())
-    return ", ".join(sorted(found))
-
-
-def _weights(model: ModelConfig, load_format: str) -> str:
-    """What changes when the weights do."""
-    folder = Path(model.model)
-    if load_format == "dummy":
-        return f"dummy seed {model.seed}"
-    if folder.is_dir():
-        return weights_digest(folder)
-    return f"{model.model} revision {getattr(model.hf_config, '_commit_hash', None) or model.revision}"
+def parts(cache: Any) -> list[torch.Tensor]:
+    """The tensors of one layer's KV cache: recurrent layers have several."""
+    return list(cache) if isinstance(cache, list | tuple) else [cache]
 
 
 def g1_region(kv: KVCacheConfig, caches: dict[str, torch.Tensor], cache_dtype: str = "") -> Region:
@@ -232,7 +177,7 @@ def g1_region(kv: KVCacheConfig, caches: dict[str, torch.Tensor], cache_dtype: s
         return _region_of_pages(kv, caches)
     planes: list[Plane] = []
     seen: set[int] = set()
-    for layer in sorted(caches, key=_layer_number):
+    for layer in sorted(caches, key=layer_number):
         tensor = caches[layer]
         if tensor.data_ptr() in seen:
             continue
@@ -270,7 +215,7 @@ def _region_of_pages(kv: KVCacheConfig, caches: dict[str, Any]) -> Region:
         for tensor in kv.kv_cache_tensors
         for number in range(len(tensor.layers))
     }
-    owners = [cache[0] if isinstance(cache, list | tuple) else cache for cache in caches.values()]
+    owners = [parts(cache)[0] for cache in caches.values()]
     bases = {owner.untyped_storage().data_ptr() for owner in owners}
     if len(pages) != 1 or len(bases) != 1:
         raise Unsupported("KVBM cannot serve recurrent layers whose pages differ in size, or do not lie in one piece.")
@@ -279,5 +224,6 @@ def _region_of_pages(kv: KVCacheConfig, caches: dict[str, Any]) -> Region:
     return Region("g1", "host", kv.num_blocks, planes, owner=owners)
 
 
-def _layer_number(name: str) -> tuple[list[int], str]:
+def layer_number(name: str) -> tuple[list[int], str]:
+    """Sorts layers by their numbers."""
     return [int(part) for part in name.split(".") if part.isdigit()], name

@@ -16,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
-from kvbm.connect.vllm import contract, geometry
+from kvbm.connect.vllm import contract, geometry, identity
 from kvbm.connect.vllm.ending import before_sigterm
 from kvbm.connect.vllm.stats import KvbmStats
 from kvbm.core.config import Resolved
@@ -101,7 +101,7 @@ class SchedulerSide:
         self.side = build_leader(
             resolved,
             geometry.place(config, kv),
-            geometry.namespace(config, kv),
+            identity.namespace(config, kv),
             block_tokens=self._block,
             shares_device_blocks=bool(config.cache_config.enable_prefix_caching),
             groups=geometry.layer_groups(kv),
@@ -287,10 +287,10 @@ class WorkerSide:
         self._worker = build_worker(
             self._settings,
             geometry.place(self._config, self._kv),
-            geometry.namespace(self._config, self._kv),
+            identity.namespace(self._config, self._kv),
             geometry.g1_region(self._kv, caches, str(self._config.cache_config.cache_dtype)),
             get_tensor_model_parallel_rank(),
-            geometry.kernels(self._config, self._kv),
+            identity.layers(self._config, self._kv, caches),
         )
         settings = self._settings
         has_disk = settings.g3_gb is not None or settings.g3_blocks is not None

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from kvbm.core.errors import Broken, KvbmError
+from kvbm.manager.namesakes import Namesake, told
 from kvbm.manager.peers.client import Client, Us
 from kvbm.manager.peers.messages import Done, Memory, Ping, Pong, Promise, Release, Reserve
 from kvbm.manager.peers.published import Published
@@ -78,6 +79,7 @@ class Network:
         *,
         lease_s: float,
         deadline_s: float,
+        facts: Mapping[str, object] | None = None,
     ) -> None:
         self._make_directory, self._us, self._address = directory, us, address
         self._published = published
@@ -88,6 +90,10 @@ class Network:
         """Why nothing is found in the directory."""
         self.peers: tuple[str, ...] = ()
         """Those that live."""
+        self._facts: Mapping[str, object] | None = facts
+        """What this namespace is, until it has been compared with others."""
+        self.namesakes: tuple[str, ...] = ()
+        """Why blocks that others have of the same model are not found here."""
         self._clients: dict[str, Client] = {}
         self._instances: dict[str, Instance] = {}
         self._sharing = True
@@ -220,6 +226,7 @@ class Network:
                     self.peers = tuple(self._instances)
                     self._renewed = now
                     await self._forget()
+                    await self._compare()
                 added, removed, afresh = self._published.take()
                 if added or removed or afresh:
                     try:
@@ -247,6 +254,16 @@ class Network:
         self.problem = problem
         self.peers = ()
         self._renewed = 0.0  # only a directory that has said who lives is well again
+
+    async def _compare(self) -> None:
+        """Once: what others have of the same model, where nobody shares with us."""
+        if (facts := self._facts) is not None and not self._instances:
+            others = await self._directory.namespaces()
+            shared = [Namesake(f"in the directory, namespace {name}", theirs) for name, theirs in others.items()]
+            self.namesakes = tuple(told({name: str(value) for name, value in facts.items()}, shared))
+            for sentence in self.namesakes:
+                log.warning("KVBM: %s", sentence)
+        self._facts = None
 
     async def _forget(self) -> None:
         """End connections to those that are dead or have started anew."""

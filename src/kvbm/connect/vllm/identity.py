@@ -1,0 +1,309 @@
+"""What decides a block's bytes besides its tokens, in facts that two engines can compare one by one: what vLLM's
+configuration says, beside the scheduler, and what its layers are, beside each worker. `docs/identity.md` has the list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm import envs
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core import kv_cache_utils
+
+from kvbm.connect.vllm import contract, geometry
+from kvbm.connect.vllm.inputs import CONFIGS, OTHER_VARIABLES, VARIABLES
+from kvbm.core.keys import Namespace, weights_digest
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+log = logging.getLogger(__name__)
+
+Facts = dict[str, str]
+
+_LONGEST = 160
+"""Characters of a fact. Of what is longer it has the beginning and a digest."""
+_DEEPEST = 6
+_ABOUT = {"_commit_hash", "_name_or_path", "id2label", "label2id", "transformers_version"}
+"""What a model's configuration says of itself and not of the model."""
+_AGREED = {"engine", "model.dtype", "model.max_model_len", "parallel.tensor_parallel_size", "hash.tokens"}
+"""What scheduler and workers see alike: loading a model writes into its configuration, in the process that loads it
+(Llama 4, Falcon), and settles what was open."""
+_SCALES = ("_k_scale", "_v_scale", "_q_scale", "_prob_scale")
+
+
+def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
+    """Everything that the configuration says of it. What the layers say is added later, see `layers`."""
+    model = config.model_config
+    facts = {
+        "engine": f"vllm {contract.VERSION}",
+        # Whatever their defaults are: for people.
+        "model.architectures": said(model.architectures),
+        "model.dtype": said(model.dtype),
+        "model.max_model_len": said(model.max_model_len),
+        "cache.cache_dtype": said(config.cache_config.cache_dtype),
+        "parallel.tensor_parallel_size": said(config.parallel_config.tensor_parallel_size),
+        "kv.layout": said(kv.kv_cache_layout),
+        "kv.groups": _by_layer([_spec(geometry.a_spec(group)) for group in kv.kv_cache_groups]),
+        "hash.tokens": said(contract.hash_block_tokens(config, kv)),
+        **_hashes(config.cache_config.prefix_caching_hash_algo),
+        **dict(_settings("", config)),
+        **_variables(),
+    }
+    if geometry.replicated(config, kv):
+        facts["parallel.replicated"] = "true"
+    if "Transformers" in str(getattr(model, "architecture", "")):  # its code for models is not vLLM's
+        import transformers
+
+        facts["model.transformers"] = transformers.__version__
+    if keeps_draft(config):
+        speculative = config.speculative_config
+        assert speculative is not None
+        load_format = (speculative.draft_load_config or config.load_config).load_format
+        facts["draft.weights"] = _weights(speculative.draft_model_config, load_format)
+    return Namespace(facts, _weights(model, config.load_config.load_format), altered=frozenset(facts.keys() - _AGREED))
+
+
+def keeps_draft(config: VllmConfig) -> bool:
+    """Whether a draft model's KV is part of each block."""
+    return config.speculative_config is not None and config.speculative_config.method == "draft_model"
+
+
+def _hashes(name: str) -> Facts:
+    """How vLLM makes a request's hashes. Where it starts from another seed in each process, no other process finds
+    what this one stores."""
+    function = get_hash_fn_by_name(name)
+    first, second = (_none_hash(function) for _ in range(2))
+    if first != second:
+        log.warning(
+            "KVBM: vLLM starts its block hashes from a random seed in each process, so nothing on disk or of other "
+            "instances can be found. Set PYTHONHASHSEED to the same number for all engines that are to share blocks."
+        )
+        return {"hash.algorithm": name, "hash.seed": f"random {secrets.token_hex(16)}"}
+    resolve = getattr(kv_cache_utils, "resolve_none_hash_seed", None)
+    return {"hash.algorithm": name, "hash.seed": said(resolve(function)) if resolve is not None else first.hex()[:32]}
+
+
+def _none_hash(function: Any) -> bytes:
+    """What vLLM starts from; it makes that after the connector, from the same variable."""
+    kv_cache_utils.init_none_hash(function)
+    return bytes(kv_cache_utils.NONE_HASH)
+
+
+# ---------------------------------------------------------------------- settings
+
+
+def _settings(prefix: str, config: Any) -> Iterator[tuple[str, str]]:
+    """What is not the default. What another version of vLLM has beside what `inputs.py` knows is in."""
+    known = CONFIGS[type(config).__name__]
+    for field in fields(config):
+        value = getattr(config, field.name, None)
+        name = prefix + field.name.removesuffix("_config")
+        if field.name in known.left_out:
+            continue
+        if field.name == "hf_config":
+            yield from _flat(f"{prefix}hf", value.to_dict() if value is not None else {})
+        elif field.name == "speculative_config" and (value is None or value.method != "draft_model"):
+            continue
+        elif type(value).__name__ in CONFIGS:
+            yield from _settings(f"{name}.", value)
+        elif field.name == "mm_encoder_fp8_scale_path" and value:
+            yield name, _content(Path(value))
+        elif not _same(value, _default(field)):
+            yield name, said(value)
+
+
+def _default(field: Any) -> Any:
+    """Of a dataclass, or of pydantic's."""
+    inner = field.default
+    if inner is MISSING and field.default_factory is not MISSING:
+        return field.default_factory()
+    if type(inner).__name__ == "FieldInfo":
+        return inner.get_default(call_default_factory=True)
+    return inner
+
+
+def _same(value: Any, default: Any) -> bool:
+    return type(value) is type(default) and bool(_plain(value) == _plain(default))
+
+
+def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """One fact for each value of nested mappings."""
+    for key, value in values.items():
+        if key in _ABOUT:
+            continue
+        if isinstance(value, Mapping) and value:
+            yield from _flat(f"{prefix}.{key}", {str(name): each for name, each in value.items()})
+        else:
+            yield f"{prefix}.{key}", said(value)
+
+
+def _content(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+    except OSError as error:
+        log.warning("KVBM: cannot read %s (%s): what is stored is found by this process only", path, error.strerror)
+        return f"unknown {secrets.token_hex(16)}"
+
+
+def _variables() -> Facts:
+    """Of those that nobody has looked at yet, only a digest: such a variable may be a secret."""
+    facts: Facts = {}
+    is_set = getattr(envs, "is_set", lambda _: False)
+    for name in envs.environment_variables:
+        if name in OTHER_VARIABLES or (name not in VARIABLES and not is_set(name)):
+            continue
+        try:
+            value = getattr(envs, name)
+        except ValueError:  # vLLM refuses it where it uses it
+            value = "refused"
+        if value is not None and value != "":
+            facts[f"env.{name}"] = said(value) if name in VARIABLES else _digest(json.dumps(_plain(value)))
+    return facts
+
+
+def _weights(model: ModelConfig, load_format: str) -> str:
+    """What changes when the weights do."""
+    folder = Path(model.model)
+    if load_format == "dummy":
+        return f"dummy seed {model.seed}"
+    if folder.is_dir():
+        return weights_digest(folder)
+    return f"{model.model} revision {getattr(model.hf_config, '_commit_hash', None) or model.revision}"
+
+
+# ---------------------------------------------------------------------- layers
+
+
+def layers(config: VllmConfig, kv: KVCacheConfig, caches: Mapping[str, Any]) -> Facts:
+    """What one worker's layers say, once the model is loaded and its KV caches are there."""
+    specs = {
+        name: getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(name, group.kv_cache_spec)
+        for group in kv.kv_cache_groups
+        for name in group.layer_names
+    }
+    names = sorted(specs, key=geometry.layer_number)
+    loaded = config.compilation_config.static_forward_context
+    parts = {name: geometry.parts(caches[name]) for name in names if name in caches}
+    aspects: dict[str, Sequence[Any]] = {
+        "kv.spec": [_spec(specs[name]) for name in names],
+        "kv.tensor": [[_form(part, kv.num_blocks) for part in parts.get(name, [])] for name in names],
+        "kv.backend": [_backend(loaded[name]) for name in names],
+        "kv.dtype": [_plain(getattr(loaded[name], "kv_cache_dtype", None)) for name in names],
+        "kv.scales": [[_numbers(getattr(loaded[name], scale, None)) for scale in _SCALES] for name in names],
+        "kv.place": _places([parts.get(name, []) for name in names]),
+    }
+    sharing = {name: getattr(layer, "kv_sharing_target_layer_name", None) for name, layer in loaded.items()}
+    return {
+        "kv.layers": said(names),
+        "kv.sharing": said({name: target for name, target in sharing.items() if target}),
+        **{aspect: _by_layer([_text(value) for value in values]) for aspect, values in aspects.items()},
+    }
+
+
+def _spec(spec: Any) -> str:
+    """What vLLM says of a kind of layer's KV; its defaults are those of its version."""
+    values = {field.name: getattr(spec, field.name) for field in fields(spec)}
+    defaults = {field.name: _default(field) for field in fields(spec)}
+    said_of = [f"{name}={said(value)}" for name, value in values.items() if not _same(value, defaults[name])]
+    return " ".join([type(spec).__name__, *said_of])
+
+
+def _by_layer(values: Sequence[str]) -> str:
+    """One value where all layers have the same, otherwise each and whose it is."""
+    by_value: dict[str, list[str]] = {}
+    for number, value in enumerate(values):
+        by_value.setdefault(value, []).append(str(number))
+    if len(by_value) == 1:
+        return said(values[0])
+    whose = "; ".join(f"layers {' '.join(numbers)}: {_short(value)}" for value, numbers in by_value.items())
+    return _short(whose, 4 * _LONGEST)
+
+
+def _backend(layer: Any) -> str:
+    """What computes it and, on a CPU, with which instructions (with AMX it packs keys another way than without)."""
+    backend = getattr(layer, "attn_backend", None) or layer.get_attn_backend()
+    return f"{backend.get_name()} {getattr(layer, 'isa', '')}".rstrip()
+
+
+def _form(tensor: torch.Tensor, blocks: int) -> list[Any]:
+    """How a tensor's bytes lie, whatever number of blocks it has."""
+    axis = next((axis for axis, length in enumerate(tensor.shape) if length and length % blocks == 0), 0)
+    shape, strides = list(tensor.shape), list(tensor.stride())
+    shape[axis] //= blocks
+    # In front of the blocks (K and V apart, say) a stride counts all blocks.
+    strides[:axis] = [-1] * axis
+    return [str(tensor.dtype), axis, shape, strides]
+
+
+def _places(parts: Sequence[Sequence[torch.Tensor]]) -> list[Any]:
+    """Of each layer, which piece of memory it lies in and as which part of that: layers that share memory have one."""
+    known: dict[int, int] = {}
+    starts: list[list[tuple[int, int]]] = []
+    for tensors in parts:
+        starts.append(
+            [(known.setdefault(each.untyped_storage().data_ptr(), len(known)), each.data_ptr()) for each in tensors]
+        )
+    order = {start: at for at, start in enumerate(sorted({start for each in starts for start in each}))}
+    return [[[memory, order[memory, start]] for memory, start in each] for each in starts]
+
+
+def _numbers(scale: Any) -> Any:
+    """A scale, one number or several."""
+    return scale.flatten().tolist() if hasattr(scale, "tolist") else _plain(scale)
+
+
+# ---------------------------------------------------------------------- words
+
+
+def said(value: Any) -> str:
+    """A value as a fact: the same text for the same value in every process."""
+    return _short(_text(_plain(value)))
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def _short(text: str, longest: int = _LONGEST) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 40]}... {_digest(text)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """A value as JSON has it, without anything that is a process's own (addresses, orders of sets)."""
+    deeper = partial(_plain, depth=depth + 1)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value.name if isinstance(value, Enum) else value
+    if isinstance(value, Enum):
+        return value.name
+    if depth > _DEEPEST:
+        return type(value).__name__
+    if isinstance(value, bytes | Path):
+        return value.hex() if isinstance(value, bytes) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): deeper(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [deeper(each) for each in value]
+    if isinstance(value, set | frozenset):
+        return sorted((deeper(each) for each in value), key=_text)
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
+        return f"{value.__module__}.{value.__qualname__}"
+    if type(value).__module__ == "torch":  # a dtype, a device; of tensors what they hold
+        return [str(value.dtype), _digest(str(value.tolist()))] if hasattr(value, "tolist") else str(value)
+    names = [field.name for field in fields(value)] if is_dataclass(value) else sorted(getattr(value, "__dict__", {}))
+    return {"": type(value).__name__, **{name: deeper(getattr(value, name, None)) for name in names}}
