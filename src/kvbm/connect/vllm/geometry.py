@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbm.blocks import LayerGroup
@@ -10,14 +9,14 @@ from kvbm.blocks.groups import Kind
 from kvbm.connect.vllm import contract
 from kvbm.core.config import Resolved
 from kvbm.core.errors import ConfigError, Unsupported
-from kvbm.core.keys import Namespace, weights_digest
+from kvbm.core.keys import Namespace
 from kvbm.core.region import Plane, Region
 from kvbm.manager import build_peers
 from kvbm.manager.build import Place
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 _KINDS: dict[str, tuple[Kind, str]] = {
@@ -168,11 +167,10 @@ def _replicated(config: VllmConfig, kv: KVCacheConfig) -> bool:
 
 
 def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
-    """Everything that decides a block's bytes besides its tokens."""
+    """Everything that decides a block's bytes besides its tokens, but for the content of the weights."""
     model, cache = config.model_config, config.cache_config
     specs = [str(_a_spec(group)) for group in kv.kv_cache_groups]
     layers = [sorted(group.layer_names) for group in kv.kv_cache_groups]
-    weights = _weights(model, config.load_config.load_format)
     facts: dict[str, object] = {
         "engine": f"vllm {contract.MINOR}",
         "architecture": model.architectures,
@@ -195,13 +193,12 @@ def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
     if speculative is not None and speculative.method == "draft_model":
         # Its layers' KV is part of each block.
         draft = speculative.draft_model_config
-        load_format = (speculative.draft_load_config or config.load_config).load_format
         facts["draft"] = [
-            draft.hf_config.to_json_string(), str(draft.dtype), str(draft.quantization), _weights(draft, load_format),
+            draft.hf_config.to_json_string(), str(draft.dtype), str(draft.quantization),
             bool(getattr(speculative, "use_heterogeneous_vocab", False)),
         ]  # fmt: skip
     # Loading a model writes into its configuration, in the process that loads it (Llama 4, Falcon).
-    return Namespace(facts, weights, altered=frozenset({"config", "draft"}))
+    return Namespace(facts, "", altered=frozenset({"config", "draft"}))
 
 
 def kernels(config: VllmConfig, kv: KVCacheConfig) -> str:
@@ -213,16 +210,6 @@ def kernels(config: VllmConfig, kv: KVCacheConfig) -> str:
         backend = getattr(layers[name], "attn_backend", None) or layers[name].get_attn_backend()
         found.add(f"{backend.get_name()} {getattr(layers[name], 'isa', '')}".rstrip())
     return ", ".join(sorted(found))
-
-
-def _weights(model: ModelConfig, load_format: str) -> str:
-    """What changes when the weights do."""
-    folder = Path(model.model)
-    if load_format == "dummy":
-        return f"dummy seed {model.seed}"
-    if folder.is_dir():
-        return weights_digest(folder)
-    return f"{model.model} revision {getattr(model.hf_config, '_commit_hash', None) or model.revision}"
 
 
 def g1_region(kv: KVCacheConfig, caches: dict[str, torch.Tensor], cache_dtype: str = "") -> Region:
