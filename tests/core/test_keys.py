@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 
 from kvbm.core import keys
-from kvbm.core.keys import Namespace, group_key, group_of, variant_keys, weights_digest
+from kvbm.core.keys import Namespace, group_key, group_of, variant_keys
 
 FACTS: dict[str, object] = {
     "architecture": ["LlamaForCausalLM"],
@@ -18,16 +15,6 @@ FACTS: dict[str, object] = {
     "layers": ["layers.0", "layers.1"],
     "tensor_parallel": 1,
 }
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "model.safetensors").write_bytes(b"weights" * 100)
-    (tmp_path / "sub" / "config.json").write_text("{}")
-    for path in (tmp_path / "model.safetensors", tmp_path / "sub" / "config.json"):
-        os.utime(path, ns=(1, 1))
-    return tmp_path
 
 
 def test_equal_configurations_share_a_fingerprint() -> None:
@@ -59,46 +46,11 @@ def test_weights_and_format_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Namespace(FACTS, "w").fingerprint != fingerprint
 
 
-def test_the_digest_follows_size_time_content_and_names(folder: Path) -> None:
-    weights, seen = folder / "model.safetensors", [weights_digest(folder)]
-    assert weights_digest(folder) == seen[0]
-    weights.write_bytes(b"Weights" * 100)
-    os.utime(weights, ns=(1, 1))
-    seen.append(weights_digest(folder))
-    os.utime(weights, ns=(1, 2))
-    seen.append(weights_digest(folder))
-    with weights.open("ab") as file:
-        file.truncate(1 << 21)
-    os.utime(weights, ns=(1, 2))
-    seen.append(weights_digest(folder))
-    weights.rename(folder / "other.safetensors")
-    seen.append(weights_digest(folder))
-    (folder / "sub" / "config.json").rename(folder / "config.json")
-    seen.append(weights_digest(folder))
-    (folder / "adapter").touch()
-    seen.append(weights_digest(folder))
-    assert len(set(seen)) == len(seen)
-
-
-def test_links_are_followed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    snapshot = tmp_path_factory.mktemp("snapshot")
-    link = snapshot / "model.safetensors"
-    link.symlink_to(folder / "model.safetensors")
-    before = weights_digest(snapshot)
-    (folder / "model.safetensors").write_bytes(b"retrained")
-    assert weights_digest(snapshot) != before
-
-
-def test_no_weight_file_is_read_to_its_end(folder: Path) -> None:
-    with (folder / "model.safetensors").open("wb") as file:
-        file.truncate(1 << 42)  # four terabytes, none of them on disk
-    assert weights_digest(folder)
-
-
-def test_a_folder_that_cannot_be_read(tmp_path: Path) -> None:
-    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(OSError, match="No such file"):
-        weights_digest(tmp_path)
+def test_a_private_namespace_is_nobody_elses() -> None:
+    namespace = Namespace(FACTS, "w", altered=frozenset({"dtype"}))
+    once, again = namespace.private(), namespace.private()
+    assert len({each.fingerprint for each in (namespace, once, again)}) == 3
+    assert once.facts == FACTS
 
 
 def test_variants_of_keys() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.manager.channel import Link, connect, listen, socket_path
-from kvbm.manager.wire import Bye, Ready, Result, Sick, encode
+from kvbm.manager.wire import Bye, Ready, Refused, Result, Sick, encode
 
 Pair = tuple[Link, socket.socket]
 
@@ -62,10 +62,10 @@ def test_a_file_goes_with_its_message(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("what is in it")
     with (tmp_path / "file").open() as file:
         here.send(Bye())
-        here.send(Ready(1, "x" * 200_000), file.fileno())
+        here.send(Refused(1, "x" * 200_000), file.fileno())
         here.send(Ready(2), file.fileno())
     assert there.wait(10) == Bye()
-    assert there.wait(10) == Ready(1, "x" * 200_000)
+    assert there.wait(10) == Refused(1, "x" * 200_000)
     with os.fdopen(got := there.take_file()) as same:
         assert same.read() == "what is in it"
         assert not os.get_inheritable(got)

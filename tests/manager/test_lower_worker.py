@@ -24,6 +24,8 @@ from kvbm.manager.wire import (
     Generation,
     Hello,
     Message,
+    Open,
+    Opened,
     Probe,
     Probed,
     Read,
@@ -77,8 +79,10 @@ class Rank:
             sock.settimeout(PATIENCE)
             self.link = Link(sock.accept()[0])
         assert isinstance(self.hear(), Hello)
-        self.link.send(Allot(G2, place))
+        self.link.send(Allot(G2, stride=place.slot_bytes))
         assert self.hear() == Ready(rank)
+        self.link.send(Open(place))
+        assert self.hear() == Opened(rank)
 
     def open_disk(self, place: Place, rank: int, memory: Region, executor: Executor) -> Disk:
         shard = Shard(place, rank, sync="never", direct=False)

@@ -11,6 +11,8 @@ from kvbm.manager.wire import (
     Copy,
     Hello,
     Message,
+    Open,
+    Opened,
     Ready,
     Refused,
     Result,
@@ -20,14 +22,17 @@ from kvbm.manager.wire import (
     decode_step,
     encode,
 )
+from kvbm.stores.meta import Place
 
 
 @pytest.mark.parametrize(
     "message",
     [
-        Hello(1, 2, "f" * 64, 4096),
-        Allot(1 << 30),
+        Hello(1, 2, "f" * 64, 4096, {"kv.backend": "k"}, 1 << 60),
+        Allot(1 << 30, shared=True, stride=4096),
         Ready(0),
+        Open(Place("/a", "f", 2, 4096, 7, 1)),
+        Opened(1, "read-only"),
         Refused(1, "no memory"),
         Result(7, 1, b"\0\3", 1 << 40, 0.25, "injected"),
         Result(7, 1, b"", 0, 0.0),

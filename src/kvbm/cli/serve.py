@@ -23,6 +23,7 @@ from kvbm.cli import models
 from kvbm.cli.launch import CONNECTOR_FLAG, Launch, Server
 from kvbm.core import config, identity
 from kvbm.core.errors import KvbmError
+from kvbm.stores import stamps
 
 _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
@@ -44,11 +45,12 @@ def serve(
     for warning in warnings():
         _err.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     launch = plan(model, context.args, models.resolve(model, settings.cache_dir, _err))
+    witness(launch, settings.run_dir)
     _err.print(f"Starting: {shlex.join(launch.command)}", markup=False, soft_wrap=True)
     try:
         code = run(launch)
     finally:
-        # vLLM kills its engine core when it ends, and what is killed leaves its socket.
+        # vLLM kills its engine core when it ends, and what is killed leaves its socket. What was witnessed goes, too.
         for socket_left in settings.run_dir.glob(f"{launch.engine}*"):
             socket_left.unlink(missing_ok=True)
     raise typer.Exit(code)
@@ -105,6 +107,41 @@ def plan(
         served_name=value(given, "--served-model-name") or name,
         environment=environ,
     )
+
+
+def witness(launch: Launch, run_dir: Path) -> None:
+    """Write down what the model's files are before the engine can have read any of them, and tell it where."""
+    draft = _draft(value(launch.arguments, "--speculative-config"))
+    places = [place for name in (launch.model, draft) if name and (place := _place(name, launch.arguments))]
+    file = run_dir / f"{launch.engine}.weights"
+    try:
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        stamps.record(map(str, places), file)
+    except OSError:
+        return  # the engine goes by the time at which it began
+    launch.environment["KVBM_WEIGHTS_SEEN"] = str(file)
+
+
+def _draft(text: str | None) -> str | None:
+    """The draft model that `--speculative-config` names."""
+    try:
+        content = json.loads(text) if text else {}
+    except ValueError:
+        return None
+    name = content.get("model") if isinstance(content, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _place(model: str, arguments: Sequence[str]) -> Path | None:
+    """Where a model's files are: itself, or its folder in the hub's cache."""
+    if Path(model).exists():
+        return Path(model).absolute()
+    try:
+        cache = value(arguments, "--download-dir") or importlib.import_module("huggingface_hub.constants").HF_HUB_CACHE
+    except ImportError:
+        return None
+    folder = Path(cache) / f"models--{model.replace('/', '--')}"
+    return folder.absolute() if folder.is_dir() else None
 
 
 def drain_s(environ: Mapping[str, str]) -> float:

@@ -101,6 +101,10 @@ class Settings(BaseSettings):
     """Milliseconds that KVBM may take of an engine step; slower for 32 steps in a row, it stands aside for a minute."""
     checkpoint_tokens: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """Sliding-window layers are stored where prompts end, and at every multiple of so many tokens; unset: 4 windows."""
+    dummy_weights_fixed: bool = False
+    """Whether weights of load format dummy are for tests: they follow from the seed, and nobody replaces them."""
+    weights_seen: Path | None = None
+    """File in which `kvbm serve` hands over what it saw of the model's files before it started the engine."""
     enabled: bool = True
     """Whether KVBM does anything; false leaves the connector in place and the engine on its own."""
     strict: bool = False
@@ -114,7 +118,7 @@ class Settings(BaseSettings):
     run_dir: Path = Field(default_factory=lambda: _run_dir(os.environ))
     """Folder of the control sockets ($XDG_RUNTIME_DIR/kvbm, else /tmp/kvbm-<uid>)."""
     cache_dir: Path = Field(default=Path("~/.cache/kvbm"), validate_default=True)
-    """Folder of models that KVBM converted."""
+    """Folder of models that KVBM converted, and of digests of weights."""
     traces: Path | None = None
     """Folder of request traces that `kvbm replay` finds by file name."""
     copy_threads: Annotated[int, Field(ge=0, le=256)] = 0
@@ -136,7 +140,7 @@ class Settings(BaseSettings):
     transport_wrapper: Annotated[str, Field(pattern=r"^([\w.]+:\w+(\?.*)?)?$")] = ""
     """For tests: module:function?query that wraps the transport of each worker."""
 
-    @field_validator("run_dir", "cache_dir", "traces", "g3_dir", "g3_key_file", "peer_secret_file")
+    @field_validator("run_dir", "cache_dir", "traces", "g3_dir", "g3_key_file", "peer_secret_file", "weights_seen")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser().absolute()

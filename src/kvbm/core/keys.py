@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import stat
+import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 FORMAT_VERSION = 1
 """Part of every fingerprint: changes when the meaning of stored bytes changes."""
 
-_HEADER_BYTES = 1 << 20
 _KEY_BYTES = 32
 
 
@@ -20,8 +18,8 @@ _KEY_BYTES = 32
 class Namespace:
     """Everything that decides a block's bytes besides its tokens.
 
-    `facts` are what the engine says (model, dtypes, block size, layers, heads, layout, shard ...), `weights` what
-    :func:`weights_digest` read from disk. Two engines may share a block only if their fingerprints are equal.
+    `facts` are what the engine says (model, dtypes, block size, layers, heads, layout, shard ...), `weights` the digest
+    of what it loaded, empty until that is known. Two engines may share a block only if their fingerprints are equal.
     `altered` names facts that an engine's workers may see altered once they have loaded the model; `rank_fingerprint`,
     which the ranks of one engine agree on, is without them.
     """
@@ -39,24 +37,13 @@ class Namespace:
             self, "rank_fingerprint", self._digest({name: facts[name] for name in facts.keys() - self.altered})
         )
 
+    def private(self) -> Namespace:
+        """The same where nobody knows what was loaded: a namespace that no other process has."""
+        return replace(self, weights=f"unknown {secrets.token_hex(16)}")
+
     def _digest(self, facts: Mapping[str, object]) -> str:
         text = json.dumps([FORMAT_VERSION, facts, self.weights], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-def weights_digest(folder: Path) -> str:
-    """A digest that changes when the weights in `folder` do: of every regular file the name, size, modification time
-    and first MiB (for safetensors that is the header). Symbolic links are followed: a hub snapshot's target names its
-    content. Reads no whole weight file. Raises OSError if the folder cannot be read."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            continue
-        digest.update(f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_HEADER_BYTES))
-    return digest.hexdigest()
 
 
 def variant_keys(keys: Sequence[bytes], variant: bytes) -> list[bytes]:

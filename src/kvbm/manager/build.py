@@ -23,12 +23,12 @@ from kvbm.core.errors import Broken, ConfigError
 from kvbm.core.keys import Namespace
 from kvbm.core.region import Region
 from kvbm.manager import build_disk, build_peers
+from kvbm.manager.build_lower import Below, Choose, Look
 from kvbm.manager.channel import Link, listen, readable, socket_path
 from kvbm.manager.control import About, Control
 from kvbm.manager.gate import Gate
 from kvbm.manager.hybrid import HybridLeader
 from kvbm.manager.leader import Leader
-from kvbm.manager.lower import Lower
 from kvbm.manager.reports import Reports
 from kvbm.manager.wire import Allot, Hello, Ready, Refused
 from kvbm.manager.worker import Worker
@@ -36,7 +36,7 @@ from kvbm.observe import prometheus
 from kvbm.observe.totals import Totals
 from kvbm.policy import eviction_order
 from kvbm.stores.available import available_memory
-from kvbm.stores.meta import Place as DiskPlace
+from kvbm.stores.format import padded
 from kvbm.transfer.executor import Executor
 from kvbm.transfer.memcpy import MemcpyTransport
 
@@ -77,6 +77,7 @@ class LeaderSide:
     totals: Totals
     control: Control
     stop_metrics: object
+    below: Below
 
     def drain(self, seconds: float) -> None:
         """Writes to disk what only G2 has, the hottest first, for so long at most. Any thread but the engine's."""
@@ -84,6 +85,7 @@ class LeaderSide:
 
     def close(self) -> None:
         """Stops threads and says goodbye to the workers."""
+        self.below.close()
         self.control.close()
         if self.leader.lower is not None and self.leader.lower.peers is not None:
             self.leader.lower.peers.network.close()
@@ -98,11 +100,17 @@ def channel_path(settings: Settings, engine: str) -> Path:
 
 
 def build_worker(
-    settings: Settings, place: Place, namespace: Namespace, g1: Region, rank: int,
+    settings: Settings,
+    place: Place,
+    namespace: Namespace,
+    g1: Region,
+    rank: int,
     facts: Mapping[str, str] | None = None,
-) -> Worker:  # fmt: skip
+    began: int = 0,
+) -> Worker:
     """The worker of one rank. Returns at once; its arena is made when the leader says how large. `facts` are part of
-    the namespace, too: what only a worker knows of it."""
+    the namespace, too: what only a worker knows of it. `began` is when the process had read nothing of the weights yet
+    (nanoseconds since 1970), 0 where nobody knows."""
     stores = rank in place.storing
 
     def wrapped(transport: Transport) -> Transport:
@@ -122,6 +130,7 @@ def build_worker(
         world=place.ranks,
         fingerprint=namespace.rank_fingerprint,
         facts=facts,
+        began=began,
         address=channel_path(settings, place.engine),
         make_executor=make_executor,
         open_disk=partial(build_disk.open_shard, settings) if stores else None,
@@ -143,10 +152,11 @@ def _wrap(spec: str, transport: Transport, rank: int) -> Transport:
 
 def build_leader(
     resolved: Resolved, place: Place, namespace: Namespace, *, block_tokens: int, shares_device_blocks: bool,
-    groups: Sequence[LayerGroup] = (),
+    groups: Sequence[LayerGroup] = (), choose: Choose | None = None,
 ) -> LeaderSide:  # fmt: skip
     """The leader, once every rank's worker has its arena. `groups` are the engine's layer groups, where there are
-    several, or one that does not need all blocks. Raises ConfigError for a size that cannot be, Broken if a worker does
+    several, or one that does not need all blocks. `choose` says which files the engine loaded; without it the namespace
+    is known as it is. Raises ConfigError for a size that cannot be, Broken if a worker does
     not come or cannot get its memory."""
     settings = resolved.settings
     eviction_order(settings.g2_order, 1, "g2_order")  # before anything is waited for
@@ -154,100 +164,70 @@ def build_leader(
     build_peers.check(settings)
     for note in resolved.notes:
         log.warning("KVBM: %s", note)
-    absent: dict[str, str] = {}
-    found: build_disk.Found | None = None
+    wants_disk = build_disk.wanted(settings)
     with ExitStack() as undo:
-        links, slot_bytes, namespace = _gather(settings, place, namespace, undo)
+        links, slot_bytes, namespace, began = _gather(settings, place, namespace, undo)
+        shared = wants_disk or build_peers.wanted(settings)
+        look = Look(settings, choose, began) if choose is not None and shared else None
+        if look is not None:
+            undo.callback(look.close)
         parts = len(place.storing)
         block_bytes = slot_bytes * parts
-        if build_disk.wanted(settings):
-            try:
-                path = disk_folder(settings, place)
-                found = build_disk.find(settings, path, place.engine, parts, namespace, slot_bytes)
-                undo.callback(found.folder.close)
-            except Broken as error:
-                _without_disk(settings, absent, str(error))
         with _one_at_a_time(settings):
             slots, why = _size(resolved, place, block_bytes)
             log.info(
                 "KVBM: G2 holds %d blocks of %d tokens, %.2f GB over %d rank(s): %s",
                 slots, block_tokens, slots * block_bytes / 1e9, parts, why,
             )  # fmt: skip
-            problem = _allot(settings, place, links, slots, found.folder.place if found else None)
-        if found and problem is not None:
-            _without_disk(settings, absent, problem)
-            found.folder.close()
-            found = None
+            # Direct I/O wants whole pages.
+            _allot(settings, place, links, slots, padded(slot_bytes) if wants_disk else 0)
+        totals = Totals()
+        pool = Pool(slots, order=eviction_order(settings.g2_order, slots), tier="g2")
+        make = partial(HybridLeader, groups=groups, checkpoint_tokens=settings.checkpoint_tokens) if groups else Leader
+        leader = make(
+            settings,
+            pool,
+            links,
+            slot_bytes=block_bytes,
+            gate=Gate(block_tokens),
+            shares_device_blocks=shares_device_blocks,
+            observers=[totals],
+        )
+        leader.reports = Reports(settings.cache_dir / "reports", place.engine)
+        known = choose is None or shared
+        below = Below(settings, place, namespace if known else namespace.private(), leader, slot_bytes, block_tokens)
+        below.begin(look)
         undo.pop_all()
-    totals = Totals()
-    pool = Pool(slots, order=eviction_order(settings.g2_order, slots), tier="g2")
-    make = partial(HybridLeader, groups=groups, checkpoint_tokens=settings.checkpoint_tokens) if groups else Leader
-    leader = make(
-        settings,
-        pool,
-        links,
-        slot_bytes=block_bytes,
-        gate=Gate(block_tokens),
-        shares_device_blocks=shares_device_blocks,
-        observers=[totals],
-    )
-    leader.absent = absent
-    leader.reports = Reports(settings.cache_dir / "reports", place.engine)
-    _add_lower(settings, place, namespace, leader, found, block_bytes, block_tokens)
     about = About(
-        place.engine, __version__, namespace.fingerprint, place.ranks, block_bytes, block_tokens,
-        found.folder.path if found else None, found.namesakes if found else (),
+        place.engine, __version__, below.namespace.fingerprint, place.ranks, block_bytes, block_tokens, below.folder,
+        below.namesakes,
     )  # fmt: skip
     control = Control(leader, totals, about, settings.run_dir)
+
+    def told() -> None:
+        control.about = replace(
+            about, fingerprint=below.namespace.fingerprint, disk=below.folder, namesakes=below.namesakes
+        )
+
+    below.told = told
+    told()  # it may have changed in between
     stop = None
     if settings.metrics:
         port = settings.metrics_port + place.dp_rank
         stop = prometheus.serve(settings.metrics_host, port, control.sources(), control.health)
-    return LeaderSide(leader, totals, control, stop)
-
-
-def _add_lower(
-    settings: Settings, place: Place, namespace: Namespace, leader: Leader, found: build_disk.Found | None,
-    block_bytes: int, block_tokens: int,
-) -> None:  # fmt: skip
-    """Put below host memory what there is to be."""
-    shares = build_peers.wanted(settings)
-    if found is None and not shares:
-        return
-    links = {rank: leader.links[rank] for rank in place.storing}
-    disk = build_disk.disk_side(settings, leader, links, found, block_bytes) if found is not None else None
-    promotion = build_disk.promotion(settings, leader, disk, block_bytes)
-    promotion.shadow = leader.shadow
-    lower = Lower(promotion, block_tokens, disk)
-    if shares:
-        try:
-            lower.peers = build_peers.peers(
-                settings, leader, links, promotion, disk, namespace, peer_name(settings, place), place.dp_rank
-            )
-        except Broken as error:
-            log.error("KVBM: no blocks are shared with other instances: %s", error)
-            if settings.strict:
-                raise
-            leader.absent["peers"] = str(error)
-    leader.lower = lower
-
-
-def peer_name(settings: Settings, place: Place) -> str:
-    """What other instances call this one."""
-    if settings.peer_name is None:
-        return place.engine
-    return f"{settings.peer_name}_dp{place.dp_rank}" if place.data_parallel else settings.peer_name
+    return LeaderSide(leader, totals, control, stop, below)
 
 
 def _gather(
     settings: Settings, place: Place, namespace: Namespace, undo: ExitStack
-) -> tuple[dict[int, Link], int, Namespace]:
-    """Waits until every rank's worker has connected and said the same as the leader knows. If the start fails after
-    all, `undo` closes the links."""
+) -> tuple[dict[int, Link], int, Namespace, int]:
+    """Waits until every rank's worker has connected and said the same as the leader knows; returns last when the first
+    of their processes began, 0 if one does not say. If the start fails after all, `undo` closes the links."""
     path = channel_path(settings, place.engine)
     links: dict[int, Link] = {}
     facts: dict[int, dict[str, str]] = {}
     sizes: set[int] = set()
+    began: list[int] = []
     deadline = time.monotonic() + settings.init_timeout_s
     with listen(path) as sock:
         undo.callback(path.unlink, missing_ok=True)
@@ -268,10 +248,11 @@ def _gather(
                 raise Broken(f"the worker of rank {hello.rank} runs another configuration than the scheduler")
             links[hello.rank], facts[hello.rank] = link, hello.facts
             sizes.add(hello.slot_bytes)
+            began.append(hello.began)
     path.unlink(missing_ok=True)
     if len(sizes) != 1:
         raise Broken(f"ranks hold blocks of different sizes ({sorted(sizes)} bytes): not supported")
-    return links, sizes.pop(), replace(namespace, facts={**namespace.facts, **_over_ranks(facts)})
+    return links, sizes.pop(), replace(namespace, facts={**namespace.facts, **_over_ranks(facts)}), min(began)
 
 
 def _over_ranks(facts: Mapping[int, Mapping[str, str]]) -> dict[str, str]:
@@ -333,44 +314,30 @@ def _size(resolved: Resolved, place: Place, block_bytes: int) -> tuple[int, str]
     return slots, why
 
 
-def _allot(settings: Settings, place: Place, links: dict[int, Link], slots: int, disk: DiskPlace | None) -> str | None:
-    """Has every rank that stores make its arena and open its file, then the others map that arena. Returns why a file
-    could not be opened."""
+def _allot(settings: Settings, place: Place, links: dict[int, Link], slots: int, stride: int) -> None:
+    """Has every rank that stores make its arena, then the others map that."""
     deadline = time.monotonic() + settings.init_timeout_s
     for rank in place.storing:
-        links[rank].send(Allot(slots, disk, shared=place.replicated))
-    problems = [_ready(rank, links[rank], deadline) for rank in place.storing]
+        links[rank].send(Allot(slots, shared=place.replicated, stride=stride))
+    for rank in place.storing:
+        _ready(rank, links[rank], deadline)
     if others := [rank for rank in links if rank not in place.storing]:
         arena = links[0].take_file()
         try:
             for rank in others:
-                links[rank].send(Allot(slots, disk), arena)
+                links[rank].send(Allot(slots, stride=stride), arena)
         finally:
             os.close(arena)
-        problems += [_ready(rank, links[rank], deadline) for rank in others]
-    return next((problem for problem in problems if problem), None)
+        for rank in others:
+            _ready(rank, links[rank], deadline)
 
 
-def _ready(rank: int, link: Link, deadline: float) -> str | None:
-    """Waits for one rank's memory. Returns why it has no file."""
+def _ready(rank: int, link: Link, deadline: float) -> None:
+    """Waits for one rank's memory."""
     match link.wait(max(0.0, deadline - time.monotonic())):
-        case Ready(disk=trouble):
-            return trouble
+        case Ready():
+            pass
         case Refused(problem=refusal):
             raise Broken(f"rank {rank} cannot get its host memory: {refusal}")
         case message:
             raise Broken(f"rank {rank} did not prepare its host memory in time ({message!r})")
-
-
-def _without_disk(settings: Settings, absent: dict[str, str], problem: str) -> None:
-    """Go on without a disk tier, and say why. Raises Broken instead where `strict` is set."""
-    log.error("KVBM: there is no disk tier (G3): %s", problem)
-    if settings.strict:
-        raise Broken(problem)
-    absent["g3"] = problem
-
-
-def disk_folder(settings: Settings, place: Place) -> Path:
-    """The folder of one engine's disk tier."""
-    folder = settings.g3_dir or settings.cache_dir / "g3"
-    return folder / f"dp{place.dp_rank}" if place.data_parallel else folder

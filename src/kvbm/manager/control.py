@@ -38,7 +38,7 @@ _MAX_REQUEST = 1 << 16
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class About:
-    """What does not change while the engine runs."""
+    """What does not change while the engine runs, but for what is not known before its weights are."""
 
     engine: str
     version: str
@@ -57,8 +57,8 @@ class Control:
     """Answers on `<run_dir>/<engine>.sock`. A socket that cannot be made is logged; the engine goes on without."""
 
     def __init__(self, leader: Leader, totals: Totals, about: About, run_dir: Path) -> None:
-        self._leader, self._totals, self._about = leader, totals, about
-        self._upkeep = Upkeep(leader, about.disk)
+        self._leader, self._totals, self.about = leader, totals, about
+        self._upkeep = Upkeep(leader, lambda: self.about.disk)
         self._started = time.monotonic()
         self._stop = threading.Event()
         self._sock: socket.socket | None = None
@@ -122,7 +122,7 @@ class Control:
             "explain": lambda request: self.explain(str(request.get("request_id", ""))),
             "pause": lambda _: self._switch(self._leader.pause),
             "resume": lambda _: self._switch(self._leader.resume),
-            "check": lambda _: {"engine": self._about.engine, **self._leader.check(_CHECK_S)},
+            "check": lambda _: {"engine": self.about.engine, **self._leader.check(_CHECK_S)},
             "disk.inspect": lambda _: self._upkeep.inspect(),
             "disk.verify": lambda request: self._upkeep.verify(request.get("action")),
             "disk.purge": lambda request: self._upkeep.purge(request.get("namespaces")),
@@ -130,7 +130,7 @@ class Control:
 
     def _switch(self, action: Callable[[], None]) -> dict[str, Any]:
         action()
-        return {"engine": self._about.engine, "paused": self._leader.paused}
+        return {"engine": self.about.engine, "paused": self._leader.paused}
 
     def health(self) -> dict[str, Any]:
         """Whether KVBM works, and if not why; tiers that are left alone, or not there, and why. Waits for nobody."""
@@ -139,19 +139,19 @@ class Control:
         if silent > _SILENT:
             problems.append(f"housekeeping has not been done for {silent:.0f} s")
         return {
-            "engine": self._about.engine,
+            "engine": self.about.engine,
             "healthy": not problems,
             "problems": problems,
             "degraded": leader.degraded(),
             "paused": leader.paused,
-            "namesakes": [*self._about.namesakes, *self._shared_namesakes()],
+            "namesakes": [*self.about.namesakes, *self._shared_namesakes()],
             "quarantined": leader.quarantined,
             "last_check": leader.audit.last,
         }
 
     def status(self) -> dict[str, Any]:
         """Everything live, in one snapshot."""
-        leader, totals, about = self._leader, self._totals, self._about
+        leader, totals, about = self._leader, self._totals, self.about
         leader.tick()
         tiers = self._pools()
         pool = tiers["g2"]
@@ -191,7 +191,7 @@ class Control:
         leader = self._leader
         return Sources(
             totals=self._totals,
-            block_tokens=self._about.block_tokens,
+            block_tokens=self.about.block_tokens,
             healthy=lambda: not leader.problems,
             tiers=lambda: dict.fromkeys(self._pools(), not leader.problems) | dict.fromkeys(leader.degraded(), False),
             pools=lambda: {name: dataclasses.asdict(pool) for name, pool in self._pools().items()},
@@ -246,9 +246,9 @@ class Control:
             raise LookupError(f"no request {request_id!r} among the last {len(records)}")
         if len(names) > 1:
             raise LookupError(f"{len(names)} requests contain {request_id!r}: {', '.join(names[:8])}")
-        record, tokens = records[names[0]], self._about.block_tokens
+        record, tokens = records[names[0]], self.about.block_tokens
         return {
-            "engine": self._about.engine,
+            "engine": self.about.engine,
             "request_id": record.request_id,
             "when": record.when,
             "prompt_tokens": record.prompt_tokens,

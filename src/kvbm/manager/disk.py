@@ -85,6 +85,8 @@ class DiskTier:
         """Whether a new generation has not been written down yet."""
         self._lasting = True
         """Whether another process may find what is written."""
+        self._left = False
+        """Whether it is left alone for good."""
         self._lost = False
         """Whether the files were made anew and have not been looked into."""
         self._chores = ThreadPoolExecutor(1, "kvbm-folder")
@@ -166,10 +168,17 @@ class DiskTier:
 
     def fail(self, problem: str) -> None:
         """Leave the tier alone until a probe says that it works."""
+        if self._left:
+            return
         if self.problem is None:
             log.error("KVBM: the disk tier (G3) is left alone, the engine goes on without it: %s", problem)
             self._probes, self._next_probe = 0, self._clock() + _PROBE_EVERY[0]
         self.problem = problem
+
+    def leave(self, why: str) -> None:
+        """Leave the tier alone for good. A new generation is still written down."""
+        self.cancel(list(self._moves))
+        self.problem, self._left = why, True
 
     def tick(self) -> None:
         """A few times a second: notices silent workers, tries whether a broken disk works again."""
@@ -178,7 +187,10 @@ class DiskTier:
             try:
                 self._waited.popleft().result()()
             except KvbmError as error:
-                self.problem = str(error)
+                if not self._left:
+                    self.problem = str(error)
+        if self._left and not self._stale:
+            return
         if self.problem is None:
             if any(move.due is not None and now > move.due for move in self._moves.values()):
                 self.fail("no answer about a move within its deadline")
@@ -204,7 +216,7 @@ class DiskTier:
 
     def probed(self, answer: Probed) -> None:
         """One rank's answer to a probe. When all are well a tier that was left alone is used again."""
-        if answer.number != self._asked or self._stale:
+        if answer.number != self._asked or self._stale or self._left:
             return
         self._probed[answer.rank] = answer
         if len(self._probed) < len(self._links):

@@ -27,7 +27,7 @@ from kvbm.manager.reports import Reports
 from kvbm.manager.requests import Record, Request
 from kvbm.manager.shadow import Shadow
 from kvbm.manager.watch import Audit, Pace, Recent
-from kvbm.manager.wire import Bye, Mine, Probed, Result, Sick
+from kvbm.manager.wire import Bye, Mine, Opened, Probed, Result, Sick
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,16 @@ class Housekeeping:
         """The engine is shutting down its workers in good order."""
         self.absent: dict[str, str] = {}
         """Tiers that were asked for and are not there, and why."""
+        disk = settings.g3_gb is not None or settings.g3_blocks is not None
+        wanted = {"g3": disk, "peers": settings.directory is not None}
+        self.shared = [name for name, there in wanted.items() if there]
+        """Tiers that were asked for and outlive this process, or are shared with others."""
+        self.isolated: str | None = None
+        """Why none of those is used until the engine is started anew."""
+        self.opened: dict[int, Opened] = {}
+        """What ranks said about their files."""
+        self._early: list[Mine] = []
+        """What ranks said about their memory before there was anybody to share it with."""
         self.lower: Lower | None = None
         """What is below host memory, if there is anything."""
         self.gate = gate
@@ -105,6 +115,10 @@ class Housekeeping:
                         pass
                     case Result():
                         self._answer(message)
+                    case Opened():
+                        self.opened[message.rank] = message
+                    case Mine():
+                        self._early.append(message)
                     case Sick(rank=sick, problem=problem):
                         self._sick(f"rank {sick}: {problem}")
                     case Bye():
@@ -275,6 +289,36 @@ class Housekeeping:
         for request in self.requests.values():
             request.stale = True
 
+    def attach(self, lower: Lower) -> bool:
+        """There is something below host memory from now on; what that holds already is offered to it. False: nobody
+        wants it any more."""
+        with self._lock:
+            if self._ending or self.isolated is not None:
+                return False
+            self.lower = lower
+            for message in self._early:
+                lower.take(message)
+            self._early.clear()
+            if self.pool.statistics().generation:
+                lower.clear()  # it came too late for that
+            elif lower.disk is not None:
+                with self.pool.candidates(self.pool.statistics().total) as hold:
+                    lower.disk.demotion.offer(hold.keys)
+            self._pump()
+        return True
+
+    def isolate(self, why: str) -> None:
+        """From now on the content of the weights is not known: all that outlives this process or is shared with others
+        stands aside until the engine is started anew. Host memory goes on. Said once; may be called again."""
+        with self._lock:
+            if self.isolated is not None:
+                return
+            self.isolated = why
+            if self.shared:
+                log.warning("KVBM: %s: nothing is stored on disk, shared with others, or read from there", why)
+            if self.lower is not None:
+                self.lower.isolate(why)
+
     def pause(self) -> None:
         """From now on the engine works as if KVBM were not there. Copies in flight end."""
         with self._lock:
@@ -307,11 +351,13 @@ class Housekeeping:
 
     def degraded(self) -> dict[str, str]:
         """Tiers that are left alone, or are not there, and why. The engine does without them."""
+        if self.isolated is not None:
+            return dict.fromkeys(self.shared, self.isolated)
         return self.absent | (self.lower.problems() if self.lower is not None else {})
 
     def drain(self, seconds: float) -> None:
         """Writes to disk what only host memory has, for so long at most, while the engine may go on."""
-        if (disk := self.disk) is None or seconds <= 0:
+        if (disk := self.disk) is None or seconds <= 0 or self.isolated is not None:
             return
         begun = time.monotonic()
         with self._lock:

@@ -46,9 +46,13 @@ class Lower:
     block_tokens: int
     disk: DiskSide | None = None
     peers: Peers | None = None
+    isolated: bool = False
+    """Whether nothing of this is used any more."""
 
     def begin(self, request: Request, asked: Sequence[bytes], wanted: Wanted) -> None:
         """A request arrives: its blocks start to move before it is scheduled."""
+        if self.isolated:
+            return
         if self.disk is not None:
             self.disk.demotion.used(asked)
         if request.params.load:
@@ -63,6 +67,8 @@ class Lower:
 
     def stored(self, job: Job, blocks: Pinned) -> None:
         """They are published."""
+        if self.isolated:
+            return
         if self.disk is not None:
             self.disk.demotion.offer(blocks.keys)
         if self.peers is not None and len(blocks):
@@ -70,7 +76,7 @@ class Lower:
 
     def waits(self, request: Request, wanted: Wanted, at: int) -> bool:
         """The engine asks: whether it should ask again later for what follows its match, from block `at` on."""
-        if not len(wanted.keys):
+        if self.isolated or not len(wanted.keys):
             return False
         if self.promotion.waits(request.id, request.record, wanted):
             return True
@@ -141,6 +147,18 @@ class Lower:
         self.promotion.clear()
         if self.peers is not None:
             self.peers.stand_aside()
+
+    def isolate(self, why: str) -> None:
+        """From now on nothing is read from here and nothing written; what is on its way is given up."""
+        self.isolated = True
+        self.promotion.clear()
+        if self.disk is not None:
+            self.disk.demotion.clear()
+            if self.disk.verification is not None:
+                self.disk.verification.end(why)
+            self.disk.tier.leave(why)
+        if self.peers is not None:
+            self.peers.leave(why)
 
     def clear(self) -> None:
         """A new generation, maybe of other weights."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ log = logging.getLogger(__name__)
 
 
 class Upkeep:
-    """`folder` is the engine's namespace on disk; None: it has none. Answers are for JSON. On the control thread.
+    """`folder` says where the engine's namespace on disk is; None: it has none. Answers are for JSON. On the
+    control thread.
 
     Every method raises LookupError with a sentence where it cannot be done.
     """
 
-    def __init__(self, leader: Leader, folder: Path | None) -> None:
+    def __init__(self, leader: Leader, folder: Callable[[], Path | None]) -> None:
         self._leader, self._folder = leader, folder
         self._purging: threading.Thread | None = None
         self._left: dict[str, str] = {}
@@ -75,9 +77,10 @@ class Upkeep:
             return {"running": running, "left": dict(self._left), "problem": disk.tier.problem}
 
     def _there(self, lower: Lower | None) -> tuple[Path, DiskSide]:
-        if lower is None or lower.disk is None or self._folder is None:
+        folder = self._folder()
+        if lower is None or lower.disk is None or folder is None:
             raise LookupError("this engine has no disk tier")
-        return self._folder, lower.disk
+        return folder, lower.disk
 
     def _delete(self, folder: Path, names: set[str]) -> None:
         """On a thread of its own. No other process can use them: this one has the folder's lock."""

@@ -83,23 +83,24 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     slot_bytes: int
     facts: dict[str, str] = {}
     """Of the namespace, what only this rank knows: its layers, their bytes."""
+    began: int = 0
+    """When nothing of this rank's weights had been read yet, in nanoseconds since 1970; 0: unknown."""
 
 
 class Allot(msgspec.Struct, frozen=True, tag=True):
-    """Make the host arena this large, and open the file of this rank, if there is a disk tier. A rank that stores
-    nothing itself gets the file of the arena with it."""
+    """Make the host arena this large. A rank that stores nothing itself gets the file of the arena with it."""
 
     num_slots: int
-    disk: Place | None = None
     shared: bool = False
     """Answer with the file of the arena: other ranks load from it."""
+    stride: int = 0
+    """Bytes from one block to the next where there is to be a disk tier. 0: what a block has."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The arena is there; `disk` says why the file is not."""
+    """The arena is there."""
 
     rank: int
-    disk: str | None = None
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -107,6 +108,19 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
     rank: int
     problem: str
+
+
+class Open(msgspec.Struct, frozen=True, tag=True):
+    """Open the file of this rank: it is known now where that is."""
+
+    disk: Place
+
+
+class Opened(msgspec.Struct, frozen=True, tag=True):
+    """The answer; `problem` says why the file is not open."""
+
+    rank: int
+    problem: str | None = None
 
 
 class Result(msgspec.Struct, frozen=True, tag=True):
@@ -238,6 +252,8 @@ Message = (
     | Allot
     | Ready
     | Refused
+    | Open
+    | Opened
     | Result
     | Write
     | Read

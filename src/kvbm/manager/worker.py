@@ -38,6 +38,8 @@ from kvbm.manager.wire import (
     Generation,
     Hello,
     Mine,
+    Open,
+    Opened,
     Probe,
     Probed,
     Pull,
@@ -79,6 +81,7 @@ class Worker:
         world: int,
         fingerprint: str,
         facts: Mapping[str, str] | None = None,
+        began: int = 0,
         address: Path,
         make_executor: Callable[[], Executor],
         open_disk: OpenDisk | None = None,
@@ -87,7 +90,7 @@ class Worker:
     ) -> None:
         self._settings, self._g1, self._rank, self._stores = settings, g1, rank, stores
         self._verifies = settings.g2_verify and stores  # who stores has the checksums, and loads as well
-        self._hello = Hello(rank, world, fingerprint, g1.slot_bytes, dict(facts or {}))
+        self._hello = Hello(rank, world, fingerprint, g1.slot_bytes, dict(facts or {}), began)
         self._address = address
         self._executor = make_executor()
         self._open_disk, self._open_peers = open_disk, open_peers
@@ -265,7 +268,7 @@ class Worker:
         sums = self._sums[written].tobytes() if written is not None and self._open_peers is not None else b""
         self._tell(Result(job, self._rank, outcomes, completion.nbytes, completion.seconds, completion.error, sums))
 
-    def _tell(self, message: Result | Sick | Probed | Mine | Bye) -> None:
+    def _tell(self, message: Result | Sick | Probed | Mine | Opened | Bye) -> None:
         try:
             if self._link is not None:
                 self._link.send(message)
@@ -284,6 +287,8 @@ class Worker:
                 match link.wait(1.0):
                     case Allot() as message:
                         self._allot(link, message)
+                    case Open(disk=place):
+                        self._tell(Opened(self._rank, self._open(place)))
                     case Cancel(jobs=jobs):
                         if self._disk is not None:
                             self._disk.cancel(jobs)
@@ -313,7 +318,7 @@ class Worker:
     def _allot(self, link: Link, allot: Allot) -> None:
         """Makes the arena, or maps that of the rank that stores, and touches all of it, so that first copies are not
         slower than later ones and a lack of memory shows now."""
-        slots, place, last = allot.num_slots, allot.disk, time.monotonic()
+        slots, last = allot.num_slots, time.monotonic()
 
         def progress(done: int, total: int) -> None:
             nonlocal last
@@ -322,8 +327,7 @@ class Worker:
                 log.info("KVBM: rank %d prepared %.1f of %.1f GB of host memory", self._rank, done / 1e9, total / 1e9)
 
         try:
-            # Direct I/O wants whole pages.
-            stride = place.slot_bytes if place is not None else self._g1.slot_bytes
+            stride = allot.stride or self._g1.slot_bytes
             arena = Arena(slots * stride, None if self._stores else link.take_file())
             arena.touch(progress)
         except Broken as error:
@@ -332,21 +336,10 @@ class Worker:
         self._arena = arena
         self._g2 = arena.region([plane.row_bytes for plane in self._g1.planes], slots, stride=stride)
         self._link = link
-        problem = None
-        if (place is not None and self._open_disk) or self._open_peers or self._settings.g2_verify:
+        if (allot.stride and self._open_disk) or self._open_peers or self._settings.g2_verify:
             self._sums = np.zeros(slots, np.uint64)
             self._extents = arena.region([stride], slots, name="G2 for the disk")
-        if place is not None and self._open_disk is not None:
-            assert self._extents is not None
-            try:
-                disk = self._open_disk(place, self._rank, self._extents, self._executor)
-                self._disk = DiskWorker(
-                    disk, self._rank, self._sums, self._settings.g3_deadline_s,
-                    report=self._report, read=self._read_ended, tell=self._tell,
-                )  # fmt: skip
-            except Broken as error:
-                problem = str(error)
-        link.send(Ready(self._rank, problem), arena.fd if allot.shared else None)
+        link.send(Ready(self._rank), arena.fd if allot.shared else None)
         if self._open_peers is not None:
             mine = arena.region([self._g1.slot_bytes], slots, stride=stride, name="G2 for peers")
             try:
@@ -355,6 +348,20 @@ class Worker:
                 self._tell(Mine(self._rank, problem=str(error)))
 
     # ------------------------------------------------------------------ the disk, other instances
+
+    def _open(self, place: Place) -> str | None:
+        """Opens this rank's file; returns why that cannot be done."""
+        assert self._open_disk is not None, "the leader wants a file of a rank that stores nothing"
+        assert self._extents is not None, "the leader wants a file in memory that was not made for it"
+        try:
+            disk = self._open_disk(place, self._rank, self._extents, self._executor)
+        except Broken as error:
+            return str(error)
+        self._disk = DiskWorker(
+            disk, self._rank, self._sums, self._settings.g3_deadline_s,
+            report=self._report, read=self._read_ended, tell=self._tell,
+        )  # fmt: skip
+        return None
 
     def _from_peers(self, message: Attach | Detach | Pull) -> None:
         if self._peers is None:  # it has been told so, but may not have read that yet

@@ -28,9 +28,9 @@ READS = {
     "vllm.config.DeviceConfig": "device_type",
     "vllm.config.KVEventsConfig": "enable_kv_cache_events",
     "vllm.config.KVTransferConfig": "engine_id kv_connector_extra_config kv_load_failure_policy",
-    "vllm.config.LoadConfig": "load_format",
-    "vllm.config.ModelConfig": "architectures dtype hf_config is_encoder_decoder max_model_len model quantization "
-    "revision seed",
+    "vllm.config.LoadConfig": "download_dir ignore_patterns load_format model_loader_extra_config",
+    "vllm.config.ModelConfig": "architectures code_revision dtype hf_config hf_config_path hf_overrides "
+    "is_encoder_decoder max_model_len model multimodal_config quantization revision seed trust_remote_code",
     "vllm.config.ParallelConfig": "data_parallel_index data_parallel_size_local decode_context_parallel_size "
     "distributed_executor_backend pipeline_parallel_size tensor_parallel_size",
     "vllm.config.SchedulerConfig": "async_scheduling",

@@ -21,11 +21,11 @@ from vllm.v1.core import kv_cache_utils
 
 from kvbm.connect.vllm import contract, geometry
 from kvbm.connect.vllm.inputs import CONFIGS, OTHER_VARIABLES, VARIABLES
-from kvbm.core.keys import Namespace, weights_digest
+from kvbm.core.keys import Namespace
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,8 @@ _SCALES = ("_k_scale", "_v_scale", "_q_scale", "_prob_scale")
 
 
 def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
-    """Everything that the configuration says of it. What the layers say is added later, see `layers`."""
+    """Everything that the configuration says of it. What the layers say is added later, see `layers`; what the weights
+    contain, too."""
     model = config.model_config
     facts = {
         "engine": f"vllm {contract.VERSION}",
@@ -67,12 +68,7 @@ def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
         import transformers
 
         facts["model.transformers"] = transformers.__version__
-    if keeps_draft(config):
-        speculative = config.speculative_config
-        assert speculative is not None
-        load_format = (speculative.draft_load_config or config.load_config).load_format
-        facts["draft.weights"] = _weights(speculative.draft_model_config, load_format)
-    return Namespace(facts, _weights(model, config.load_config.load_format), altered=frozenset(facts.keys() - _AGREED))
+    return Namespace(facts, "", altered=frozenset(facts.keys() - _AGREED))
 
 
 def keeps_draft(config: VllmConfig) -> bool:
@@ -171,16 +167,6 @@ def _variables() -> Facts:
         if value is not None and value != "":
             facts[f"env.{name}"] = said(value) if name in VARIABLES else _digest(json.dumps(_plain(value)))
     return facts
-
-
-def _weights(model: ModelConfig, load_format: str) -> str:
-    """What changes when the weights do."""
-    folder = Path(model.model)
-    if load_format == "dummy":
-        return f"dummy seed {model.seed}"
-    if folder.is_dir():
-        return weights_digest(folder)
-    return f"{model.model} revision {getattr(model.hf_config, '_commit_hash', None) or model.revision}"
 
 
 # ---------------------------------------------------------------------- layers

@@ -16,17 +16,19 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
-from kvbm.connect.vllm import contract, geometry, identity
+from kvbm.connect.vllm import configured, contract, geometry, identity, weights
 from kvbm.connect.vllm.ending import before_sigterm
 from kvbm.connect.vllm.stats import KvbmStats
 from kvbm.core.config import Resolved
 from kvbm.core.events import Admitted, Cleared, Event, Removed, Stored
-from kvbm.core.keys import group_of, variant_keys, weights_digest
+from kvbm.core.keys import group_of, variant_keys
+from kvbm.manager import build_disk
 from kvbm.manager.build import build_leader, build_worker
 from kvbm.manager.hybrid import HybridLeader
 from kvbm.manager.requests import RequestParams
 from kvbm.manager.wire import Step, decode_step, encode
 from kvbm.manager.worker import Worker
+from kvbm.stores.content import folder_digest
 
 if TYPE_CHECKING:
     import torch
@@ -105,9 +107,10 @@ class SchedulerSide:
             block_tokens=self._block,
             shares_device_blocks=bool(config.cache_config.enable_prefix_caching),
             groups=geometry.layer_groups(kv),
+            choose=weights.chooser(config, fixed_dummies=resolved.settings.dummy_weights_fixed),
         )
         self._leader = self.side.leader
-        self._drain_s = resolved.settings.g3_drain_s if self._leader.disk is not None else 0.0
+        self._drain_s = resolved.settings.g3_drain_s if build_disk.wanted(resolved.settings) else 0.0
         """How long to write before the end, until that has been arranged."""
         self._events: list[Event] = []
         if config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events:
@@ -140,10 +143,10 @@ class SchedulerSide:
             return b""
         folder = Path(lora.lora_path)
         try:
-            files = tuple((entry.name, entry.stat().st_mtime_ns, entry.stat().st_size) for entry in os.scandir(folder))
+            files = tuple((entry.name, entry.stat().st_ino, entry.stat().st_ctime_ns) for entry in os.scandir(folder))
             identity = (lora.lora_int_id, lora.lora_path, *sorted(files))
             if identity not in self._adapters:
-                self._adapters[identity] = f"{lora.lora_int_id} {weights_digest(folder)}".encode()
+                self._adapters[identity] = f"{lora.lora_int_id} {folder_digest(folder)}".encode()
             return self._adapters[identity]
         except OSError:
             return f"{lora.lora_int_id} {lora.lora_path}".encode()
@@ -291,6 +294,7 @@ class WorkerSide:
             geometry.g1_region(self._kv, caches, str(self._config.cache_config.cache_dtype)),
             get_tensor_model_parallel_rank(),
             identity.layers(self._config, self._kv, caches),
+            configured.began(self._config),
         )
         settings = self._settings
         has_disk = settings.g3_gb is not None or settings.g3_blocks is not None

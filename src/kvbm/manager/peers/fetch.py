@@ -320,6 +320,11 @@ class Peers:
             log.warning("KVBM: a reset began a new generation: until it is started anew this engine shares no blocks")
             self._close("a reset began a new generation")
 
+    def leave(self, why: str) -> None:
+        """Share nothing any more, and take back what the directory says of us."""
+        if self._closed is None:
+            self._close(why)
+
     def _close(self, why: str) -> None:
         self._closed = why
         self.stand_aside()

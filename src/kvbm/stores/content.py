@@ -1,0 +1,271 @@
+"""What files contain, as digests: made once on a node, by several threads, and remembered where that is safe."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from blake3 import blake3
+
+from kvbm.stores.files import opened, write_all
+from kvbm.stores.stamps import Changed, Stamp, Start, ends, local, survey
+
+log = logging.getLogger(__name__)
+
+_SEGMENT: Final = 32 << 20
+"""Bytes that one thread digests in a row. Part of the digest's meaning."""
+_PIECE: Final = 1 << 20
+"""Bytes that are read at once: they are still in the processor's cache when they are digested."""
+_YOUNG_NS: Final = 2_000_000_000
+"""A file that changed so shortly before its digest began may change again without a new time."""
+_KEPT: Final = 4096
+_MOST_BYTES: Final = 16 << 20
+_REPORT_S: Final = 5.0
+_WAIT_S: Final = 0.1
+_BLOB: Final = re.compile(r".*/blobs/([0-9a-f]{64})")
+VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What an engine reads of one model. `files` are pairs of what a file is called (empty: it does not matter) and its
+    path, in an order that says something. `folders` are those whose entries decided which; `watched` what else did.
+    `facts` says how they are read."""
+
+    files: tuple[tuple[str, str], ...] = ()
+    folders: tuple[str, ...] = ()
+    watched: tuple[str, ...] = ()
+    facts: tuple[str, ...] = ()
+
+
+class _Memory(msgspec.Struct, frozen=True):
+    """The file in which digests are remembered: of each path (device, inode, size, mtime, ctime) and the digest."""
+
+    version: int
+    files: dict[str, tuple[int, int, int, int, int, str]]
+    check: str = ""
+
+    def sealed(self) -> _Memory:
+        text = msgspec.json.encode(msgspec.structs.replace(self, check=""))
+        return msgspec.structs.replace(self, check=hashlib.sha256(text).hexdigest())
+
+
+class Contents:
+    """Digests of files; `folder` is where they are remembered. One that cannot be used costs time, nothing else."""
+
+    def __init__(self, folder: Path, *, threads: int | None = None, stop: threading.Event | None = None) -> None:
+        self._path, self._lock = folder / "digests.json", folder / "digests.lock"
+        self._threads = threads or max(2, min(8, os.cpu_count() or 1))
+        self._stop = stop or threading.Event()
+        self.digested = 0
+        """Bytes that were read for it."""
+        self._all, self._reported = 0, 0.0
+
+    def identify(self, choose: Callable[[], Sequence[Chosen]], start: Start) -> str:
+        """A digest of all that is chosen. Raises Changed where it may not be what an engine that began at `start` has
+        loaded, and what `choose` raises."""
+        try:
+            chosen = choose()
+            paths = [path for each in chosen for _, path in each.files]
+            way = [*paths, *(path for each in chosen for path in (*each.folders, *each.watched))]
+            strict = {ends(folder, {})[0] for each in chosen for folder in each.folders}
+            before = survey(way)
+            start.check(before, strict)
+            digests = self.digests(paths, before)
+            after = survey(way)
+            if choose() != chosen:
+                raise Changed("other files are there than before they were digested")
+            for path, mark in after.items():
+                entries = mark.kind != "d" or path in strict
+                if path not in before or before[path].replaced_by(mark, entries=entries):
+                    raise Changed(f"{path} was changed while it was digested")
+        except OSError as error:
+            raise Changed(f"the files cannot be read: {error}") from error
+        parts = [[each.facts, [(name, digests[path]) for name, path in each.files]] for each in chosen]
+        return str(blake3(msgspec.json.encode([VERSION, parts])).hexdigest())
+
+    def digests(self, paths: Sequence[str], found: Mapping[str, Stamp]) -> dict[str, str]:
+        """Of each of these files, which were `found` so. Raises Changed, OSError."""
+        said: dict[str, str] = {}
+        left: dict[str, tuple[str, Stamp]] = {}
+        for path in dict.fromkeys(paths):
+            end, links = ends(path, found)
+            mark = found[end]
+            if mark.kind != "f":
+                raise Changed(f"{path} is not a file")
+            if (named := _named(end, mark, links)) is not None:
+                said[path] = named
+            else:
+                left[path] = end, mark
+        if not left:
+            return said
+        said |= self._remembered(left)
+        if left.keys() <= said.keys():
+            return said
+        with self._turn():
+            said |= self._remembered(left)
+            said |= self._make({path: each for path, each in left.items() if path not in said})
+        return said
+
+    # ------------------------------------------------------------------ making them
+
+    def _make(self, left: Mapping[str, tuple[str, Stamp]]) -> dict[str, str]:
+        if not left:
+            return {}
+        begun, clock = time.time_ns(), time.monotonic()
+        self.digested, self._all = 0, sum(mark.size for _, mark in left.values())
+        self._reported = clock
+        made: dict[str, str] = {}
+        with ThreadPoolExecutor(self._threads, "kvbm-digest", initializer=_everywhere) as pool:
+            for path, (end, mark) in left.items():
+                made[path] = self._digest(pool, end, mark)
+        if (seconds := time.monotonic() - clock) > 1.0:
+            log.info("KVBM: digested %.1f GB of weights in %.1f s", self._all / 1e9, seconds)
+        self._remember({left[path]: digest for path, digest in made.items()}, begun)
+        return made
+
+    def _digest(self, pool: ThreadPoolExecutor, path: str, mark: Stamp) -> str:
+        """Of the digests of a file's segments, each made by one thread."""
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            if Stamp.of(os.fstat(file)) != mark:
+                raise Changed(f"{path} was changed before it was digested")
+            starts = range(0, max(1, mark.size), _SEGMENT)
+            parts = list(pool.map(lambda at: self._segment(file, at, min(_SEGMENT, mark.size - at), path), starts))
+            if Stamp.of(os.fstat(file)) != mark:
+                raise Changed(f"{path} was changed while it was digested")
+        finally:
+            os.close(file)
+        return str(blake3(mark.size.to_bytes(8, "little") + b"".join(parts)).hexdigest())
+
+    def _segment(self, file: int, at: int, length: int, path: str) -> bytes:
+        """Read, not mapped: a file that is cut while it is mapped ends the process."""
+        hasher, buffer, end = blake3(), memoryview(bytearray(min(_PIECE, max(1, length)))), at + length
+        while at < end:
+            if self._stop.is_set():
+                raise Changed("the engine ended before its weights were digested")
+            count = os.preadv(file, [buffer[: end - at]], at)
+            if not count:
+                raise Changed(f"{path} was cut while it was digested")
+            hasher.update(buffer[:count])
+            at += count
+        self._report(length)
+        return bytes(hasher.digest())
+
+    def _report(self, length: int) -> None:
+        self.digested += length  # a thread may lose another's count: it is for the log
+        now = time.monotonic()
+        if now - self._reported > _REPORT_S:
+            self._reported = now
+            log.info("KVBM: digested %.1f of %.1f GB of weights", self.digested / 1e9, self._all / 1e9)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One process of a node digests; the others wait, and find what it remembered."""
+        try:
+            self._lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file = opened(self._lock, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            log.debug("KVBM: digests of weights are made without a lock: %s", error)
+            yield
+            return
+        try:
+            told = False
+            while not _locked(file):
+                if not told:
+                    log.info("KVBM: another process digests weights: its result is waited for")
+                told = True
+                if self._stop.wait(_WAIT_S):
+                    raise Changed("the engine ended before its weights were digested")
+            yield
+        finally:
+            os.close(file)
+
+    # ------------------------------------------------------------------ remembering them
+
+    def _remembered(self, wanted: Mapping[str, tuple[str, Stamp]]) -> dict[str, str]:
+        known = self._load()
+        return {
+            path: known[end][5]
+            for path, (end, mark) in wanted.items()
+            if end in known and known[end][:5] == mark[1:] and local(end)
+        }
+
+    def _load(self) -> dict[str, tuple[int, int, int, int, int, str]]:
+        try:
+            with open(opened(self._path, os.O_RDONLY), "rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_uid != os.geteuid() or status.st_mode & 0o022 or status.st_size > _MOST_BYTES:
+                    return {}
+                memory = msgspec.json.decode(file.read(_MOST_BYTES), type=_Memory)
+        except (OSError, msgspec.MsgspecError, ValueError, RecursionError):
+            return {}
+        return memory.files if memory.version == VERSION and memory.check == memory.sealed().check else {}
+
+    def _remember(self, made: Mapping[tuple[str, Stamp], str], begun: int) -> None:
+        """What was digested from `begun` on. The oldest are forgotten."""
+        files = self._load()
+        for (end, mark), digest in made.items():
+            files.pop(end, None)
+            if mark.ctime < begun - _YOUNG_NS and local(end):
+                files[end] = (*mark[1:], digest)
+        new = self._path.with_name(f"{self._path.name}.{os.getpid()}.{threading.get_native_id()}")
+        try:
+            memory = _Memory(VERSION, dict(list(files.items())[-_KEPT:])).sealed()
+            file = opened(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            try:
+                write_all(file, msgspec.json.encode(memory), 0)
+            finally:
+                os.close(file)
+            os.replace(new, self._path)
+        except OSError as error:
+            log.debug("KVBM: digests of weights are not remembered: %s", error)
+            with suppress(OSError):
+                new.unlink()
+
+
+def _named(path: str, mark: Stamp, links: Sequence[Stamp]) -> str | None:
+    """The digest that is the name of a hub's blob. The link to it is made after the blob: one that changed since then
+    (written through the link, say) may not be what it is called."""
+    match = _BLOB.fullmatch(path)
+    if match is None or not links or max(mark.mtime, mark.ctime) > links[-1].ctime:
+        return None
+    return f"sha256 {match[1]}"
+
+
+def _locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _everywhere() -> None:
+    """Not only where the engine's thread runs; and behind what serves."""
+    with suppress(OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+def folder_digest(folder: Path) -> str:
+    """A digest of every regular file in `folder` by name and content. Raises OSError."""
+    digest = blake3()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            content = blake3(path.read_bytes()).digest()
+            digest.update(f"{path.relative_to(folder)}\0".encode() + content)
+    return str(digest.hexdigest())
