@@ -99,6 +99,8 @@ class Settings(BaseSettings):
     """Whether each block's checksum is verified again when it goes from host memory to the engine."""
     slow_step_ms: Annotated[float, Field(gt=0, le=1_000_000)] = 100.0
     """Milliseconds that KVBM may take of an engine step; slower for 32 steps in a row, it stands aside for a minute."""
+    trust_image_names: bool = False
+    """Whether a client names two images alike only if they are the same, where their content cannot be compared."""
     checkpoint_tokens: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """Sliding-window layers are stored where prompts end, and at every multiple of so many tokens; unset: 4 windows."""
     dummy_weights_fixed: bool = False

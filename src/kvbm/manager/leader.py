@@ -64,17 +64,29 @@ class Leader(Housekeeping):
     # ------------------------------------------------------------------ a request arrives
 
     @paced
-    def begin(self, request_id: str, keys: Sequence[bytes], params: RequestParams, prompt_tokens: int) -> None:
-        """A request exists from now on. `keys` is a view: it may grow while the request generates."""
+    def begin(
+        self, request_id: str, keys: Sequence[bytes], params: RequestParams, prompt_tokens: int,
+        barred: str | None = None,
+    ) -> None:  # fmt: skip
+        """A request exists from now on. `keys` is a view: it may grow while the request generates. `barred`: nothing is
+        loaded or stored for it, for this reason."""
         with self._lock:
             record = Record(request_id, prompt_tokens)
             self.records[request_id] = record
             while len(self.records) > self._settings.explain_requests:
                 self.records.popitem(last=False)
-            request = self.requests[request_id] = Request(request_id, keys, params, record)
-            if self.lower is not None and self.standing_aside() is None:
+            request = self.requests[request_id] = Request(request_id, keys, params, record, barred=barred)
+            if barred is None and self.lower is not None and self.standing_aside() is None:
                 keys = request.keys[: (prompt_tokens - 1) // self.lower.block_tokens]
                 self.lower.begin(request, *self._asked(request, keys))
+
+    def bar(self, request_id: str, reason: str) -> None:
+        """Load and store nothing more for a request: its keys may not be those of what it computes."""
+        with self._lock:
+            if (request := self.requests.get(request_id)) is not None:
+                request.barred = reason
+                if self.shadow is not None:
+                    self.shadow.finished(request)  # what it computes proves nothing
 
     @paced
     def match(self, request_id: str, computed: int, limit: int) -> int | None:
@@ -140,7 +152,7 @@ class Leader(Housekeeping):
     def _no_load(self, request: Request) -> str | None:
         if (reason := self.standing_aside()) is not None:
             return reason
-        return None if request.params.load else "the request opted out of loading"
+        return request.barred or (None if request.params.load else "the request opted out of loading")
 
     @paced
     def place(
@@ -348,6 +360,8 @@ class Leader(Housekeeping):
     def _no_store(self, request: Request) -> str | None:
         if (reason := self.standing_aside()) is not None:
             return reason
+        if request.barred is not None:
+            return request.barred
         if not request.params.save:
             return "the request opted out of saving"
         return "the cache was reset while it ran" if request.stale else None

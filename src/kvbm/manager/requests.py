@@ -107,6 +107,8 @@ class Request:
     admitted: bool = False
     stale: bool = False
     """It began before a reset: its KV may belong to the old generation."""
+    barred: str | None = None
+    """Why nothing is loaded or stored for it."""
     loading: bytes | None = None
     """First key of the load it started and has not been scheduled with yet; others that want it wait."""
     # Of a model whose layer groups need different blocks (`manager/hybrid.py`):

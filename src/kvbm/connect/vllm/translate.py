@@ -18,6 +18,7 @@ from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from kvbm.connect.vllm import configured, contract, geometry, identity, weights
 from kvbm.connect.vllm.ending import before_sigterm
+from kvbm.connect.vllm.images import NO_ITEMS, Images, Items, starting_before
 from kvbm.connect.vllm.stats import KvbmStats
 from kvbm.core.config import Resolved
 from kvbm.core.events import Admitted, Cleared, Event, Removed, Stored
@@ -56,10 +57,14 @@ class KvbmMetadata(KVConnectorMetadata):  # type: ignore[misc]
 
 class Keys(Sequence[bytes]):
     """A request's block keys as a view that grows with it, where the engine's list of hashes cannot serve as it is:
-    several hashes per block, or an adapter whose weights its hash does not cover."""
+    several hashes per block, an adapter whose weights its hash does not cover, images that it knows by name. `items`
+    are where those begin and what they are; a block has so many tokens."""
 
-    def __init__(self, hashes: Sequence[bytes], per_block: int, variant: bytes) -> None:
+    def __init__(
+        self, hashes: Sequence[bytes], per_block: int, variant: bytes, items: Items = NO_ITEMS, tokens: int = 0
+    ) -> None:
         self._hashes, self._per_block, self._variant = hashes, per_block, variant
+        self._items, self._tokens = items.known, tokens
         self._known: list[bytes] = []
 
     def __len__(self) -> int:
@@ -73,8 +78,16 @@ class Keys(Sequence[bytes]):
         if len(self._known) < len(self):
             step = self._per_block
             new = self._hashes[len(self._known) * step + step - 1 :: step][: len(self) - len(self._known)]
-            self._known += variant_keys(new, self._variant) if self._variant else new
+            self._known += self._told_apart(new)
         return self._known[index]
+
+    def _told_apart(self, new: Sequence[bytes]) -> list[bytes]:
+        """The keys of the blocks behind the known ones."""
+        if not self._items:
+            return variant_keys(new, self._variant) if self._variant else list(new)
+        first = len(self._known) + 1
+        added = [self._variant + starting_before(self._items, (first + at) * self._tokens) for at in range(len(new))]
+        return [variant_keys([key], more)[0] if more else key for key, more in zip(new, added, strict=True)]
 
 
 def embedded(request: Request) -> bytes:
@@ -100,6 +113,7 @@ class SchedulerSide:
         self._ended: list[Sequence[int]] = []
         """Device blocks of requests that ended since the last step was scheduled."""
         self._adapters: dict[tuple[Any, ...], bytes] = {}
+        self._images = Images(config, trust_names=resolved.settings.trust_image_names)
         self.side = build_leader(
             resolved,
             geometry.place(config, kv),
@@ -130,11 +144,14 @@ class SchedulerSide:
         for sentence in wrong:
             log.warning("KVBM: request %s: %s", request.request_id, sentence)
         variant = self._adapter(request) + embedded(request)
+        items = self._images.begin(request)
+        for spoiled in items.spoiled:
+            self._leader.bar(spoiled, "an image, video or sound in it has a name that was given to another one")
         keys: Sequence[bytes] = request.block_hashes
-        if self._per_block > 1 or variant:
-            keys = Keys(request.block_hashes, self._per_block, variant)
+        if self._per_block > 1 or variant or items.known:
+            keys = Keys(request.block_hashes, self._per_block, variant, items, self._block)
         self._requests[request.request_id] = request
-        self._leader.begin(request.request_id, keys, params, request.num_prompt_tokens)
+        self._leader.begin(request.request_id, keys, params, request.num_prompt_tokens, items.problem)
 
     def _adapter(self, request: Request) -> bytes:
         """Digest of the adapter's files as they are now; vLLM's own hash covers only its name and path."""
@@ -230,6 +247,7 @@ class SchedulerSide:
     def finish(self, request: Request, blocks: Sequence[int], others: Sequence[Sequence[int]] = ()) -> bool:
         """vLLM's request_finished, and request_finished_all_groups."""
         self._requests.pop(request.request_id, None)
+        self._images.finish(request)
         self._computed.pop(request.request_id, None)
         if not self._async:
             self._ended.append(blocks)
