@@ -103,6 +103,8 @@ class Housekeeping:
             heard |= bool(messages)
             for message in messages:
                 match message:
+                    case Bye():
+                        self._ending = True
                     case Result() if self.off is not None:
                         self._drop(message)
                     case _ if self.off is not None:
@@ -113,8 +115,6 @@ class Housekeeping:
                         self._answer(message)
                     case Sick(rank=sick, problem=problem):
                         self.turn_off(f"rank {sick}: {problem}")
-                    case Bye():
-                        self._ending = True
                     case _:
                         log.warning("KVBM: unexpected %s from rank %d", type(message).__name__, rank)
             if not link.open and not self._ending:
