@@ -173,7 +173,7 @@ class Engine:
 
     @property
     def side(self) -> Any:
-        return self.core.scheduler.connector._scheduler.side
+        return self.core.scheduler.connector._scheduler.side.side
 
     @property
     def leader(self) -> Leader:

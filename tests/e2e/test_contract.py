@@ -149,7 +149,7 @@ def test_other_imports_that_fail_stay_what_they_are() -> None:
 @pytest.mark.parametrize("waits_for_save", [True, False])
 def test_a_step_without_a_forward_pass_starts_its_stores(idle: bool, waits_for_save: bool) -> None:
     """vLLM 0.30 does not wait for saves in such a step, later versions do."""
-    from kvbm.connect.vllm.translate import KvbmMetadata, WorkerSide
+    from kvbm.connect.vllm.translate import WorkerSide
 
     calls: list[str] = []
 
@@ -162,7 +162,7 @@ def test_a_step_without_a_forward_pass_starts_its_stores(idle: bool, waits_for_s
     side._worker = Recorder()  # type: ignore[assignment]
     for _ in range(2):
         calls.clear()
-        side.before_step(KvbmMetadata(encode(Step(idle=idle))))
+        side.before_step(encode(Step(idle=idle)))
         side.before_forward()
         if waits_for_save:
             side.after_forward()

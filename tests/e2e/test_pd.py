@@ -44,7 +44,7 @@ def test_prefill_offloads_and_hands_over(
     both = KVBM | {"kv_connector": "PdConnector", "kv_connector_extra_config": {"connectors": [ours, NIXL]}}
     with closing(start(tiny, both)) as prefill, closing(start(tiny, NIXL)) as decode:
         computed = _counted(decode)
-        side = prefill.core.scheduler.connector.sub_connectors[0]._scheduler.side
+        side = prefill.core.scheduler.connector.sub_connectors[0]._scheduler.side.side
         decode.run([prompts[0]], 12)  # the negative control: what is not handed over is computed
         assert sum(computed) >= 320 + 11
         decode.forget_device()

@@ -59,6 +59,8 @@ class Housekeeping:
         self._copies = InFlight(links, clock)
         self.next_job = self._copies.next_id
         self._held = 0
+        self.off: str | None = None
+        """Why nothing is done any more, until the engine is started anew."""
         self._ending = False
         """The engine is shutting down its workers in good order."""
         self.absent: dict[str, str] = {}
@@ -111,6 +113,12 @@ class Housekeeping:
             heard |= bool(messages)
             for message in messages:
                 match message:
+                    case Bye():
+                        self._ending = True
+                    case Result() if self.off is not None:
+                        self._drop(message)
+                    case _ if self.off is not None:
+                        pass
                     case Result() | Probed() | Mine() if self.lower is not None and self.lower.take(message):
                         pass
                     case Result():
@@ -120,9 +128,7 @@ class Housekeeping:
                     case Mine():
                         self._early.append(message)
                     case Sick(rank=sick, problem=problem):
-                        self._sick(f"rank {sick}: {problem}")
-                    case Bye():
-                        self._ending = True
+                        self.turn_off(f"rank {sick}: {problem}")
                     case _:
                         log.warning("KVBM: unexpected %s from rank %d", type(message).__name__, rank)
             if not link.open and not self._ending:
@@ -137,6 +143,11 @@ class Housekeeping:
             self.lower.pump()
         else:
             self.lower.stand_aside()
+
+    def _drop(self, result: Result) -> None:
+        """Takes an answer about a copy, and does not believe it."""
+        if (job := self._copies.answer(result)) is not None:
+            job.lease.drop()
 
     def _answer(self, result: Result) -> None:
         job = self._copies.answer(result)
@@ -181,6 +192,16 @@ class Housekeeping:
         if problem not in self.problems:
             self.problems.append(problem)
             log.error("KVBM is unhealthy and stands aside, the engine goes on without it: %s", problem)
+
+    def turn_off(self, why: str) -> None:
+        """Something raised what nobody expected, so nothing is certain. Until the engine is started anew nothing is
+        matched, stored or moved, and nothing that is being copied is published. Any thread."""
+        with self._lock:
+            if self.off is None:
+                self.off = why
+                self._sick(why)
+                if self.lower is not None:
+                    self.lower.stand_aside()
 
     def _quarantine(self, found: dict[str, Any]) -> None:
         """Blocks are stored that are not what their keys say. Which others are is not known: nothing that is stored is
@@ -255,6 +276,9 @@ class Housekeeping:
         """Housekeeping, a few times a second, also while the engine sleeps: takes results, notices silent workers."""
         with self._lock:
             self._drain()
+            if self.off is not None:
+                self.ticked = time.monotonic()
+                return
             if (job := self._copies.overdue()) is not None:
                 self._sick(f"no answer about a copy from rank {min(job.ranks)} within its deadline")
             if self.lower is not None:
@@ -357,7 +381,7 @@ class Housekeeping:
 
     def drain(self, seconds: float) -> None:
         """Writes to disk what only host memory has, for so long at most, while the engine may go on."""
-        if (disk := self.disk) is None or seconds <= 0 or self.isolated is not None:
+        if (disk := self.disk) is None or seconds <= 0 or self.isolated is not None or self.off is not None:
             return
         begun = time.monotonic()
         with self._lock:

@@ -191,6 +191,11 @@ class Leader(Housekeeping):
             self._step.loads.append(Copy.of(job.id, request_id, targets, hold.slots))
             self._admit(request, tokens)
 
+    def loads(self, request_id: str) -> bool:
+        """Whether a load has been started for a request that has been placed just now."""
+        request = self.requests.get(request_id)
+        return request is not None and request.loading is not None
+
     def _aim(self, request: Request, hold: Pinned, count: int) -> tuple[Slots, Slots]:
         """Where in the engine what is held goes, and which blocks of the request these are; lets go of the rest."""
         if count < len(hold):

@@ -118,6 +118,8 @@ class Worker:
         self._spoiled = False
         self._comparisons = Comparisons(rank, g1.dtype, self._tell)
         self._sick = False
+        self.off: str | None = None
+        """Why nothing is copied any more, until the engine is started anew."""
         self._thread = threading.Thread(target=self._run, name="kvbm-worker", daemon=True)
         self._thread.start()
 
@@ -213,6 +215,22 @@ class Worker:
         bad, self._bad_blocks = self._bad_blocks, set()
         return bad
 
+    def turn_off(self, why: str) -> None:
+        """Something raised what nobody expected, here or beside the scheduler. From now on no copy counts, and those
+        that touch the engine's blocks are given up. Any thread."""
+        if self.off is None:
+            self.off = why
+            log.error("KVBM: rank %d copies nothing any more: %s", self._rank, why)
+            self._tell(Sick(self._rank, why))
+            self.quiet()
+
+    def quiet(self) -> bool:
+        """Gives up what is being copied between the engine and host memory. Whether nothing touches the engine's blocks
+        any more; waits a moment for that."""
+        with self._ended:
+            live = set(self._live)
+        return self._executor.cancel(live) or self._executor.wait(live, self._settings.idle_wait_ms / 1e3)
+
     # ------------------------------------------------------------------ copies
 
     def _submit(self, copy: Copy, *, is_load: bool) -> None:
@@ -225,7 +243,19 @@ class Worker:
         else:
             plan = Plan(self._g1, g1, self._g2, g2, urgent=False, label="store", sums=len(self._sums) > 0)
         deadline = self._settings.load_deadline_s if is_load else self._settings.store_deadline_s
-        self._executor.submit(copy.job, plan, deadline, partial(self._load_ended if is_load else self._store_ended, g2))
+        ended = partial(self._load_ended if is_load else self._store_ended, g2)
+        self._executor.submit(copy.job, plan, deadline, partial(self._ended_well, ended))
+
+    def _ended_well(self, ended: Callable[[int, Completion], None], job: int, completion: Completion) -> None:
+        """Nobody hears of a copy whose end raised: neither may the engine wait for it, nor may it count."""
+        try:
+            ended(job, completion)
+        except Exception as error:
+            log.exception("KVBM: the end of a copy went wrong")
+            with self._ended:
+                self._bad[job] = Completion.failed(completion.ticket, len(completion.outcomes), str(error))
+            self._over(job)
+            self.turn_off(f"off until the engine is started anew: the end of a copy raised {error!r}")
 
     def _compare(self, wanted: Compare) -> None:
         """Copies what was computed beside what is stored; the engine's blocks are not needed after that."""
@@ -264,6 +294,8 @@ class Worker:
 
     def _report(self, job: int, completion: Completion, written: Slots | None = None) -> None:
         """`written` are the slots of host memory that have a new checksum."""
+        if self.off is not None:
+            completion = Completion.failed(completion.ticket, len(completion.outcomes), self.off)
         outcomes = completion.outcomes.astype(np.uint8).tobytes()
         sums = self._sums[written].tobytes() if written is not None and self._open_peers is not None else b""
         self._tell(Result(job, self._rank, outcomes, completion.nbytes, completion.seconds, completion.error, sums))
@@ -311,6 +343,9 @@ class Worker:
         except (Broken, OSError) as error:
             if not self._closing.is_set():
                 log.warning("KVBM: rank %d lost its leader: %s", self._rank, error)
+        except Exception as error:
+            log.exception("KVBM: rank %d does not hear its leader any more", self._rank)
+            self.turn_off(f"off until the engine is started anew: the channel raised {error!r}")
         finally:
             if link is not None and link is not self._link:
                 link.close()

@@ -15,11 +15,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvbm.connect.vllm import contract, geometry
+from kvbm.connect.vllm.guard import SchedulerGuard, WorkerGuard
 from kvbm.connect.vllm.stats import KvbmPromMetrics, KvbmStats
 from kvbm.connect.vllm.translate import KvbmMetadata, SchedulerSide, WorkerSide
 from kvbm.core.config import load
 from kvbm.core.errors import Broken, KvbmError
 from kvbm.core.identity import clash
+from kvbm.manager.jobs import Collected
 from kvbm.observe.log import configure
 
 if TYPE_CHECKING:
@@ -50,8 +52,8 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         configure()
         # vLLM's default ends a request whose load failed; it reads this after constructing the connector.
         self._kv_transfer_config.kv_load_failure_policy = "recompute"
-        self._scheduler: SchedulerSide | None = None
-        self._worker: WorkerSide | None = None
+        self._scheduler: SchedulerGuard | None = None
+        self._worker: WorkerGuard | None = None
         try:
             self._build(vllm_config, role, kv_cache_config)
         except KvbmError as error:
@@ -66,14 +68,14 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             return
         geometry.check(vllm_config, kv_cache_config, resolved)
         if role is KVConnectorRole.WORKER:
-            self._worker = WorkerSide(vllm_config, kv_cache_config, resolved)
+            self._worker = WorkerGuard(WorkerSide(vllm_config, kv_cache_config, resolved))
             return
         if vllm_config.parallel_config.data_parallel_index == 0:
             contract.warn_if_untested()
         if (sentence := clash()) is not None:
             log.warning("%s", sentence)
         try:
-            self._scheduler = SchedulerSide(vllm_config, kv_cache_config, resolved)
+            self._scheduler = SchedulerGuard(SchedulerSide(vllm_config, kv_cache_config, resolved))
         except Broken as error:
             if resolved.settings.strict:
                 raise
@@ -97,7 +99,7 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._scheduler.place(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        return self._scheduler.step(scheduler_output) if self._scheduler is not None else KvbmMetadata(b"")
+        return KvbmMetadata(*(self._scheduler.step(scheduler_output) if self._scheduler is not None else (b"",)))
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if self._scheduler is not None:
@@ -126,15 +128,13 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._worker is not None:
             self._worker.register(kv_caches)
 
-    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        assert isinstance(kv_connector_metadata, KvbmMetadata)
-        self._stepping = self._worker if kv_connector_metadata.payload else None
-        if self._stepping is not None:
-            self._stepping.before_step(kv_connector_metadata)
+    def handle_preemptions(self, kv_connector_metadata: KvbmMetadata) -> None:
+        if self._worker is not None:
+            self._worker.before_step(kv_connector_metadata.payload, kv_connector_metadata.promises)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        if self._stepping is not None:
-            self._stepping.before_forward()
+        if self._worker is not None:
+            self._worker.before_forward()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: what a forward pass needs is complete before it starts."""
@@ -143,19 +143,19 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Nothing: blocks are offloaded after the forward pass, beside the next one."""
 
     def wait_for_save(self) -> None:
-        if self._stepping is not None:
-            self._stepping.after_forward()
+        if self._worker is not None:
+            self._worker.after_forward()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        return self._stepping.results() if self._stepping is not None else KVConnectorTransferResults()
+        ended = self._worker.results() if self._worker is not None else Collected()
+        return KVConnectorTransferResults(
+            finished_sending=ended.released, finished_recving=ended.loaded, failed_recving=ended.failed
+        )
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        return self._stepping.bad_blocks() if self._stepping is not None else set()
+        return self._worker.bad_blocks() if self._worker is not None else set()
 
     # ------------------------------------------------------------------ both
-
-    _stepping: WorkerSide | None = None
-    """The worker side while the scheduler side is there too; it may not have come up."""
 
     def get_kv_connector_stats(self) -> KvbmStats | None:
         return self._scheduler.stats() if self._scheduler is not None else None

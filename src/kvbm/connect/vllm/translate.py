@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorTransferResults
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
@@ -20,12 +20,14 @@ from kvbm.connect.vllm import configured, contract, geometry, identity, weights
 from kvbm.connect.vllm.ending import before_sigterm
 from kvbm.connect.vllm.images import NO_ITEMS, Images, Items, starting_before
 from kvbm.connect.vllm.stats import KvbmStats
+from kvbm.connect.vllm.tables import Tables
 from kvbm.core.config import Resolved
 from kvbm.core.events import Admitted, Cleared, Event, Removed, Stored
 from kvbm.core.keys import group_of, variant_keys
 from kvbm.manager import build_disk
 from kvbm.manager.build import build_leader, build_worker
 from kvbm.manager.hybrid import HybridLeader
+from kvbm.manager.jobs import Collected
 from kvbm.manager.requests import RequestParams
 from kvbm.manager.wire import Step, decode_step, encode
 from kvbm.manager.worker import Worker
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.distributed.kv_events import KVCacheEvent
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
@@ -53,6 +55,8 @@ class KvbmMetadata(KVConnectorMetadata):  # type: ignore[misc]
     """A step, already encoded: vLLM pickles this object between its processes, our own types never are."""
 
     payload: bytes
+    promises: bytes = b""
+    """See `Promises` (`guard.py`)."""
 
 
 class Keys(Sequence[bytes]):
@@ -107,11 +111,10 @@ class SchedulerSide:
         self._block = kv.kv_cache_groups[0].kv_cache_spec.block_size
         self._per_block = self._block // contract.hash_block_tokens(config, kv)
         self._async = resolved.settings.onboard == "async"
-        self._requests: dict[str, Request] = {}
+        self.tables = Tables(self._block)
+        """What the guard knows of requests."""
         self._computed: dict[str, int] = {}
         """Request -> tokens that the engine itself held when it asked last."""
-        self._ended: list[Sequence[int]] = []
-        """Device blocks of requests that ended since the last step was scheduled."""
         self._adapters: dict[tuple[Any, ...], bytes] = {}
         self._images = Images(config, trust_names=resolved.settings.trust_image_names)
         self.side = build_leader(
@@ -150,7 +153,6 @@ class SchedulerSide:
         keys: Sequence[bytes] = request.block_hashes
         if self._per_block > 1 or variant or items.known:
             keys = Keys(request.block_hashes, self._per_block, variant, items, self._block)
-        self._requests[request.request_id] = request
         self._leader.begin(request.request_id, keys, params, request.num_prompt_tokens, items.problem)
 
     def _adapter(self, request: Request) -> bytes:
@@ -180,8 +182,8 @@ class SchedulerSide:
             return None, False
         return blocks * self._block, self._async and blocks > 0
 
-    def place(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
-        """vLLM's update_state_after_alloc."""
+    def place(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> bool:
+        """vLLM's update_state_after_alloc. Whether the step will contain a load for it."""
         device = self._computed.get(request.request_id, 0)
         first, *others = blocks.get_block_ids()
         self._leader.place(
@@ -191,11 +193,11 @@ class SchedulerSide:
             Admitted(request.num_tokens, device, external_tokens),
             others,
         )
+        return external_tokens > 0 and self._leader.loads(request.request_id)
 
-    def step(self, output: SchedulerOutput) -> KvbmMetadata:
+    def step(self, output: SchedulerOutput) -> bytes:
         """vLLM's build_connector_meta."""
         leader, block = self._leader, self._block
-        self._ended.clear()
         for new in output.scheduled_new_reqs:
             leader.grow(new.req_id, new.block_ids[0], replace=True, others=new.block_ids[1:])
             for table in new.block_ids:
@@ -211,10 +213,10 @@ class SchedulerSide:
                 for table in groups:
                     leader.reuse(table[computed // block :] if resumed else table)
             self._advance(request_id, computed, output)
-        return KvbmMetadata(encode(leader.seal(tokens=output.total_num_scheduled_tokens)))
+        return encode(leader.seal(tokens=output.total_num_scheduled_tokens))
 
     def _advance(self, request_id: str, computed: int, output: SchedulerOutput) -> None:
-        request = self._requests.get(request_id)
+        request = self.tables.requests.get(request_id)
         if request is not None:
             tokens = min(computed + output.num_scheduled_tokens[request_id], request.num_tokens)
             complete = min(tokens // self._block, len(request.block_hashes) // self._per_block)
@@ -223,34 +225,14 @@ class SchedulerSide:
             else:
                 self._leader.advance(request_id, complete)
 
-    def not_loaded(self, blocks: set[int], manager: KVCacheManager) -> None:
-        """What vLLM does about these device blocks, whose load inside the step failed, is not enough: they stay in its
-        prefix cache, for others to go on from, although the request that is to compute them may be preempted or end
-        first, or take several steps; and who shares them in the same step is told that they are computed. So each
-        request with one of them computes it itself, and what follows it is found by nobody."""
-        stale = set(blocks)
-        tables = [(None, table) for table in self._ended]
-        tables += [(request, manager.get_block_ids(name)[0]) for name, request in self._requests.items()]
-        for request, table in tables:
-            first = next((at for at, block in enumerate(table) if block in blocks), None)
-            if first is None:
-                continue
-            stale.update(table[first:])
-            if request is not None:
-                request.num_computed_tokens = min(request.num_computed_tokens, first * self._block)
-        manager.evict_blocks(stale)
-
     def stepped(self) -> None:
         """vLLM's update_connector_output."""
         self._leader.stepped()
 
     def finish(self, request: Request, blocks: Sequence[int], others: Sequence[Sequence[int]] = ()) -> bool:
         """vLLM's request_finished, and request_finished_all_groups."""
-        self._requests.pop(request.request_id, None)
         self._images.finish(request)
         self._computed.pop(request.request_id, None)
-        if not self._async:
-            self._ended.append(blocks)
         tokens = min(request.num_computed_tokens, request.num_tokens)
         complete = min(tokens // self._block, len(request.block_hashes) // self._per_block, len(blocks))
         return self._leader.finish(request.request_id, blocks, complete, others)
@@ -279,6 +261,15 @@ class SchedulerSide:
     def reset(self) -> bool:
         self._leader.reset()
         return True
+
+    @property
+    def off(self) -> str | None:
+        """Why it does nothing any more, if so."""
+        return self._leader.off
+
+    def turn_off(self, why: str) -> None:
+        """From now on nothing is done, and nothing that is being copied is published."""
+        self._leader.turn_off(why)
 
     def close(self) -> None:
         self.side.close()
@@ -326,8 +317,8 @@ class WorkerSide:
         assert self._worker is not None, "vLLM stepped before it registered its KV caches"
         return self._worker
 
-    def before_step(self, metadata: KvbmMetadata) -> None:
-        self._step, self._after = decode_step(metadata.payload), False
+    def before_step(self, payload: bytes) -> None:
+        self._step, self._after = decode_step(payload), False
         self.worker.before_step(self._step)
 
     def before_forward(self) -> None:
@@ -338,16 +329,25 @@ class WorkerSide:
             self._after = True
             self.worker.after_forward(self._step)
 
-    def results(self) -> KVConnectorTransferResults:
+    def results(self) -> Collected:
         if self._step.idle:  # without a forward pass vLLM 0.30 does not wait for saves
             self.after_forward()
-        ended = self.worker.collect(idle=self._step.idle, waiting=self._step.waiting)
-        return KVConnectorTransferResults(
-            finished_sending=ended.released, finished_recving=ended.loaded, failed_recving=ended.failed
-        )
+        return self.worker.collect(idle=self._step.idle, waiting=self._step.waiting)
 
     def bad_blocks(self) -> set[int]:
         return self.worker.take_bad_blocks()
+
+    @property
+    def off(self) -> str | None:
+        """Why it does nothing any more, if so."""
+        return self.worker.off
+
+    def turn_off(self, why: str) -> None:
+        """From now on nothing is done, and nothing that is being copied is published."""
+        self.worker.turn_off(why)
+
+    def quiet(self) -> bool:
+        return self.worker.quiet()
 
     def close(self) -> None:
         if self._worker is not None:
