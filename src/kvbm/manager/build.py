@@ -30,6 +30,7 @@ from kvbm.manager.hybrid import HybridLeader
 from kvbm.manager.leader import Leader
 from kvbm.manager.lower import Lower
 from kvbm.manager.reports import Reports
+from kvbm.manager.residents import Holder
 from kvbm.manager.wire import Allot, Hello, Ready, Refused
 from kvbm.manager.worker import Worker
 from kvbm.observe import prometheus
@@ -98,10 +99,12 @@ def channel_path(settings: Settings, engine: str) -> Path:
 
 
 def build_worker(
-    settings: Settings, place: Place, namespace: Namespace, g1: Region, rank: int, kernels: str = ""
-) -> Worker:
+    settings: Settings, place: Place, namespace: Namespace, g1: Region, rank: int, kernels: str = "",
+    adapters: Holder | None = None,
+) -> Worker:  # fmt: skip
     """The worker of one rank. Returns at once; its arena is made when the leader says how large. `kernels` is part of
-    the namespace, too: what decides how they lay out a block, as far as only a worker knows it."""
+    the namespace, too: what decides how they lay out a block, as far as only a worker knows it. `adapters` are those
+    that the engine holds on this rank, if it serves any and they can be reached."""
     stores = rank in place.storing
 
     def wrapped(transport: Transport) -> Transport:
@@ -128,6 +131,7 @@ def build_worker(
             partial(build_peers.open_memory, settings, wrapped) if build_peers.wanted(settings) and stores else None
         ),
         stores=stores,
+        adapters=adapters,
     )
 
 

@@ -26,8 +26,9 @@ from kvbm.manager.lower import DiskSide, Lower
 from kvbm.manager.reports import Reports
 from kvbm.manager.requests import Record, Request
 from kvbm.manager.shadow import Shadow
+from kvbm.manager.variants import Variants
 from kvbm.manager.watch import Audit, Pace, Recent
-from kvbm.manager.wire import Bye, Mine, Probed, Result, Sick
+from kvbm.manager.wire import Bye, Foreseen, Mine, Probed, Result, Sick, Unlike, Used
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class Housekeeping:
         self.ticked = time.monotonic()
         """When housekeeping was done last."""
         self._clock = clock
+        self._variants = Variants(links, clock, self._seek, self._unlike)
+        """Which adapters requests are computed with."""
         self._resting: tuple[str, float] | None = None
         """Why KVBM stands aside for a while, and until when."""
 
@@ -105,6 +108,8 @@ class Housekeeping:
                         pass
                     case Result():
                         self._answer(message)
+                    case Used() | Foreseen() | Unlike():
+                        self._variants.take(message, self.requests)
                     case Sick(rank=sick, problem=problem):
                         self._sick(f"rank {sick}: {problem}")
                     case Bye():
@@ -148,7 +153,12 @@ class Housekeeping:
             self._held -= len(job.lease)
             self.corrupt += int((job.outcomes == Outcome.CORRUPT).sum())
             if failed:
-                self.pool.discard(key for key, good in zip(job.lease.keys, job.done.tolist(), strict=True) if not good)
+                bad = ~job.done
+                if job.request.variant is not None and job.request.variant.refused is not None:
+                    bad = (
+                        job.outcomes == Outcome.CORRUPT
+                    )  # of another adapter than the workers': what is stored is right
+                self.pool.discard(key for key, wrong in zip(job.lease.keys, bad.tolist(), strict=True) if wrong)
             job.lease.drop()
             record.loaded = len(job.g1) - failed
             record.load_ms = job.seconds * 1e3
@@ -190,6 +200,15 @@ class Housekeeping:
     def _accounting(self) -> list[str]:
         """What is wrong in the leader's books."""
         raise NotImplementedError
+
+    def _seek(self, request: Request) -> None:
+        """A request's keys are known: what is below host memory starts to move."""
+        raise NotImplementedError
+
+    def _unlike(self, request: Request) -> None:
+        """Its keys are not those of what it computes."""
+        if self.shadow is not None:
+            self.shadow.finished(request)
 
     def _broken(self, problems: list[str]) -> None:
         """An invariant does not hold: whatever is decided from now on may be wrong."""

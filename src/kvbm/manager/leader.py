@@ -26,6 +26,7 @@ from kvbm.manager.gate import Gate
 from kvbm.manager.housekeeping import Housekeeping
 from kvbm.manager.requests import Record, Request, RequestParams, Wanted
 from kvbm.manager.shadow import Shadow
+from kvbm.manager.variants import Variant
 from kvbm.manager.watch import paced
 from kvbm.manager.wire import Compare, Copy, Step
 
@@ -64,17 +65,27 @@ class Leader(Housekeeping):
     # ------------------------------------------------------------------ a request arrives
 
     @paced
-    def begin(self, request_id: str, keys: Sequence[bytes], params: RequestParams, prompt_tokens: int) -> None:
-        """A request exists from now on. `keys` is a view: it may grow while the request generates."""
+    def begin(
+        self, request_id: str, keys: Sequence[bytes], params: RequestParams, prompt_tokens: int,
+        variant: Variant | None = None,
+    ) -> None:  # fmt: skip
+        """A request exists from now on. `keys` is a view: it may grow while the request generates, and with an adapter
+        (`variant`) is empty until it is known which that is."""
         with self._lock:
             record = Record(request_id, prompt_tokens)
             self.records[request_id] = record
             while len(self.records) > self._settings.explain_requests:
                 self.records.popitem(last=False)
-            request = self.requests[request_id] = Request(request_id, keys, params, record)
-            if self.lower is not None and self.standing_aside() is None:
-                keys = request.keys[: (prompt_tokens - 1) // self.lower.block_tokens]
-                self.lower.begin(request, *self._asked(request, keys))
+            request = self.requests[request_id] = Request(request_id, keys, params, record, variant=variant)
+            if variant is None:
+                self._seek(request)
+            else:
+                self._variants.begin(request, variant, found_elsewhere=self.lower is not None)
+
+    def _seek(self, request: Request) -> None:
+        if self.lower is not None and self.standing_aside() is None:
+            keys = request.keys[: (request.record.prompt_tokens - 1) // self.lower.block_tokens]
+            self.lower.begin(request, *self._asked(request, keys))
 
     @paced
     def match(self, request_id: str, computed: int, limit: int) -> int | None:
@@ -93,6 +104,8 @@ class Leader(Housekeeping):
             if (reason := self._no_load(request)) is not None:
                 record.note(reason)
                 return 0
+            if request.variant is not None and not (ready := self._variants.ready(request)):
+                return ready if ready is None else 0
             keys = request.keys[:limit]
             if computed >= len(keys):
                 record.note("nothing to load: the engine itself holds all but the block of the last token")
@@ -177,6 +190,8 @@ class Leader(Housekeeping):
             self.reuse(targets.tolist())
             job = self._copies.start(request, hold, targets, places, self._settings.load_deadline_s + _GRACE)
             self._step.loads.append(Copy.of(job.id, request_id, targets, hold.slots))
+            if request.variant is not None:
+                self._variants.loading(request, job.id)
             self._admit(request, tokens)
 
     def _aim(self, request: Request, hold: Pinned, count: int) -> tuple[Slots, Slots]:
@@ -200,6 +215,7 @@ class Leader(Housekeeping):
         if (request := self.requests.get(request_id)) is not None:
             if replace:
                 request.g1, request.others = list(g1), [list(table) for table in others]
+                self._variants.replaced(request)
             else:
                 request.g1.extend(g1)
                 for table, more in zip(request.others, others, strict=True):
@@ -219,6 +235,8 @@ class Leader(Housekeeping):
             return
         if request.record.outcome == "waiting":
             request.record.outcome = "computing"
+        if request.variant is not None:
+            complete = self._confirmed(request, complete)
         if request.loading is None and complete <= request.offered:
             return
         with self._lock:
@@ -226,6 +244,13 @@ class Leader(Housekeeping):
             self._compare(request, complete)
             if complete > request.offered:
                 self._offer(request, complete)
+
+    def _confirmed(self, request: Request, complete: int) -> int:
+        """Blocks of a request with an adapter that are known to be computed with it. What this step completes is not
+        yet, so that its blocks are offered a step later."""
+        with self._lock:
+            self._drain()
+            return self._variants.computed(request, complete)
 
     @paced
     def seal(self, *, tokens: int) -> Step:
@@ -250,6 +275,7 @@ class Leader(Housekeeping):
                 waiting=self.lower is not None and self.lower.waiting,
                 sync=self._settings.onboard == "sync" and bool(draft.loads),
                 compares=draft.compares,
+                adapters=self._variants.seal(),
             )
 
     def stepped(self) -> None:
@@ -269,6 +295,9 @@ class Leader(Housekeeping):
             if request is None:
                 return False
             self._release(request)
+            self._variants.finished(request)
+            if request.variant is not None:
+                complete = min(complete, request.variant.confirmed)
             loading = request.loading is not None
             self._end_loading(request)
             request.g1, request.others = list(g1), [list(table) for table in others]
@@ -343,6 +372,7 @@ class Leader(Housekeeping):
         params = request.params
         staged = slots.stage(keys, parent=parent, priority=params.priority, ttl=params.ttl)
         job = self._copies.start(request, staged, sources, places, self._settings.store_deadline_s + _GRACE)
+        self._variants.stored |= request.variant is not None
         self._step.stores.append(Copy.of(job.id, request.id, sources, staged.slots))
 
     def _no_store(self, request: Request) -> str | None:
@@ -350,6 +380,8 @@ class Leader(Housekeeping):
             return reason
         if not request.params.save:
             return "the request opted out of saving"
+        if request.variant is not None and request.variant.refused is not None:
+            return request.variant.refused
         return "the cache was reset while it ran" if request.stale else None
 
     def _accounting(self) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from kvbm.blocks import Pinned
+from kvbm.manager.variants import Variant
 
 PARAMS_KEY = "kvbm"
 """Under this name a request's `kv_transfer_params` may carry our parameters."""
@@ -107,6 +108,8 @@ class Request:
     admitted: bool = False
     stale: bool = False
     """It began before a reset: its KV may belong to the old generation."""
+    variant: Variant | None = None
+    """Its adapter, if it has one. Its keys are known once the adapter's digest is."""
     loading: bytes | None = None
     """First key of the load it started and has not been scheduled with yet; others that want it wait."""
     # Of a model whose layer groups need different blocks (`manager/hybrid.py`):

@@ -26,6 +26,7 @@ from kvbm.manager.compare import Comparisons, sums_of, verified
 from kvbm.manager.disk_worker import DiskWorker
 from kvbm.manager.jobs import Collected
 from kvbm.manager.peers.memory import PeerMemory
+from kvbm.manager.residents import Holder, Residents
 from kvbm.manager.wire import (
     Allot,
     Attach,
@@ -34,6 +35,8 @@ from kvbm.manager.wire import (
     Compare,
     Copy,
     Detach,
+    Foresee,
+    Foreseen,
     Forget,
     Generation,
     Hello,
@@ -47,6 +50,8 @@ from kvbm.manager.wire import (
     Result,
     Sick,
     Step,
+    Unlike,
+    Used,
     Write,
     unpack,
 )  # fmt: skip
@@ -84,6 +89,7 @@ class Worker:
         open_disk: OpenDisk | None = None,
         open_peers: OpenPeers | None = None,
         stores: bool = True,
+        adapters: Holder | None = None,
     ) -> None:
         self._settings, self._g1, self._rank, self._stores = settings, g1, rank, stores
         self._verifies = settings.g2_verify and stores  # who stores has the checksums, and loads as well
@@ -115,6 +121,7 @@ class Worker:
         self._spoiled = False
         self._comparisons = Comparisons(rank, g1.dtype, self._tell)
         self._sick = False
+        self._residents = Residents(adapters, rank, self._tell)
         self._thread = threading.Thread(target=self._run, name="kvbm-worker", daemon=True)
         self._thread.start()
 
@@ -127,10 +134,12 @@ class Worker:
             log.error("KVBM: copies %s did not end in time; what they copied is given up", step.fence)
             self._executor.cancel(step.fence)
         self._expire()
+        self._residents.before_step(step.adapters)
         if not step.sync:
+            refused = self._residents.before_loads(step)
             for copy in step.loads:
                 self._loads[copy.request] = copy.job
-                self._submit(copy, is_load=True)
+                self._load(copy, refused)
 
     def _expire(self) -> None:
         self._executor.expire()
@@ -141,8 +150,9 @@ class Worker:
         """Loads that this step's forward pass needs: returns when they ended, well or not."""
         if not step.sync:
             return
+        refused = self._residents.before_loads(step)
         for copy in step.loads:
-            self._submit(copy, is_load=True)
+            self._load(copy, refused)
         jobs = [copy.job for copy in step.loads]
         if not self._executor.wait(jobs, self._settings.load_deadline_s):
             self._executor.cancel(jobs)
@@ -159,6 +169,7 @@ class Worker:
     def after_forward(self, step: Step) -> None:
         """Starts to offload what this step's forward pass completed. If it ran on a failed load, what it computed is
         not the KV of these keys, and none of it is stored."""
+        self._residents.after_forward(step.adapters)
         wanted: list[Copy | Compare] = [*step.stores, *step.compares]
         for copy in wanted:
             if self._spoiled:
@@ -198,7 +209,8 @@ class Worker:
             if job not in self._live:
                 del self._loads[request]
                 out.loaded.add(request)
-                if self._bad.pop(job, None) is not None:
+                differs = self._residents.differs(request)
+                if self._bad.pop(job, None) is not None or differs:
                     out.failed.add(request)
         for request, jobs in list(self._finishing.items()):
             if not jobs & self._live:
@@ -211,6 +223,14 @@ class Worker:
         return bad
 
     # ------------------------------------------------------------------ copies
+
+    def _load(self, copy: Copy, refused: set[int]) -> None:
+        if copy.job in refused:
+            failed = Completion.failed(copy.job, len(copy.g1_slots()), "a worker holds another adapter")
+            self._report(copy.job, failed)
+            self._bad[copy.job] = failed
+        else:
+            self._submit(copy, is_load=True)
 
     def _submit(self, copy: Copy, *, is_load: bool) -> None:
         assert self._g2 is not None, "the engine stepped before KVBM's arena was ready"
@@ -265,7 +285,7 @@ class Worker:
         sums = self._sums[written].tobytes() if written is not None and self._open_peers is not None else b""
         self._tell(Result(job, self._rank, outcomes, completion.nbytes, completion.seconds, completion.error, sums))
 
-    def _tell(self, message: Result | Sick | Probed | Mine | Bye) -> None:
+    def _tell(self, message: Result | Sick | Probed | Mine | Foreseen | Used | Unlike | Bye) -> None:
         try:
             if self._link is not None:
                 self._link.send(message)
@@ -297,6 +317,8 @@ class Worker:
                         self._disk.take(message)
                     case Attach() | Detach() | Pull() as message:
                         self._from_peers(message)
+                    case Foresee() as message:
+                        self._residents.foresee(message)
                     case Bye():
                         break
                     case None:

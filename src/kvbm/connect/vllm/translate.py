@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
@@ -16,12 +14,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
-from kvbm.connect.vllm import contract, geometry
+from kvbm.connect.vllm import adapters, contract, geometry
 from kvbm.connect.vllm.ending import before_sigterm
 from kvbm.connect.vllm.stats import KvbmStats
 from kvbm.core.config import Resolved
 from kvbm.core.events import Admitted, Cleared, Event, Removed, Stored
-from kvbm.core.keys import group_of, variant_keys, weights_digest
+from kvbm.core.keys import group_of, variant_keys
 from kvbm.manager.build import build_leader, build_worker
 from kvbm.manager.hybrid import HybridLeader
 from kvbm.manager.requests import RequestParams
@@ -54,14 +52,21 @@ class KvbmMetadata(KVConnectorMetadata):  # type: ignore[misc]
 
 class Keys(Sequence[bytes]):
     """A request's block keys as a view that grows with it, where the engine's list of hashes cannot serve as it is:
-    several hashes per block, or an adapter whose weights its hash does not cover."""
+    several hashes per block, or values that its hash does not cover. There are none with an `adapter` until it is known
+    which that is."""
 
-    def __init__(self, hashes: Sequence[bytes], per_block: int, variant: bytes) -> None:
+    def __init__(self, hashes: Sequence[bytes], per_block: int, variant: bytes, *, adapter: bool = False) -> None:
         self._hashes, self._per_block, self._variant = hashes, per_block, variant
+        self._given, self._hidden = variant, adapter
         self._known: list[bytes] = []
 
+    def under(self, digest: bytes) -> None:
+        """From now on they are those of the blocks with the adapter of this digest."""
+        self._variant, self._hidden = b"adapter " + digest + self._given, False
+        self._known.clear()
+
     def __len__(self) -> int:
-        return len(self._hashes) // self._per_block
+        return 0 if self._hidden else len(self._hashes) // self._per_block
 
     @overload
     def __getitem__(self, index: int) -> bytes: ...
@@ -97,7 +102,7 @@ class SchedulerSide:
         """Request -> tokens that the engine itself held when it asked last."""
         self._ended: list[Sequence[int]] = []
         """Device blocks of requests that ended since the last step was scheduled."""
-        self._adapters: dict[tuple[Any, ...], bytes] = {}
+        self._towers = adapters.reaches_encoder(config)
         self.side = build_leader(
             resolved,
             geometry.place(config, kv),
@@ -126,27 +131,16 @@ class SchedulerSide:
         params, wrong = RequestParams.parse(request.kv_transfer_params)
         for sentence in wrong:
             log.warning("KVBM: request %s: %s", request.request_id, sentence)
-        variant = self._adapter(request) + embedded(request)
+        embeds = embedded(request)
         keys: Sequence[bytes] = request.block_hashes
-        if self._per_block > 1 or variant:
-            keys = Keys(request.block_hashes, self._per_block, variant)
+        variant = None
+        if request.lora_request is not None:
+            keys = Keys(request.block_hashes, self._per_block, embeds, adapter=True)
+            variant = adapters.variant(request, keys, towers=self._towers)
+        elif self._per_block > 1 or embeds:
+            keys = Keys(request.block_hashes, self._per_block, embeds)
         self._requests[request.request_id] = request
-        self._leader.begin(request.request_id, keys, params, request.num_prompt_tokens)
-
-    def _adapter(self, request: Request) -> bytes:
-        """Digest of the adapter's files as they are now; vLLM's own hash covers only its name and path."""
-        lora = request.lora_request
-        if lora is None:
-            return b""
-        folder = Path(lora.lora_path)
-        try:
-            files = tuple((entry.name, entry.stat().st_mtime_ns, entry.stat().st_size) for entry in os.scandir(folder))
-            identity = (lora.lora_int_id, lora.lora_path, *sorted(files))
-            if identity not in self._adapters:
-                self._adapters[identity] = f"{lora.lora_int_id} {weights_digest(folder)}".encode()
-            return self._adapters[identity]
-        except OSError:
-            return f"{lora.lora_int_id} {lora.lora_path}".encode()
+        self._leader.begin(request.request_id, keys, params, request.num_prompt_tokens, variant)
 
     def match(self, request: Request, computed_tokens: int) -> tuple[int | None, bool]:
         """vLLM's get_num_new_matched_tokens. The block of the last token is always left to the engine."""
@@ -291,6 +285,7 @@ class WorkerSide:
             geometry.g1_region(self._kv, caches, str(self._config.cache_config.cache_dtype)),
             get_tensor_model_parallel_rank(),
             geometry.kernels(self._config, self._kv),
+            adapters.find(self._config),
         )
         settings = self._settings
         has_disk = settings.g3_gb is not None or settings.g3_blocks is not None
