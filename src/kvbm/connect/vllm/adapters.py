@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from blake3 import blake3
-from vllm.lora.request import LoRARequest
 
 from kvbm.manager.variants import KeysUnder, Variant
 from kvbm.manager.wire import Adapter
@@ -102,7 +101,8 @@ class Loras:
         known = self._digests.get(number)
         if known is None or known[0]() is not model:
             # vLLM puts another object in its place where it loads an adapter again.
-            known = self._digests[number] = weakref.ref(model), digest_of(model, self._manager().modules)
+            known = weakref.ref(model), digest_of(model, self._manager().modules)
+            self._digests = {n: each for n, each in self._digests.items() if each[0]() is not None} | {number: known}
         return known[1]
 
     def admit(self, adapter: Adapter, needed: Collection[int]) -> None:
@@ -130,8 +130,10 @@ class Loras:
         return digest_of(model, manager.modules)
 
     def _load(self, adapter: Adapter) -> Any:
+        from vllm.lora.request import LoRARequest
+
         worker = self._worker()
-        assert worker is not None
+        assert worker is not None, "the engine is gone"
         return worker._load_adapter(msgspec.msgpack.decode(adapter.request, type=LoRARequest))
 
     def _manager(self) -> Any:
