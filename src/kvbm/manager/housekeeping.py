@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any
 
 from kvbm.abc.observer import Observer
@@ -23,6 +24,7 @@ from kvbm.manager.channel import Link
 from kvbm.manager.gate import Gate
 from kvbm.manager.jobs import InFlight
 from kvbm.manager.lower import DiskSide, Lower
+from kvbm.manager.provenance import Provenance
 from kvbm.manager.reports import Reports
 from kvbm.manager.requests import Record, Request
 from kvbm.manager.shadow import Shadow
@@ -59,6 +61,8 @@ class Housekeeping:
         self._lock = threading.RLock()
         self._copies = InFlight(links, clock)
         self.next_job = self._copies.next_id
+        self.provenance = Provenance(self.next_job)
+        """What the engine's blocks are."""
         self._held = 0
         self._ending = False
         """The engine is shutting down its workers in good order."""
@@ -86,7 +90,7 @@ class Housekeeping:
         self.ticked = time.monotonic()
         """When housekeeping was done last."""
         self._clock = clock
-        self._variants = Variants(links, clock, self._seek, self._unlike)
+        self._variants = Variants(links, clock, self._seek, self._unlike, self.confirm)
         """Which adapters requests are computed with."""
         self._resting: tuple[str, float] | None = None
         """Why KVBM stands aside for a while, and until when."""
@@ -151,6 +155,9 @@ class Housekeeping:
             self.emit(Offloaded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
         else:
             self._held -= len(job.lease)
+            good = job.done
+            self.provenance.arrived(job.g1[good], [*compress(job.lease.keys, good.tolist())], job.id)
+            self.provenance.forget(job.g1[~good])
             self.corrupt += int((job.outcomes == Outcome.CORRUPT).sum())
             if failed:
                 bad = ~job.done
@@ -203,6 +210,10 @@ class Housekeeping:
 
     def _seek(self, request: Request) -> None:
         """A request's keys are known: what is below host memory starts to move."""
+        raise NotImplementedError
+
+    def confirm(self, request_id: str, complete: int) -> None:
+        """See `Leader`."""
         raise NotImplementedError
 
     def _unlike(self, request: Request) -> None:
@@ -287,6 +298,7 @@ class Housekeeping:
 
     def _clear(self) -> None:
         self.pool.clear()
+        self.provenance.clear()
         if self.lower is not None:
             self.lower.clear()
         if self.shadow is not None:

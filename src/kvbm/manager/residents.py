@@ -122,7 +122,7 @@ class Residents:
 
     def _fits(self, request: str, number: int, digest: bytes) -> bool:
         held = self._digest(number)
-        if held == digest:
+        if held == digest != b"":
             return True
         self._tell(Unlike(self._rank, request, held))
         return False

@@ -56,10 +56,6 @@ class Variant:
     """It loads blocks under this digest, or has."""
     seen: bool = False
     """A step was computed with it."""
-    placing: int = 0
-    """Counts the tables of blocks that the engine gave the request."""
-    confirmed: int = 0
-    """Blocks of the present table that are known to be computed with this adapter."""
 
 
 class _Question(NamedTuple):
@@ -82,13 +78,15 @@ class _Sent:
 
 class Variants:
     """Of all requests of a leader; under its lock. `seek` starts to look for what a request wants, once its keys are
-    known; `changed` is told of a request whose keys are no longer those under which it was looked up."""
+    known; `changed` is told of a request whose keys are no longer those under which it was looked up, `confirm` of the
+    first blocks of one that are known to be computed under its keys."""
 
     def __init__(
         self, links: Mapping[int, Link], clock: Callable[[], float],
-        seek: Callable[[Request], None], changed: Callable[[Request], None],
+        seek: Callable[[Request], None], changed: Callable[[Request], None], confirm: Callable[[str, int], None],
     ) -> None:  # fmt: skip
-        self._links, self._clock, self._seek, self._changed = links, clock, seek, changed
+        self._links, self._clock = links, clock
+        self._seek, self._changed, self._confirm = seek, changed, confirm
         self._expected: OrderedDict[int, tuple[Hashable, bytes]] = OrderedDict()
         """Number -> the files that a request came with, and the digest that workers held then."""
         self._asked: dict[int, _Question] = {}
@@ -170,30 +168,24 @@ class Variants:
 
     # ------------------------------------------------------------------ a step
 
-    def loading(self, request: Request, job: int) -> None:
-        """Blocks are loaded for the request, in the step that is being described."""
+    def loading(self, request: Request, job: int, *, sound: bool) -> None:
+        """Blocks are loaded for the request, in the step that is being described. Where what the engine has before them
+        is of another adapter (not `sound`), the load is to fail: the engine would compute them from that."""
         variant = request.variant
         assert variant is not None
         variant.loads = True
-        self._loads[job] = Expected(variant.adapter, variant.digest)
+        self._loads[job] = Expected(variant.adapter, variant.digest if sound else b"")
         self._awaited[request.id] = variant.adapter.number, variant.digest
 
-    def computed(self, request: Request, complete: int) -> int:
-        """This step computes on, up to so many whole blocks; how many are known to be computed with its adapter."""
+    def computing(self, request: Request, complete: int) -> None:
+        """This step computes the request's blocks, up to so many whole ones."""
         variant = request.variant
         assert variant is not None
         variant.until = None  # what is heard from now on comes too late
         if self._unsteady[variant.adapter.number]:
             self._refuse(request, _UNSTEADY)
         if variant.refused is None:
-            self._draft.append((request, variant.placing, complete))
-        return variant.confirmed
-
-    def replaced(self, request: Request) -> None:
-        """The engine gave the request another table of blocks."""
-        if request.variant is not None:
-            request.variant.placing += 1
-            request.variant.confirmed = 0
+            self._draft.append((request, request.placement, complete))
 
     def seal(self) -> Adapters | None:
         """What the workers are to know of this step."""
@@ -222,7 +214,7 @@ class Variants:
         """A worker has looked at its adapters."""
         match message:
             case Used():
-                self._used(message)
+                self._used(message, requests)
             case Foreseen(question=question, digest=digest):
                 if (asked := self._asked.pop(question, None)) is None:
                     return
@@ -241,7 +233,7 @@ class Variants:
                     self._awaited.pop(name, None)
                     self._refuse(loading, "a worker holds another adapter than the one its blocks were found under")
 
-    def _used(self, message: Used) -> None:
+    def _used(self, message: Used, requests: Mapping[str, Request]) -> None:
         for number, sent in list(self._sent.items()):
             if number > message.step or message.rank not in sent.ranks:
                 continue
@@ -255,32 +247,33 @@ class Variants:
             if not sent.ranks:
                 del self._sent[number]
                 held = dict(zip(sent.used, sent.digests, strict=True))
-                for request, placing, complete in sent.requests:
-                    self._confirm(request, placing, complete, held)
+                for request, placement, complete in sent.requests:
+                    ran = requests.get(request.id) is request and self._same(request, held)
+                    if ran and placement == request.placement:
+                        self._confirm(request.id, complete)
 
-    def _confirm(self, request: Request, placing: int, complete: int, held: Mapping[int, bytes]) -> None:
-        """A step of the request was computed with what the ranks `held`."""
+    def _same(self, request: Request, held: Mapping[int, bytes]) -> bool:
+        """Whether a step of the request was computed with its adapter, as the ranks `held` this."""
         variant = request.variant
         assert variant is not None
         if variant.refused is not None:
-            return
+            return False
         digest = held[variant.adapter.number]
         if not digest:
             self._refuse(request, _UNKNOWN)
             self._say(variant, _UNKNOWN)
-            return
+            return False
         if digest != variant.digest:
             if variant.seen or variant.loads:
                 self._refuse(request, "its adapter changed while it ran")
-                return
+                return False
             self._changed(request)
             variant.digest = digest
             variant.keys.under(digest)
         if not variant.seen:
             variant.seen = True
             self._expect(variant.adapter.number, variant.files, digest)
-        if placing == variant.placing:
-            variant.confirmed = complete
+        return True
 
     def _refuse(self, request: Request, why: str) -> None:
         variant = request.variant

@@ -36,10 +36,10 @@ from kvbm.manager.wire import (
     Copy,
     Detach,
     Foresee,
-    Foreseen,
     Forget,
     Generation,
     Hello,
+    Message,
     Mine,
     Probe,
     Probed,
@@ -50,8 +50,6 @@ from kvbm.manager.wire import (
     Result,
     Sick,
     Step,
-    Unlike,
-    Used,
     Write,
     unpack,
 )  # fmt: skip
@@ -285,7 +283,7 @@ class Worker:
         sums = self._sums[written].tobytes() if written is not None and self._open_peers is not None else b""
         self._tell(Result(job, self._rank, outcomes, completion.nbytes, completion.seconds, completion.error, sums))
 
-    def _tell(self, message: Result | Sick | Probed | Mine | Foreseen | Used | Unlike | Bye) -> None:
+    def _tell(self, message: Message) -> None:
         try:
             if self._link is not None:
                 self._link.send(message)

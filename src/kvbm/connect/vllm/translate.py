@@ -168,29 +168,37 @@ class SchedulerSide:
 
     def step(self, output: SchedulerOutput) -> KvbmMetadata:
         """vLLM's build_connector_meta."""
-        leader, block = self._leader, self._block
+        leader = self._leader
         self._ended.clear()
+        computed = dict[str, int]()
         for new in output.scheduled_new_reqs:
-            leader.grow(new.req_id, new.block_ids[0], replace=True, others=new.block_ids[1:])
-            for table in new.block_ids:
-                leader.reuse(table[new.num_computed_tokens // block :])
-            self._advance(new.req_id, new.num_computed_tokens, output)
+            computed[new.req_id] = tokens = new.num_computed_tokens
+            self._placed(new.req_id, new.block_ids, tokens)
         cached = output.scheduled_cached_reqs
-        for request_id, groups, computed in zip(
+        for request_id, groups, tokens in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
         ):
-            if groups is not None:
-                resumed = request_id in cached.resumed_req_ids
-                leader.grow(request_id, groups[0], replace=resumed, others=groups[1:])
+            computed[request_id] = tokens
+            if groups is not None and request_id in cached.resumed_req_ids:
+                self._placed(request_id, groups, tokens)
+            elif groups is not None:
+                leader.grow(request_id, groups[0], replace=False, others=groups[1:])
                 for table in groups:
-                    leader.reuse(table[computed // block :] if resumed else table)
-            self._advance(request_id, computed, output)
+                    leader.reuse(table)
+        for request_id, scheduled in output.num_scheduled_tokens.items():  # in the order they were given blocks in
+            self._advance(request_id, computed[request_id], scheduled)
         return KvbmMetadata(encode(leader.seal(tokens=output.total_num_scheduled_tokens)))
 
-    def _advance(self, request_id: str, computed: int, output: SchedulerOutput) -> None:
+    def _placed(self, request_id: str, groups: Sequence[Sequence[int]], computed: int) -> None:
+        found, first = -(-computed // self._block), computed // self._block
+        self._leader.grow(request_id, groups[0], replace=True, found=found, others=groups[1:])
+        for table in groups:
+            self._leader.reuse(table[first:])
+
+    def _advance(self, request_id: str, computed: int, scheduled: int) -> None:
         request = self._requests.get(request_id)
         if request is not None:
-            tokens = min(computed + output.num_scheduled_tokens[request_id], request.num_tokens)
+            tokens = min(computed + scheduled, request.num_tokens)
             complete = min(tokens // self._block, len(request.block_hashes) // self._per_block)
             if isinstance(self._leader, HybridLeader):
                 self._leader.reach(request_id, complete, computed)
@@ -212,6 +220,8 @@ class SchedulerSide:
             stale.update(table[first:])
             if request is not None:
                 request.num_computed_tokens = min(request.num_computed_tokens, first * self._block)
+                self._leader.redo(request.request_id, first)
+        self._leader.forget(stale)
         manager.evict_blocks(stale)
 
     def stepped(self) -> None:
