@@ -42,7 +42,6 @@ from kvbm.manager.wire import (
     Message,
     Mine,
     Probe,
-    Probed,
     Pull,
     Read,
     Ready,
