@@ -159,7 +159,7 @@ class Stage:
         found = self.leader.match(name, 0, len(keys))
         assert found
         self.place(name, g1, found)
-        (copy,) = self.step(reuse=g1).loads
+        (copy,) = self.step(reuse=g1[found:]).loads
         return copy
 
     def keep(self, name: str, keys: Sequence[bytes], **params: Any) -> None:

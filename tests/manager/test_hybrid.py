@@ -123,7 +123,8 @@ class Engine:
         for table, more in zip(request.tables, new, strict=True):
             table += more
         tables = request.tables if request.replaced else new
-        self.leader.grow(request.name, tables[0], replace=request.replaced, others=tables[1:])
+        found = request.computed // BLOCK
+        self.leader.grow(request.name, tables[0], replace=request.replaced, found=found, others=tables[1:])
         request.replaced = False
         for more in new:
             self.leader.reuse(more)

@@ -131,7 +131,7 @@ def test_the_life_of_a_load(stage: Stage) -> None:
     stage.begin("b", keys)
     assert stage.leader.match("b", 1, 6) == 3
     assert stage.pool.statistics().active == 3
-    stage.place("b", [20, 21, 22, 23, 24, 25], 3)
+    stage.place("b", [10_000, 21, 22, 23, 24, 25], 3)
     step = stage.leader.seal(tokens=0)
     (load,) = step.loads
     assert (load.request, load.g1_slots().tolist()) == ("b", [21, 22, 23])
@@ -139,7 +139,7 @@ def test_the_life_of_a_load(stage: Stage) -> None:
     assert step.idle
     assert stage.pool.statistics().active == 3
     stage.answer(load)
-    stage.place("b", [20, 21, 22, 23, 24, 25])
+    stage.place("b", [10_000, 21, 22, 23, 24, 25])
     (store,) = stage.step({"b": 6}).stores
     assert store.g1_slots().tolist() == [24, 25]
     record = stage.leader.records["b"]

@@ -30,6 +30,7 @@ from kvbm.manager.gate import Gate
 from kvbm.manager.hybrid import HybridLeader
 from kvbm.manager.leader import Leader
 from kvbm.manager.reports import Reports
+from kvbm.manager.residents import Holder
 from kvbm.manager.wire import Allot, Hello, Ready, Refused
 from kvbm.manager.worker import Worker
 from kvbm.observe import prometheus
@@ -107,10 +108,12 @@ def build_worker(
     rank: int,
     facts: Mapping[str, str] | None = None,
     began: int = 0,
+    adapters: Holder | None = None,
 ) -> Worker:
     """The worker of one rank. Returns at once; its arena is made when the leader says how large. `facts` are part of
     the namespace, too: what only a worker knows of it. `began` is when the process had read nothing of the weights yet
-    (nanoseconds since 1970), 0 where nobody knows."""
+    (nanoseconds since 1970), 0 where nobody knows. `adapters` are those that the engine holds on this rank, if it
+    serves any and they can be reached."""
     stores = rank in place.storing
 
     def wrapped(transport: Transport) -> Transport:
@@ -138,6 +141,7 @@ def build_worker(
             partial(build_peers.open_memory, settings, wrapped) if build_peers.wanted(settings) and stores else None
         ),
         stores=stores,
+        adapters=adapters,
     )
 
 
@@ -156,8 +160,8 @@ def build_leader(
 ) -> LeaderSide:  # fmt: skip
     """The leader, once every rank's worker has its arena. `groups` are the engine's layer groups, where there are
     several, or one that does not need all blocks. `choose` says which files the engine loaded; without it the namespace
-    is known as it is. Raises ConfigError for a size that cannot be, Broken if a worker does
-    not come or cannot get its memory."""
+    is known as it is. Raises ConfigError for a size that cannot be, Broken if a worker does not come or cannot get its
+    memory."""
     settings = resolved.settings
     eviction_order(settings.g2_order, 1, "g2_order")  # before anything is waited for
     build_disk.check(settings)

@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any
 
 from kvbm.abc.observer import Observer
@@ -23,11 +24,13 @@ from kvbm.manager.channel import Link
 from kvbm.manager.gate import Gate
 from kvbm.manager.jobs import InFlight
 from kvbm.manager.lower import DiskSide, Lower
+from kvbm.manager.provenance import Provenance
 from kvbm.manager.reports import Reports
 from kvbm.manager.requests import Record, Request
 from kvbm.manager.shadow import Shadow
+from kvbm.manager.variants import Variants
 from kvbm.manager.watch import Audit, Pace, Recent
-from kvbm.manager.wire import Bye, Mine, Opened, Probed, Result, Sick
+from kvbm.manager.wire import Bye, Foreseen, Mine, Opened, Probed, Result, Sick, Unlike, Used
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +61,8 @@ class Housekeeping:
         self._lock = threading.RLock()
         self._copies = InFlight(links, clock)
         self.next_job = self._copies.next_id
+        self.provenance = Provenance(self.next_job)
+        """What the engine's blocks are."""
         self._held = 0
         self.off: str | None = None
         """Why nothing is done any more, until the engine is started anew."""
@@ -97,6 +102,8 @@ class Housekeeping:
         self.ticked = time.monotonic()
         """When housekeeping was done last."""
         self._clock = clock
+        self._variants = Variants(links, clock, self._seek, self._unlike, self.confirm)
+        """Which adapters requests are computed with."""
         self._resting: tuple[str, float] | None = None
         """Why KVBM stands aside for a while, and until when."""
 
@@ -127,6 +134,8 @@ class Housekeeping:
                         self.opened[message.rank] = message
                     case Mine():
                         self._early.append(message)
+                    case Used() | Foreseen() | Unlike():
+                        self._variants.take(message, self.requests)
                     case Sick(rank=sick, problem=problem):
                         self.turn_off(f"rank {sick}: {problem}")
                     case _:
@@ -171,9 +180,17 @@ class Housekeeping:
             self.emit(Offloaded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
         else:
             self._held -= len(job.lease)
+            good = job.done
+            self.provenance.arrived(job.g1[good], [*compress(job.lease.keys, good.tolist())], job.id)
+            self.provenance.forget(job.g1[~good])
             self.corrupt += int((job.outcomes == Outcome.CORRUPT).sum())
             if failed:
-                self.pool.discard(key for key, good in zip(job.lease.keys, job.done.tolist(), strict=True) if not good)
+                bad = ~job.done
+                if job.request.variant is not None and job.request.variant.refused is not None:
+                    bad = (
+                        job.outcomes == Outcome.CORRUPT
+                    )  # of another adapter than the workers': what is stored is right
+                self.pool.discard(key for key, wrong in zip(job.lease.keys, bad.tolist(), strict=True) if wrong)
             job.lease.drop()
             record.loaded = len(job.g1) - failed
             record.load_ms = job.seconds * 1e3
@@ -225,6 +242,19 @@ class Housekeeping:
     def _accounting(self) -> list[str]:
         """What is wrong in the leader's books."""
         raise NotImplementedError
+
+    def _seek(self, request: Request) -> None:
+        """A request's keys are known: what is below host memory starts to move."""
+        raise NotImplementedError
+
+    def confirm(self, request_id: str, complete: int) -> None:
+        """See `Leader`."""
+        raise NotImplementedError
+
+    def _unlike(self, request: Request) -> None:
+        """Its keys are not those of what it computes."""
+        if self.shadow is not None:
+            self.shadow.finished(request)
 
     def _broken(self, problems: list[str]) -> None:
         """An invariant does not hold: whatever is decided from now on may be wrong."""
@@ -306,6 +336,7 @@ class Housekeeping:
 
     def _clear(self) -> None:
         self.pool.clear()
+        self.provenance.clear()
         if self.lower is not None:
             self.lower.clear()
         if self.shadow is not None:

@@ -12,6 +12,7 @@ from kvbm.core.errors import Misuse
 from kvbm.core.keys import group_key
 from kvbm.core.region import Slots
 from kvbm.manager.leader import Leader
+from kvbm.manager.provenance import Provenance
 from kvbm.manager.requests import Request, Wanted
 
 _WINDOWS = 4
@@ -33,6 +34,7 @@ class HybridLeader(Leader):
 
     def __init__(self, *args: Any, groups: Sequence[LayerGroup], checkpoint_tokens: int | None, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.provenance = Provenance(self.next_job, _NULL)
         self._groups = tuple(groups)
         self._sparse = [number for number, group in enumerate(groups) if group.kind != "full"]
         reach = _WINDOWS * max(group.reach for group in groups)

@@ -17,23 +17,21 @@ from itertools import chain
 import numpy as np
 
 from kvbm.abc.observer import Observer
-from kvbm.blocks import Pinned, Pool, Writable
+from kvbm.blocks import Pinned, Pool
 from kvbm.core.config import Settings
 from kvbm.core.events import Admitted
 from kvbm.core.region import Slots
 from kvbm.manager.channel import Link
 from kvbm.manager.gate import Gate
-from kvbm.manager.housekeeping import Housekeeping
+from kvbm.manager.offload import GRACE, Draft, Offloading
 from kvbm.manager.requests import Record, Request, RequestParams, Wanted
 from kvbm.manager.shadow import Shadow
+from kvbm.manager.variants import Variant
 from kvbm.manager.watch import paced
-from kvbm.manager.wire import Compare, Copy, Step
-
-_GRACE = 5.0
-"""Seconds past a copy's own deadline after which a silent worker counts as broken."""
+from kvbm.manager.wire import Copy, Step
 
 
-class Leader(Housekeeping):
+class Leader(Offloading):
     """See the module. `links` are the connected workers by rank; `shares_device_blocks` says whether a request can use
     blocks another one has just loaded (the engine's own prefix cache is on)."""
 
@@ -49,15 +47,12 @@ class Leader(Housekeeping):
         observers: Iterable[Observer] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(settings, pool, links, gate=gate, observers=observers, clock=clock)
+        super().__init__(settings, pool, links, slot_bytes=slot_bytes, gate=gate, observers=observers, clock=clock)
         if settings.shadow_every:
-            self.shadow = Shadow(settings.shadow_every, pool, settings.store_deadline_s + _GRACE, clock)
-        self.deferred = 0
-        """Times that blocks were not offloaded at once, because copies in flight or holds had filled their share."""
-        self._settings, self._slot_bytes, self._shares = settings, slot_bytes, shares_device_blocks
+            self.shadow = Shadow(settings.shadow_every, pool, settings.store_deadline_s + GRACE, clock)
+        self._shares = shares_device_blocks
         self._loading: dict[bytes, str] = {}
         self._total = pool.statistics().total
-        self._step = _Draft()
         self._waiting: list[Request] = []
         """Requests that hold a match made in this step and may not get their blocks."""
 
@@ -66,19 +61,29 @@ class Leader(Housekeeping):
     @paced
     def begin(
         self, request_id: str, keys: Sequence[bytes], params: RequestParams, prompt_tokens: int,
-        barred: str | None = None,
+        variant: Variant | None = None, barred: str | None = None,
     ) -> None:  # fmt: skip
-        """A request exists from now on. `keys` is a view: it may grow while the request generates. `barred`: nothing is
-        loaded or stored for it, for this reason."""
+        """A request exists from now on. `keys` is a view: it may grow while the request generates, and with an adapter
+        (`variant`) is empty until it is known which that is. `barred`: nothing is loaded or stored for it, for this
+        reason."""
         with self._lock:
             record = Record(request_id, prompt_tokens)
             self.records[request_id] = record
             while len(self.records) > self._settings.explain_requests:
                 self.records.popitem(last=False)
-            request = self.requests[request_id] = Request(request_id, keys, params, record, barred=barred)
-            if barred is None and self.lower is not None and self.standing_aside() is None:
-                keys = request.keys[: (prompt_tokens - 1) // self.lower.block_tokens]
-                self.lower.begin(request, *self._asked(request, keys))
+            request = Request(
+                request_id, keys, params, record, late=variant is not None, variant=variant, barred=barred
+            )
+            self.requests[request_id] = request
+            if variant is None:
+                self._seek(request)
+            else:
+                self._variants.begin(request, variant, found_elsewhere=self.lower is not None)
+
+    def _seek(self, request: Request) -> None:
+        if request.barred is None and self.lower is not None and self.standing_aside() is None:
+            keys = request.keys[: (request.record.prompt_tokens - 1) // self.lower.block_tokens]
+            self.lower.begin(request, *self._asked(request, keys))
 
     def bar(self, request_id: str, reason: str) -> None:
         """Load and store nothing more for a request: its keys may not be those of what it computes."""
@@ -105,6 +110,8 @@ class Leader(Housekeeping):
             if (reason := self._no_load(request)) is not None:
                 record.note(reason)
                 return 0
+            if request.variant is not None and not (ready := self._variants.ready(request)):
+                return ready if ready is None else 0
             keys = request.keys[:limit]
             if computed >= len(keys):
                 record.note("nothing to load: the engine itself holds all but the block of the last token")
@@ -169,6 +176,7 @@ class Leader(Housekeeping):
                 return
             self._end_loading(request)
             request.g1, request.others = list(g1), [list(table) for table in others]
+            self.provenance.placed(request, request.record.device_blocks + count)
             if self.shadow is not None:
                 self.shadow.placed(request)  # before what was read for it is let go
             if self.lower is not None:
@@ -187,8 +195,14 @@ class Leader(Housekeeping):
             request.loading = request.keys[record.device_blocks]
             self._loading[request.loading] = request_id
             self.reuse(targets.tolist())
-            job = self._copies.start(request, hold, targets, places, self._settings.load_deadline_s + _GRACE)
+            job = self._copies.start(request, hold, targets, places, self._settings.load_deadline_s + GRACE)
             self._step.loads.append(Copy.of(job.id, request_id, targets, hold.slots))
+            if request.variant is not None:
+                before = record.device_blocks
+                self._variants.loading(request, job.id, sound=self.provenance.carried(request, before) == before)
+            self.provenance.expect(targets, job.id)
+            if self._settings.onboard == "sync":  # the step that computes from it fails with it
+                self.provenance.arrived(targets, hold.keys, job.id)
             self._admit(request, tokens)
 
     def loads(self, request_id: str) -> bool:
@@ -212,11 +226,16 @@ class Leader(Housekeeping):
 
     # ------------------------------------------------------------------ the engine steps
 
-    def grow(self, request_id: str, g1: Sequence[int], *, replace: bool, others: Sequence[Sequence[int]] = ()) -> None:
-        """The engine gave a request more blocks, or (`replace`) a new table after a preemption."""
+    def grow(
+        self, request_id: str, g1: Sequence[int], *,
+        replace: bool, found: int = 0, others: Sequence[Sequence[int]] = (),
+    ) -> None:  # fmt: skip
+        """The engine gave a request more blocks, or (`replace`) a new table, which it does not compute the first
+        `found` blocks of."""
         if (request := self.requests.get(request_id)) is not None:
             if replace:
                 request.g1, request.others = list(g1), [list(table) for table in others]
+                self.provenance.placed(request, found)
             else:
                 request.g1.extend(g1)
                 for table, more in zip(request.others, others, strict=True):
@@ -227,22 +246,51 @@ class Leader(Housekeeping):
         with self._lock:
             # Now, not in `seal`: a block may become the source of another copy in this very step.
             self._step.fence |= self._copies.reading(g1)
+            self.provenance.forget(g1)
 
     @paced
     def advance(self, request_id: str, complete: int) -> None:
-        """After this step's forward pass the request's first `complete` blocks are final and may be offloaded."""
+        """After this step's forward pass the request's first `complete` blocks are final and may be offloaded. To be
+        called in the order in which the engine gave requests their blocks: one may have found another's."""
         request = self.requests.get(request_id)
         if request is None:
             return
         if request.record.outcome == "waiting":
             request.record.outcome = "computing"
-        if request.loading is None and complete <= request.offered:
+        if request.loading is None and complete <= request.settled and not request.late:
             return
         with self._lock:
             self._end_loading(request)
-            self._compare(request, complete)
-            if complete > request.offered:
-                self._offer(request, complete)
+            if request.variant is not None:
+                self._drain()
+                self._variants.computing(request, complete)
+            if request.late:
+                self._computed(request, request.confirmed)
+                self.provenance.computing(request, complete)
+            else:
+                self._computed(request, complete)
+            if complete <= request.offered:
+                request.settled = complete
+
+    def confirm(self, request_id: str, complete: int) -> None:
+        """Of a `late` request: what was computed of its first `complete` blocks has its keys. They are offered with the
+        next step that it is part of, or at its end: until then the engine may hand them out in a step whose copies it
+        has begun to describe."""
+        with self._lock:
+            if (request := self.requests.get(request_id)) is not None:
+                request.confirmed = complete
+                self.provenance.computed(request, complete)
+
+    def redo(self, request_id: str, first: int) -> None:
+        """The engine computes this request again from its block `first` on; what is there carries no key."""
+        with self._lock:
+            if (request := self.requests.get(request_id)) is not None:
+                self.provenance.redo(request, first)
+
+    def forget(self, g1: Iterable[int]) -> None:
+        """These blocks of the engine are not what they seemed to be."""
+        with self._lock:
+            self.provenance.forget(g1)
 
     @paced
     def seal(self, *, tokens: int) -> Step:
@@ -257,7 +305,7 @@ class Leader(Housekeeping):
             self._copies.seal()
             if (slow := self.pace.step()) is not None:
                 self._rest(slow)
-            draft, self._step = self._step, _Draft()
+            draft, self._step = self._step, Draft()
             return Step(
                 loads=draft.loads,
                 stores=draft.stores,
@@ -267,6 +315,7 @@ class Leader(Housekeeping):
                 waiting=self.lower is not None and self.lower.waiting,
                 sync=self._settings.onboard == "sync" and bool(draft.loads),
                 compares=draft.compares,
+                adapters=self._variants.seal(),
             )
 
     def stepped(self) -> None:
@@ -286,12 +335,18 @@ class Leader(Housekeeping):
             if request is None:
                 return False
             self._release(request)
+            self._variants.finished(request)
             loading = request.loading is not None
             self._end_loading(request)
             request.g1, request.others = list(g1), [list(table) for table in others]
             if not loading:
+                if not request.late:
+                    self.provenance.computed(request, min(complete, len(request.g1)))
+                complete = min(complete, len(request.g1))
+                if not request.stale:
+                    complete = min(complete, request.proven)
                 self._compare(request, complete)
-                self._offer_last(request, min(complete, len(request.g1)))
+                self._offer_last(request, complete)
             if self.shadow is not None:
                 self.shadow.finished(request)
             request.record.outcome = "finished"
@@ -304,72 +359,6 @@ class Leader(Housekeeping):
                 return False
             self._step.finishing[request_id] = sorted(jobs)
             return True
-
-    def _compare(self, request: Request, complete: int) -> None:
-        """Has what the engine computed compared with what is stored, where it was declined that."""
-        if self.shadow is not None and (compare := self.shadow.compare(request, complete, self._copies)) is not None:
-            self._step.compares.append(compare)
-
-    def _offer(self, request: Request, complete: int) -> None:
-        """Starts offloading what G2 does not have of blocks [offered, complete)."""
-        if (reason := self._no_store(request)) is not None:
-            request.record.note(f"not offloaded: {reason}")
-            request.offered = complete
-            return
-        keys = request.keys[request.offered : complete]
-        slots, absent = self._room(request, keys)
-        if slots is None and absent:
-            return
-        rest = absent
-        if slots is not None:
-            chosen, rest = absent[: len(slots)], absent[len(slots) :]
-            places = np.asarray(chosen, np.int64) + request.offered
-            sources = np.asarray([request.g1[place] for place in places.tolist()], np.int64)
-            parent = request.keys[request.offered + chosen[0] - 1] if request.offered + chosen[0] else None
-            self._store(request, slots, [keys[i] for i in chosen], parent, sources, places)
-        request.offered += chosen[-1] + 1 if rest else len(keys)
-
-    def _offer_last(self, request: Request, complete: int) -> None:
-        """The request is over, after so many blocks."""
-        if complete > request.offered:
-            self._offer(request, complete)
-
-    def _in_order(self, request: Request) -> Sequence[bytes]:
-        """What was offered of a request, from its root to its leaf."""
-        return request.keys[: request.offered]
-
-    def _room(self, request: Request, keys: Sequence[bytes]) -> tuple[Writable | None, list[int]]:
-        """Slots for the first of those `keys` that G2 lacks, as many as may be copied now, and where all these are."""
-        absent = self.pool.absent(keys)
-        if len(absent) < len(keys):
-            self.pool.touch(keys)
-        most = max(1, self._settings.store_inflight_mb * 1_000_000 // self._slot_bytes)
-        pool = self.pool.statistics()
-        count = min(len(absent), max(0, min(most - self._copies.blocks_read, pool.free + pool.inactive)))
-        slots = self.pool.allocate(count) if count else None
-        if slots is None and absent:
-            self.deferred += 1
-            request.record.note("some blocks were not offloaded at once: copies in flight or holds filled their share")
-        return slots, absent
-
-    def _store(
-        self, request: Request, slots: Writable, keys: Sequence[bytes],
-        parent: bytes | tuple[bytes | None, ...] | None, sources: Slots, places: Slots,
-    ) -> None:  # fmt: skip
-        """Starts to copy blocks of a request out of the engine's `sources`."""
-        params = request.params
-        staged = slots.stage(keys, parent=parent, priority=params.priority, ttl=params.ttl)
-        job = self._copies.start(request, staged, sources, places, self._settings.store_deadline_s + _GRACE)
-        self._step.stores.append(Copy.of(job.id, request.id, sources, staged.slots))
-
-    def _no_store(self, request: Request) -> str | None:
-        if (reason := self.standing_aside()) is not None:
-            return reason
-        if request.barred is not None:
-            return request.barred
-        if not request.params.save:
-            return "the request opted out of saving"
-        return "the cache was reset while it ran" if request.stale else None
 
     def _accounting(self) -> list[str]:
         now, (stored, loaded, scratch) = self.pool.statistics(), self._copies.blocks()
@@ -394,17 +383,7 @@ class Leader(Housekeeping):
 
     def _end_loading(self, request: Request) -> None:
         if request.loading is not None:
+            self._drain()  # whether it ended well was said before the engine heard that it ended
             if self._loading.get(request.loading) == request.id:
                 del self._loading[request.loading]
             request.loading = None
-
-
-class _Draft:
-    """The step being described."""
-
-    def __init__(self) -> None:
-        self.loads: list[Copy] = []
-        self.stores: list[Copy] = []
-        self.compares: list[Compare] = []
-        self.finishing: dict[str, list[int]] = {}
-        self.fence: set[int] = set()

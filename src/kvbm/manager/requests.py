@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from kvbm.blocks import Pinned
+from kvbm.manager.variants import Variant
 
 PARAMS_KEY = "kvbm"
 """Under this name a request's `kv_transfer_params` may carry our parameters."""
@@ -103,12 +104,31 @@ class Request:
     g1: list[int] = field(default_factory=list)
     others: list[list[int]] = field(default_factory=list)
     offered: int = 0
+    # Of its table (`manager/provenance.py`):
+    placement: int = 0
+    """The number of its table: each new one has another."""
+    found: int = 0
+    """Blocks that the engine had or KVBM loads."""
+    proven: int = 0
+    """Blocks that are known to carry this request's keys."""
+    traced: bool = False
+    """Whether `found` blocks have been looked at."""
+    settled: int = 0
+    """Blocks with which a step has nothing more to do."""
+    late: bool = False
+    """Whether what a step computes carries its keys is known only after the step."""
+    confirmed: int = 0
+    """Then: blocks of which it is known."""
+    expected: int = 0
+    """Blocks that are found, or that a step computes of which that is not known yet."""
     hold: Pinned | None = None
     admitted: bool = False
     stale: bool = False
     """It began before a reset: its KV may belong to the old generation."""
     barred: str | None = None
     """Why nothing is loaded or stored for it."""
+    variant: Variant | None = None
+    """Its adapter, if it has one. Its keys are known once the adapter's digest is."""
     loading: bytes | None = None
     """First key of the load it started and has not been scheduled with yet; others that want it wait."""
     # Of a model whose layer groups need different blocks (`manager/hybrid.py`):

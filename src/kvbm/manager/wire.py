@@ -57,6 +57,34 @@ class Compare(msgspec.Struct, frozen=True, array_like=True):
         return unpack(self.g1)
 
 
+class Adapter(msgspec.Struct, frozen=True, array_like=True):
+    """An adapter of a request: the number that the engine's workers hold it under, its name for people, and what the
+    engine itself loads it by."""
+
+    number: int
+    name: str
+    request: bytes
+
+
+class Expected(msgspec.Struct, frozen=True, array_like=True):
+    """The adapter that a worker must hold for a load, and its digest."""
+
+    adapter: Adapter
+    digest: bytes
+
+
+class Adapters(msgspec.Struct, frozen=True):
+    """What a step has to do with adapters."""
+
+    step: int
+    used: list[int] = []
+    """Numbers of those that it computes with, in order. Each rank answers with `Used`."""
+    loads: dict[int, Expected] = {}
+    """Of the step's loads, by job."""
+    awaited: list[tuple[int, bytes]] = []
+    """Number and digest of those whose blocks were loaded by requests that were not computed since, or are."""
+
+
 class Step(msgspec.Struct, frozen=True):
     """One engine step, the same for every rank."""
 
@@ -74,6 +102,7 @@ class Step(msgspec.Struct, frozen=True):
     """The loads must be complete before this step's forward pass."""
     compares: list[Compare] = []
     """What this step's forward pass computed although it is stored, to be compared."""
+    adapters: Adapters | None = None
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -236,6 +265,36 @@ class Pull(msgspec.Struct, frozen=True, tag=True):
     sums: bytes
 
 
+class Foresee(msgspec.Struct, frozen=True, tag=True):
+    """Which digest would this adapter have, once the engine holds it? If it holds one under this number, of that."""
+
+    question: int
+    adapter: Adapter
+
+
+class Foreseen(msgspec.Struct, frozen=True, tag=True):
+    """The answer to the question of this number; no digest where it cannot be known."""
+
+    question: int
+    digest: bytes = b""
+
+
+class Used(msgspec.Struct, frozen=True, tag=True):
+    """What a rank held under each of the numbers `Adapters.used` while it computed this step."""
+
+    rank: int
+    step: int
+    digests: list[bytes]
+
+
+class Unlike(msgspec.Struct, frozen=True, tag=True):
+    """A load of this request fails, because the rank holds an adapter of another digest, or none."""
+
+    rank: int
+    request: str
+    digest: bytes
+
+
 class Sick(msgspec.Struct, frozen=True, tag=True):
     """A worker can no longer copy."""
 
@@ -266,6 +325,10 @@ Message = (
     | Attach
     | Detach
     | Pull
+    | Foresee
+    | Foreseen
+    | Used
+    | Unlike
     | Sick
     | Bye
 )

@@ -26,6 +26,7 @@ from kvbm.manager.compare import Comparisons, sums_of, verified
 from kvbm.manager.disk_worker import DiskWorker
 from kvbm.manager.jobs import Collected
 from kvbm.manager.peers.memory import PeerMemory
+from kvbm.manager.residents import Holder, Residents
 from kvbm.manager.wire import (
     Allot,
     Attach,
@@ -34,14 +35,15 @@ from kvbm.manager.wire import (
     Compare,
     Copy,
     Detach,
+    Foresee,
     Forget,
     Generation,
     Hello,
+    Message,
     Mine,
     Open,
     Opened,
     Probe,
-    Probed,
     Pull,
     Read,
     Ready,
@@ -87,6 +89,7 @@ class Worker:
         open_disk: OpenDisk | None = None,
         open_peers: OpenPeers | None = None,
         stores: bool = True,
+        adapters: Holder | None = None,
     ) -> None:
         self._settings, self._g1, self._rank, self._stores = settings, g1, rank, stores
         self._verifies = settings.g2_verify and stores  # who stores has the checksums, and loads as well
@@ -120,6 +123,7 @@ class Worker:
         self._sick = False
         self.off: str | None = None
         """Why nothing is copied any more, until the engine is started anew."""
+        self._residents = Residents(adapters, rank, self._tell)
         self._thread = threading.Thread(target=self._run, name="kvbm-worker", daemon=True)
         self._thread.start()
 
@@ -132,10 +136,12 @@ class Worker:
             log.error("KVBM: copies %s did not end in time; what they copied is given up", step.fence)
             self._executor.cancel(step.fence)
         self._expire()
+        self._residents.before_step(step.adapters)
         if not step.sync:
+            refused = self._residents.before_loads(step)
             for copy in step.loads:
                 self._loads[copy.request] = copy.job
-                self._submit(copy, is_load=True)
+                self._load(copy, refused)
 
     def _expire(self) -> None:
         self._executor.expire()
@@ -146,8 +152,9 @@ class Worker:
         """Loads that this step's forward pass needs: returns when they ended, well or not."""
         if not step.sync:
             return
+        refused = self._residents.before_loads(step)
         for copy in step.loads:
-            self._submit(copy, is_load=True)
+            self._load(copy, refused)
         jobs = [copy.job for copy in step.loads]
         if not self._executor.wait(jobs, self._settings.load_deadline_s):
             self._executor.cancel(jobs)
@@ -164,6 +171,7 @@ class Worker:
     def after_forward(self, step: Step) -> None:
         """Starts to offload what this step's forward pass completed. If it ran on a failed load, what it computed is
         not the KV of these keys, and none of it is stored."""
+        self._residents.after_forward(step.adapters)
         wanted: list[Copy | Compare] = [*step.stores, *step.compares]
         for copy in wanted:
             if self._spoiled:
@@ -203,7 +211,8 @@ class Worker:
             if job not in self._live:
                 del self._loads[request]
                 out.loaded.add(request)
-                if self._bad.pop(job, None) is not None:
+                differs = self._residents.differs(request)
+                if self._bad.pop(job, None) is not None or differs:
                     out.failed.add(request)
         for request, jobs in list(self._finishing.items()):
             if not jobs & self._live:
@@ -232,6 +241,14 @@ class Worker:
         return self._executor.cancel(live) or self._executor.wait(live, self._settings.idle_wait_ms / 1e3)
 
     # ------------------------------------------------------------------ copies
+
+    def _load(self, copy: Copy, refused: set[int]) -> None:
+        if copy.job in refused:
+            failed = Completion.failed(copy.job, len(copy.g1_slots()), "a worker holds another adapter")
+            self._report(copy.job, failed)
+            self._bad[copy.job] = failed
+        else:
+            self._submit(copy, is_load=True)
 
     def _submit(self, copy: Copy, *, is_load: bool) -> None:
         assert self._g2 is not None, "the engine stepped before KVBM's arena was ready"
@@ -300,7 +317,7 @@ class Worker:
         sums = self._sums[written].tobytes() if written is not None and self._open_peers is not None else b""
         self._tell(Result(job, self._rank, outcomes, completion.nbytes, completion.seconds, completion.error, sums))
 
-    def _tell(self, message: Result | Sick | Probed | Mine | Opened | Bye) -> None:
+    def _tell(self, message: Message) -> None:
         try:
             if self._link is not None:
                 self._link.send(message)
@@ -334,6 +351,8 @@ class Worker:
                         self._disk.take(message)
                     case Attach() | Detach() | Pull() as message:
                         self._from_peers(message)
+                    case Foresee() as message:
+                        self._residents.foresee(message)
                     case Bye():
                         break
                     case None:

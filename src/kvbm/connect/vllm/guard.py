@@ -134,8 +134,8 @@ class SchedulerGuard(Guard["SchedulerSide"]):
         return b"" if self.off else payload, _encode(promises)
 
     def not_loaded(self, blocks: set[int], manager: KVCacheManager) -> None:
-        """Loads inside the step that is over did not fill these. No call of KVBM: the engine must do it in any case."""
-        self.side.tables.not_loaded(blocks, manager)
+        """Loads inside the step that is over did not fill these. The engine must do what follows in any case."""
+        self.ask(None, self.side.not_loaded, *self.side.tables.not_loaded(blocks, manager))
 
     def stepped(self) -> None:
         self.ask(None, self.side.stepped)

@@ -35,12 +35,13 @@ class Tables:
         """A step was scheduled."""
         self._ended.clear()
 
-    def not_loaded(self, blocks: set[int], manager: KVCacheManager) -> None:
+    def not_loaded(self, blocks: set[int], manager: KVCacheManager) -> tuple[set[int], dict[str, int]]:
         """What vLLM does about these device blocks, whose load inside the step failed, is not enough: they stay in its
         prefix cache, for others to go on from, although the request that is to compute them may be preempted or end
         first, or take several steps; and who shares them in the same step is told that they are computed. So each
-        request with one of them computes it itself, and what follows it is found by nobody."""
-        stale = set(blocks)
+        request with one of them computes it itself, and what follows it is found by nobody. Returns all blocks that
+        hold nothing that counts, and from which of its blocks on each request computes again."""
+        stale, again = set(blocks), dict[str, int]()
         tables = [(None, table) for table in self._ended]
         tables += [(request, manager.get_block_ids(name)[0]) for name, request in self.requests.items()]
         for request, table in tables:
@@ -50,4 +51,6 @@ class Tables:
             stale.update(table[first:])
             if request is not None:
                 request.num_computed_tokens = min(request.num_computed_tokens, first * self.block)
+                again[request.request_id] = first
         manager.evict_blocks(stale)
+        return stale, again

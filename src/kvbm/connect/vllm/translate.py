@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
@@ -16,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
-from kvbm.connect.vllm import configured, contract, geometry, identity, weights
+from kvbm.connect.vllm import adapters, configured, contract, geometry, identity, weights
 from kvbm.connect.vllm.ending import before_sigterm
 from kvbm.connect.vllm.images import NO_ITEMS, Images, Items, starting_before
 from kvbm.connect.vllm.stats import KvbmStats
@@ -31,7 +29,6 @@ from kvbm.manager.jobs import Collected
 from kvbm.manager.requests import RequestParams
 from kvbm.manager.wire import Step, decode_step, encode
 from kvbm.manager.worker import Worker
-from kvbm.stores.content import folder_digest
 
 if TYPE_CHECKING:
     import torch
@@ -61,18 +58,26 @@ class KvbmMetadata(KVConnectorMetadata):  # type: ignore[misc]
 
 class Keys(Sequence[bytes]):
     """A request's block keys as a view that grows with it, where the engine's list of hashes cannot serve as it is:
-    several hashes per block, an adapter whose weights its hash does not cover, images that it knows by name. `items`
-    are where those begin and what they are; a block has so many tokens."""
+    several hashes per block, values that its hash does not cover, images that it knows by name. `items` are where those
+    begin and what they are; a block has so many `tokens`. There are no keys with an `adapter` until it is known which
+    that is."""
 
     def __init__(
-        self, hashes: Sequence[bytes], per_block: int, variant: bytes, items: Items = NO_ITEMS, tokens: int = 0
-    ) -> None:
+        self, hashes: Sequence[bytes], per_block: int, variant: bytes, items: Items = NO_ITEMS, tokens: int = 0,
+        *, adapter: bool = False,
+    ) -> None:  # fmt: skip
         self._hashes, self._per_block, self._variant = hashes, per_block, variant
         self._items, self._tokens = items.known, tokens
+        self._given, self._hidden = variant, adapter
         self._known: list[bytes] = []
 
+    def under(self, digest: bytes) -> None:
+        """From now on they are those of the blocks with the adapter of this digest."""
+        self._variant, self._hidden = b"adapter " + digest + self._given, False
+        self._known.clear()
+
     def __len__(self) -> int:
-        return len(self._hashes) // self._per_block
+        return 0 if self._hidden else len(self._hashes) // self._per_block
 
     @overload
     def __getitem__(self, index: int) -> bytes: ...
@@ -115,8 +120,8 @@ class SchedulerSide:
         """What the guard knows of requests."""
         self._computed: dict[str, int] = {}
         """Request -> tokens that the engine itself held when it asked last."""
-        self._adapters: dict[tuple[Any, ...], bytes] = {}
         self._images = Images(config, trust_names=resolved.settings.trust_image_names)
+        self._towers = adapters.reaches_encoder(config)
         self.side = build_leader(
             resolved,
             geometry.place(config, kv),
@@ -146,29 +151,18 @@ class SchedulerSide:
         params, wrong = RequestParams.parse(request.kv_transfer_params)
         for sentence in wrong:
             log.warning("KVBM: request %s: %s", request.request_id, sentence)
-        variant = self._adapter(request) + embedded(request)
+        embeds = embedded(request)
         items = self._images.begin(request)
         for spoiled in items.spoiled:
             self._leader.bar(spoiled, "an image, video or sound in it has a name that was given to another one")
         keys: Sequence[bytes] = request.block_hashes
-        if self._per_block > 1 or variant or items.known:
-            keys = Keys(request.block_hashes, self._per_block, variant, items, self._block)
-        self._leader.begin(request.request_id, keys, params, request.num_prompt_tokens, items.problem)
-
-    def _adapter(self, request: Request) -> bytes:
-        """Digest of the adapter's files as they are now; vLLM's own hash covers only its name and path."""
-        lora = request.lora_request
-        if lora is None:
-            return b""
-        folder = Path(lora.lora_path)
-        try:
-            files = tuple((entry.name, entry.stat().st_ino, entry.stat().st_ctime_ns) for entry in os.scandir(folder))
-            identity = (lora.lora_int_id, lora.lora_path, *sorted(files))
-            if identity not in self._adapters:
-                self._adapters[identity] = f"{lora.lora_int_id} {folder_digest(folder)}".encode()
-            return self._adapters[identity]
-        except OSError:
-            return f"{lora.lora_int_id} {lora.lora_path}".encode()
+        variant = None
+        if request.lora_request is not None:
+            keys = Keys(request.block_hashes, self._per_block, embeds, items, self._block, adapter=True)
+            variant = adapters.variant(request, keys, towers=self._towers)
+        elif self._per_block > 1 or embeds or items.known:
+            keys = Keys(request.block_hashes, self._per_block, embeds, items, self._block)
+        self._leader.begin(request.request_id, keys, params, request.num_prompt_tokens, variant, items.problem)
 
     def match(self, request: Request, computed_tokens: int) -> tuple[int | None, bool]:
         """vLLM's get_num_new_matched_tokens. The block of the last token is always left to the engine."""
@@ -197,33 +191,47 @@ class SchedulerSide:
 
     def step(self, output: SchedulerOutput) -> bytes:
         """vLLM's build_connector_meta."""
-        leader, block = self._leader, self._block
+        leader = self._leader
+        computed = dict[str, int]()
         for new in output.scheduled_new_reqs:
-            leader.grow(new.req_id, new.block_ids[0], replace=True, others=new.block_ids[1:])
-            for table in new.block_ids:
-                leader.reuse(table[new.num_computed_tokens // block :])
-            self._advance(new.req_id, new.num_computed_tokens, output)
+            computed[new.req_id] = tokens = new.num_computed_tokens
+            self._placed(new.req_id, new.block_ids, tokens)
         cached = output.scheduled_cached_reqs
-        for request_id, groups, computed in zip(
+        for request_id, groups, tokens in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
         ):
-            if groups is not None:
-                resumed = request_id in cached.resumed_req_ids
-                leader.grow(request_id, groups[0], replace=resumed, others=groups[1:])
+            computed[request_id] = tokens
+            if groups is not None and request_id in cached.resumed_req_ids:
+                self._placed(request_id, groups, tokens)
+            elif groups is not None:
+                leader.grow(request_id, groups[0], replace=False, others=groups[1:])
                 for table in groups:
-                    leader.reuse(table[computed // block :] if resumed else table)
-            self._advance(request_id, computed, output)
+                    leader.reuse(table)
+        for request_id, scheduled in output.num_scheduled_tokens.items():  # in the order they were given blocks in
+            self._advance(request_id, computed[request_id], scheduled)
         return encode(leader.seal(tokens=output.total_num_scheduled_tokens))
 
-    def _advance(self, request_id: str, computed: int, output: SchedulerOutput) -> None:
+    def _placed(self, request_id: str, groups: Sequence[Sequence[int]], computed: int) -> None:
+        found, first = -(-computed // self._block), computed // self._block
+        self._leader.grow(request_id, groups[0], replace=True, found=found, others=groups[1:])
+        for table in groups:
+            self._leader.reuse(table[first:])
+
+    def _advance(self, request_id: str, computed: int, scheduled: int) -> None:
         request = self.tables.requests.get(request_id)
         if request is not None:
-            tokens = min(computed + output.num_scheduled_tokens[request_id], request.num_tokens)
+            tokens = min(computed + scheduled, request.num_tokens)
             complete = min(tokens // self._block, len(request.block_hashes) // self._per_block)
             if isinstance(self._leader, HybridLeader):
                 self._leader.reach(request_id, complete, computed)
             else:
                 self._leader.advance(request_id, complete)
+
+    def not_loaded(self, stale: Iterable[int], again: Mapping[str, int]) -> None:
+        """These device blocks hold nothing that counts, and these requests compute `again` from such a block on."""
+        for name, first in again.items():
+            self._leader.redo(name, first)
+        self._leader.forget(stale)
 
     def stepped(self) -> None:
         """vLLM's update_connector_output."""
@@ -304,6 +312,7 @@ class WorkerSide:
             get_tensor_model_parallel_rank(),
             identity.layers(self._config, self._kv, caches),
             configured.began(self._config),
+            adapters.find(self._config),
         )
         settings = self._settings
         has_disk = settings.g3_gb is not None or settings.g3_blocks is not None

@@ -1,0 +1,136 @@
+"""Down: which of a request's blocks are copied to host memory, and when.
+
+The part of the leader (`manager/leader.py`) that looks at what a step computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from kvbm.abc.observer import Observer
+from kvbm.blocks import Pool, Writable
+from kvbm.core.config import Settings
+from kvbm.core.region import Slots
+from kvbm.manager.channel import Link
+from kvbm.manager.gate import Gate
+from kvbm.manager.housekeeping import Housekeeping
+from kvbm.manager.requests import Request
+from kvbm.manager.wire import Compare, Copy
+
+GRACE = 5.0
+"""Seconds past a copy's own deadline after which a silent worker counts as broken."""
+_FOREIGN = "not offloaded: the engine holds a block of it that KVBM has neither seen computed nor loaded"
+
+
+class Offloading(Housekeeping):
+    """See `Leader` for the arguments."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        pool: Pool,
+        links: dict[int, Link],
+        *,
+        slot_bytes: int,
+        gate: Gate,
+        observers: Iterable[Observer],
+        clock: Callable[[], float],
+    ) -> None:
+        super().__init__(settings, pool, links, gate=gate, observers=observers, clock=clock)
+        self.deferred = 0
+        """Times that blocks were not offloaded at once, because copies in flight or holds had filled their share."""
+        self._settings, self._slot_bytes = settings, slot_bytes
+        self._step = Draft()
+
+    def _computed(self, request: Request, complete: int) -> None:
+        """What was computed of the request's first `complete` blocks has its keys."""
+        self.provenance.computed(request, complete)
+        known = complete if request.stale else min(complete, request.proven)
+        self._compare(request, known)
+        if known > request.offered:
+            self._offer(request, known)
+        if known < complete and known <= request.offered:
+            request.record.note(_FOREIGN)
+            request.offered = max(request.offered, complete)
+
+    def _compare(self, request: Request, complete: int) -> None:
+        """Has what the engine computed compared with what is stored, where it was declined that."""
+        if self.shadow is not None and (compare := self.shadow.compare(request, complete, self._copies)) is not None:
+            self._step.compares.append(compare)
+
+    def _offer(self, request: Request, complete: int) -> None:
+        """Starts offloading what G2 does not have of blocks [offered, complete)."""
+        if (reason := self._no_store(request)) is not None:
+            request.record.note(f"not offloaded: {reason}")
+            request.offered = complete
+            return
+        keys = request.keys[request.offered : complete]
+        slots, absent = self._room(request, keys)
+        if slots is None and absent:
+            return
+        rest = absent
+        if slots is not None:
+            chosen, rest = absent[: len(slots)], absent[len(slots) :]
+            places = np.asarray(chosen, np.int64) + request.offered
+            sources = np.asarray([request.g1[place] for place in places.tolist()], np.int64)
+            parent = request.keys[request.offered + chosen[0] - 1] if request.offered + chosen[0] else None
+            self._store(request, slots, [keys[i] for i in chosen], parent, sources, places)
+        request.offered += chosen[-1] + 1 if rest else len(keys)
+
+    def _offer_last(self, request: Request, complete: int) -> None:
+        """The request is over, after so many blocks."""
+        if complete > request.offered:
+            self._offer(request, complete)
+
+    def _in_order(self, request: Request) -> Sequence[bytes]:
+        """What was offered of a request, from its root to its leaf."""
+        return request.keys[: request.offered]
+
+    def _room(self, request: Request, keys: Sequence[bytes]) -> tuple[Writable | None, list[int]]:
+        """Slots for the first of those `keys` that G2 lacks, as many as may be copied now, and where all these are."""
+        absent = self.pool.absent(keys)
+        if len(absent) < len(keys):
+            self.pool.touch(keys)
+        most = max(1, self._settings.store_inflight_mb * 1_000_000 // self._slot_bytes)
+        pool = self.pool.statistics()
+        count = min(len(absent), max(0, min(most - self._copies.blocks_read, pool.free + pool.inactive)))
+        slots = self.pool.allocate(count) if count else None
+        if slots is None and absent:
+            self.deferred += 1
+            request.record.note("some blocks were not offloaded at once: copies in flight or holds filled their share")
+        return slots, absent
+
+    def _store(
+        self, request: Request, slots: Writable, keys: Sequence[bytes],
+        parent: bytes | tuple[bytes | None, ...] | None, sources: Slots, places: Slots,
+    ) -> None:  # fmt: skip
+        """Starts to copy blocks of a request out of the engine's `sources`."""
+        params = request.params
+        staged = slots.stage(keys, parent=parent, priority=params.priority, ttl=params.ttl)
+        self._variants.stored |= request.variant is not None
+        job = self._copies.start(request, staged, sources, places, self._settings.store_deadline_s + GRACE)
+        self._step.stores.append(Copy.of(job.id, request.id, sources, staged.slots))
+
+    def _no_store(self, request: Request) -> str | None:
+        if (reason := self.standing_aside()) is not None:
+            return reason
+        if request.barred is not None:
+            return request.barred
+        if not request.params.save:
+            return "the request opted out of saving"
+        if request.variant is not None and request.variant.refused is not None:
+            return request.variant.refused
+        return "the cache was reset while it ran" if request.stale else None
+
+
+class Draft:
+    """The step being described."""
+
+    def __init__(self) -> None:
+        self.loads: list[Copy] = []
+        self.stores: list[Copy] = []
+        self.compares: list[Compare] = []
+        self.finishing: dict[str, list[int]] = {}
+        self.fence: set[int] = set()
