@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from kvbm.abc.policy import Drop, Move
@@ -89,24 +88,19 @@ def open_shard(settings: Settings, place: Place, rank: int, memory: Region, exec
     return Disk(shard, memory, executor.submit, executor.cancel, cipher=_cipher(settings))
 
 
-def find(settings: Settings, path: Path, engine: str, ranks: int, namespace: Namespace, slot_bytes: int) -> Found:
-    """Take the folder for this engine and look into this namespace's part of it. Raises Broken."""
+def find(settings: Settings, folder: Folder, ranks: int, namespace: Namespace, slot_bytes: int) -> Found:
+    """Look into this namespace's part of the folder. Raises Broken."""
     if settings.g3_blocks is not None:
         bound = bytes_of(settings.g3_blocks, ranks, padded(slot_bytes))
     else:
         assert settings.g3_gb is not None
         bound = int(settings.g3_gb * 1e9)
     cipher, started = _cipher(settings), time.monotonic()
-    folder = Folder.claim(path, engine)
-    try:
-        part = folder.namespace(
-            namespace.fingerprint, namespace.facts, ranks=ranks, block_bytes=slot_bytes, bound_bytes=bound,
-            encryption=cipher.id if cipher else "", zerofill=settings.g3_zerofill,
-        )  # fmt: skip
-        found = Found(part, part.recover())
-    except BaseException:
-        folder.close()
-        raise
+    part = folder.namespace(
+        namespace.fingerprint, namespace.facts, ranks=ranks, block_bytes=slot_bytes, bound_bytes=bound,
+        encryption=cipher.id if cipher else "", zerofill=settings.g3_zerofill,
+    )  # fmt: skip
+    found = Found(part, part.recover())
     log.info(
         "KVBM: G3 holds %d blocks, %.2f GB, in %s; %d of them are there from before (%.2f s)",
         part.num_slots, part.num_slots * slot_bytes * ranks / 1e9, part.path, len(found.blocks.slots),
