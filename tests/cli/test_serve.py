@@ -19,6 +19,7 @@ from typer.testing import Result
 from kvbm.cli import launch, serve
 from kvbm.cli.demo.run import Plan
 from kvbm.core.errors import KvbmError
+from kvbm.stores import stamps
 
 
 @pytest.fixture(autouse=True)
@@ -261,3 +262,38 @@ def test_signals_end_the_server_too(number: signal.Signals, state: str) -> None:
         os.kill(kvbm.pid, number)
         handed_on = number == signal.SIGTERM and state == "up"
         assert kvbm.wait(20) == (3 if handed_on else 128 + number)
+
+
+def test_what_the_model_is_before_the_engine_starts_is_handed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder, a draft model, and a name in the hub's cache; privately."""
+    for name in ("model", "draft", "hub/models--org--name/blobs"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "weights").write_text(name)
+    run_dir, draft = tmp_path / "run", json.dumps({"method": "draft_model", "model": str(tmp_path / "draft")})
+    planned = serve.plan("m", ["--speculative-config", draft], str(tmp_path / "model"))
+    serve.witness(planned, run_dir)
+    file = run_dir / f"{planned.engine}.weights"
+    assert planned.environment["KVBM_WEIGHTS_SEEN"] == str(file)
+    assert (file.stat().st_mode & 0o777, run_dir.stat().st_mode & 0o777) == (0o600, 0o700)
+    seen = stamps.recorded(file, 1)
+    assert seen.folders == (str(tmp_path / "model"), str(tmp_path / "draft"))
+    assert str(tmp_path / "draft" / "weights") in seen.seen
+
+    planned = serve.plan("m", ["--download-dir", str(tmp_path / "hub")], "org/name")
+    serve.witness(planned, run_dir)
+    seen = stamps.recorded(run_dir / f"{planned.engine}.weights", 1)
+    assert seen.folders == (str(tmp_path / "hub" / "models--org--name"),)
+
+    for arguments in (["--speculative-config", "{"], ["--speculative-config", "[]"]):
+        planned = serve.plan("m", arguments, "org/absent")
+        serve.witness(planned, run_dir)
+        assert stamps.recorded(run_dir / f"{planned.engine}.weights", 1) == stamps.Start(1)
+
+
+def test_where_nothing_can_be_handed_over_the_engine_starts_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    planned = serve.plan("m", [], str(tmp_path))
+    serve.witness(planned, tmp_path / "file" / "run")
+    assert "KVBM_WEIGHTS_SEEN" not in planned.environment

@@ -14,6 +14,7 @@ from kvbm.core.config import load
 from kvbm.core.events import Admitted
 from kvbm.core.keys import Namespace
 from kvbm.manager.build import Place, build_leader, build_worker
+from kvbm.manager.build_lower import Choose
 from kvbm.manager.requests import RequestParams
 from kvbm.testing.transport import HostMemory
 
@@ -29,7 +30,7 @@ def kv(key: bytes, rank: int) -> bytes:
 
 class Engine:
     """One engine of `ranks` ranks, each with KV of its own unless `replicated`. It has a disk tier unless `g3_blocks`
-    is None."""
+    is None. `choose` says what it has loaded; None: what is known beforehand."""
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class Engine:
         model: str = "m",
         g3_blocks: int | None = 32,
         replicated: bool = False,
+        choose: Choose | None = None,
         **settings: Any,
     ) -> None:
         extra = {
@@ -50,13 +52,15 @@ class Engine:
             extra["g3_blocks"] = g3_blocks
         resolved = load(environ={}, extra=extra | settings)
         place, names = Place(engine, ranks, replicated=replicated), Namespace({"model": model}, "w")
+        began = time.time_ns() + 10**15  # nothing is younger
         self.parts = [0 if replicated else rank for rank in range(ranks)]
         """Which part of a block each rank has."""
         self.g1 = [HostMemory(ROWS, G1) for _ in range(ranks)]
         self.workers = [
-            build_worker(resolved.settings, place, names, memory.region, rank) for rank, memory in enumerate(self.g1)
+            build_worker(resolved.settings, place, names, memory.region, rank, "", began)
+            for rank, memory in enumerate(self.g1)
         ]
-        self.side = build_leader(resolved, place, names, block_tokens=TOKENS, shares_device_blocks=True)
+        self.side = build_leader(resolved, place, names, block_tokens=TOKENS, shares_device_blocks=True, choose=choose)
         self.leader = self.side.leader
         if self.leader.disk is not None:
             self.disk = self.leader.disk.tier.pool

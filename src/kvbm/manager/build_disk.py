@@ -92,25 +92,21 @@ def open_shard(settings: Settings, place: Place, rank: int, memory: Region, exec
     return Disk(shard, memory, executor.submit, executor.cancel, cipher=_cipher(settings))
 
 
-def find(settings: Settings, path: Path, engine: str, ranks: int, namespace: Namespace, slot_bytes: int) -> Found:
-    """Take the folder for this engine and look into this namespace's part of it. Raises Broken."""
+def find(settings: Settings, folder: Folder, ranks: int, namespace: Namespace, slot_bytes: int) -> Found:
+    """Look into this namespace's part of the folder. Raises Broken."""
     if settings.g3_blocks is not None:
         bound = bytes_of(settings.g3_blocks, ranks, padded(slot_bytes))
     else:
         assert settings.g3_gb is not None
         bound = int(settings.g3_gb * 1e9)
     cipher, started = _cipher(settings), time.monotonic()
-    folder, facts = Folder.claim(path, engine), facts_of(namespace)
-    try:
-        part = folder.namespace(
-            namespace.fingerprint, facts, ranks=ranks, block_bytes=slot_bytes, bound_bytes=bound,
-            encryption=cipher.id if cipher else "", zerofill=settings.g3_zerofill,
-        )  # fmt: skip
-        blocks = part.recover()
-        found = Found(part, blocks, () if len(blocks.slots) else tuple(_namesakes(path, part, facts)))
-    except BaseException:
-        folder.close()
-        raise
+    facts = facts_of(namespace)
+    part = folder.namespace(
+        namespace.fingerprint, facts, ranks=ranks, block_bytes=slot_bytes, bound_bytes=bound,
+        encryption=cipher.id if cipher else "", zerofill=settings.g3_zerofill,
+    )  # fmt: skip
+    blocks = part.recover()
+    found = Found(part, blocks, () if len(blocks.slots) else tuple(_namesakes(folder.path, part, facts)))
     log.info(
         "KVBM: G3 holds %d blocks, %.2f GB, in %s; %d of them are there from before (%.2f s)",
         part.num_slots, part.num_slots * slot_bytes * ranks / 1e9, part.path, len(found.blocks.slots),

@@ -6,7 +6,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -19,6 +20,7 @@ from kvbm.manager.leader import Leader
 from kvbm.manager.lower import Lower
 from kvbm.manager.wire import Open
 from kvbm.stores.content import Chosen, Contents
+from kvbm.stores.folder import Folder
 from kvbm.stores.stamps import recorded
 
 if TYPE_CHECKING:
@@ -83,18 +85,23 @@ class Below:
         self.namesakes: tuple[str, ...] = ()
         self.told: Callable[[], None] = lambda: None
         self._look: Look | None = None
+        self._claimed: Folder | None = None
+        """The disk tier's, until that is there."""
 
     def begin(self, look: Look | None) -> None:
         """Without `look` the namespace is known as it is. Where it is not known soon, the rest is done later. Raises
         Broken where `strict` is set and something cannot be had, ConfigError for what cannot be used."""
-        self._look = look
+        self._look, strict = look, self._settings.strict
+        if build_disk.wanted(self._settings):
+            with self._without_disk(strict):
+                self._claimed = Folder.claim(disk_folder(self._settings, self._place), self._place.engine)
         if look is None:
-            self._attach(strict=self._settings.strict)
+            self._attach(strict=strict)
         elif look.known(AT_ONCE_S):
-            self._conclude(look, strict=self._settings.strict)
+            self._conclude(look, strict=strict)
         else:
             log.warning("KVBM: %s", _OPENING)
-            self._leader.absent |= dict.fromkeys(self._leader.shared, _OPENING)
+            self._leader.absent = dict.fromkeys(self._leader.shared, _OPENING) | self._leader.absent
             threading.Thread(target=self._later, args=(look,), name="kvbm-attach", daemon=True).start()
 
     def close(self) -> None:
@@ -115,69 +122,77 @@ class Below:
         if look.digest is None:
             self.namespace = self.namespace.private()
             self._leader.isolate(f"it is not known what the weights contain: {look.why}")
+            self._let_go()
             return
         self.namespace = replace(self.namespace, weights=look.digest)
-        for name in self._leader.shared:
-            if self._leader.absent.get(name) == _OPENING:
-                self._leader.absent[name] = "it is being opened"
         self._attach(strict=strict)
 
     def _attach(self, *, strict: bool) -> None:
-        settings, place, leader = self._settings, self._place, self._leader
-        shares, found = build_peers.wanted(settings), self._find(strict)
-        if found is not None or shares:
-            links = {rank: leader.links[rank] for rank in place.storing}
-            block_bytes = self._slot_bytes * len(links)
-            disk = None
-            if found is not None:
-                disk = build_disk.disk_side(settings, leader, links, found, block_bytes)
-            promotion = build_disk.promotion(settings, leader, disk, block_bytes)
-            promotion.shadow = leader.shadow
-            lower = Lower(promotion, self._block_tokens, disk)
-            if shares:
-                try:
-                    lower.peers = build_peers.peers(
-                        settings, leader, links, promotion, disk, self.namespace, peer_name(settings, place),
-                        place.dp_rank,
-                    )  # fmt: skip
-                except Broken as error:
-                    log.error("KVBM: no blocks are shared with other instances: %s", error)
-                    if strict:
-                        raise
-                    leader.absent["peers"] = str(error)
-                else:
-                    leader.absent.pop("peers", None)
-            if not leader.attach(lower):
-                if lower.peers is not None:
-                    lower.peers.network.close()
-                lower.close()
+        """Puts in place what there is to be, or lets go of all of it."""
+        with ExitStack() as undo:
+            undo.callback(self._let_go)
+            found = self._find(strict)
+            if found is None and not build_peers.wanted(self._settings):
                 return
-        if found is not None:
-            self.folder, self.namesakes = found.folder.path, found.namesakes
+            lower = self._lower(found, strict)
+            undo.callback(lower.close)
+            if lower.peers is not None:
+                undo.callback(lower.peers.network.close)
+            if self._leader.attach(lower):
+                if found is not None:
+                    self.folder, self.namesakes = found.folder.path, found.namesakes
+                undo.pop_all()
+
+    def _let_go(self) -> None:
+        if self._claimed is not None:
+            self._claimed.close()
+
+    def _lower(self, found: build_disk.Found | None, strict: bool) -> Lower:
+        settings, leader = self._settings, self._leader
+        links = {rank: leader.links[rank] for rank in self._place.storing}
+        block_bytes = self._slot_bytes * len(links)
+        disk = build_disk.disk_side(settings, leader, links, found, block_bytes) if found is not None else None
+        promotion = build_disk.promotion(settings, leader, disk, block_bytes)
+        promotion.shadow = leader.shadow
+        lower = Lower(promotion, self._block_tokens, disk)
+        if build_peers.wanted(settings):
+            name = peer_name(settings, self._place)
+            try:
+                lower.peers = build_peers.peers(
+                    settings, leader, links, promotion, disk, self.namespace, name, self._place.dp_rank
+                )
+                leader.absent.pop("peers", None)
+            except Broken as error:
+                log.error("KVBM: no blocks are shared with other instances: %s", error)
+                if strict:
+                    raise
+                leader.absent["peers"] = str(error)
+        return lower
 
     def _find(self, strict: bool) -> build_disk.Found | None:
         """The disk tier's folder, with the file of each rank open."""
-        settings, place, leader = self._settings, self._place, self._leader
-        if not build_disk.wanted(settings):
+        if self._claimed is None:
             return None
-        try:
+        with self._without_disk(strict):
             found = build_disk.find(
-                settings, disk_folder(settings, place), place.engine, len(place.storing), self.namespace,
-                self._slot_bytes,
-            )  # fmt: skip
-            try:
-                self._open(found)
-            except BaseException:
-                found.folder.close()
-                raise
+                self._settings, self._claimed, len(self._place.storing), self.namespace, self._slot_bytes
+            )
+            self._open(found)
+            self._leader.absent.pop("g3", None)
+            return found
+        self._let_go()
+        return None
+
+    @contextmanager
+    def _without_disk(self, strict: bool) -> Iterator[None]:
+        """What cannot be had is done without, and why is said; where `strict` is set it is raised."""
+        try:
+            yield
         except Broken as error:
             log.error("KVBM: there is no disk tier (G3): %s", error)
             if strict:
                 raise
-            leader.absent["g3"] = str(error)
-            return None
-        leader.absent.pop("g3", None)
-        return found
+            self._leader.absent["g3"] = str(error)
 
     def _open(self, found: build_disk.Found) -> None:
         """Has every rank that stores open its file. Raises Broken."""

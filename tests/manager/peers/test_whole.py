@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from kvbm.core.events import Admitted
+from kvbm.manager import build_lower
 from kvbm.manager.requests import RequestParams
-from tests.manager.peers.conftest import Start, know_each_other, peers_of, published
+from kvbm.stores.content import Chosen
+from tests.manager.peers.conftest import PATIENCE, Start, know_each_other, peers_of, published
 from tests.manager.roles import keys_of
 from tests.manager.whole import LAST, TOKENS, kv
 
@@ -84,3 +87,49 @@ def test_copies_that_are_not_kept_go_once_they_are_loaded(start: Start) -> None:
     reader.leader.pool.check()
     now = reader.leader.pool.statistics()
     assert (now.active, now.orphaned, now.staged) == (0, 0, 0)
+
+
+def test_an_instance_whose_weights_nobody_knows_any_more_leaves(start: Start) -> None:
+    """What it has is withdrawn, and it reads nothing of others."""
+    holder, reader = start("holder"), start("reader")
+    know_each_other(holder, reader)
+    keys, others = keys_of("p", 6), keys_of("q", 4)
+    holder.serve(keys)
+    reader.serve(others)
+    published(holder, 6)
+    published(reader, 4)
+    assert reader.serve(keys) == 6, "the control"
+    reader.leader.pool.discard(keys)
+    holder.leader.isolate("other weights came")
+    reader.until(lambda: not peers_of(reader).network.peers)
+    assert holder.leader.degraded() == {"peers": "other weights came"}
+    assert reader.serve(keys) == 0
+    assert holder.serve(others) == 0
+    assert holder.serve(keys) == 6, "host memory goes on"
+
+
+def test_sharing_begins_when_the_weights_are_known(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_lower, "AT_ONCE_S", 0.01)
+    (tmp_path / "weights").touch()
+    go, chosen = threading.Event(), [Chosen((("", str(tmp_path / "weights")),))]
+
+    def choose() -> list[Chosen]:
+        assert go.wait(PATIENCE)
+        return chosen
+
+    cache = str(tmp_path / "cache")
+    holder = start("holder", choose=choose, cache_dir=cache)
+    before, after = keys_of("before", 6), keys_of("after", 6)
+    holder.serve(before)
+    assert "still being found out" in holder.leader.degraded()["peers"]
+    go.set()
+    holder.until(lambda: holder.leader.lower is not None)
+    reader = start("reader", choose=choose, cache_dir=cache)
+    reader.until(lambda: reader.leader.lower is not None)
+    know_each_other(holder, reader)
+    holder.serve(after)
+    published(holder, 6)
+    assert reader.serve(after) == 6
+    assert reader.serve(before) == 0, "nobody wanted its checksums then"

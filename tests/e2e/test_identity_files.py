@@ -1,0 +1,339 @@
+"""Which files count for vLLM's loaders, checked against vLLM's own choice; and when nobody can say."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvbm.stores.content import Chosen, Contents
+from kvbm.stores.stamps import Changed, Start, now, process_start
+
+FUTURE = Start(now() + 10**15)
+
+
+def load_config(**more: Any) -> Any:
+    return SimpleNamespace(
+        **{
+            "load_format": "auto", "model_loader_extra_config": {}, "ignore_patterns": ["original/**/*"],
+            "download_dir": None, "safetensors_load_strategy": None,
+        } | more
+    )  # fmt: skip
+
+
+def model_config(model: object, **more: Any) -> Any:
+    return SimpleNamespace(
+        **{
+            "model": str(model), "model_weights": "", "revision": None, "code_revision": None, "hf_config_path": None,
+            "trust_remote_code": False, "hf_config": SimpleNamespace(), "hf_overrides": {}, "multimodal_config": None,
+            "seed": 3,
+        } | more
+    )  # fmt: skip
+
+
+def chosen(model: Any, load: Any = None, *, draft: Any = None, fixed: bool = False) -> Sequence[Chosen]:
+    speculative = None
+    if draft is not None:
+        speculative = SimpleNamespace(method="draft_model", draft_model_config=draft, draft_load_config=None)
+    config: Any = SimpleNamespace(model_config=model, load_config=load or load_config(), speculative_config=speculative)
+    from kvbm.connect.vllm import weights
+
+    return weights.chooser(config, fixed_dummies=fixed)()
+
+
+def names(model: Any, load: Any = None) -> tuple[list[str], set[str]]:
+    """The weights in their order, and what else counts."""
+    (only,) = chosen(model, load)
+    return [os.path.basename(path) for name, path in only.files if not name], {name for name, _ in only.files if name}
+
+
+def fill(folder: Path, *files: str, content: str = "") -> Path:
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content or name)
+    return folder
+
+
+UNRELATED = (
+    "README.md", "LICENSE", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "merges.txt",
+    "special_tokens_map.json", "generation_config.json", "chat_template.jinja", "picture.png", ".gitattributes",
+    ".cache/huggingface/model.safetensors", "original/consolidated.00.pth", "onnx/model.bin", "training_args.bin",
+)  # fmt: skip
+SHARDS = [f"model-{number}-of-11.safetensors" for number in (1, 2, 10, 11)]
+FOLDERS = {
+    "safetensors": ["model.safetensors", "pytorch_model.bin", "config.json"],
+    "shards": [*SHARDS, "config.json"],
+    "mistral": ["consolidated.safetensors", "model.safetensors", "params.json"],
+    "bin": ["pytorch_model-1.bin", "pytorch_model-2.bin", "config.json"],
+    "pt": ["model.pt", "config.json"],
+}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("load_format", ["auto", "hf", "safetensors", "fastsafetensors", "mistral", "pt", "npcache"])
+def test_the_weights_are_those_that_vllm_reads(tmp_path: Path, folder: str, load_format: str) -> None:
+    from vllm.config import LoadConfig
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    fill(tmp_path, *FOLDERS[folder], *UNRELATED)
+    loader = DefaultModelLoader(LoadConfig(load_format=load_format))
+    try:
+        _, theirs, _, _ = loader._prepare_weights(str(tmp_path), None, None, True, None)
+    except RuntimeError:  # there are none: it ends
+        return
+    ours, _ = names(model_config(tmp_path), load_config(load_format=load_format))
+    assert sorted(ours) == sorted(map(os.path.basename, theirs))
+
+
+def test_an_index_says_which(tmp_path: Path) -> None:
+    from vllm.config import LoadConfig
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    fill(tmp_path, *SHARDS, "consolidated.safetensors", "head.safetensors", "config.json")
+    index = {"weight_map": {f"w{at}": name for at, name in enumerate(SHARDS)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    load = load_config(load_format="hf")
+    ours, others = names(model_config(tmp_path), load)
+    loader = DefaultModelLoader(LoadConfig(load_format="hf"))
+    _, theirs, _, _ = loader._prepare_weights(str(tmp_path), None, None, True, None)
+    assert sorted(ours) == sorted(map(os.path.basename, theirs))
+    assert ours == SHARDS, "in vLLM's order"
+    assert others == {"config.json", "model.safetensors.index.json", "head.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(Changed, match="cannot be understood"):
+        names(model_config(tmp_path), load)
+
+
+def test_what_a_models_class_may_read_beside_them(tmp_path: Path) -> None:
+    more = ["2_Dense/model.safetensors", "sparse_linear.pt", "adapters/x/adapter_model.bin", "hf_quant_config.json"]
+    fill(tmp_path, "model.safetensors", "config.json", "modeling.py", *more, *UNRELATED)
+    assert names(model_config(tmp_path)) == (["model.safetensors"], {"config.json", *more})
+    (only,) = chosen(model_config(tmp_path))
+    below = {str(tmp_path), *(str(tmp_path / name) for name in ("2_Dense", "adapters", "adapters/x"))}
+    assert set(only.folders) == below
+    assert names(model_config(tmp_path, trust_remote_code=True))[1] == {"config.json", "modeling.py", *more}
+
+
+def test_linked_folders_are_looked_into(tmp_path: Path) -> None:
+    fill(tmp_path / "model", "model.safetensors")
+    fill(tmp_path / "dense", "model.safetensors")
+    (tmp_path / "model" / "2_Dense").symlink_to("../dense")
+    (tmp_path / "model" / "loop").symlink_to(".")
+    assert names(model_config(tmp_path / "model"))[1] == {"2_Dense/model.safetensors"}
+
+
+def test_names_count_where_they_say_something(tmp_path: Path) -> None:
+    fill(tmp_path, "model-rank-0-part-0.safetensors", "model-rank-1-part-0.safetensors")
+    assert names(model_config(tmp_path), load_config(load_format="sharded_state"))[0] == []
+    fill(tmp_path / "np", "weight_names.json", "model.norm.weight")
+    assert "np/model.norm.weight" in names(model_config(tmp_path), load_config(load_format="npcache"))[1]
+
+
+def test_one_file(tmp_path: Path) -> None:
+    fill(tmp_path, "model.gguf", "README.md")
+    assert names(model_config(tmp_path / "model.gguf"), load_config(load_format="gguf")) == (["model.gguf"], set())
+
+
+# ---------------------------------------------------------------------- when nobody can say
+
+
+class Loader:
+    """Somebody else's."""
+
+
+@pytest.mark.parametrize(
+    ("load", "model", "why"),
+    [
+        ({"load_format": "dummy"}, {}, "they are dummies"),
+        ({"load_format": "runai_streamer"}, {}, "not from files that KVBM can read"),
+        ({"load_format": "tensorizer"}, {}, "not from files that KVBM can read"),
+        ({"load_format": "modelexpress"}, {}, "not from files that KVBM can read"),
+        ({"load_format": "mine"}, {}, "is not one that KVBM knows"),
+        (
+            {"load_format": "sharded_state", "model_loader_extra_config": {"pattern": "x-{rank}"}},
+            {},
+            "arguments",
+        ),
+        ({}, {"model_weights": "s3://bucket/model"}, "object storage"),
+        ({}, {"model": "gs://bucket/model"}, "object storage"),
+        ({}, {"model": "org/absent"}, "not in the hub's local cache"),
+        ({}, {"hf_config": SimpleNamespace(text_model_id="org/other")}, "another repository's"),
+        (
+            {},
+            {"trust_remote_code": True, "hf_config": SimpleNamespace(auto_map={"AutoModel": "org/code--m.Model"})},
+            "org/code is not in the hub's local cache",
+        ),
+    ],
+)
+def test_what_is_not_known(
+    tmp_path: Path, load: dict[str, Any], model: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    fill(tmp_path / "m", "model.safetensors")
+    values = {"model": tmp_path / "m", **model}
+    with pytest.raises(Changed, match=why):
+        chosen(model_config(**values), load_config(**load))
+
+
+def test_a_loader_of_somebody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.model_executor.model_loader as loaders
+
+    fill(tmp_path, "model.safetensors")
+    chosen(model_config(tmp_path))
+    monkeypatch.setitem(loaders._LOAD_FORMAT_TO_MODEL_LOADER, "auto", Loader)
+    with pytest.raises(Changed, match=r"is loaded by .*test_identity_files\.Loader"):
+        chosen(model_config(tmp_path))
+
+
+def test_every_loader_of_vllms_is_known_to_us() -> None:
+    """Read or refused, each for a reason; what a version brings new is refused."""
+    import vllm.model_executor.model_loader as loaders
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    from kvbm.connect.vllm import weights
+
+    theirs = loaders._LOAD_FORMAT_TO_MODEL_LOADER
+    assert theirs.keys() <= {"auto", "dummy", *weights._PATTERNS, *weights._STREAMED}
+    read = weights._PATTERNS.keys() & theirs.keys() - {"sharded_state"}
+    assert all(theirs[name] is DefaultModelLoader for name in read)
+
+
+def test_dummies_for_tests_follow_from_their_seed(tmp_path: Path) -> None:
+    def facts(seed: int) -> Sequence[Chosen]:
+        return chosen(model_config(tmp_path, seed=seed), load_config(load_format="dummy"), fixed=True)
+
+    assert facts(1) == facts(1) != facts(2)
+    assert facts(1)[0].files == ()
+
+
+# ---------------------------------------------------------------------- the identity
+
+
+def identity(tmp_path: Path, *args: Any, **options: Any) -> str:
+    return Contents(tmp_path / "cache").identify(lambda: chosen(*args, **options), FUTURE)
+
+
+def test_a_draft_model_and_how_weights_are_loaded_count(tmp_path: Path) -> None:
+    fill(tmp_path / "a", "model.safetensors", content="a")
+    fill(tmp_path / "b", "model.safetensors", content="b")
+    fill(tmp_path / "copy of b", "model.safetensors", "README.md", content="b")
+    a, b, copy = (model_config(tmp_path / name) for name in ("a", "b", "copy of b"))
+    seen = [
+        identity(tmp_path, a), identity(tmp_path, b), identity(tmp_path, a, draft=b), identity(tmp_path, a, draft=a),
+        identity(tmp_path, b, draft=a), identity(tmp_path, a, load_config(load_format="safetensors")),
+        identity(tmp_path, a, load_config(ignore_patterns="x")),
+        identity(tmp_path, a, load_config(model_loader_extra_config={"num_threads": 3})),
+        identity(tmp_path, a, load_config(safetensors_load_strategy="torchao")),
+    ]  # fmt: skip
+    assert len(set(seen)) == len(seen)
+    assert identity(tmp_path, copy) == seen[1]
+    assert identity(tmp_path, a, draft=copy) == seen[2]
+    with pytest.raises(Changed, match="not in the hub's"):
+        identity(tmp_path, a, draft=model_config("org/absent"))
+
+
+def test_a_configuration_or_code_that_changed(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "m", "model.safetensors", "config.json", "modeling.py")
+    plain, trusted = model_config(folder), model_config(folder, trust_remote_code=True)
+    before = identity(tmp_path, plain), identity(tmp_path, trusted)
+    fill(folder, "modeling.py", content="other")
+    after = identity(tmp_path, plain), identity(tmp_path, trusted)
+    assert before[0] == after[0], "nobody runs it"
+    assert before[1] != after[1]
+    fill(folder, "config.json", content="other")
+    assert identity(tmp_path, plain) != after[0]
+
+
+def hub(cache: Path, repository: str, commit: str, **files: str) -> Path:
+    """A repository in a hub's cache, as its library leaves it."""
+    root = cache / f"models--{repository.replace('/', '--')}"
+    (root / "blobs").mkdir(parents=True, exist_ok=True)
+    snapshot = root / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for number, (name, content) in enumerate(files.items()):
+        blob = root / "blobs" / f"{number:064x}"
+        blob.write_text(content)
+        (snapshot / name.replace("__", ".")).symlink_to(f"../../blobs/{blob.name}")
+    (root / "refs").mkdir(exist_ok=True)
+    (root / "refs" / "main").write_text(commit)
+    return snapshot
+
+
+def test_a_hubs_name_and_its_snapshot_are_one(tmp_path: Path) -> None:
+    commit = "c" * 40
+    snapshot = hub(tmp_path / "one", "org/name", commit, model__safetensors="weights", config__json="{}")
+    there = hub(tmp_path / "two", "org/other", "d" * 40, model__safetensors="weights", config__json="{}")
+    load = load_config(download_dir=str(tmp_path / "one"))
+    by_name = model_config("org/name", hf_config=SimpleNamespace(_commit_hash=commit))
+    (only,) = chosen(by_name, load)
+    assert only.watched == (str(tmp_path / "one" / "models--org--name" / "refs" / "main"),)
+    assert identity(tmp_path, by_name, load) == identity(tmp_path, model_config(snapshot))
+    assert identity(tmp_path, model_config(there)) == identity(tmp_path, model_config(snapshot))
+    moved = model_config("org/name", hf_config=SimpleNamespace(_commit_hash="e" * 40))
+    with pytest.raises(Changed, match="has moved from commit"):
+        chosen(moved, load)
+
+
+def test_code_of_another_repository(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "m", "model.safetensors")
+    hub(tmp_path / "hub", "org/code", "c" * 40, modeling__py="one")
+    model = model_config(
+        folder, trust_remote_code=True, hf_config=SimpleNamespace(auto_map={"AutoModel": "org/code--modeling.Model"})
+    )
+    load = load_config(download_dir=str(tmp_path / "hub"))
+    assert names(model, load)[1] == {"org/code modeling.py"}
+    model.code_revision = "absent"
+    with pytest.raises(Changed, match="org/code is not in the hub's local cache"):
+        chosen(model, load)
+
+
+def test_files_that_options_name(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "m", "model.safetensors")
+    more = fill(tmp_path, "scales.json", "quant.json")
+    model = model_config(
+        folder,
+        hf_overrides={"quantization_config_file": str(more / "quant.json")},
+        multimodal_config=SimpleNamespace(mm_encoder_fp8_scale_path=str(more / "scales.json")),
+    )
+    assert names(model)[1] == {"quantization config", "encoder scales"}
+
+
+# ---------------------------------------------------------------------- when an engine was configured
+
+
+class VllmConfig:
+    """As vLLM looks the connector's class up, while its configuration is made and later."""
+
+    def __init__(self, transfer: Any, *, trust: bool = False) -> None:
+        self.kv_transfer_config, self.model_config = transfer, SimpleNamespace(trust_remote_code=trust)
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        look_up(self.kv_transfer_config)
+
+
+def look_up(kv_transfer_config: Any) -> None:
+    assert sys.modules["kvbm.connect.vllm"].KvbmConnector
+    assert kv_transfer_config
+
+
+def test_an_engine_began_when_it_was_configured() -> None:
+    from kvbm.connect.vllm import configured
+
+    before = now()
+    config = VllmConfig(SimpleNamespace(name="transfer"))
+    began = configured.began(config)
+    assert process_start() + 100_000_000 < before <= began <= now()
+    look_up(config.kv_transfer_config)
+    config.__post_init__()
+    assert configured.began(config) == began, "the first time counts"
+    late = SimpleNamespace(kv_transfer_config=SimpleNamespace(name="t"), model_config=config.model_config)
+    look_up(late.kv_transfer_config)
+    assert configured.began(late) < before, "not while a configuration was made: it may have been loaded"
+    assert configured.began(VllmConfig(SimpleNamespace(name="t"), trust=True)) < before, "code runs before that"
