@@ -396,6 +396,16 @@ def test_blocks_of_a_failed_load_are_forgotten_although_it_is_off(ranks: Ranks) 
     assert evicted == [{6, 7, 8}]
 
 
+def test_what_runs_in_the_server_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    @guard.harmless
+    def observe(data: Any) -> None:
+        raise Boom(data)
+
+    observe({})
+    observe(data={})
+    assert caplog.text.count("observe went wrong") == 1
+
+
 def test_a_guard_costs_next_to_nothing(ranks: Ranks) -> None:
     """Under a microsecond; with room for a machine that does other things."""
     import timeit
