@@ -12,8 +12,8 @@ from kvbm.manager.gate import Gate
 from tests.e2e.engine import Done, Engine, minor, write_tiny
 
 _UNTIMED = (
-    "contract", "guard", "hybrid", "keys", "kv_dtype", "mla", "models", "one_process", "onboard", "prompt_embeds", "random",
-    "requests", "speculation", "trust", "weights",
+    "contract", "guard", "hybrid", "keys", "kv_dtype", "mla", "models", "one_process", "onboard", "prompt_embeds",
+    "random", "requests", "speculation", "trust", "weights",
 )  # fmt: skip
 """Modules that neither measure times nor have short deadlines."""
 
