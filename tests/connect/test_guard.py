@@ -140,6 +140,8 @@ class Ranks:
         self.failed: set[str] = set()
         self.bad: set[int] = set()
         self.released: list[list[str]] = [[], []]
+        self.saves_last = False
+        """As vLLM 0.33's second model runner: it asks for results before it waits for saves."""
 
     def ask(self, name: str, blocks: list[int] | None = None) -> tuple[int | None, bool]:
         """A request arrives and gets its blocks."""
@@ -158,12 +160,15 @@ class Ranks:
         for rank, worker in enumerate(self.workers):
             worker.before_step(*told)
             worker.before_forward()
-            worker.after_forward()
+            if not self.saves_last:
+                worker.after_forward()
             ended = worker.results()
             self.reported[rank] += sorted(ended.loaded)
             self.released[rank] += sorted(ended.released)
             self.failed |= ended.failed
             self.bad |= worker.bad_blocks()
+            if self.saves_last:
+                worker.after_forward()
         self.scheduler.stepped()
 
 
@@ -301,6 +306,19 @@ def test_a_rank_that_raised_names_the_blocks_of_loads_inside_the_step(ranks: Ran
     ranks.bad.clear()
     ranks.step()
     assert ranks.bad == set()
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_save_may_raise_after_the_results_were_told(ranks: Ranks, waits: bool) -> None:
+    ranks.saves_last, ranks.upper.waits = True, waits
+    ranks.lower[0].bad = "after_forward"
+    ranks.ask("a")
+    ranks.step()
+    assert (ranks.reported, ranks.bad) == ([[], []], set()), "what was loaded inside the step has been"
+    ranks.lower[1].ended = Collected(loaded={"a"} if waits else set())
+    ranks.step()
+    assert ranks.reported == ([["a"], ["a"]] if waits else [[], []])
+    assert (ranks.failed, ranks.bad) == ({"a"} if waits else set(), set())
 
 
 def test_a_load_is_not_told_to_have_failed_while_it_may_still_write(ranks: Ranks) -> None:
