@@ -12,9 +12,9 @@ from kvbm.manager.gate import Gate
 from tests.e2e.engine import Done, Engine, minor, write_tiny
 
 _UNTIMED = (
-    "adapters", "contract", "hybrid", "identity", "identity_files", "identity_weights", "images", "keys", "kv_dtype",
-    "mla", "models", "namespace", "one_process", "onboard", "prompt_embeds", "random", "requests", "speculation", "trust",
-    "weights",
+    "adapters", "contract", "guard", "hybrid", "identity", "identity_files", "identity_weights", "images", "keys",
+    "kv_dtype", "mla", "models", "namespace", "onboard", "one_process", "prompt_embeds", "random", "requests",
+    "speculation", "trust", "weights",
 )  # fmt: skip
 """Modules that neither measure times nor have short deadlines."""
 

@@ -27,6 +27,7 @@ from kvbm.manager.disk_worker import DiskWorker
 from kvbm.manager.jobs import Collected
 from kvbm.manager.peers.memory import PeerMemory
 from kvbm.manager.residents import Holder, Residents
+from kvbm.manager.telling import Telling
 from kvbm.manager.wire import (
     Allot,
     Attach,
@@ -39,7 +40,6 @@ from kvbm.manager.wire import (
     Forget,
     Generation,
     Hello,
-    Message,
     Mine,
     Open,
     Opened,
@@ -48,7 +48,6 @@ from kvbm.manager.wire import (
     Read,
     Ready,
     Refused,
-    Result,
     Sick,
     Step,
     Write,
@@ -70,7 +69,7 @@ OpenDisk = Callable[[Place, int, Region, Executor], Disk]
 """Opens a rank's file for blocks in this host memory; raises Broken."""
 
 
-class Worker:
+class Worker(Telling):
     """See the module. `g1` is the engine's KV cache of this rank; `make_executor` builds the copy machinery. A rank
     without `stores` has the same KV as rank 0, and loads it from that rank's host memory."""
 
@@ -91,38 +90,27 @@ class Worker:
         stores: bool = True,
         adapters: Holder | None = None,
     ) -> None:
-        self._settings, self._g1, self._rank, self._stores = settings, g1, rank, stores
+        super().__init__(settings, rank, make_executor(), sums_for_leader=open_peers is not None)
+        self._g1, self._stores = g1, stores
         self._verifies = settings.g2_verify and stores  # who stores has the checksums, and loads as well
         self._hello = Hello(rank, world, fingerprint, g1.slot_bytes, dict(facts or {}), began)
         self._address = address
-        self._executor = make_executor()
         self._open_disk, self._open_peers = open_disk, open_peers
         self._peers: PeerMemory | None = None
         self._disk: DiskWorker | None = None
-        self._sums = np.zeros(0, np.uint64)
-        """Of each host slot, the checksum of what left the engine, where somebody asks for it later."""
         self._arena: Arena | None = None
         self._g2: Region | None = None
         self._extents: Region | None = None
         """The same slots as the disk sees them: one extent of whole pages each."""
-        self._link: Link | None = None
-        self._closing = threading.Event()
-        self._ended = threading.Condition()
         self._loads: dict[str, int] = {}
         """Request -> its asynchronous load that has not been collected."""
         self._finishing: dict[str, set[int]] = {}
-        self._live: set[int] = set()
-        """Jobs submitted and not ended. Guarded by `_ended`, as is `_bad`."""
         self._reading: set[int] = set()
         """Reads from disk that have not ended. Guarded by `_ended`."""
-        self._bad: dict[int, Completion] = {}
-        """Loads that ended badly and have not been collected."""
         self._bad_blocks: set[int] = set()
         self._spoiled = False
         self._comparisons = Comparisons(rank, g1.dtype, self._tell)
         self._sick = False
-        self.off: str | None = None
-        """Why nothing is copied any more, until the engine is started anew."""
         self._residents = Residents(adapters, rank, self._tell)
         self._thread = threading.Thread(target=self._run, name="kvbm-worker", daemon=True)
         self._thread.start()
@@ -224,22 +212,6 @@ class Worker:
         bad, self._bad_blocks = self._bad_blocks, set()
         return bad
 
-    def turn_off(self, why: str) -> None:
-        """Something raised what nobody expected, here or beside the scheduler. From now on no copy counts, and those
-        that touch the engine's blocks are given up. Any thread."""
-        if self.off is None:
-            self.off = why
-            log.error("KVBM: rank %d copies nothing any more: %s", self._rank, why)
-            self._tell(Sick(self._rank, why))
-            self.quiet()
-
-    def quiet(self) -> bool:
-        """Gives up what is being copied between the engine and host memory. Whether nothing touches the engine's blocks
-        any more; waits a moment for that."""
-        with self._ended:
-            live = set(self._live)
-        return self._executor.cancel(live) or self._executor.wait(live, self._settings.idle_wait_ms / 1e3)
-
     # ------------------------------------------------------------------ copies
 
     def _load(self, copy: Copy, refused: set[int]) -> None:
@@ -261,18 +233,7 @@ class Worker:
             plan = Plan(self._g1, g1, self._g2, g2, urgent=False, label="store", sums=len(self._sums) > 0)
         deadline = self._settings.load_deadline_s if is_load else self._settings.store_deadline_s
         ended = partial(self._load_ended if is_load else self._store_ended, g2)
-        self._executor.submit(copy.job, plan, deadline, partial(self._ended_well, ended))
-
-    def _ended_well(self, ended: Callable[[int, Completion], None], job: int, completion: Completion) -> None:
-        """Nobody hears of a copy whose end raised: neither may the engine wait for it, nor may it count."""
-        try:
-            ended(job, completion)
-        except Exception as error:
-            log.exception("KVBM: the end of a copy went wrong")
-            with self._ended:
-                self._bad[job] = Completion.failed(completion.ticket, len(completion.outcomes), str(error))
-            self._over(job)
-            self.turn_off(f"off until the engine is started anew: the end of a copy raised {error!r}")
+        self._executor.submit(copy.job, plan, deadline, partial(self._heed, ended))
 
     def _compare(self, wanted: Compare) -> None:
         """Copies what was computed beside what is stored; the engine's blocks are not needed after that."""
@@ -285,7 +246,7 @@ class Worker:
             self._over(job)
             self._comparisons.start(wanted, plan.destination, completion)
 
-        self._executor.submit(wanted.job, plan, self._settings.store_deadline_s, copied)
+        self._executor.submit(wanted.job, plan, self._settings.store_deadline_s, partial(self._heed, copied))
 
     def _load_ended(self, slots: Slots, job: int, completion: Completion) -> None:
         if self._verifies:
@@ -297,33 +258,12 @@ class Worker:
                 self._bad[job] = completion
         self._over(job)
 
-    def _over(self, job: int) -> None:
-        with self._ended:
-            self._live.discard(job)
-            self._ended.notify_all()
-
     def _store_ended(self, slots: Slots, job: int, completion: Completion) -> None:
         if len(self._sums):
             assert self._extents is not None
             self._sums[slots] = sums_of(completion, self._extents, slots, self._g1.slot_bytes)
         self._report(job, completion, slots)
         self._over(job)
-
-    def _report(self, job: int, completion: Completion, written: Slots | None = None) -> None:
-        """`written` are the slots of host memory that have a new checksum."""
-        if self.off is not None:
-            completion = Completion.failed(completion.ticket, len(completion.outcomes), self.off)
-        outcomes = completion.outcomes.astype(np.uint8).tobytes()
-        sums = self._sums[written].tobytes() if written is not None and self._open_peers is not None else b""
-        self._tell(Result(job, self._rank, outcomes, completion.nbytes, completion.seconds, completion.error, sums))
-
-    def _tell(self, message: Message) -> None:
-        try:
-            if self._link is not None:
-                self._link.send(message)
-        except Broken as error:
-            if not self._closing.is_set():
-                log.error("KVBM: rank %d: %s", self._rank, error)
 
     # ------------------------------------------------------------------ the channel
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
@@ -89,6 +90,23 @@ class Guard(Generic[Side]):
             log.exception("KVBM: its end went wrong")
 
 
+def harmless(call: Callable[..., None]) -> Callable[..., None]:
+    """For what vLLM calls in its server's process: what it raises is logged once, and goes no further."""
+    told = False
+
+    @wraps(call)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        nonlocal told
+        try:
+            call(*args, **kwargs)
+        except Exception:
+            if not told:
+                told = True
+                log.exception("KVBM: %s went wrong", call.__qualname__)
+
+    return guarded
+
+
 class SchedulerGuard(Guard["SchedulerSide"]):
     """Of the scheduler's side."""
 
@@ -149,9 +167,9 @@ class SchedulerGuard(Guard["SchedulerSide"]):
         return keeps
 
     def take_events(self) -> Iterable[KVCacheEvent]:
-        return self.ask([], self._taken)
+        return self.ask([], self._take_events)
 
-    def _taken(self) -> list[KVCacheEvent]:
+    def _take_events(self) -> list[KVCacheEvent]:
         return list(self.side.take_events())
 
     def reset(self) -> bool:
@@ -175,8 +193,9 @@ class WorkerGuard(Guard["WorkerSide"]):
         """Requests whose blocks the engine keeps until this rank names them."""
         self._inside: set[int] = set()
         """Device blocks that loads inside this step are to fill."""
-        self._lost = Collected()
+        self._lost: set[str] = set()
         self._lost_inside: set[int] = set()
+        """Loads that the engine takes to be in this step, and that are not: requests that wait for them, and blocks."""
 
     def register(self, caches: dict[str, torch.Tensor]) -> None:
         """Part of the start: what it raises ends it."""
@@ -193,10 +212,7 @@ class WorkerGuard(Guard["WorkerSide"]):
         for request, blocks in told.promised.items():
             self._inside.update(blocks) if blocks else self._waiting.add(request)
         for request, blocks in told.lost.items():
-            self._lost_inside.update(blocks)
-            if not blocks:
-                self._lost.loaded.add(request)
-                self._lost.failed.add(request)
+            self._lost_inside.update(blocks) if blocks else self._lost.add(request)
         self._kept.update(told.kept)
         if told.off is not None and self.off is None:
             self._end(told.off)
@@ -215,16 +231,16 @@ class WorkerGuard(Guard["WorkerSide"]):
             return Collected()
         ended = self.ask(None, self.side.results)
         if ended is None:
-            if not (self._waiting or self._kept or self._lost.loaded) or not self._quiet():
+            if not (self._waiting or self._kept or self._lost) or not self._quiet():
                 return Collected()
             ended = Collected(self._kept, self._waiting, set(self._waiting))
             self._waiting, self._kept = set(), set()
         self._waiting -= ended.loaded
         self._kept -= ended.released
-        if self._lost.loaded:
-            ended.loaded |= self._lost.loaded
-            ended.failed |= self._lost.failed
-            self._lost = Collected()
+        if self._lost:
+            ended.loaded |= self._lost
+            ended.failed |= self._lost
+            self._lost = set()
         return ended
 
     def bad_blocks(self) -> set[int]:

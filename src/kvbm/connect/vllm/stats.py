@@ -8,6 +8,7 @@ from typing import Any
 from prometheus_client import Counter
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from kvbm.connect.vllm.guard import harmless
 from kvbm.observe.totals import Copies, Totals
 
 WAYS = {
@@ -87,6 +88,7 @@ class KvbmPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             family = metric_types[Counter](f"vllm:kvbm_{name}", text, labelnames=labelnames)
             self._counters[name] = {index: family.labels(*values) for index, values in per_engine_labelvalues.items()}
 
+    @harmless
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         for name, value in transfer_stats_data.items():
             if name in self._counters:

@@ -346,16 +346,12 @@ class WorkerSide:
     def bad_blocks(self) -> set[int]:
         return self.worker.take_bad_blocks()
 
-    @property
-    def off(self) -> str | None:
-        """Why it does nothing any more, if so."""
-        return self.worker.off
-
     def turn_off(self, why: str) -> None:
         """From now on nothing is done, and nothing that is being copied is published."""
         self.worker.turn_off(why)
 
     def quiet(self) -> bool:
+        """Whether no copy touches the engine's blocks any more."""
         return self.worker.quiet()
 
     def close(self) -> None:
