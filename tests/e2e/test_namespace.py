@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.conftest import prompt_of
 from tests.e2e.engine import Done, Engine, environment
-from tests.e2e.test_disk import settled
+from tests.e2e.test_disk import eventually, settled
 
 
 def _start(tiny: Path, disk: Path | None, **options: Any) -> Engine:
@@ -93,3 +93,22 @@ def test_another_hash_seed(tiny: Path, tmp_path: Path, dice: random.Random, plai
                 assert _said(engine) == []
             settled(engine)
     assert found == [0, 0, 288]
+
+
+@pytest.mark.usefixtures("always_load")
+def test_what_lies_on_disk_is_compared_before_it_is_used(
+    tiny: Path, tmp_path: Path, dice: random.Random, plain: Callable[..., list[Done]]
+) -> None:
+    prompts = [prompt_of(dice, 300) for _ in range(3)]
+    expected = [plain([prompt], 12)[0].tokens for prompt in prompts]
+    kvbm = {"g3_gb": 0.05, "g3_dir": str(tmp_path), "g2_blocks": 200, "prove_first": True}
+    with closing(Engine(tiny, kvbm)) as engine:
+        assert _ask(engine, prompts) == (expected, [0, 0, 0])
+        engine.forget_device()
+        settled(engine)
+        assert _ask(engine, prompts[:1]) == (expected[:1], [288]), "what it stored itself is used at once"
+    with closing(Engine(tiny, kvbm)) as engine:
+        assert _ask(engine, prompts[:1]) == (expected[:1], [0])
+        eventually(lambda: engine.leader.tick() or engine.status()["trust"]["compared"] >= 9)
+        assert _ask(engine, prompts[1:]) == (expected[1:], [288, 288])
+        assert engine.status()["trust"]["mismatched"] == 0

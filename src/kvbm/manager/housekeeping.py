@@ -275,6 +275,14 @@ class Housekeeping:
         for request in self.requests.values():
             request.stale = True
 
+    def bar(self, request_id: str, reason: str) -> None:
+        """Load and store nothing more for a request: its keys may not be those of what it computes."""
+        with self._lock:
+            if (request := self.requests.get(request_id)) is not None:
+                request.barred = reason
+                if self.shadow is not None:
+                    self.shadow.finished(request)  # what it computes proves nothing
+
     def pause(self) -> None:
         """From now on the engine works as if KVBM were not there. Copies in flight end."""
         with self._lock:

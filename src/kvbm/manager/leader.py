@@ -50,8 +50,9 @@ class Leader(Housekeeping):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(settings, pool, links, gate=gate, observers=observers, clock=clock)
-        if settings.shadow_every:
-            self.shadow = Shadow(settings.shadow_every, pool, settings.store_deadline_s + _GRACE, clock)
+        if settings.shadow_every or settings.prove_first:
+            patience, prove = settings.store_deadline_s + _GRACE, settings.prove_first
+            self.shadow = Shadow(settings.shadow_every, pool, patience, clock, prove=prove)
         self.deferred = 0
         """Times that blocks were not offloaded at once, because copies in flight or holds had filled their share."""
         self._settings, self._slot_bytes, self._shares = settings, slot_bytes, shares_device_blocks
@@ -66,27 +67,19 @@ class Leader(Housekeeping):
     @paced
     def begin(
         self, request_id: str, keys: Sequence[bytes], params: RequestParams, prompt_tokens: int,
-        barred: str | None = None,
+        barred: str | None = None, family: bytes = b"",
     ) -> None:  # fmt: skip
         """A request exists from now on. `keys` is a view: it may grow while the request generates. `barred`: nothing is
-        loaded or stored for it, for this reason."""
+        loaded or stored for it, for this reason. `family` is the same for requests with the same adapter."""
         with self._lock:
             record = Record(request_id, prompt_tokens)
             self.records[request_id] = record
             while len(self.records) > self._settings.explain_requests:
                 self.records.popitem(last=False)
-            request = self.requests[request_id] = Request(request_id, keys, params, record, barred=barred)
+            request = self.requests[request_id] = Request(request_id, keys, params, record, family, barred=barred)
             if barred is None and self.lower is not None and self.standing_aside() is None:
                 keys = request.keys[: (prompt_tokens - 1) // self.lower.block_tokens]
                 self.lower.begin(request, *self._asked(request, keys))
-
-    def bar(self, request_id: str, reason: str) -> None:
-        """Load and store nothing more for a request: its keys may not be those of what it computes."""
-        with self._lock:
-            if (request := self.requests.get(request_id)) is not None:
-                request.barred = reason
-                if self.shadow is not None:
-                    self.shadow.finished(request)  # what it computes proves nothing
 
     @paced
     def match(self, request_id: str, computed: int, limit: int) -> int | None:
@@ -114,12 +107,14 @@ class Leader(Housekeeping):
                 record.note(f"waited for request {owner}, which loads the same blocks")
                 return None
             found = self._hold(request, keys, computed)
-            shadow = self.shadow if found else None
-            if shadow is not None and shadow.declines(request, computed, keys[computed : computed + (found or 0)]):
-                self._release(request)
+            if self.shadow is None or request.hold is None:
+                return found
+            allowed = self.shadow.allows(request, computed, request.hold)
+            if allowed < len(request.hold):
                 record.note("declined: the engine computes it, to be compared with what is stored")
-                return 0
-            return found
+                self._held -= len(request.hold) - allowed
+                request.hold.narrow(allowed)
+            return allowed
 
     def _asked(self, request: Request, keys: Sequence[bytes]) -> tuple[Sequence[bytes], Wanted]:
         """Which blocks a prompt of these asks for, and which are to be in G2 when it is scheduled."""

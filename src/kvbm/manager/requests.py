@@ -100,6 +100,8 @@ class Request:
     keys: Sequence[bytes]
     params: RequestParams
     record: Record
+    family: bytes = b""
+    """The same for requests with the same adapter."""
     g1: list[int] = field(default_factory=list)
     others: list[list[int]] = field(default_factory=list)
     offered: int = 0

@@ -140,7 +140,8 @@ class SchedulerSide:
         params, wrong = RequestParams.parse(request.kv_transfer_params)
         for sentence in wrong:
             log.warning("KVBM: request %s: %s", request.request_id, sentence)
-        variant = self._adapter(request) + embedded(request)
+        adapter = self._adapter(request)
+        variant = adapter + embedded(request)
         items = self._images.begin(request)
         for spoiled in items.spoiled:
             self._leader.bar(spoiled, "an image, video or sound in it has a name that was given to another one")
@@ -148,7 +149,7 @@ class SchedulerSide:
         if self._per_block > 1 or variant or items.known:
             keys = Keys(request.block_hashes, self._per_block, variant, items, self._block)
         self._requests[request.request_id] = request
-        self._leader.begin(request.request_id, keys, params, request.num_prompt_tokens, items.problem)
+        self._leader.begin(request.request_id, keys, params, request.num_prompt_tokens, items.problem, adapter)
 
     def _adapter(self, request: Request) -> bytes:
         """Digest of the adapter's files as they are now; vLLM's own hash covers only its name and path."""
