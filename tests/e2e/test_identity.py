@@ -72,6 +72,9 @@ def test_every_field_and_variable_of_this_version_is_known() -> None:
         assert not known.included & known.left_out
     assert envs.environment_variables.keys() - VARIABLES - OTHER_VARIABLES == set()
     assert not VARIABLES & OTHER_VARIABLES
+    page = (Path(__file__).parents[2] / "docs" / "identity.md").read_text()
+    fields_of = {name for known in CONFIGS.values() for name in known.included | known.left_out}
+    assert {name for name in fields_of | VARIABLES | OTHER_VARIABLES if f"`{name}`" not in page} == set()
 
 
 class _Other:

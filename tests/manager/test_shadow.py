@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from kvbm.core.outcome import Outcome
 from kvbm.manager.reports import Reports
+from kvbm.manager.requests import RequestParams
 from kvbm.manager.shadow import Shadow
-from kvbm.manager.wire import Compare, Read, Result, unpack
-from tests.manager.roles import Stage, keys_of
+from kvbm.manager.variants import Variant
+from kvbm.manager.wire import Adapter, Compare, Read, Result, unpack
+from tests.manager.roles import BLOCK_TOKENS, Stage, keys_of
 
 Make = Callable[..., Stage]
 DONE, CORRUPT, FAILED = Outcome.DONE, Outcome.CORRUPT, Outcome.FAILED
@@ -282,3 +285,83 @@ def test_old_reports_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         paths.append(reports.save("check", {"number": number}))
         reports.wait(10)
     assert sorted(tmp_path.iterdir()) == sorted(paths[2:])
+
+
+# ---------------------------------------------------------------------- before anything of others is used
+
+THEIRS, G1 = KEYS[2:], [40, 41, 42, 43]
+
+
+def _asks(stage: Stage, name: str, family: bytes = b"") -> int:
+    """How much of its hit a request loads."""
+    stage.leader.begin(name, KEYS, RequestParams(), len(KEYS) * BLOCK_TOKENS)
+    if family:
+        adapter = Adapter(1, "mine", b"")
+        stage.leader.requests[name].variant = Variant(adapter, None, mock.Mock(), digest=family)
+    found = stage.leader.match(name, 0, len(KEYS))
+    assert found is not None
+    stage.place(name, G1, found)
+    for load in stage.step().loads:
+        stage.answer(load)
+    return found
+
+
+@pytest.fixture
+def careful(make_stage: Make) -> Stage:
+    """Host memory has two blocks that this process stored, and behind them two that came from disk."""
+    stage = make_stage(64, prove_first=True)
+    stage.keep("first", KEYS)
+    theirs = stage.pool.scan(THEIRS)[0]
+    shadow_of(stage).note(theirs.slots, "g3")
+    theirs.drop()
+    return stage
+
+
+def _compared(stage: Stage, name: str, *outcomes: Outcome) -> None:
+    (compare,) = stage.step({name: 4}).compares
+    assert compare.g1_slots().tolist() == [42, 43], "what the process stored itself is loaded"
+    answer(stage, compare, *outcomes)
+
+
+def _ends(stage: Stage, name: str) -> None:
+    stage.leader.finish(name, G1, 0)
+    stage.step()
+
+
+def test_what_others_stored_is_used_once_it_agreed(careful: Stage) -> None:
+    assert _asks(careful, "b") == 2
+    assert any("declined" in sentence for sentence in careful.leader.records["b"].why)
+    _compared(careful, "b", DONE, DONE)
+    _ends(careful, "b")
+    for name, family, found in (("c", b"", 4), ("d", b"adapter", 2)):
+        assert _asks(careful, name, family) == found, "of each adapter its own"
+        _ends(careful, name)
+    careful.leader.reset()
+    careful.keep("again", KEYS)
+    theirs = careful.pool.scan(THEIRS)[0]
+    shadow_of(careful).note(theirs.slots, "peer")
+    theirs.drop()
+    assert _asks(careful, "e") == 2, "a reset begins anew"
+    _ends(careful, "e")
+
+
+@pytest.mark.parametrize("outcomes", [(DONE, FAILED), (FAILED, FAILED), (DONE, CORRUPT)])
+def test_nothing_is_used_until_all_agreed(careful: Stage, outcomes: tuple[Outcome, ...]) -> None:
+    assert _asks(careful, "b") == 2
+    _compared(careful, "b", *outcomes)
+    _ends(careful, "b")
+    if CORRUPT in outcomes:
+        assert careful.leader.quarantined is not None
+        assert careful.matchable(KEYS) == 0
+    else:
+        assert _asks(careful, "c") == 2
+        _ends(careful, "c")
+
+
+def test_what_this_process_stored_proves_nothing_of_others(make_stage: Make) -> None:
+    stage = make_stage(64, prove_first=True, shadow_every=1)
+    stage.keep("first", KEYS)
+    declined(stage, start=20)
+    (compare,) = stage.step({"b": 4}).compares
+    answer(stage, compare, *[DONE] * 4)
+    assert not shadow_of(stage)._proven

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Engine:
         *,
         engine: str = "e",
         model: str = "m",
+        facts: Mapping[str, object] | None = None,
         g3_blocks: int | None = 32,
         replicated: bool = False,
         choose: Choose | None = None,
@@ -51,7 +52,7 @@ class Engine:
         if g3_blocks is not None:
             extra["g3_blocks"] = g3_blocks
         resolved = load(environ={}, extra=extra | settings)
-        place, names = Place(engine, ranks, replicated=replicated), Namespace({"model": model}, "w")
+        place, names = Place(engine, ranks, replicated=replicated), Namespace(facts or {"model": model}, "w")
         began = time.time_ns() + 10**15  # nothing is younger
         self.parts = [0 if replicated else rank for rank in range(ranks)]
         """Which part of a block each rank has."""

@@ -374,6 +374,14 @@ class Housekeeping:
             if self.lower is not None:
                 self.lower.isolate(why)
 
+    def bar(self, request_id: str, reason: str) -> None:
+        """Load and store nothing more for a request: its keys may not be those of what it computes."""
+        with self._lock:
+            if (request := self.requests.get(request_id)) is not None:
+                request.barred = reason
+                if self.shadow is not None:
+                    self.shadow.finished(request)  # what it computes proves nothing
+
     def pause(self) -> None:
         """From now on the engine works as if KVBM were not there. Copies in flight end."""
         with self._lock:

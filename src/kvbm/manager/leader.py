@@ -48,8 +48,9 @@ class Leader(Offloading):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(settings, pool, links, slot_bytes=slot_bytes, gate=gate, observers=observers, clock=clock)
-        if settings.shadow_every:
-            self.shadow = Shadow(settings.shadow_every, pool, settings.store_deadline_s + GRACE, clock)
+        if settings.shadow_every or settings.prove_first:
+            patience, prove = settings.store_deadline_s + GRACE, settings.prove_first
+            self.shadow = Shadow(settings.shadow_every, pool, patience, clock, prove=prove)
         self._shares = shares_device_blocks
         self._loading: dict[bytes, str] = {}
         self._total = pool.statistics().total
@@ -85,14 +86,6 @@ class Leader(Offloading):
             keys = request.keys[: (request.record.prompt_tokens - 1) // self.lower.block_tokens]
             self.lower.begin(request, *self._asked(request, keys))
 
-    def bar(self, request_id: str, reason: str) -> None:
-        """Load and store nothing more for a request: its keys may not be those of what it computes."""
-        with self._lock:
-            if (request := self.requests.get(request_id)) is not None:
-                request.barred = reason
-                if self.shadow is not None:
-                    self.shadow.finished(request)  # what it computes proves nothing
-
     @paced
     def match(self, request_id: str, computed: int, limit: int) -> int | None:
         """How many blocks after the first `computed` can be loaded, at most up to block `limit`; None: ask again.
@@ -121,12 +114,14 @@ class Leader(Offloading):
                 record.note(f"waited for request {owner}, which loads the same blocks")
                 return None
             found = self._hold(request, keys, computed)
-            shadow = self.shadow if found else None
-            if shadow is not None and shadow.declines(request, computed, keys[computed : computed + (found or 0)]):
-                self._release(request)
+            if self.shadow is None or request.hold is None:
+                return found
+            allowed = self.shadow.allows(request, computed, request.hold)
+            if allowed < len(request.hold):
                 record.note("declined: the engine computes it, to be compared with what is stored")
-                return 0
-            return found
+                self._held -= len(request.hold) - allowed
+                request.hold.narrow(allowed)
+            return allowed
 
     def _asked(self, request: Request, keys: Sequence[bytes]) -> tuple[Sequence[bytes], Wanted]:
         """Which blocks a prompt of these asks for, and which are to be in G2 when it is scheduled."""

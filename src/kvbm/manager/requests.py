@@ -144,3 +144,8 @@ class Request:
     """Block where others were seen to go on differently; 0: nowhere."""
     end: int = 0
     """Block where it ended."""
+
+    @property
+    def family(self) -> bytes:
+        """The same for requests with the same adapter."""
+        return self.variant.digest if self.variant is not None else b""

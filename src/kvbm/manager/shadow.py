@@ -6,9 +6,10 @@ what is stored under this key what this engine computes for this prompt now? Und
 
 from __future__ import annotations
 
+import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,8 @@ from kvbm.core.region import Slots
 from kvbm.manager.jobs import InFlight, Job
 from kvbm.manager.requests import Request
 from kvbm.manager.wire import Compare, pack
+
+log = logging.getLogger(__name__)
 
 _KEEP = 60.0
 """Seconds that stored blocks are held for a request of which nothing more is computed."""
@@ -50,13 +53,17 @@ class _Sample:
 
 
 class Shadow:
-    """One of `every` requests with a hit is declined it."""
+    """One of `every` requests with a hit is declined it; none where that is 0. `prove`: to each family of requests
+    (those with the same adapter) what comes from another process is declined until some of it agreed."""
 
-    def __init__(self, every: int, pool: Pool, patience: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, every: int, pool: Pool, patience: float, clock: Callable[[], float], *, prove: bool = False
+    ) -> None:
         self._every, self._pool, self._patience, self._clock = every, pool, patience + _PATIENCE, clock
         self._seed = random.SystemRandom().getrandbits(64)
         total = pool.statistics().total
         self._most = max(1, min(_MOST, total // _SHARE))
+        self._prove, self._proven = prove, set[bytes]()
         self._since = np.full(total, np.nan)
         self._from = np.zeros(total, np.uint8)
         self._declined: dict[str, tuple[int, tuple[bytes, ...]]] = {}
@@ -82,13 +89,26 @@ class Shadow:
 
     # ------------------------------------------------------------------ a request
 
-    def declines(self, request: Request, first: int, keys: Sequence[bytes]) -> bool:
-        """Whether the request, which matched these blocks from its block `first` on, is to compute them. The answer for
-        a request is always the same."""
-        if hash((self._seed, request.id)) % self._every or self.held >= self._most:
-            return False
-        self._declined[request.id] = (first, tuple(keys[: self._most - self.held]))
-        return True
+    def allows(self, request: Request, first: int, hold: Pinned) -> int:
+        """How many of the blocks that a request matched, from its block `first` on, it may load. The others it is to
+        compute; as far as there is room they are compared."""
+        allowed, room = self._trusted(request, hold.slots), max(0, self._most - self.held)
+        if allowed == len(hold):
+            # The answer for a request is always the same.
+            drawn = self._every and not hash((self._seed, request.id)) % self._every
+            if not drawn or not room:
+                return allowed
+            allowed = 0
+        if room:
+            self._declined[request.id] = (first + allowed, tuple(hold.keys[allowed : allowed + room]))
+        return allowed
+
+    def _trusted(self, request: Request, slots: Slots) -> int:
+        """How many of these, from the first on, are this process's own, or of a kind that was compared."""
+        if not self._prove or request.family in self._proven:
+            return len(slots)
+        foreign = np.flatnonzero(self._from[slots])
+        return int(foreign[0]) if len(foreign) else len(slots)
 
     def placed(self, request: Request) -> None:
         """The request got its blocks: what it was declined is held from now on, until it is compared."""
@@ -149,10 +169,19 @@ class Shadow:
             self.compared += int(looked.sum())
             self.skipped += int((~looked).sum())
             self.wrong += len(wrong)
+            if looked.all() and not len(wrong):
+                self._agrees(sample, job)
             if len(wrong):
                 report = self._report(sample, job, wrong)
         self._settle(sample)
         return report
+
+    def _agrees(self, sample: _Sample, job: Job) -> None:
+        """All that could be compared is right."""
+        foreign = any(sample.origins[at - sample.first]["from"] != _FROM[0] for at in job.places.tolist())
+        if self._prove and foreign and sample.request.family not in self._proven:
+            self._proven.add(sample.request.family)
+            log.info("KVBM: what another process stored agrees with what request %s computed", sample.request.id)
 
     def _report(self, sample: _Sample, job: Job, wrong: Slots) -> dict[str, Any]:
         by_rank = {rank: np.frombuffer(errors, np.float32) for rank, errors in sorted(job.errors.items())}
@@ -207,6 +236,7 @@ class Shadow:
     def clear(self) -> None:
         """A new generation."""
         self._declined.clear()
+        self._proven.clear()
         for sample in list(self._samples.values()):
             sample.void = True
             self._end(sample)

@@ -35,6 +35,19 @@ def test_what_one_computed_the_other_loads(start: Start, ranks: int, replicated:
         assert engine.leader.pool.statistics().active == 0
 
 
+def test_what_keeps_instances_of_one_model_apart_is_named(start: Start) -> None:
+    shape = {f"shape.{number}": number for number in range(20)}
+    first = start("a", facts=shape | {"hash.seed": 0})
+    first.until(lambda: peers_of(first).network._renewed)
+    second, friend = (start(name, facts=shape | {"hash.seed": 1}) for name in "bc")
+    second.until(lambda: peers_of(second).network._facts is None)
+    friend.until(lambda: peers_of(friend).network._facts is None)
+    (sentence,) = second.side.control.health()["namesakes"]
+    assert sentence.startswith("in the directory, namespace ")
+    assert sentence.endswith(": hash.seed is 0 there, 1 here")
+    assert first.side.control.health()["namesakes"] == [], "it came first"
+
+
 def test_what_another_is_about_to_compute_is_waited_for(start: Start) -> None:
     """Disaggregated serving: the reader is asked first, the holder computes while the reader waits."""
     holder, reader = start("h"), start("r")

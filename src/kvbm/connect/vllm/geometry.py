@@ -102,16 +102,13 @@ def _states(config: VllmConfig, kv: KVCacheConfig) -> tuple[bool, str]:
 def _check_settings(resolved: Resolved, groups: int) -> None:
     """What cannot go with several layer groups, or one that does not need all blocks."""
     settings, sources = resolved.settings, resolved.sources
+    compared = "stored blocks are not compared with computed ones"
     otherwise = " Or start the engine with --disable-hybrid-kv-cache-manager: then every layer keeps all blocks."
     for name, wrong, sentence, remedy in (
         ("onboard", settings.onboard == "sync", "sync cannot be used", "Use onboard=async."),
         ("directory", build_peers.wanted(settings), "blocks are not shared with other instances", "Leave it out."),
-        (
-            "shadow_every",
-            bool(settings.shadow_every),
-            "stored blocks are not compared with computed ones",
-            "Set it to 0.",
-        ),
+        ("shadow_every", bool(settings.shadow_every), compared, "Set it to 0."),
+        ("prove_first", settings.prove_first, compared, "Set it to false."),
     ):
         if wrong:
             raise ConfigError(
