@@ -246,9 +246,11 @@ class Leader(Offloading):
         with self._lock:
             self._end_loading(request)
             if request.variant is not None:
-                self._drain()
+                if not self._variants.describing:
+                    self._drain()  # what the last step was computed with may be known by now
                 self._variants.computing(request, complete)
             if request.late:
+                self._offer_early(request, complete)
                 self._computed(request, request.confirmed)
                 self.provenance.computing(request, complete)
             else:
@@ -257,9 +259,9 @@ class Leader(Offloading):
                 request.settled = complete
 
     def confirm(self, request_id: str, complete: int) -> None:
-        """Of a `late` request: what was computed of its first `complete` blocks has its keys. They are offered with the
-        next step that it is part of, or at its end: until then the engine may hand them out in a step whose copies it
-        has begun to describe."""
+        """Of a `late` request: what was computed of its first `complete` blocks has its keys. What was not offered of
+        them is with the next step that the request is part of, or at its end: between steps the engine may hand them
+        out."""
         with self._lock:
             if (request := self.requests.get(request_id)) is not None:
                 request.confirmed = complete
