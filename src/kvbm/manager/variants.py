@@ -266,8 +266,8 @@ class Variants:
                 del self._sent[number]
                 held = dict(zip(sent.used, sent.digests, strict=True))
                 for request, placement, complete in sent.requests:
-                    same = self._same(request, held)
-                    if same and requests.get(request.id) is request and placement == request.placement:
+                    new = placement == request.placement and complete > request.confirmed
+                    if self._same(request, held) and new and requests.get(request.id) is request:
                         self._confirm(request.id, complete)
 
     def _same(self, request: Request, held: Mapping[int, bytes]) -> bool:
