@@ -202,7 +202,7 @@ def test_an_adapter_retrained_between_two_runs_finds_nothing(
     with closing(start()) as engine:
         (first,) = engine.run(prompts[:1], 12, lora=request)
         assert settled(engine)["demote"]["blocks"] >= 12
-    shutil.copytree(folder, tmp_path / "old")  # with its times, by which an adapter is known
+    shutil.copytree(folder, tmp_path / "old")
     adapter(folder, 2)
     with closing(start()) as engine:
         (other,) = engine.run(prompts[:1], 12, lora=request)

@@ -68,7 +68,10 @@ def compute(
         found = stage.leader.match(request, 0, BLOCKS)
     assert found == 0
     stage.place(request, g1)
-    used(stage, advance(stage, request, BLOCKS, g1), digest)
+    step = advance(stage, request, BLOCKS, g1)
+    used(stage, step, digest)
+    for copy in step.stores:
+        stage.answer(copy)
     finish(stage, request, g1)
 
 
@@ -92,7 +95,7 @@ def loading(stage: Stage, request: str) -> Step:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_blocks_are_offered_once_every_rank_has_said_what_it_computed_them_with(make_stage: Make, ranks: int) -> None:
+def test_blocks_are_offered_once_the_ranks_have_said_what_they_compute_with(make_stage: Make, ranks: int) -> None:
     stage = make_stage(ranks=ranks)
     begin(stage, "a")
     assert stage.leader.match("a", 0, BLOCKS) == 0
@@ -105,13 +108,35 @@ def test_blocks_are_offered_once_every_rank_has_said_what_it_computed_them_with(
         assert not first.stores
         assert not second.stores
         used(stage, first, ONE, rank=rank)
-    third = advance(stage, "a", 4)
-    assert [copy.g1_slots().tolist() for copy in third.stores] == [[0, 1]]
-    stage.answer(third.stores[0])
-    assert stage.matchable(keys_with("p", ONE)) == 2
-    assert stage.pool.peek(keys_of("p", BLOCKS)) == 0
+    third = advance(stage, "a", 4)  # all of it is copied now, and published if the last steps were as the first
+    assert [copy.g1_slots().tolist() for copy in third.stores] == [[0, 1, 2, 3]]
     used(stage, second, ONE)
-    assert [copy.g1_slots().tolist() for copy in finish(stage, "a")] == [[2]]
+    for rank in range(ranks):
+        assert stage.matchable(keys_with("p", ONE)) == 0
+        used(stage, third, ONE, rank=rank)
+        stage.answer(third.stores[0], rank=rank)
+    assert stage.matchable(keys_with("p", ONE)) == 4
+    assert stage.pool.peek(keys_of("p", BLOCKS)) == 0
+    assert not finish(stage, "a")
+
+
+@pytest.mark.parametrize("say", [[ONE, TWO], [TWO, TWO], [ONE, None], [None, None], [b"", b""]])
+def test_what_was_copied_is_published_only_if_all_ranks_computed_with_what_was_expected(
+    make_stage: Make, say: list[bytes | None]
+) -> None:
+    stage = make_stage(ranks=2)
+    compute(stage, "first")
+    begin(stage, "a", "q")
+    stage.place("a", range(BLOCKS))
+    step = advance(stage, "a", BLOCKS, range(BLOCKS))
+    for rank, digest in enumerate(say):
+        if digest is not None:
+            used(stage, step, digest, rank=rank)
+        stage.answer(step.stores[0], rank=rank)
+    stage.leader.tick()
+    assert stage.pool.statistics().registered == BLOCKS
+    assert not finish(stage, "a")
+    assert stage.pool.statistics().staged == 0
 
 
 def test_what_no_rank_has_reported_yet_at_the_end_is_not_stored(stage: Stage) -> None:
@@ -151,8 +176,8 @@ def test_an_adapter_that_changes_while_a_request_runs_ends_its_storing(stage: St
     stage.place("a", range(BLOCKS))
     used(stage, advance(stage, "a", 2, range(BLOCKS)), ONE)
     step = advance(stage, "a", BLOCKS)
-    stage.answer(step.stores[0])
     used(stage, step, then)
+    stage.answer(step.stores[0])
     assert not finish(stage, "a")
     assert stage.matchable(keys_with("p", ONE)) == 2
     assert stage.pool.statistics().registered == 2
@@ -165,9 +190,12 @@ def test_a_report_about_blocks_that_the_request_lost_says_nothing_of_its_new_one
     before = advance(stage, "a", BLOCKS, range(BLOCKS))
     again = advance(stage, "a", 1, range(10, 10 + BLOCKS))  # preempted, and begun anew
     used(stage, before, ONE)
-    assert not advance(stage, "a", 2).stores
+    stage.leader.tick()
+    assert stage.leader.requests["a"].proven == 0
+    assert not stage.leader.provenance._words[10:14].all(axis=1).any()
     used(stage, again, ONE)
-    assert [copy.g1_slots().tolist() for copy in advance(stage, "a", 3).stores] == [[10]]
+    stage.leader.tick()
+    assert stage.leader.requests["a"].proven == 1
 
 
 def test_a_request_that_loaded_stores_only_under_what_it_loaded(stage: Stage) -> None:

@@ -166,6 +166,8 @@ class Housekeeping:
             if self.shadow is not None and (wrong := self.shadow.answered(job)) is not None:
                 self._quarantine(wrong)
             return
+        if isinstance(job.lease, Staged):
+            self._variants.copied(job)
         failed = int((~job.done).sum())
         record = job.request.record
         if isinstance(job.lease, Staged):

@@ -252,25 +252,31 @@ class Leader(Offloading):
             return
         if request.record.outcome == "waiting":
             request.record.outcome = "computing"
-        if request.loading is None and complete <= request.settled and not request.late:
+        if request.variant is not None:
+            self._with_adapter(request, complete)
+        if request.loading is None and complete <= request.settled:
             return
         with self._lock:
             self._end_loading(request)
-            if request.variant is not None:
-                self._drain()
-                self._variants.computing(request, complete)
             if request.late:
+                self._offer_early(request, complete)
                 self._computed(request, request.confirmed)
                 self.provenance.computing(request, complete)
             else:
                 self._computed(request, complete)
-            if complete <= request.offered:
+            if complete <= request.offered and not (request.late and request.confirmed < complete):
                 request.settled = complete
 
+    def _with_adapter(self, request: Request, complete: int) -> None:
+        with self._lock:
+            if not self._variants.describing:
+                self._drain()  # what the last step was computed with may be known by now
+            self._variants.computing(request, complete)
+
     def confirm(self, request_id: str, complete: int) -> None:
-        """Of a `late` request: what was computed of its first `complete` blocks has its keys. They are offered with the
-        next step that it is part of, or at its end: until then the engine may hand them out in a step whose copies it
-        has begun to describe."""
+        """Of a `late` request: what was computed of its first `complete` blocks has its keys. What was not offered of
+        them is with the next step that the request is part of, or at its end: between steps the engine may hand them
+        out."""
         with self._lock:
             if (request := self.requests.get(request_id)) is not None:
                 request.confirmed = complete

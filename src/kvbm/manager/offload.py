@@ -55,6 +55,13 @@ class Offloading(Housekeeping):
             request.record.note(_FOREIGN)
             request.offered = max(request.offered, complete)
 
+    def _offer_early(self, request: Request, complete: int) -> None:
+        """Offers what this step computes of a request with an adapter, under keys that are not yet certain: by then a
+        layer group may not have the block any more. What is copied is published if they were right."""
+        early = request.variant is not None and request.variant.digest and self.provenance.begun(request)
+        if early and complete > request.offered:
+            self._offer(request, complete)
+
     def _compare(self, request: Request, complete: int) -> None:
         """Has what the engine computed compared with what is stored, where it was declined that."""
         if self.shadow is not None and (compare := self.shadow.compare(request, complete, self._copies)) is not None:
@@ -109,8 +116,9 @@ class Offloading(Housekeeping):
         """Starts to copy blocks of a request out of the engine's `sources`."""
         params = request.params
         staged = slots.stage(keys, parent=parent, priority=params.priority, ttl=params.ttl)
-        self._variants.stored |= request.variant is not None
         job = self._copies.start(request, staged, sources, places, self._settings.store_deadline_s + GRACE)
+        if request.variant is not None:
+            self._variants.storing(job.id)
         self._step.stores.append(Copy.of(job.id, request.id, sources, staged.slots))
 
     def _no_store(self, request: Request) -> str | None:

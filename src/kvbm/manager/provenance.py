@@ -107,6 +107,14 @@ class Provenance:
         """How many of the request's first `end` blocks carry its keys, before the first that does not."""
         return self._carried(request, 0, end)
 
+    def begun(self, request: Request) -> bool:
+        """Whether what the engine had of the request when it was placed carries its keys."""
+        return (
+            self._carried(request, 0, request.found) == request.found
+            if not request.traced
+            else (request.proven >= request.found)
+        )
+
     def _write(self, request: Request, first: int, end: int, by: int | None) -> None:
         for group, table in enumerate(self._tables(request)):
             blocks = self._fit(table[first:end])

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvbm.core.errors import Broken
+from kvbm.core.outcome import Outcome
 from kvbm.manager.channel import Link
 from kvbm.manager.wire import Adapter, Adapters, Expected, Foresee, Foreseen, Unlike, Used
 
 if TYPE_CHECKING:
+    from kvbm.manager.jobs import Job
     from kvbm.manager.requests import Request
 
 log = logging.getLogger(__name__)
@@ -26,6 +28,8 @@ _PATIENCE = 2.0
 """Seconds that a request waits to hear which adapter it would be computed with."""
 _REMEMBERED = 4096
 """Adapters whose expected digest is kept."""
+_THIS = -1
+"""The step that is being described."""
 _UNSTEADY = "a request has its adapter read again at every step"
 _UNKNOWN = "no worker can say which adapter it holds, or they hold different ones"
 
@@ -93,6 +97,8 @@ class Variants:
         self._sent: dict[int, _Sent] = {}
         self._draft: list[tuple[Request, int, int]] = []
         self._loads: dict[int, Expected] = {}
+        self._stores: dict[int, int] = {}
+        """Job that copies blocks of a request with an adapter -> its step."""
         self._awaited: dict[str, tuple[int, bytes]] = {}
         """Requests that load, or loaded and were not computed since, and with which adapter they must be."""
         self._unsteady: Counter[int] = Counter()
@@ -177,6 +183,11 @@ class Variants:
         self._loads[job] = Expected(variant.adapter, variant.digest if sound else b"")
         self._awaited[request.id] = variant.adapter.number, variant.digest
 
+    @property
+    def describing(self) -> bool:
+        """Whether the step that is being described computes with adapters."""
+        return bool(self._draft)
+
     def computing(self, request: Request, complete: int) -> None:
         """This step computes the request's blocks, up to so many whole ones."""
         variant = request.variant
@@ -187,14 +198,21 @@ class Variants:
         if variant.refused is None:
             self._draft.append((request, request.placement, complete))
 
+    def storing(self, job: int) -> None:
+        """Blocks of a request with an adapter are copied after this step."""
+        self._stores[job] = _THIS
+        self.stored = True
+
     def seal(self) -> Adapters | None:
         """What the workers are to know of this step."""
+        self._last += 1
+        for job in [job for job, step in self._stores.items() if step == _THIS]:
+            self._stores[job] = self._last
         draft, self._draft = self._draft, []
         loads, self._loads = self._loads, {}
         awaited = sorted(set(self._awaited.values()))
         if not (draft or loads or awaited):
             return None
-        self._last += 1
         used = sorted({request.variant.adapter.number for request, _, _ in draft if request.variant is not None})
         if draft:
             self._sent[self._last] = _Sent(used, set(self._links), draft)
@@ -248,8 +266,8 @@ class Variants:
                 del self._sent[number]
                 held = dict(zip(sent.used, sent.digests, strict=True))
                 for request, placement, complete in sent.requests:
-                    ran = requests.get(request.id) is request and self._same(request, held)
-                    if ran and placement == request.placement:
+                    new = placement == request.placement and complete > request.confirmed
+                    if self._same(request, held) and new and requests.get(request.id) is request:
                         self._confirm(request.id, complete)
 
     def _same(self, request: Request, held: Mapping[int, bytes]) -> bool:
@@ -264,7 +282,7 @@ class Variants:
             self._say(variant, _UNKNOWN)
             return False
         if digest != variant.digest:
-            if variant.seen or variant.loads:
+            if variant.seen or variant.loads or request.offered:
                 self._refuse(request, "its adapter changed while it ran")
                 return False
             self._changed(request)
@@ -274,6 +292,18 @@ class Variants:
             variant.seen = True
             self._expect(variant.adapter.number, variant.files, digest)
         return True
+
+    def copied(self, job: Job) -> None:
+        """A copy of blocks of a request has ended on every rank: those that were not computed under its keys count as
+        failed. A rank says what it computed with before it copies, so all have, of every step up to the copy's."""
+        variant, step = job.request.variant, self._stores.pop(job.id, 0)
+        if variant is None:
+            return
+        silent = (sent for number, sent in self._sent.items() if number <= step)
+        unsaid = any(job.request is each for sent in silent for each, _, _ in sent.requests)
+        if variant.refused is not None or unsaid or not variant.seen:
+            job.outcomes[job.places >= job.request.confirmed] = Outcome.FAILED
+            job.error = job.error or "computed with another adapter"
 
     def _refuse(self, request: Request, why: str) -> None:
         variant = request.variant

@@ -35,13 +35,13 @@ READS = {
     "distributed_executor_backend pipeline_parallel_size tensor_parallel_size",
     "vllm.config.SchedulerConfig": "async_scheduling",
     "vllm.config.VllmConfig": "cache_config compilation_config device_config kv_events_config kv_transfer_config "
-    "load_config model_config parallel_config scheduler_config speculative_config",
+    "load_config lora_config model_config parallel_config scheduler_config speculative_config",
     "vllm.distributed.kv_events.BlockRemoved": "block_hashes group_idx medium",
     "vllm.distributed.kv_events.BlockStored": "block_hashes block_size group_idx lora_id lora_name medium "
     "parent_block_hash token_ids",
     "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorTransferResults": "failed_recving finished_recving "
     "finished_sending",
-    "vllm.lora.request.LoRARequest": "lora_int_id lora_path",
+    "vllm.lora.request.LoRARequest": "lora_int_id lora_name lora_path",
     "vllm.v1.core.kv_cache_manager.KVCacheBlocks": "get_block_ids",
     "vllm.v1.core.kv_cache_manager.KVCacheManager": "evict_blocks get_block_ids",
     "vllm.v1.outputs.KVConnectorOutput": "invalid_block_ids",
