@@ -19,6 +19,7 @@ from kvbm.abc.transport import Transport
 from kvbm.blocks import LayerGroup, Pool
 from kvbm.core.config import Resolved, Settings
 from kvbm.core.errors import Broken, ConfigError
+from kvbm.core.folders import NO_HOME
 from kvbm.core.keys import Namespace
 from kvbm.core.region import Region
 from kvbm.manager import build_disk, build_peers
@@ -190,7 +191,7 @@ def build_leader(
         observers=[totals],
     )
     leader.absent = absent
-    leader.reports = Reports(settings.cache_dir / "reports", place.engine)
+    leader.reports = Reports((settings.cache_dir or settings.run_dir) / "reports", place.engine)
     _add_lower(settings, place, namespace, leader, found, block_bytes, block_tokens)
     about = About(
         place.engine, __version__, namespace.fingerprint, place.ranks, block_bytes, block_tokens,
@@ -363,6 +364,8 @@ def _without_disk(settings: Settings, absent: dict[str, str], problem: str) -> N
 
 
 def disk_folder(settings: Settings, place: Place) -> Path:
-    """The folder of one engine's disk tier."""
-    folder = settings.g3_dir or settings.cache_dir / "g3"
+    """The folder of one engine's disk tier. Raises Broken: nothing says where it could be."""
+    folder = settings.g3_dir or (settings.cache_dir and settings.cache_dir / "g3")
+    if folder is None:
+        raise Broken(f"{NO_HOME}: say with g3_dir (KVBM_G3_DIR) where the disk tier is to be")
     return folder / f"dp{place.dp_rank}" if place.data_parallel else folder

@@ -29,11 +29,11 @@ READS = {
     "vllm.config.KVEventsConfig": "enable_kv_cache_events",
     "vllm.config.KVTransferConfig": "engine_id kv_connector_extra_config kv_load_failure_policy",
     "vllm.config.LoadConfig": "load_format",
-    "vllm.config.ModelConfig": "architectures dtype hf_config is_encoder_decoder max_model_len model quantization "
-    "revision seed",
+    "vllm.config.ModelConfig": "architectures dtype hf_config is_encoder_decoder is_prefix_caching_supported "
+    "max_model_len model pooler_config quantization revision seed",
     "vllm.config.ParallelConfig": "data_parallel_index data_parallel_size_local decode_context_parallel_size "
     "distributed_executor_backend pipeline_parallel_size tensor_parallel_size",
-    "vllm.config.SchedulerConfig": "async_scheduling",
+    "vllm.config.SchedulerConfig": "async_scheduling enable_chunked_prefill",
     "vllm.config.VllmConfig": "cache_config compilation_config device_config kv_events_config kv_transfer_config "
     "load_config model_config parallel_config scheduler_config speculative_config",
     "vllm.distributed.kv_events.BlockRemoved": "block_hashes group_idx medium",
