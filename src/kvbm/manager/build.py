@@ -297,7 +297,8 @@ def _one_at_a_time(settings: Settings) -> Iterator[None]:
 
 
 def _size(resolved: Resolved, place: Place, block_bytes: int) -> tuple[int, str]:
-    """How many blocks G2 gets, and why."""
+    """How many blocks G2 gets, and why. Raises ConfigError for a size that somebody set and that cannot be, Broken
+    where nobody did: then this machine has too little memory."""
     settings, sources = resolved.settings, resolved.sources
     free = available_memory() - _RESERVE
     bounce = build_disk.wanted(settings) and sources["g2_share"] == "default"
@@ -311,6 +312,8 @@ def _size(resolved: Resolved, place: Place, block_bytes: int) -> tuple[int, str]
     else:
         name, slots = "g2_share", int(max(0, free) * settings.g2_share / place.dp_local) // block_bytes
         why = f"{settings.g2_share:.0%} of {free / 1e9:.1f} GB that are available, for {place.dp_local} engine(s)"
+    if sources[name] == "default" and not 1 <= slots <= free // block_bytes:
+        raise Broken(f"only {max(0, free) / 1e9:.2f} GB of memory are available for G2 ({name} says how much to take)")
     if slots < 1:
         raise ConfigError(
             name, f"G2 would be smaller than one block of {block_bytes} bytes", source=sources[name],
@@ -368,4 +371,8 @@ def disk_folder(settings: Settings, place: Place) -> Path:
     folder = settings.g3_dir or (settings.cache_dir and settings.cache_dir / "g3")
     if folder is None:
         raise Broken(f"{NO_HOME}: say with g3_dir (KVBM_G3_DIR) where the disk tier is to be")
+    try:
+        os.fspath(folder).encode()
+    except UnicodeEncodeError:
+        raise Broken(f"the name of the folder {os.fsencode(folder)!r} is not UTF-8") from None
     return folder / f"dp{place.dp_rank}" if place.data_parallel else folder
