@@ -34,6 +34,8 @@ def default_of(name: str) -> str:
     """As it stands in docs/settings.md."""
     if name == "run_dir":  # depends on the environment
         return "$XDG_RUNTIME_DIR/kvbm"
+    if name == "cache_dir":
+        return "~/.cache/kvbm"
     default = Settings.model_fields[name].default
     if default in (None, ""):
         return "unset" if default is None else "empty"

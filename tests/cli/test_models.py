@@ -141,3 +141,10 @@ def test_cache_folder_that_cannot_be_made(tmp_path: Path, convert: Converter) ->
 def test_other_names_are_left_as_they_are(tmp_path: Path) -> None:
     assert models.resolve("org/model", tmp_path, Console(file=io.StringIO())) == "org/model"
     assert not list(tmp_path.iterdir())
+
+
+def test_without_a_folder_to_keep_it_in() -> None:
+    console = Console(file=io.StringIO())
+    assert models.resolve("org/model", None, console) == "org/model"
+    with pytest.raises(KvbmError, match=r"no home folder.*KVBM_CACHE_DIR"):
+        models.resolve("smollm2", None, console)

@@ -19,6 +19,7 @@ from typer.testing import Result
 from kvbm.cli import launch, serve
 from kvbm.cli.demo.run import Plan
 from kvbm.core.errors import KvbmError
+from kvbm.observe import last_words
 from kvbm.stores import stamps
 
 
@@ -297,3 +298,68 @@ def test_where_nothing_can_be_handed_over_the_engine_starts_all_the_same(tmp_pat
     planned = serve.plan("m", [], str(tmp_path))
     serve.witness(planned, tmp_path / "file" / "run")
     assert "KVBM_WEIGHTS_SEEN" not in planned.environment
+
+
+ALONE = """
+import sys
+from kvbm.cli import launch, serve
+serve.engine_build = lambda: "cpu"
+serve.PATIENCE_S = 0.5
+launch.Launch.command = property(lambda _: [sys.executable, "-c", sys.argv[1]])
+sys.exit(serve.run(serve.plan("m", [], "m")))
+"""
+
+
+def test_killed_outright_it_takes_everything_along(tmp_path: Path) -> None:
+    """Also what does not want to end."""
+    with (tmp_path / "log").open("w") as log:
+        kvbm = subprocess.Popen([sys.executable, "-c", ALONE, PARENT], stdout=log)
+    while len(said := (tmp_path / "log").read_text().split()) < 2:
+        assert kvbm.poll() is None
+        time.sleep(0.01)
+    (server,) = (int(pid) for pid in _children(kvbm.pid) if "time.sleep(60)" in _command(pid))
+    stubborn = int(next(word for word in said if word.isdigit()))
+    kvbm.kill()
+    kvbm.wait()
+    assert _gone(server)
+    assert _gone(stubborn)
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def _command(pid: str) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+@pytest.mark.parametrize(("way", "status"), [("sys.exit(0)", 1), ("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", 137)])
+def test_a_server_that_ends_by_itself_has_failed(way: str, status: int) -> None:
+    command = [sys.executable, "-c", ALONE, f"import os, sys; {way}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    said = f"kvbm: the server ended by itself, with status {0 if way == 'sys.exit(0)' else status}"
+    assert done.stderr.splitlines()[-1] == said
+
+
+def test_why_the_start_ended_is_the_last_line(
+    kvbm: Callable[..., Result], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(planned: launch.Launch) -> int:
+        last_words.leave(run_dir, "another", "no")
+        last_words.leave(run_dir, planned.engine, "KVBM does not serve\n this")
+        last_words.leave(run_dir, planned.engine, "nor that")
+        return 7
+
+    monkeypatch.setattr(serve, "run", run)
+    result = kvbm("serve", "org/model")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "kvbm: KVBM does not serve this"
+    assert list(run_dir.iterdir()) == []
+
+
+def test_without_a_folder_for_it_nothing_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert last_words.expect(tmp_path / "file", "e") is None
+    last_words.leave(tmp_path / "file", "e", "lost")
+    assert last_words.heard(None) == last_words.heard(tmp_path / "none") == ""

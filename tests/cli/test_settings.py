@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,3 +84,20 @@ def test_bad_extra(kvbm: Kvbm, extra: str) -> None:
     result = kvbm("config", "--extra", extra)
     assert result.exit_code == 1
     assert result.stderr.startswith("kvbm: setting ")
+
+
+@pytest.mark.parametrize("command", ["config", "status", "doctor"])
+def test_where_there_are_no_letters_for_a_path(tmp_path: Path, command: str) -> None:
+    """The output is ASCII, and the paths are not."""
+    folder = tmp_path / "donn\xe9es-\u65e5\u672c"
+    folder.mkdir()
+    environment = {name: value for name, value in os.environ.items() if "KVBM_" not in name}
+    environment |= {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "COLUMNS": "60"}
+    environment |= {"KVBM_G3_DIR": str(folder), "KVBM_RUN_DIR": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-m", "kvbm.cli.main", command], env=environment, capture_output=True, check=False
+    )
+    said = (done.stdout + done.stderr).decode("ascii")
+    assert done.returncode == (1 if command == "status" else 0), said
+    assert "Traceback" not in said
+    assert command != "status" or "donn\\xe9es-\\u65e5\\u672c" in said

@@ -288,3 +288,40 @@ def test_what_somebody_has_set_for_a_library_stays(monkeypatch: pytest.MonkeyPat
     for name in ("SOME_LIBRARY", "OTHER_LIBRARY"):
         set_for_library(name, "ours")
     assert (os.environ["SOME_LIBRARY"], os.environ.pop("OTHER_LIBRARY")) == ("theirs", "ours")
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container with any user id: no HOME, and nobody knows the user."""
+
+    def unknown(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_folder_only_what_names_it_is_wrong() -> None:
+    assert resolve().settings.cache_dir is None
+    assert resolve({"KVBM_CACHE_DIR": "/somewhere"}).settings.cache_dir == Path("/somewhere")
+    with pytest.raises(ConfigError, match=r"g3_dir \(from environment KVBM_G3_DIR\): ~/disk cannot be found.*no home"):
+        resolve({"KVBM_G3_DIR": "~/disk"})
+    with pytest.raises(ConfigError, match=r"KVBM_CONFIG: ~/kvbm.toml cannot be found.*no home"):
+        resolve({"KVBM_CONFIG": "~/kvbm.toml"})
+
+
+@pytest.mark.parametrize(("found", "folder"), [("/elsewhere", "/elsewhere"), (None, "/tmp")])
+def test_a_read_only_root_has_another_temporary_folder(
+    monkeypatch: pytest.MonkeyPatch, found: str | None, folder: str
+) -> None:
+    """Or none at all: then who needs it says so."""
+
+    def gettempdir() -> str:
+        if found is None:
+            raise FileNotFoundError
+        return found
+
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr("tempfile.gettempdir", gettempdir)
+    assert resolve().settings.run_dir == Path(folder, f"kvbm-{os.getuid()}")

@@ -94,7 +94,7 @@ SETUPS = {
     "priority": Setup({"placement": "exclusive"}, {"scheduling_policy": "priority"}),
     "async-scheduling": Setup(options={"async_scheduling": True}),
     "ngram": Setup(options={"speculative_config": NGRAM}, several=False),
-    "no-prefix-cache": Setup(options={"enable_prefix_caching": False}),
+    "no-prefix-cache": Setup({"without_prefix_caching": True}, options={"enable_prefix_caching": False}),
     "two-ranks": Setup(options={"tensor_parallel_size": 2}, rank=1),
     "peers": Setup(tiers=("g2", "peer")),
     # Blocks of six groups; windows are kept where many prompts can go on from.

@@ -124,7 +124,8 @@ def asynchronous_scheduling() -> Iterator[None]:
         CpuPlatform.check_and_update_config = original
 
 
-FAST = {"PYTHONPATH": str(Path(__file__).parent / "start")}
+_PATHS = (str(Path(__file__).parent / "start"), os.environ.get("PYTHONPATH", ""))
+FAST = {"PYTHONPATH": os.pathsep.join(filter(None, _PATHS))}
 """For the environment of a server that is not itself what is tested."""
 
 

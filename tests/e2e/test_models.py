@@ -100,13 +100,13 @@ def _mla(config: Any, kv: Any) -> None:
     ],
 )
 def test_what_cannot_be_served_is_refused(served: tuple[Any, Any], change: Change, sentence: str) -> None:
-    from kvbm.connect.vllm import geometry
+    from kvbm.connect.vllm import support
 
     config, kv = copy.copy(served[0]), copy.copy(served[1])
-    geometry.check(config, kv, load(environ={}))
+    support.check(config, kv, load(environ={}))
     change(config, kv)
     with pytest.raises(Unsupported, match=sentence):
-        geometry.check(config, kv, load(environ={}))
+        support.check(config, kv, load(environ={}))
 
 
 def _spec(**facts: Any) -> Change:
@@ -169,23 +169,23 @@ def test_what_changes_a_block_is_another_namespace(
 
 
 def test_hashes_that_differ_between_processes_are_refused(served: tuple[Any, Any]) -> None:
-    from kvbm.connect.vllm import geometry
+    from kvbm.connect.vllm import support
 
     config = copy.copy(served[0])
     _set("cache_config.prefix_caching_hash_algo", "xxhash")(config, None)
     with pytest.raises(ConfigError, match=r"prefix_caching_hash_algo.*xxhash"):
-        geometry.check(config, served[1], load(environ={}))
+        support.check(config, served[1], load(environ={}))
 
 
 def test_loading_inside_the_step_is_refused_where_it_cannot_fail_safely(served: tuple[Any, Any]) -> None:
-    from kvbm.connect.vllm import geometry
+    from kvbm.connect.vllm import support
 
     config = copy.copy(served[0])
     resolved = load(environ={"KVBM_ONBOARD": "sync"})
-    geometry.check(config, served[1], resolved)
+    support.check(config, served[1], resolved)
     _set("scheduler_config.async_scheduling", True)(config, None)
     with pytest.raises(ConfigError, match=r"onboard.*environment KVBM_ONBOARD"):
-        geometry.check(config, served[1], resolved)
+        support.check(config, served[1], resolved)
 
 
 @pytest.mark.parametrize("names", [("FullAttentionSpec", "SlidingWindowSpec"), ("SlidingWindowSpec",)])
@@ -199,12 +199,12 @@ def test_loading_inside_the_step_is_refused_where_it_cannot_fail_safely(served: 
 def test_what_needs_all_blocks_is_refused_where_some_layers_do_not(
     served: tuple[Any, Any], names: tuple[str, ...], settings: dict[str, str], sentence: str
 ) -> None:
-    from kvbm.connect.vllm import geometry
+    from kvbm.connect.vllm import support
 
     kv = copy.copy(served[1])
-    geometry.check(served[0], kv, load(environ=settings))
+    support.check(served[0], kv, load(environ=settings))
     _groups(*names)(None, kv)
-    geometry.check(served[0], kv, load(environ={}))
+    support.check(served[0], kv, load(environ={}))
     with pytest.raises(ConfigError, match=sentence) as error:
-        geometry.check(served[0], kv, load(environ=settings))
+        support.check(served[0], kv, load(environ=settings))
     assert ("disable-hybrid-kv-cache-manager" in str(error.value)) == (len(names) > 1)

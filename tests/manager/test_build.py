@@ -82,7 +82,6 @@ def test_a_share_of_what_is_available(tmp_path: Path, monkeypatch: pytest.Monkey
     ("settings", "free", "problem"),
     [
         ({"g2_gb": 1e-6}, 1 << 40, r"g2_gb \(from extra config\): G2 would be smaller than one block of 8192 bytes"),
-        ({}, 1 << 30, r"g2_share \(from default\): G2 would be smaller than one block"),
         ({"g2_blocks": 3}, (1 << 30) + 8192, r"g2_blocks \(from extra config\): G2 of 3 blocks takes .* but only"),
     ],
 )
@@ -92,6 +91,24 @@ def test_sizes_that_cannot_be(
     monkeypatch.setattr(build, "available_memory", lambda: free)
     with pytest.raises(ConfigError, match=problem):
         start(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(("free", "disk"), [(1 << 30, {}), ((1 << 30) + 8192 * 3, {"g3_blocks": 2})])
+def test_a_machine_with_too_little_memory_is_no_wrong_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, disk: dict[str, Any]
+) -> None:
+    """The engine goes on without KVBM: nobody said how large G2 is to be."""
+    monkeypatch.setattr(build, "available_memory", lambda: free)
+    with pytest.raises(Broken, match=r"only 0\.00 GB of memory are available for G2"):
+        start(tmp_path, **disk)
+
+
+@pytest.mark.parametrize(("folder", "sentence"), [(None, "no home folder"), ("\udcff", "is not UTF-8")])
+def test_without_a_place_for_the_disk_tier_there_is_none(tmp_path: Path, folder: str | None, sentence: str) -> None:
+    settings = load(environ={}, extra={"run_dir": str(tmp_path)}).settings
+    settings = settings.model_copy(update={"cache_dir": None, "g3_dir": folder and tmp_path / folder})
+    with pytest.raises(Broken, match=sentence):
+        build.disk_folder(settings, Place("e", 1))
 
 
 def test_a_worker_of_another_configuration(tmp_path: Path) -> None:

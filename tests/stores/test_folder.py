@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from kvbm.core.errors import Broken, Busy, ConfigError, Newer
-from kvbm.stores import files
+from kvbm.stores import files, meta
 from kvbm.stores.files import allocated
 from kvbm.stores.folder import Folder, NamespaceFolder
 from kvbm.stores.lock import holder_of
@@ -236,6 +236,63 @@ def test_a_full_disk_says_so_and_leaves_nothing_behind(folder: Folder, monkeypat
     assert allocated(folder.path) < 20_000
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_one_that_cannot_grow_keeps_its_size_and_its_blocks(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ranks: int
+) -> None:
+    """Whichever rank's file finds no room."""
+    fill(small := use(folder, A, ranks=ranks))
+    before, grown = allocated(folder.path), []
+
+    def full(fd: int, mode: int, offset: int, size: int) -> int:
+        if size > BOUND // ranks:
+            grown.append(size)
+            if len(grown) == ranks:
+                files.ctypes.set_errno(errno.ENOSPC)
+                return -1
+        os.posix_fallocate(fd, offset, size)
+        return 0
+
+    monkeypatch.setattr(files._libc, "fallocate", full)
+    same = use(folder, A, ranks=ranks, bound=2 * BOUND)
+    assert f"cannot grow from {small.num_slots} to" in caplog.text
+    assert same.num_slots == small.num_slots
+    assert len(same.recover().slots) == small.num_slots
+    assert allocated(folder.path) == before
+    monkeypatch.undo()
+    assert use(folder, A, ranks=ranks, bound=2 * BOUND).num_slots > 1.9 * small.num_slots
+
+
+def test_a_full_disk_does_not_close_what_is_there(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing can be noted any more, and nothing need be."""
+    fill(first := use(folder, A))
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(meta, "replace", full)
+    assert len(use(folder, A).recover().slots) == first.num_slots
+    assert "cannot note when it was used" in caplog.text
+    with pytest.raises(Broken, match="No space left on device"):
+        use(folder, A, bound=BOUND // 2)  # a smaller size that is not noted would be believed to be the larger
+    assert len(use(folder, A).recover().slots) == first.num_slots
+
+
+def test_others_lose_nothing_for_what_the_disk_cannot_hold(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(first := use(folder, A))
+    real = os.statvfs(folder.path)
+    none = os.statvfs_result((*real[:3], 0, 0, *real[5:]))
+    monkeypatch.setattr(os, "statvfs", lambda _: none)
+    with pytest.raises(Broken, match="leaves no room"):
+        use(folder, B, bound=3 * BOUND // 2, block=BOUND // 2)
+    assert "the disk itself has too little room" in caplog.text
+    assert len(use(folder, A).recover().slots) == first.num_slots
+
+
 @pytest.mark.parametrize("zerofill", [True, False])
 def test_a_file_system_that_cannot_reserve(
     folder: Folder, zerofill: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -326,7 +383,7 @@ def test_a_newer_format_is_left_alone(folder: Folder) -> None:
     text = newer(use(folder, A))
     with pytest.raises(Newer, match="format 2"):
         use(folder, A)
-    with pytest.raises(ConfigError, match="too few"):
+    with pytest.raises(Broken, match="leaves no room for a block of this one"):
         use(folder, B)  # it takes all the space, and is not ours to delete
     assert (folder.path / ("a" * 16) / "meta.json").read_bytes() == text
 

@@ -9,14 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 from uuid import uuid4
 
+from kvbm.cli import watcher
+
 CONNECTOR_FLAG = "--kv-transfer-config"
 CONNECTOR = {"kv_connector": "KvbmConnector", "kv_connector_module_path": "kvbm.connect.vllm", "kv_role": "kv_both"}
 
+PATIENCE_S = 15.0
+"""Seconds that a server that is told to end may take."""
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -52,12 +58,21 @@ class Launch:
 
 
 class Server:
-    """A running server, in a process group of its own. A context manager: none of the group outlives it."""
+    """A running server, in a process group of its own. A context manager: none of the group outlives it, nor this
+    process, however that ends."""
 
-    def __init__(self, launch: Launch, log: IO[bytes] | None = None) -> None:
-        """Start it; its output goes to `log`, or where ours goes."""
-        self._launch = launch
+    def __init__(self, launch: Launch, log: IO[bytes] | None = None, patience_s: float = PATIENCE_S) -> None:
+        """Start it; its output goes to `log`, or where ours goes. Told to end, it may take `patience_s`."""
+        self._launch, self._patience_s = launch, patience_s
         self._signals = 0
+        # Before the server, so that no instant is left in which nobody would end it.
+        self._watcher = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(Path(watcher.__file__)), str(patience_s)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         self._process = subprocess.Popen(
             launch.command,
             env=launch.environment,
@@ -66,6 +81,7 @@ class Server:
             stderr=None if log is None else subprocess.STDOUT,
             process_group=0,
         )
+        self._tell_watcher(f"{self._process.pid}\n")
 
     def __enter__(self) -> Self:
         return self
@@ -104,14 +120,23 @@ class Server:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def stop(self, patience_s: float = 15.0) -> None:
+    def stop(self, patience_s: float | None = None) -> None:
         """End it: politely; what is left of the group after that, at once."""
         if self._process.poll() is None:
             self._process.terminate()
-        deadline = time.monotonic() + patience_s
+        deadline = time.monotonic() + (self._patience_s if patience_s is None else patience_s)
         while self._group_lives() and time.monotonic() < deadline:
             time.sleep(0.05)
         self.kill()
+        self._tell_watcher("over\n")
+        self._watcher.communicate()
+
+    def _tell_watcher(self, line: str) -> None:
+        pipe = self._watcher.stdin
+        with suppress(OSError, ValueError):  # somebody killed it, or it was told before
+            assert pipe is not None
+            pipe.write(line.encode())
+            pipe.flush()
 
     def _group_lives(self) -> bool:
         self._process.poll()

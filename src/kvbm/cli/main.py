@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Any
 
@@ -22,6 +23,10 @@ class _Group(TyperGroup):
     """Errors that are meant for people are shown as one sentence, without a traceback."""
 
     def invoke(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                # What a terminal or a pipe has no letters for (a path, an ellipsis) ends no command.
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(*args, **kwargs)
         except KvbmError as error:

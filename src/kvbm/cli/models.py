@@ -19,6 +19,7 @@ from rich.console import Console
 
 from kvbm.core import config
 from kvbm.core.errors import Broken, KvbmError
+from kvbm.core.folders import NO_HOME
 
 MARKER = "kvbm-complete.json"
 """Written last into a converted folder: its files and their sizes."""
@@ -40,12 +41,16 @@ Convert = Callable[[Path, Path], None]
 """Turns a GGUF file into a model folder."""
 
 
-def resolve(name: str, cache_dir: Path, console: Console) -> str:
+def resolve(name: str, cache_dir: Path | None, console: Console) -> str:
     """What to give the engine for `name`: a known name's folder, made if need be; any other name as it is.
 
     Raises KvbmError when the model cannot be fetched or converted.
     """
-    return str(prepare(KNOWN[name], cache_dir, console)) if name in KNOWN else name
+    if name not in KNOWN:
+        return name
+    if cache_dir is None:
+        raise KvbmError(f"{NO_HOME}: say with cache_dir (KVBM_CACHE_DIR) where the model is to be kept")
+    return str(prepare(KNOWN[name], cache_dir, console))
 
 
 def prepare(model: Packaged, cache_dir: Path, console: Console, convert: Convert | None = None) -> Path:

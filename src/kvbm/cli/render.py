@@ -37,8 +37,8 @@ def status(result: dict[str, Any]) -> RenderableType:
     if result["paused"]:
         health += ", [yellow]paused[/]"
     lines = [f"{health}, up {duration(result['uptime_s'])}, generation {result['generation']}, {_shape(result)}"]
-    lines += [f"[red]• {escape(problem)}[/]" for problem in result["problems"]]
-    lines += [f"[yellow]• {tier.upper()} is not used: {escape(why)}[/]" for tier, why in _degraded(result).items()]
+    lines += [f"[red]- {escape(problem)}[/]" for problem in result["problems"]]
+    lines += [f"[yellow]- {tier.upper()} is not used: {escape(why)}[/]" for tier, why in _degraded(result).items()]
     title = f"[bold]{escape(result['engine'])}[/] KVBM {escape(result['version'])}"
     return Panel(Group(*lines, _tiers(result), *_traffic(result)), title=title, title_align="left", expand=False)
 
@@ -142,5 +142,5 @@ def explain(engine: str, result: dict[str, Any]) -> RenderableType:
     how = "" if result["load"] == "none" else f" ({result['load']}){took}"
     table.add_row("loaded", f"{result['loaded_blocks']:,} blocks{how}")
     table.add_row("offloaded", f"{result['offloaded_blocks']:,} blocks")
-    why = [f"• {escape(sentence)}" for sentence in result["why"]]
+    why = [f"- {escape(sentence)}" for sentence in result["why"]]
     return Group(f"[bold]request {escape(result['request_id'])}[/]", table, *why)

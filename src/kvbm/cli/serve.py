@@ -20,9 +20,10 @@ import typer
 from rich.console import Console
 
 from kvbm.cli import models
-from kvbm.cli.launch import CONNECTOR_FLAG, Launch, Server
+from kvbm.cli.launch import CONNECTOR_FLAG, PATIENCE_S, Launch, Server
 from kvbm.core import config, identity
 from kvbm.core.errors import KvbmError
+from kvbm.observe import last_words
 from kvbm.stores import stamps
 
 _out = Console(highlight=False)
@@ -47,12 +48,16 @@ def serve(
     launch = plan(model, context.args, models.resolve(model, settings.cache_dir, _err))
     witness(launch, settings.run_dir)
     _err.print(f"Starting: {shlex.join(launch.command)}", markup=False, soft_wrap=True)
+    note = last_words.expect(settings.run_dir, launch.engine)
     try:
         code = run(launch)
+        sentence = last_words.heard(note)
     finally:
         # vLLM kills its engine core when it ends, and what is killed leaves its socket. What was witnessed goes, too.
         for socket_left in settings.run_dir.glob(f"{launch.engine}*"):
             socket_left.unlink(missing_ok=True)
+    if sentence:
+        raise KvbmError(sentence)  # the last line of all the output, whatever came before
     raise typer.Exit(code)
 
 
@@ -221,24 +226,30 @@ def free_port(host: str, first: int, tries: int = 100) -> int:
 
 
 def run(launch: Launch) -> int:
-    """Run until the server ends, and return its exit code. Signals that would end us are handed on to it."""
+    """Run until the server ends, and return its exit code. Signals that would end us are handed on to it; a server
+    that ends without one has failed, whatever it says."""
     received: list[int] = []
+    told = False
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, lambda signalled, _frame: received.append(signalled))
-    with Server(launch) as server:
+    seconds = drain_s(launch.environment) if launch.with_kvbm else 0.0
+    with Server(launch, patience_s=PATIENCE_S + seconds) as server:
         announced = False
         while (code := server.exit_code()) is None:
             while received:
                 if not announced:
                     return 128 + received[0]  # while it starts, vLLM may not end by itself
                 server.signal(received.pop(0))
+                told = True
             if not announced and server.is_healthy():
                 announced = True
                 _out.print(f"\nKVBM serves {launch.served_name} on {launch.url}. Try:\n", markup=False, soft_wrap=True)
                 _out.print(f"  {curl(launch)}\n", markup=False, soft_wrap=True)
             time.sleep(0.3)
-        return code
+    if not told:
+        _err.print(f"kvbm: the server ended by itself, with status {code}", markup=False, soft_wrap=True)
+    return code if told else code or 1
 
 
 def curl(launch: Launch) -> str:

@@ -20,6 +20,7 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kvbm.core.errors import ConfigError
+from kvbm.core.folders import default_cache_dir, default_run_dir, expanded
 
 Gigabytes = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
@@ -111,6 +112,8 @@ class Settings(BaseSettings):
     """File in which `kvbm serve` hands over what it saw of the model's files before it started the engine."""
     enabled: bool = True
     """Whether KVBM does anything; false leaves the connector in place and the engine on its own."""
+    without_prefix_caching: bool = False
+    """Whether KVBM serves an engine whose own prefix caching is switched off; false: it stands aside there."""
     strict: bool = False
     """Whether trouble at start (memory refused, a worker does not come) ends the engine, or it runs without KVBM."""
     metrics: bool = False
@@ -119,10 +122,10 @@ class Settings(BaseSettings):
     """Port of the metrics; data-parallel rank r uses this port plus r."""
     metrics_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address the metrics listen on."""
-    run_dir: Path = Field(default_factory=lambda: _run_dir(os.environ))
+    run_dir: Path = Field(default_factory=lambda: default_run_dir(os.environ))
     """Folder of the control sockets ($XDG_RUNTIME_DIR/kvbm, else /tmp/kvbm-<uid>)."""
-    cache_dir: Path = Field(default=Path("~/.cache/kvbm"), validate_default=True)
-    """Folder of models that KVBM converted, and of digests of weights."""
+    cache_dir: Path | None = Field(default_factory=default_cache_dir)
+    """Folder of models that KVBM converted, of digests of weights, of the disk tier unless g3_dir is set."""
     traces: Path | None = None
     """Folder of request traces that `kvbm replay` finds by file name."""
     copy_threads: Annotated[int, Field(ge=0, le=256)] = 0
@@ -147,7 +150,7 @@ class Settings(BaseSettings):
     @field_validator("run_dir", "cache_dir", "traces", "g3_dir", "g3_key_file", "peer_secret_file", "weights_seen")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
-        return None if value is None else value.expanduser().absolute()
+        return None if value is None else expanded(value)
 
     @classmethod
     def settings_customise_sources(
@@ -225,7 +228,10 @@ def load(
     given: dict[str, _Given] = {}
     notes: list[str] = []
     if file is not None or environ.get("KVBM_CONFIG"):
-        given |= _from_file(file if file is not None else Path(environ["KVBM_CONFIG"]).expanduser())
+        try:
+            given |= _from_file(file if file is not None else expanded(Path(environ["KVBM_CONFIG"])))
+        except ValueError as error:
+            raise ConfigError("KVBM_CONFIG", str(error)) from None
     given |= _from_environment(environ, notes)
     given |= _from_extra(extra or {})
     for name, value in (options or {}).items():
@@ -330,11 +336,14 @@ def _validated(given: Mapping[str, _Given], environ: Mapping[str, str]) -> Setti
         # Pydantic would take true for the number 1.
         if isinstance(entry.value, bool) and Settings.model_fields[name].annotation is not bool:
             raise _bad(name, entry)
-    values = {"run_dir": _run_dir(environ)} | {name: entry.value for name, entry in given.items()}
+    values = {"run_dir": default_run_dir(environ)} | {name: entry.value for name, entry in given.items()}
     try:
         return Settings(**values)
     except ValidationError as error:
-        name = str(error.errors()[0]["loc"][0])
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        if first["type"] == "value_error":
+            raise ConfigError(name, str(first["ctx"]["error"]), source=given[name].source) from None
         raise _bad(name, given[name]) from None
 
 
@@ -380,8 +389,3 @@ _TEXTS = {
     "directory": "an address: valkey://HOST:PORT/0, valkeys://... for TLS, or unix://PATH",
     "peer_name": "a name of at most 100 letters, digits and .:_-",
 }
-
-
-def _run_dir(environ: Mapping[str, str]) -> Path:
-    runtime = environ.get("XDG_RUNTIME_DIR")
-    return Path(runtime, "kvbm") if runtime else Path(f"/tmp/kvbm-{os.getuid()}")

@@ -197,7 +197,7 @@ def build_leader(
             shares_device_blocks=shares_device_blocks,
             observers=[totals],
         )
-        leader.reports = Reports(settings.cache_dir / "reports", place.engine)
+        leader.reports = Reports((settings.cache_dir or settings.run_dir) / "reports", place.engine)
         known = choose is None or shared
         below = Below(settings, place, namespace if known else namespace.private(), leader, slot_bytes, block_tokens)
         below.begin(look)
@@ -289,7 +289,8 @@ def _one_at_a_time(settings: Settings) -> Iterator[None]:
 
 
 def _size(resolved: Resolved, place: Place, block_bytes: int) -> tuple[int, str]:
-    """How many blocks G2 gets, and why."""
+    """How many blocks G2 gets, and why. Raises ConfigError for a size that somebody set and that cannot be, Broken
+    where nobody did: then this machine has too little memory."""
     settings, sources = resolved.settings, resolved.sources
     free = available_memory() - _RESERVE
     bounce = build_disk.wanted(settings) and sources["g2_share"] == "default"
@@ -303,6 +304,8 @@ def _size(resolved: Resolved, place: Place, block_bytes: int) -> tuple[int, str]
     else:
         name, slots = "g2_share", int(max(0, free) * settings.g2_share / place.dp_local) // block_bytes
         why = f"{settings.g2_share:.0%} of {free / 1e9:.1f} GB that are available, for {place.dp_local} engine(s)"
+    if sources[name] == "default" and not 1 <= slots <= free // block_bytes:
+        raise Broken(f"only {max(0, free) / 1e9:.2f} GB of memory are available for G2 ({name} says how much to take)")
     if slots < 1:
         raise ConfigError(
             name, f"G2 would be smaller than one block of {block_bytes} bytes", source=sources[name],

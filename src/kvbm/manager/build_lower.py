@@ -4,6 +4,7 @@ weights contain."""
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken, KvbmError
+from kvbm.core.folders import NO_HOME
 from kvbm.core.keys import Namespace
 from kvbm.manager import build_disk, build_peers
 from kvbm.manager.leader import Leader
@@ -42,7 +44,7 @@ class Look:
 
     def __init__(self, settings: Settings, choose: Choose, began: int) -> None:
         self._stop, self._over = threading.Event(), threading.Event()
-        self._contents = Contents(settings.cache_dir, stop=self._stop)
+        self._contents = Contents(settings.cache_dir or settings.run_dir, stop=self._stop)
         self._choose, self._start = choose, recorded(settings.weights_seen, began)
         self._begun = time.monotonic()
         self.digest: str | None = None
@@ -218,6 +220,12 @@ def peer_name(settings: Settings, place: Place) -> str:
 
 
 def disk_folder(settings: Settings, place: Place) -> Path:
-    """The folder of one engine's disk tier."""
-    folder = settings.g3_dir or settings.cache_dir / "g3"
+    """The folder of one engine's disk tier. Raises Broken: nothing says where it could be."""
+    folder = settings.g3_dir or (settings.cache_dir and settings.cache_dir / "g3")
+    if folder is None:
+        raise Broken(f"{NO_HOME}: say with g3_dir (KVBM_G3_DIR) where the disk tier is to be")
+    try:
+        os.fspath(folder).encode()
+    except UnicodeEncodeError:
+        raise Broken(f"the name of the folder {os.fsencode(folder)!r} is not UTF-8") from None
     return folder / f"dp{place.dp_rank}" if place.data_parallel else folder

@@ -36,8 +36,7 @@ class _HasDescriptor(Protocol):
 
 def readable(files: Sequence[_HasDescriptor], timeout: float) -> set[int]:
     """Descriptors of those that have something to read, or an error, within `timeout` seconds, whatever their numbers
-    are: a process with more than 1,024 open files has larger ones than `select` takes. Closed ones are ready at
-    once."""
+    are: with more than 1,024 open files some are larger than `select` takes. Closed ones are ready at once."""
     poll, closed = select.poll(), set[int]()
     for file in files:
         if (descriptor := file.fileno()) >= 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import final
 import msgspec
 
 from kvbm.core.errors import Broken, ConfigError, Misuse, Newer
-from kvbm.stores.files import reported
+from kvbm.stores.files import allocated, reported
 from kvbm.stores.format import FORMAT, padded
 from kvbm.stores.lock import Lock
 from kvbm.stores.meta import (
@@ -75,6 +76,8 @@ class Folder:
         size changes keeps what is in the slots that remain. One in an older format, damaged, or of other ranks or
         sizes is made anew. `encryption` is the id of the key (`Cipher.id`), see `NamespaceFolder.place` for the rest.
 
+        One that cannot grow keeps its size.
+
         Raises:
             ConfigError: the bound is too small for a single block.
             Newer: a later version wrote it.
@@ -94,6 +97,11 @@ class Folder:
             room = self._make_room(path, bound_bytes)
             num_slots = slots_in(room, ranks, padded(block_bytes))
             if num_slots < 1:
+                if slots_in(bound_bytes - OVERHEAD_BYTES, ranks, padded(block_bytes)):
+                    raise Broken(
+                        f"disk tier: what other models keep in {self.path} leaves no room for a block of this one"
+                        " (kvbm disk purge)"
+                    )
                 raise ConfigError(
                     "g3_gb",
                     f"{room:,} of {bound_bytes:,} bytes are left for this model, too few for one block"
@@ -133,11 +141,16 @@ class Folder:
         taken = sum(one.allocated for one in others)
         # Folder, lock; and what others take that cannot be understood.
         room = bound - OVERHEAD_BYTES - taken
+        disk, has = os.statvfs(self.path), allocated(mine)
         for one in reversed(others):
             if (missing := bound // 2 - room) <= 0:
                 break
             if one.newer:
                 continue
+            if bound // 2 - has - missing > disk.f_bavail * disk.f_frsize:
+                # What others lost would be lost for nothing.
+                logger.warning("disk tier: other namespaces keep what they have: the disk itself has too little room")
+                break
             room += self._shrink(one, one.allocated - missing)
         return room
 
@@ -219,8 +232,23 @@ class NamespaceFolder:
         if old and old.num_slots > self.num_slots:
             # What is cut off may not be believed to be there; what is added may be there unknown.
             self._meta.write(self.path)
-        self._prepare()
-        self._meta.write(self.path)
+        try:
+            self._prepare()
+        except OSError as error:
+            if old is None or old.num_slots >= self.num_slots:
+                raise
+            logger.warning(
+                "disk tier: %s cannot grow from %d to %d blocks, and keeps its size: %s",
+                self.path, old.num_slots, self.num_slots, error.strerror or error,
+            )  # fmt: skip
+            self._meta = msgspec.structs.replace(self._meta, num_slots=old.num_slots)
+            self._prepare()
+        try:
+            self._meta.write(self.path)
+        except OSError as error:
+            if old is None or msgspec.structs.replace(self._meta, last_used=old.last_used).sealed() != old:
+                raise
+            logger.warning("disk tier: %s cannot note when it was used: %s", self.path, error.strerror or error)
 
     def close(self) -> None:
         """Note when it was used last, and let others have the folder. A failure is logged."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -13,12 +14,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
     SupportsHMA,
 )
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
-from kvbm.connect.vllm import contract, geometry
+from kvbm.connect.vllm import contract, support
 from kvbm.connect.vllm.guard import SchedulerGuard, WorkerGuard
 from kvbm.connect.vllm.stats import KvbmPromMetrics, KvbmStats
 from kvbm.connect.vllm.translate import KvbmMetadata, SchedulerSide, WorkerSide
-from kvbm.core.config import load
+from kvbm.core.config import Resolved, load
 from kvbm.core.errors import Broken, KvbmError
 from kvbm.core.identity import clash
 from kvbm.manager.jobs import Collected
@@ -35,6 +37,18 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def _told(config: VllmConfig, rank: int = 0) -> Iterator[Resolved]:
+    """With the settings; what ends the start is said once, whatever vLLM makes of it."""
+    resolved = None
+    try:
+        resolved = load(extra=config.kv_transfer_config.kv_connector_extra_config)
+        yield resolved
+    except KvbmError as error:
+        support.say_why(error, config, resolved, rank=rank)
+        raise
 
 
 class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -54,23 +68,23 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._kv_transfer_config.kv_load_failure_policy = "recompute"
         self._scheduler: SchedulerGuard | None = None
         self._worker: WorkerGuard | None = None
-        try:
-            self._build(vllm_config, role, kv_cache_config)
-        except KvbmError as error:
-            # vLLM buries what ends its start in stack traces of several processes.
-            log.error("KVBM ends the start: %s", error)
-            raise
+        is_worker = role is KVConnectorRole.WORKER
+        with _told(vllm_config, get_tensor_model_parallel_rank() if is_worker else 0) as resolved:
+            if not resolved.settings.enabled:
+                log.warning("KVBM is switched off (%s): the engine runs without it", resolved.sources["enabled"])
+                return
+            support.check(vllm_config, kv_cache_config, resolved)
+            if not is_worker:
+                self._build(vllm_config, kv_cache_config, resolved)
+            elif not support.only_watches(vllm_config, kv_cache_config, resolved):
+                self._worker = WorkerGuard(WorkerSide(vllm_config, kv_cache_config, resolved))
 
-    def _build(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
-        resolved = load(extra=self._kv_transfer_config.kv_connector_extra_config)
-        if not resolved.settings.enabled:
-            log.warning("KVBM is switched off (%s): the engine runs without it", resolved.sources["enabled"])
+    def _build(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, resolved: Resolved) -> None:
+        first = vllm_config.parallel_config.data_parallel_index == 0
+        if (reason := support.stands_aside(vllm_config, resolved)) is not None:
+            log.log(logging.WARNING if first else logging.DEBUG, "%s", reason)
             return
-        geometry.check(vllm_config, kv_cache_config, resolved)
-        if role is KVConnectorRole.WORKER:
-            self._worker = WorkerGuard(WorkerSide(vllm_config, kv_cache_config, resolved))
-            return
-        if vllm_config.parallel_config.data_parallel_index == 0:
+        if first:
             contract.warn_if_untested()
         if (sentence := clash()) is not None:
             log.warning("%s", sentence)
@@ -80,6 +94,22 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             if resolved.settings.strict:
                 raise
             log.error("KVBM cannot start, the engine runs without it: %s", error)
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """None in particular. The first time that vLLM shows a connector the whole configuration: what cannot be
+        served ends here, before memory is profiled and kernels are compiled."""
+        configure()
+        with _told(vllm_config) as resolved:
+            if resolved.settings.enabled:
+                support.check_config(vllm_config, resolved)
+        return None
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """It does not. Where vLLM asks, a wrong setting is told before anything is loaded."""
+        load(extra=extra_config)
+        return False
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -30,10 +30,11 @@ READS = {
     "vllm.config.KVTransferConfig": "engine_id kv_connector_extra_config kv_load_failure_policy",
     "vllm.config.LoadConfig": "download_dir ignore_patterns load_format model_loader_extra_config",
     "vllm.config.ModelConfig": "architectures code_revision dtype hf_config hf_config_path hf_overrides "
-    "is_encoder_decoder max_model_len model multimodal_config quantization revision seed trust_remote_code",
+    "is_encoder_decoder is_prefix_caching_supported max_model_len model multimodal_config pooler_config quantization "
+    "revision seed trust_remote_code",
     "vllm.config.ParallelConfig": "data_parallel_index data_parallel_size_local decode_context_parallel_size "
     "distributed_executor_backend pipeline_parallel_size tensor_parallel_size",
-    "vllm.config.SchedulerConfig": "async_scheduling",
+    "vllm.config.SchedulerConfig": "async_scheduling enable_chunked_prefill",
     "vllm.config.VllmConfig": "cache_config compilation_config device_config kv_events_config kv_transfer_config "
     "load_config lora_config model_config parallel_config scheduler_config speculative_config",
     "vllm.distributed.kv_events.BlockRemoved": "block_hashes group_idx medium",

@@ -1,4 +1,4 @@
-"""What vLLM's configuration says about a model's KV, in KVBM's words; and what KVBM refuses to serve."""
+"""What vLLM's configuration says about a model's KV, in KVBM's words."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvbm.blocks import LayerGroup
 from kvbm.blocks.groups import Kind
-from kvbm.connect.vllm import contract
-from kvbm.core.config import Resolved
-from kvbm.core.errors import ConfigError, Unsupported
+from kvbm.core.errors import Unsupported
 from kvbm.core.region import Plane, Region
-from kvbm.manager import build_peers
 from kvbm.manager.build import Place
 
 if TYPE_CHECKING:
@@ -18,7 +15,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-_KINDS: dict[str, tuple[Kind, str]] = {
+KINDS: dict[str, tuple[Kind, str]] = {
     "FullAttentionSpec": ("full", ""),
     "MLAAttentionSpec": ("full", ""),
     "SlidingWindowSpec": ("window", "sliding_window"),
@@ -26,96 +23,8 @@ _KINDS: dict[str, tuple[Kind, str]] = {
     "MambaSpec": ("state", ""),
 }
 """What is served: the rule of such a group, and where its tokens stand."""
-_HASHES = {"sha256", "sha256_cbor"}
-_SPECULATION = {"ngram", "draft_model"}
-"""Others keep KV that depends on the target's hidden states, and on the token after a block."""
 _FP8 = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 """KV that has one scale for a whole tensor."""
-
-
-def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
-    """Raises Unsupported, with a sentence, for what the connector cannot serve correctly yet; ConfigError for settings
-    that cannot go together."""
-    parallel = config.parallel_config
-    kinds = [type(a_spec(group)).__name__ for group in kv.kv_cache_groups]
-    unknown = ", ".join(sorted(set(kinds) - _KINDS.keys()))
-    spec: Any = kv.kv_cache_groups[0].kv_cache_spec
-    speculative = config.speculative_config
-    method = speculative.method if speculative is not None else "ngram"
-    hash_name = config.cache_config.prefix_caching_hash_algo
-    for wrong, sentence in (
-        (bool(unknown), f"layers of kind {unknown} (only full, sliding-window and chunked local attention, and MLA)"),
-        (len({group.kv_cache_spec.block_size for group in kv.kv_cache_groups}) > 1, "KV blocks of different sizes"),
-        _states(config, kv),
-        (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
-        (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
-        (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallelism"),
-        (getattr(parallel, "nnodes", 1) > 1, "tensor parallelism over several nodes"),
-        (config.model_config.is_encoder_decoder, "encoder-decoder models"),
-        (config.device_config.device_type != "cpu", f"copies to and from {config.device_config.device_type} memory"),
-        (method not in _SPECULATION, f"speculative decoding by {method} (only by n-grams and draft models)"),
-        (method == "draft_model" and bool(layer_groups(kv)), "a draft model beside sliding windows"),
-        (getattr(speculative, "parallel_drafting", False), "drafts of which all tokens are made at once"),
-        (
-            kinds[0] == "MLAAttentionSpec" and not config.scheduler_config.enable_chunked_prefill,
-            "MLA where the engine cannot go on from a cached beginning of a prompt (without chunked prefill, which "
-            "vLLM switches off on a CPU without AMX)",
-        ),
-        (getattr(config.cache_config, "calculate_kv_scales", False), "KV scales that are computed while serving"),
-        (contract.hash_block_tokens(config, kv) > spec.block_size, "block hashes coarser than blocks"),
-    ):
-        if wrong:
-            raise Unsupported(f"KVBM does not serve {sentence} yet. Start the engine without KVBM's connector.")
-    if hash_name not in _HASHES:
-        raise ConfigError(
-            "prefix_caching_hash_algo",
-            f"{hash_name} is not a cryptographic hash, and its seed differs between processes unless PYTHONHASHSEED is "
-            "set: two prompts could share a key",
-            source="the engine's --prefix-caching-hash-algo", remedy="Use sha256 or sha256_cbor.",
-        )  # fmt: skip
-    if resolved.settings.onboard == "sync" and config.scheduler_config.async_scheduling:
-        raise ConfigError(
-            "onboard", "sync cannot be used while the engine schedules asynchronously: it cannot recover from a load "
-            "that fails inside a step", source=resolved.sources["onboard"],
-            remedy="Use onboard=async, or start the engine with --no-async-scheduling.",
-        )  # fmt: skip
-    if groups := layer_groups(kv):
-        _check_settings(resolved, len(groups))
-
-
-def _states(config: VllmConfig, kv: KVCacheConfig) -> tuple[bool, str]:
-    """Whether recurrent layers keep their state where it cannot be found again, and what that is called."""
-    names = {type(group.kv_cache_spec).__name__ for group in kv.kv_cache_groups}
-    specs: list[Any] = [group.kv_cache_spec for group in kv.kv_cache_groups]
-    states = [spec for spec in specs if type(spec).__name__ == "MambaSpec"]
-    if not states:
-        return False, ""
-    if any(spec.mamba_cache_mode != "align" or getattr(spec, "num_prefill_checkpoint_blocks", 0) for spec in states):
-        return True, "recurrent state that is not kept at block boundaries (--mamba-cache-mode align, prefix caching)"
-    if contract.hash_block_tokens(config, kv) != states[0].block_size:
-        return True, "recurrent state with prefix matches inside blocks (--prefix-match-unit)"
-    if config.speculative_config is not None:
-        return True, "recurrent state with speculative decoding"
-    return bool(names & {"SlidingWindowSpec", "ChunkedLocalAttentionSpec"}), "recurrent state beside sliding windows"
-
-
-def _check_settings(resolved: Resolved, groups: int) -> None:
-    """What cannot go with several layer groups, or one that does not need all blocks."""
-    settings, sources = resolved.settings, resolved.sources
-    compared = "stored blocks are not compared with computed ones"
-    otherwise = " Or start the engine with --disable-hybrid-kv-cache-manager: then every layer keeps all blocks."
-    for name, wrong, sentence, remedy in (
-        ("onboard", settings.onboard == "sync", "sync cannot be used", "Use onboard=async."),
-        ("directory", build_peers.wanted(settings), "blocks are not shared with other instances", "Leave it out."),
-        ("shadow_every", bool(settings.shadow_every), compared, "Set it to 0."),
-        ("prove_first", settings.prove_first, compared, "Set it to false."),
-    ):
-        if wrong:
-            raise ConfigError(
-                name, f"{sentence} for a model whose layers need different blocks of a prompt (several KV-cache groups,"
-                " or sliding windows)", source=sources[name],
-                remedy=remedy + (otherwise if groups > 1 else ""),
-            )  # fmt: skip
 
 
 def layer_groups(kv: KVCacheConfig) -> list[LayerGroup]:
@@ -123,7 +32,7 @@ def layer_groups(kv: KVCacheConfig) -> list[LayerGroup]:
     groups = []
     for group in kv.kv_cache_groups:
         spec = a_spec(group)
-        kind, tokens = _KINDS[type(spec).__name__]
+        kind, tokens = KINDS[type(spec).__name__]
         # What a model that predicts several tokens keeps behind its window has to be loaded too.
         behind = int(getattr(spec, "extra_retained_tokens", 0))
         groups.append(LayerGroup(kind, spec.block_size, int(getattr(spec, tokens)) + behind if tokens else 1))

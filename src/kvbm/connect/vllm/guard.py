@@ -63,6 +63,7 @@ class Guard(Generic[Side]):
         self.side = side
         self.off: str | None = None
         """Why the side is not called any more."""
+        self._closed = False
 
     def ask(self, otherwise: Answer, call: Callable[..., Answer], *args: Any) -> Answer:
         """What the side answers to this call, or else `otherwise`."""
@@ -83,7 +84,10 @@ class Guard(Generic[Side]):
             log.exception("KVBM: so did turning it off")
 
     def close(self) -> None:
-        """The engine is shutting down."""
+        """The side is not needed any more. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             self.side.close()
         except Exception:
@@ -203,6 +207,8 @@ class WorkerGuard(Guard["WorkerSide"]):
 
     def before_step(self, payload: bytes, promises: bytes) -> None:
         self._absent = not payload and not promises
+        if self._absent:  # and ever will be
+            self.close()
         if promises:
             self._note(_decode(promises))
         if payload:

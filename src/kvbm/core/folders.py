@@ -1,0 +1,38 @@
+"""Where KVBM's files lie unless a setting says otherwise."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+NO_HOME = "this user has no home folder (HOME is not set, and the system does not know the user)"
+
+
+def expanded(path: Path) -> Path:
+    """With the home folder for ~, and absolute. Raises ValueError: there is no home folder."""
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:  # as in containers that are given any user id
+        raise ValueError(f"{path} cannot be found, because {NO_HOME}") from None
+
+
+def default_run_dir(environ: Mapping[str, str]) -> Path:
+    """Engines and commands have to find the same folder, whatever TMPDIR each of them has."""
+    if runtime := environ.get("XDG_RUNTIME_DIR"):
+        return Path(runtime, "kvbm")
+    folder = "/tmp"
+    if not os.access(folder, os.W_OK):
+        with suppress(FileNotFoundError):  # nothing can be written anywhere: who needs the folder will say so
+            folder = tempfile.gettempdir()
+    return Path(folder, f"kvbm-{os.getuid()}")
+
+
+def default_cache_dir() -> Path | None:
+    """None where there is no home folder: most engines need none."""
+    try:
+        return expanded(Path("~/.cache/kvbm"))
+    except ValueError:
+        return None
