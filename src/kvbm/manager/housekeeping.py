@@ -67,6 +67,8 @@ class Housekeeping:
         """The engine is shutting down its workers in good order."""
         self.absent: dict[str, str] = {}
         """Tiers that were asked for and are not there, and why."""
+        self.isolated: str | None = None
+        """Why nothing is shared, and nothing outlives this process."""
         self.lower: Lower | None = None
         """What is below host memory, if there is anything."""
         self.gate = gate
@@ -136,7 +138,7 @@ class Housekeeping:
             if self.shadow is not None and (wrong := self.shadow.answered(job)) is not None:
                 self._quarantine(wrong)
             return
-        failed = int((~job.done).sum())
+        failed = int((~job.done).sum()) - job.dropped
         record = job.request.record
         if isinstance(job.lease, Staged):
             if self.lower is not None:
@@ -146,8 +148,8 @@ class Housekeeping:
                     self.shadow.note(stored.slots, "engine")
                 if self.lower is not None:
                     self.lower.stored(job, stored)
-            record.offloaded += len(job.g1) - failed
-            self.emit(Offloaded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
+            record.offloaded += int(job.done.sum())
+            self.emit(Offloaded(int(job.done.sum()), failed, job.nbytes, job.seconds))
         else:
             self._held -= len(job.lease)
             good = job.done
@@ -268,10 +270,37 @@ class Housekeeping:
 
     def reset(self) -> None:
         """A new generation: nothing stored so far is ever matched again. Requests that live now may carry KV of the old
-        one (other weights), so none of their blocks is offloaded any more."""
+        one (other weights), so none of their blocks is offloaded any more. Copies that no worker has begun are dropped;
+        those that have, end (see `quiesce`)."""
         with self._lock:
             self._drain()
             self._clear()
+
+    def quiesce(self, seconds: float) -> bool:
+        """Waits until the copies that are in flight now are over, or given up, for so long at most. False: some of them
+        may still touch the engine's memory."""
+        with self._lock:
+            self._drain()
+            copies = self._copies.ids()
+        end = time.monotonic() + seconds
+        while copies and time.monotonic() < end and all(link.open for link in self.links.values()):
+            time.sleep(0.001)
+            with self._lock:
+                self._drain()
+                copies = set(self._copies.still(copies))
+        if copies:
+            log.error("KVBM: %d copies did not end within %.0f s of a reset", len(copies), seconds)
+        return not copies
+
+    def isolate(self, why: str) -> None:
+        """The content of the weights is not known from now on: what is shared, or outlives this process, stands aside
+        until the engine is started anew."""
+        with self._lock:
+            if self.isolated is None:
+                self.isolated = why
+                log.warning("KVBM: %s: disk, peers and all that is shared stand aside until a restart", why)
+            if self.lower is not None:
+                self.lower.clear()
 
     def _clear(self) -> None:
         self.pool.clear()

@@ -106,13 +106,17 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._scheduler.stepped()
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        return (self._scheduler is not None and self._scheduler.finish(request, block_ids)), None
+        if self._scheduler is not None:
+            self._scheduler.finish(request, block_ids)
+        return False, None
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         first, *others = block_ids
-        return (self._scheduler is not None and self._scheduler.finish(request, first, others)), None
+        if self._scheduler is not None:
+            self._scheduler.finish(request, first, others)
+        return False, None
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         return self._scheduler.take_events() if self._scheduler is not None else ()

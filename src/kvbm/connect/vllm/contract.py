@@ -39,8 +39,7 @@ READS = {
     "vllm.distributed.kv_events.BlockRemoved": "block_hashes group_idx medium",
     "vllm.distributed.kv_events.BlockStored": "block_hashes block_size group_idx lora_id lora_name medium "
     "parent_block_hash token_ids",
-    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorTransferResults": "failed_recving finished_recving "
-    "finished_sending",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorTransferResults": "failed_recving finished_recving",
     "vllm.lora.request.LoRARequest": "lora_int_id lora_path",
     "vllm.v1.core.kv_cache_manager.KVCacheBlocks": "get_block_ids",
     "vllm.v1.core.kv_cache_manager.KVCacheManager": "evict_blocks get_block_ids",

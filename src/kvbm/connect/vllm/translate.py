@@ -234,7 +234,7 @@ class SchedulerSide:
         """vLLM's update_connector_output."""
         self._leader.stepped()
 
-    def finish(self, request: Request, blocks: Sequence[int], others: Sequence[Sequence[int]] = ()) -> bool:
+    def finish(self, request: Request, blocks: Sequence[int], others: Sequence[Sequence[int]] = ()) -> None:
         """vLLM's request_finished, and request_finished_all_groups."""
         self._requests.pop(request.request_id, None)
         self._computed.pop(request.request_id, None)
@@ -242,7 +242,7 @@ class SchedulerSide:
             self._ended.append(blocks)
         tokens = min(request.num_computed_tokens, request.num_tokens)
         complete = min(tokens // self._block, len(request.block_hashes) // self._per_block, len(blocks))
-        return self._leader.finish(request.request_id, blocks, complete, others)
+        self._leader.finish(request.request_id, blocks, complete, others)
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         events, self._events = self._events, []
@@ -330,9 +330,7 @@ class WorkerSide:
         if self._step.idle:  # without a forward pass vLLM 0.30 does not wait for saves
             self.after_forward()
         ended = self.worker.collect(idle=self._step.idle, waiting=self._step.waiting)
-        return KVConnectorTransferResults(
-            finished_sending=ended.released, finished_recving=ended.loaded, failed_recving=ended.failed
-        )
+        return KVConnectorTransferResults(finished_recving=ended.loaded, failed_recving=ended.failed)
 
     def bad_blocks(self) -> set[int]:
         return self.worker.take_bad_blocks()
