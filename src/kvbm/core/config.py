@@ -101,6 +101,11 @@ class Settings(BaseSettings):
     """Milliseconds that KVBM may take of an engine step; slower for 32 steps in a row, it stands aside for a minute."""
     checkpoint_tokens: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """Sliding-window layers are stored where prompts end, and at every multiple of so many tokens; unset: 4 windows."""
+    dummy_weights_fixed: bool = False
+    """Whether weights of load format dummy are for tests: they follow from the seed, and nobody replaces them."""
+    reset: Literal["auto", "own", "follow"] = "auto"
+    """Whether the engine's reset of its own prefix cache says that its weights may be others: own (no), follow (yes);
+    auto: follow where they can change while it serves."""
     enabled: bool = True
     """Whether KVBM does anything; false leaves the connector in place and the engine on its own."""
     strict: bool = False

@@ -18,6 +18,7 @@ from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from kvbm.connect.vllm import contract, geometry
 from kvbm.connect.vllm.ending import before_sigterm
+from kvbm.connect.vllm.resets import Resets, changing_weights
 from kvbm.connect.vllm.stats import KvbmStats
 from kvbm.core.config import Resolved
 from kvbm.core.events import Admitted, Cleared, Event, Removed, Stored
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -41,6 +43,8 @@ log = logging.getLogger(__name__)
 
 MEDIUM = "CPU"
 """How vLLM's KV events call host memory."""
+_GRACE = 5.0
+"""Seconds past the deadline of a copy that a reset waits for it."""
 _TEARDOWN_S = 5.0
 """How long an engine may take to end its workers after its last writes."""
 
@@ -109,6 +113,8 @@ class SchedulerSide:
         self._leader = self.side.leader
         self._drain_s = resolved.settings.g3_drain_s if self._leader.disk is not None else 0.0
         """How long to write before the end, until that has been arranged."""
+        self._quiet_s = max(resolved.settings.load_deadline_s, resolved.settings.store_deadline_s) + _GRACE
+        self._resets = Resets(changing_weights(config, resolved.settings))
         self._events: list[Event] = []
         if config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events:
             self._leader.pool.add_observer(self)
@@ -123,6 +129,7 @@ class SchedulerSide:
             # Not before there is something to write: vLLM before 0.32 sets its own handler after all of this is made.
             before_sigterm(partial(self.side.drain, self._drain_s))
             self._drain_s = 0.0
+        self._heed_reset()
         params, wrong = RequestParams.parse(request.kv_transfer_params)
         for sentence in wrong:
             log.warning("KVBM: request %s: %s", request.request_id, sentence)
@@ -150,6 +157,7 @@ class SchedulerSide:
 
     def match(self, request: Request, computed_tokens: int) -> tuple[int | None, bool]:
         """vLLM's get_num_new_matched_tokens. The block of the last token is always left to the engine."""
+        self._heed_reset()
         self._computed[request.request_id] = computed_tokens
         if request.skip_reading_prefix_cache or computed_tokens % self._block:
             return 0, False
@@ -174,6 +182,7 @@ class SchedulerSide:
 
     def step(self, output: SchedulerOutput) -> KvbmMetadata:
         """vLLM's build_connector_meta."""
+        self._heed_reset()
         leader = self._leader
         self._ended.clear()
         computed = dict[str, int]()
@@ -265,8 +274,25 @@ class SchedulerSide:
         news = self._stats.advance(self.side.totals)
         return None if news.is_empty() else news
 
-    def reset(self) -> bool:
+    def bind(self, pool: BlockPool) -> None:
+        """vLLM's bind_gpu_block_pool."""
+        self._resets.watch(pool)
+
+    def _heed_reset(self) -> None:
+        if self._resets.noticed():
+            self._new_generation("the engine's prefix cache was reset")
+
+    def _new_generation(self, what: str) -> None:
         self._leader.reset()
+        if self._resets.why is not None:
+            self._leader.isolate(f"{what}, and its weights may be others now ({self._resets.why})")
+
+    def reset(self) -> bool:
+        """vLLM's reset_cache: an explicit reset, a pause or a sleep that clears. Returns when no copy that began before
+        touches the engine's memory any more; vLLM may give that memory away next."""
+        self._resets.noticed()
+        self._new_generation("the engine's caches were reset")
+        self._leader.quiesce(self._quiet_s)
         return True
 
     def close(self) -> None:
