@@ -235,7 +235,7 @@ class Engine:
                 done.handed = output.kv_transfer_params
 
     def drain(self, seconds: float = 300.0) -> None:
-        """Steps until nothing is left, also no block that is kept for a copy."""
+        """Steps until nothing is left."""
         deadline = time.monotonic() + seconds
         while self.vllm.has_unfinished_requests() or self.core.scheduler.has_requests():
             self.step()

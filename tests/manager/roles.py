@@ -167,7 +167,7 @@ class Stage:
         g1 = range(10_000, 10_000 + len(keys))
         for copy in self.compute(name, keys, list(g1), **params).stores:
             self.answer(copy)
-        assert not self.leader.finish(name, list(g1), len(keys))
+        self.leader.finish(name, list(g1), len(keys))
 
     # ------------------------------------------------------------------ the workers
 

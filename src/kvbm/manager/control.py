@@ -184,7 +184,12 @@ class Control:
                 "peer": totals.peer_tokens,
             },
             "hit_rate": {"g2": totals.hit_rate(), "g3": totals.disk_hit_rate()},
-            "offload": {**_copies(totals.offload), "in_flight": stores, "skipped": leader.deferred},
+            "offload": {
+                **_copies(totals.offload),
+                "in_flight": stores,
+                "skipped": leader.deferred,
+                "dropped": leader.dropped,
+            },
             "onboard": {**_copies(totals.onboard), "in_flight": loads},
             "evictions": pool.evictions,
             "engine_ms": leader.pace.summary(),

@@ -123,7 +123,7 @@ class Housekeeping:
                     case Bye():
                         self._ending = True
                     case Result() if self.off is not None:
-                        self._drop(message)
+                        self._disbelieve(message)
                     case _ if self.off is not None:
                         pass
                     case Result() | Probed() | Mine() if self.lower is not None and self.lower.take(message):
@@ -153,7 +153,7 @@ class Housekeeping:
         else:
             self.lower.stand_aside()
 
-    def _drop(self, result: Result) -> None:
+    def _disbelieve(self, result: Result) -> None:
         """Takes an answer about a copy, and does not believe it."""
         if (job := self._copies.answer(result)) is not None:
             job.lease.drop()
@@ -168,7 +168,7 @@ class Housekeeping:
             return
         if isinstance(job.lease, Staged):
             self._variants.copied(job)
-        failed = int((~job.done).sum())
+        failed = int((~job.done).sum()) - job.dropped
         record = job.request.record
         if isinstance(job.lease, Staged):
             if self.lower is not None:
@@ -178,8 +178,8 @@ class Housekeeping:
                     self.shadow.note(stored.slots, "engine")
                 if self.lower is not None:
                     self.lower.stored(job, stored)
-            record.offloaded += len(job.g1) - failed
-            self.emit(Offloaded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
+            record.offloaded += int(job.done.sum())
+            self.emit(Offloaded(int(job.done.sum()), failed, job.nbytes, job.seconds))
         else:
             self._held -= len(job.lease)
             good = job.done
@@ -331,10 +331,27 @@ class Housekeeping:
 
     def reset(self) -> None:
         """A new generation: nothing stored so far is ever matched again. Requests that live now may carry KV of the old
-        one (other weights), so none of their blocks is offloaded any more."""
+        one (other weights), so none of their blocks is offloaded any more. Copies that no worker has begun are dropped;
+        those that have, end (see `quiesce`)."""
         with self._lock:
             self._drain()
             self._clear()
+
+    def quiesce(self, seconds: float) -> bool:
+        """Waits until the copies that are in flight now are over, or given up, for so long at most. False: some of them
+        may still touch the engine's memory."""
+        with self._lock:
+            self._drain()
+            copies = self._copies.ids()
+        end = time.monotonic() + seconds
+        while copies and time.monotonic() < end and all(link.open for link in self.links.values()):
+            time.sleep(0.001)
+            with self._lock:
+                self._drain()
+                copies = set(self._copies.still(copies))
+        if copies:
+            log.error("KVBM: %d copies did not end within %.0f s of a reset", len(copies), seconds)
+        return not copies
 
     def _clear(self) -> None:
         self.pool.clear()

@@ -71,6 +71,8 @@ class Job(Tally):
     g1: Slots
     places: Slots
     """Which blocks of the request these are."""
+    dropped: int = 0
+    """Blocks that were handed out before the copy could begin."""
 
     @property
     def is_store(self) -> bool:
@@ -92,8 +94,6 @@ class Move(Tally):
 class Collected:
     """What ended since the last step, on this rank."""
 
-    released: set[str] = field(default_factory=set)
-    """Finished requests whose blocks the engine may have back."""
     loaded: set[str] = field(default_factory=set)
     """Requests whose asynchronous load ended, well or not."""
     failed: set[str] = field(default_factory=set)
@@ -106,8 +106,8 @@ class InFlight:
     def __init__(self, ranks: Iterable[int], clock: Callable[[], float]) -> None:
         self._ranks, self._clock = frozenset(ranks), clock
         self._jobs: dict[int, Job] = {}
-        self._sources: dict[int, int] = {}
-        """G1 block that is being copied from -> the latest store job that reads it."""
+        self._sources: dict[int, tuple[int, ...]] = {}
+        """G1 block that is being copied from -> the store jobs that read it."""
         self._last = 0
         self._sealed = (0, 0)
         """The last job of the step before the last, and of the last."""
@@ -127,7 +127,8 @@ class InFlight:
         )  # fmt: skip
         self._jobs[job.id] = job
         if job.is_store:
-            self._sources.update(dict.fromkeys(g1.tolist(), job.id))
+            for block in g1.tolist():
+                self._sources[block] = (*self._sources.get(block, ()), job.id)
         return job
 
     def answer(self, result: Result) -> Job | None:
@@ -136,15 +137,46 @@ class InFlight:
         if job is None or not job.answer(result):
             return None
         del self._jobs[job.id]
-        if job.is_store:
-            for block in job.g1.tolist():
-                if self._sources.get(block) == job.id:
-                    del self._sources[block]
+        self._read(job, job.g1)
         return job
+
+    def _read(self, job: Job, g1: Slots) -> None:
+        """The job does not read these blocks any more."""
+        for block in g1.tolist() if job.is_store else ():
+            left = tuple(each for each in self._sources.get(block, ()) if each != job.id)
+            if left:
+                self._sources[block] = left
+            else:
+                self._sources.pop(block, None)
 
     def reading(self, g1: Iterable[int]) -> set[int]:
         """Store jobs that still read any of these blocks."""
-        return {self._sources[block] for block in self._sources.keys() & set(g1)}
+        return {job for block in self._sources.keys() & set(g1) for job in self._sources[block]}
+
+    def unsent(self, jobs: Iterable[int]) -> list[int]:
+        """Those of `jobs` that no worker has heard of: they belong to the step that is being described."""
+        return sorted(job for job in jobs if job > self._sealed[1])
+
+    def drop(self, number: int, g1: Iterable[int] | None) -> tuple[Job, int]:
+        """A job that no worker has heard of does not copy these blocks (None: any): they end as failed, whatever the
+        copy does. If none is left of it, or it is a comparison, it is over. Also says how many these are."""
+        job = self._jobs[number]
+        every = g1 is None or isinstance(job.lease, Writable)
+        lost = job.done & (every or np.isin(job.g1, list(g1 or ())))
+        job.outcomes[lost] = Outcome.FAILED
+        job.dropped += (count := int(lost.sum()))
+        self._read(job, job.g1[lost])
+        if not job.done.any():
+            del self._jobs[number]
+        return job, count
+
+    def stores(self) -> list[Job]:
+        """Those that read the engine's blocks."""
+        return [job for job in self._jobs.values() if job.is_store]
+
+    def ids(self) -> set[int]:
+        """All of them."""
+        return set(self._jobs)
 
     def still(self, jobs: set[int]) -> list[int]:
         """Those of `jobs` that have not ended, in order."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
 
 import numpy as np
 
@@ -237,10 +236,15 @@ class Leader(Offloading):
                     table.extend(more)
 
     def reuse(self, g1: Iterable[int]) -> None:
-        """This step may overwrite these blocks of the engine: copies that still read them are waited for first."""
+        """This step may overwrite these blocks of the engine: copies that still read them are waited for first. A copy
+        that no worker has heard of would read what is written there next: it is dropped for these blocks."""
         with self._lock:
             # Now, not in `seal`: a block may become the source of another copy in this very step.
-            self._step.fence |= self._copies.reading(g1)
+            reading = self._copies.reading(g1)
+            for job in self._copies.unsent(reading):
+                self.dropped += self._drop(job, g1)
+                reading.discard(job)
+            self._step.fence |= reading
             self.provenance.forget(g1)
 
     @paced
@@ -311,7 +315,6 @@ class Leader(Offloading):
                 loads=draft.loads,
                 stores=draft.stores,
                 fence=self._copies.still(draft.fence),
-                finishing=draft.finishing,
                 idle=not tokens,
                 waiting=self.lower is not None and self.lower.waiting,
                 sync=self._settings.onboard == "sync" and bool(draft.loads),
@@ -325,16 +328,14 @@ class Leader(Offloading):
             self.gate.step_ends()
 
     @paced
-    def finish(self, request_id: str, g1: Sequence[int], complete: int, others: Sequence[Sequence[int]] = ()) -> bool:
-        """The request is over. Offers its last blocks, unless it still waits for a load (then what the engine calls
-        computed may never have arrived). True: the engine must keep its blocks until the workers say that it may have
-        them back. Never while it loads: then the engine keeps them until the load ended, and would be told twice; a
-        copy of others that still reads them is fenced when they are reused."""
+    def finish(self, request_id: str, g1: Sequence[int], complete: int, others: Sequence[Sequence[int]] = ()) -> None:
+        """The request is over, and the engine may hand out its blocks at once (see `reuse`). Offers its last blocks,
+        unless it still waits for a load: then what the engine calls computed may never have arrived."""
         with self._lock:
             self._drain()
             request = self.requests.pop(request_id, None)
             if request is None:
-                return False
+                return
             self._release(request)
             self._variants.finished(request)
             loading = request.loading is not None
@@ -355,11 +356,6 @@ class Leader(Offloading):
             self.pool.touch(blocks := self._in_order(request))
             if self.lower is not None:
                 self.lower.finished(request, blocks)
-            jobs = self._copies.reading(chain(g1, *others))
-            if loading or not jobs:
-                return False
-            self._step.finishing[request_id] = sorted(jobs)
-            return True
 
     def _accounting(self) -> list[str]:
         now, (stored, loaded, scratch) = self.pool.statistics(), self._copies.blocks()

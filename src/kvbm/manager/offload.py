@@ -41,6 +41,8 @@ class Offloading(Housekeeping):
         super().__init__(settings, pool, links, gate=gate, observers=observers, clock=clock)
         self.deferred = 0
         """Times that blocks were not offloaded at once, because copies in flight or holds had filled their share."""
+        self.dropped = 0
+        """Blocks that were handed out again before a worker could begin to copy them."""
         self._settings, self._slot_bytes = settings, slot_bytes
         self._step = Draft()
 
@@ -121,6 +123,23 @@ class Offloading(Housekeeping):
             self._variants.storing(job.id)
         self._step.stores.append(Copy.of(job.id, request.id, sources, staged.slots))
 
+    def _drop(self, number: int, g1: Iterable[int] | None) -> int:
+        """Has a copy that no worker has heard of leave out these blocks (None: all); how many it would have copied."""
+        job, count = self._copies.drop(number, g1)
+        if not job.done.any():
+            self._step.stores = [copy for copy in self._step.stores if copy.job != number]
+            self._step.compares = [copy for copy in self._step.compares if copy.job != number]
+            if isinstance(job.lease, Writable) and self.shadow is not None:
+                self.shadow.answered(job)
+            else:
+                job.lease.drop()
+        return count
+
+    def _clear(self) -> None:
+        super()._clear()
+        for number in self._copies.unsent(job.id for job in self._copies.stores()):
+            self._drop(number, None)
+
     def _no_store(self, request: Request) -> str | None:
         if (reason := self.standing_aside()) is not None:
             return reason
@@ -140,5 +159,4 @@ class Draft:
         self.loads: list[Copy] = []
         self.stores: list[Copy] = []
         self.compares: list[Compare] = []
-        self.finishing: dict[str, list[int]] = {}
         self.fence: set[int] = set()

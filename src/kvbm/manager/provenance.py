@@ -37,7 +37,7 @@ class Provenance:
     def forget(self, g1: Iterable[int] | Slots) -> None:
         """These blocks are handed out: what will be in them is not what is in them now."""
         blocks = self._fit(g1)
-        self._words[blocks] = 0
+        self._words[blocks if len(blocks) != 1 else blocks[0]] = 0
 
     def clear(self) -> None:
         """A new generation: no block carries a key of it."""
@@ -58,7 +58,7 @@ class Provenance:
 
     def _fit(self, g1: Iterable[int] | Slots) -> Slots:
         blocks = np.asarray(g1 if isinstance(g1, np.ndarray | list) else list(g1), np.int64)
-        most = int(blocks.max(initial=-1))
+        most = -1 if not len(blocks) else int(blocks.max()) if len(blocks) > 1 else int(blocks[0])
         if most >= len(self._words):
             more = np.zeros((max(most + 1, 2 * len(self._words)), _WORDS), np.uint64)
             more[: len(self._words)] = self._words

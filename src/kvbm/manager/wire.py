@@ -92,8 +92,6 @@ class Step(msgspec.Struct, frozen=True):
     stores: list[Copy] = []
     fence: list[int] = []
     """Store jobs whose source blocks this step overwrites: wait for them first."""
-    finishing: dict[str, list[int]] = {}
-    """Finished requests whose blocks the engine keeps until these store jobs ended."""
     idle: bool = False
     """Nothing is computed in this step: waiting a moment for a copy costs nobody anything."""
     waiting: bool = False

@@ -24,6 +24,7 @@ from kvbm.core.region import Region, Slots
 from kvbm.manager.channel import Link, connect
 from kvbm.manager.compare import Comparisons, sums_of, verified
 from kvbm.manager.disk_worker import DiskWorker
+from kvbm.manager.fence import Fence
 from kvbm.manager.jobs import Collected
 from kvbm.manager.peers.memory import PeerMemory
 from kvbm.manager.residents import Holder, Residents
@@ -95,6 +96,7 @@ class Worker(Telling):
         self._verifies = settings.g2_verify and stores  # who stores has the checksums, and loads as well
         self._hello = Hello(rank, world, fingerprint, g1.slot_bytes, dict(facts or {}), began)
         self._address = address
+        self._fence = Fence(self._executor, settings.store_deadline_s)
         self._open_disk, self._open_peers = open_disk, open_peers
         self._peers: PeerMemory | None = None
         self._disk: DiskWorker | None = None
@@ -104,7 +106,6 @@ class Worker(Telling):
         """The same slots as the disk sees them: one extent of whole pages each."""
         self._loads: dict[str, int] = {}
         """Request -> its asynchronous load that has not been collected."""
-        self._finishing: dict[str, set[int]] = {}
         self._reading: set[int] = set()
         """Reads from disk that have not ended. Guarded by `_ended`."""
         self._bad_blocks: set[int] = set()
@@ -120,9 +121,7 @@ class Worker(Telling):
     def before_step(self, step: Step) -> None:
         """Before anything of this step is overwritten: waits for the copies that still read what it will overwrite,
         then starts asynchronous loads (their blocks are nobody else's, so they run beside the forward pass)."""
-        if step.fence and not self._executor.wait(step.fence, self._settings.store_deadline_s):
-            log.error("KVBM: copies %s did not end in time; what they copied is given up", step.fence)
-            self._executor.cancel(step.fence)
+        self._fence.wait(step.fence)
         self._expire()
         self._residents.before_step(step.adapters)
         if not step.sync:
@@ -143,11 +142,12 @@ class Worker(Telling):
         refused = self._residents.before_loads(step)
         for copy in step.loads:
             self._load(copy, refused)
-        jobs = [copy.job for copy in step.loads]
-        if not self._executor.wait(jobs, self._settings.load_deadline_s):
-            self._executor.cancel(jobs)
+        jobs, patience = [copy.job for copy in step.loads], self._settings.load_deadline_s
+        if not self._executor.wait(jobs, patience):
+            while not self._executor.cancel(jobs) and not self._executor.wait(jobs, patience):
+                log.error("KVBM: a load is late and may still write into the engine, which waits for it")
             # Cancelled copies are quiet, but their completions may still be on their way.
-            self._executor.wait(jobs, self._settings.load_deadline_s)
+            self._executor.wait(jobs, patience)
         with self._ended:
             for copy in step.loads:
                 if copy.job in self._live:
@@ -173,8 +173,6 @@ class Worker(Telling):
             else:
                 self._submit(copy, is_load=False)
         self._spoiled = False
-        for request, jobs in step.finishing.items():
-            self._finishing[request] = set(jobs)
 
     def collect(self, *, idle: bool, waiting: bool = False) -> Collected:
         """What ended. An idle step waits a moment for the next copy to end, or, where the leader is `waiting`, for what
@@ -185,11 +183,7 @@ class Worker(Telling):
         out = Collected()
         with self._ended:
             self._gather(out)
-            if (
-                idle
-                and not (out.loaded or out.released)
-                and (self._loads or self._finishing or self._reading or waiting)
-            ):
+            if idle and not out.loaded and (self._loads or self._reading or waiting):
                 self._ended.wait(self._settings.idle_wait_ms / 1e3)
                 self._gather(out)
         return out
@@ -202,10 +196,6 @@ class Worker(Telling):
                 differs = self._residents.differs(request)
                 if self._bad.pop(job, None) is not None or differs:
                     out.failed.add(request)
-        for request, jobs in list(self._finishing.items()):
-            if not jobs & self._live:
-                del self._finishing[request]
-                out.released.add(request)
 
     def take_bad_blocks(self) -> set[int]:
         """Engine blocks whose synchronous load failed in this step."""
@@ -243,6 +233,7 @@ class Worker(Telling):
         plan = Plan(self._g1, wanted.g1_slots(), self._g2, unpack(wanted.scratch), urgent=False, label="store")
 
         def copied(job: int, completion: Completion) -> None:
+            completion = self._fence.judged(job, completion)
             self._over(job)
             self._comparisons.start(wanted, plan.destination, completion)
 
@@ -259,6 +250,7 @@ class Worker(Telling):
         self._over(job)
 
     def _store_ended(self, slots: Slots, job: int, completion: Completion) -> None:
+        completion = self._fence.judged(job, completion)
         if len(self._sums):
             assert self._extents is not None
             self._sums[slots] = sums_of(completion, self._extents, slots, self._g1.slot_bytes)

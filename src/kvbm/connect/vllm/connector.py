@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -117,6 +118,10 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     # ------------------------------------------------------------------ scheduler side
 
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        if self._scheduler is not None:
+            self._scheduler.bind(gpu_block_pool)
+
     def on_new_request(self, request: Request) -> None:
         if self._scheduler is not None:
             self._scheduler.on_new_request(request)
@@ -138,13 +143,17 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._scheduler.stepped()
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        return (self._scheduler is not None and self._scheduler.finish(request, block_ids)), None
+        if self._scheduler is not None:
+            self._scheduler.finish(request, block_ids)
+        return False, None
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         first, *others = block_ids
-        return (self._scheduler is not None and self._scheduler.finish(request, first, others)), None
+        if self._scheduler is not None:
+            self._scheduler.finish(request, first, others)
+        return False, None
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         return self._scheduler.take_events() if self._scheduler is not None else ()
@@ -178,9 +187,7 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         ended = self._worker.results() if self._worker is not None else Collected()
-        return KVConnectorTransferResults(
-            finished_sending=ended.released, finished_recving=ended.loaded, failed_recving=ended.failed
-        )
+        return KVConnectorTransferResults(finished_recving=ended.loaded, failed_recving=ended.failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.bad_blocks() if self._worker is not None else set()

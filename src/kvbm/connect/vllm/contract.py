@@ -29,20 +29,21 @@ READS = {
     "vllm.config.KVEventsConfig": "enable_kv_cache_events",
     "vllm.config.KVTransferConfig": "engine_id kv_connector_extra_config kv_load_failure_policy",
     "vllm.config.LoadConfig": "download_dir ignore_patterns load_format model_loader_extra_config",
-    "vllm.config.ModelConfig": "architectures code_revision dtype hf_config hf_config_path hf_overrides "
-    "is_encoder_decoder is_prefix_caching_supported max_model_len model multimodal_config pooler_config quantization "
-    "revision seed trust_remote_code",
+    "vllm.config.ModelConfig": "architectures code_revision dtype enable_sleep_mode hf_config hf_config_path "
+    "hf_overrides is_encoder_decoder is_prefix_caching_supported max_model_len model multimodal_config pooler_config "
+    "quantization revision seed trust_remote_code",
     "vllm.config.ParallelConfig": "data_parallel_index data_parallel_size_local decode_context_parallel_size "
-    "distributed_executor_backend pipeline_parallel_size tensor_parallel_size",
+    "distributed_executor_backend pipeline_parallel_size tensor_parallel_size worker_extension_cls",
     "vllm.config.SchedulerConfig": "async_scheduling enable_chunked_prefill",
     "vllm.config.VllmConfig": "cache_config compilation_config device_config kv_events_config kv_transfer_config "
-    "load_config lora_config model_config parallel_config scheduler_config speculative_config",
+    "load_config lora_config model_config parallel_config scheduler_config speculative_config "
+    "weight_transfer_config",
     "vllm.distributed.kv_events.BlockRemoved": "block_hashes group_idx medium",
     "vllm.distributed.kv_events.BlockStored": "block_hashes block_size group_idx lora_id lora_name medium "
     "parent_block_hash token_ids",
-    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorTransferResults": "failed_recving finished_recving "
-    "finished_sending",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorTransferResults": "failed_recving finished_recving",
     "vllm.lora.request.LoRARequest": "lora_int_id lora_name lora_path",
+    "vllm.v1.core.block_pool.BlockPool": "cached_block_hash_to_block",
     "vllm.v1.core.kv_cache_manager.KVCacheBlocks": "get_block_ids",
     "vllm.v1.core.kv_cache_manager.KVCacheManager": "evict_blocks get_block_ids",
     "vllm.v1.outputs.KVConnectorOutput": "invalid_block_ids",

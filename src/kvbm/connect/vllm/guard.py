@@ -22,6 +22,7 @@ from kvbm.manager.jobs import Collected
 if TYPE_CHECKING:
     import torch
     from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
@@ -47,8 +48,6 @@ class Promises(msgspec.Struct, frozen=True):
     """Loads that the step contains."""
     lost: Blocks = {}
     """Loads that the engine takes to be in the step, and that are not."""
-    kept: list[str] = []
-    """Finished requests whose blocks the engine keeps until every rank names them."""
     off: str | None = None
 
 
@@ -120,7 +119,9 @@ class SchedulerGuard(Guard["SchedulerSide"]):
         """Request -> where the load begins that it was offered, and whether it would wait for it."""
         self._promised: Blocks = {}
         self._lost: Blocks = {}
-        self._kept: list[str] = []
+
+    def bind(self, pool: BlockPool) -> None:
+        self.ask(None, self.side.bind, pool)
 
     def on_new_request(self, request: Request) -> None:
         self.side.tables.begin(request)
@@ -149,10 +150,10 @@ class SchedulerGuard(Guard["SchedulerSide"]):
         payload = self.ask(b"", self.side.step, output)
         if self.off is None:
             self.off = self.side.off
-        if not (self._promised or self._lost or self._kept or self.off):
+        if not (self._promised or self._lost or self.off):
             return payload, b""
-        promises = Promises(self._promised, self._lost, self._kept, self.off)
-        self._promised, self._lost, self._kept = {}, {}, []
+        promises = Promises(self._promised, self._lost, self.off)
+        self._promised, self._lost = {}, {}
         return b"" if self.off else payload, _encode(promises)
 
     def not_loaded(self, blocks: set[int], manager: KVCacheManager) -> None:
@@ -162,13 +163,10 @@ class SchedulerGuard(Guard["SchedulerSide"]):
     def stepped(self) -> None:
         self.ask(None, self.side.stepped)
 
-    def finish(self, request: Request, blocks: Sequence[int], others: Sequence[Sequence[int]] = ()) -> bool:
+    def finish(self, request: Request, blocks: Sequence[int], others: Sequence[Sequence[int]] = ()) -> None:
         self._matched.pop(request.request_id, None)
         self.side.tables.end(request.request_id, blocks)
-        keeps: bool = self.ask(False, self.side.finish, request, blocks, others)
-        if keeps:
-            self._kept.append(request.request_id)
-        return keeps
+        self.ask(None, self.side.finish, request, blocks, others)
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         return self.ask([], self._take_events)
@@ -193,8 +191,6 @@ class WorkerGuard(Guard["WorkerSide"]):
         """The scheduler's side did not come up: there is nobody to step with."""
         self._waiting: set[str] = set()
         """Requests that wait for a load; the engine must hear from this rank that it ended, once."""
-        self._kept: set[str] = set()
-        """Requests whose blocks the engine keeps until this rank names them."""
         self._inside: set[int] = set()
         """Device blocks that loads inside this step are to fill."""
         self._lost: set[str] = set()
@@ -219,7 +215,6 @@ class WorkerGuard(Guard["WorkerSide"]):
             self._inside.update(blocks) if blocks else self._waiting.add(request)
         for request, blocks in told.lost.items():
             self._lost_inside.update(blocks) if blocks else self._lost.add(request)
-        self._kept.update(told.kept)
         if told.off is not None and self.off is None:
             self._end(told.off)
 
@@ -237,12 +232,11 @@ class WorkerGuard(Guard["WorkerSide"]):
             return Collected()
         ended = self.ask(None, self.side.results)
         if ended is None:
-            if not (self._waiting or self._kept or self._lost) or not self._quiet():
+            if not (self._waiting or self._lost) or not self._quiet():
                 return Collected()
-            ended = Collected(self._kept, self._waiting, set(self._waiting))
-            self._waiting, self._kept = set(), set()
+            ended = Collected(self._waiting, set(self._waiting))
+            self._waiting = set()
         self._waiting -= ended.loaded
-        self._kept -= ended.released
         if self._lost:
             ended.loaded |= self._lost
             ended.failed |= self._lost

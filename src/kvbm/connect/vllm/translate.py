@@ -17,6 +17,7 @@ from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 from kvbm.connect.vllm import adapters, configured, contract, geometry, identity, weights
 from kvbm.connect.vllm.ending import before_sigterm
 from kvbm.connect.vllm.images import NO_ITEMS, Images, Items, starting_before
+from kvbm.connect.vllm.resets import Resets, changing_weights
 from kvbm.connect.vllm.stats import KvbmStats
 from kvbm.connect.vllm.tables import Tables
 from kvbm.core.config import Resolved
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -43,6 +45,8 @@ log = logging.getLogger(__name__)
 
 MEDIUM = "CPU"
 """How vLLM's KV events call host memory."""
+_GRACE = 5.0
+"""Seconds past the deadline of a copy that a reset waits for it."""
 _TEARDOWN_S = 5.0
 """How long an engine may take to end its workers after its last writes."""
 
@@ -134,6 +138,8 @@ class SchedulerSide:
         self._leader = self.side.leader
         self._drain_s = resolved.settings.g3_drain_s if build_disk.wanted(resolved.settings) else 0.0
         """How long to write before the end, until that has been arranged."""
+        self._quiet_s = max(resolved.settings.load_deadline_s, resolved.settings.store_deadline_s) + _GRACE
+        self._resets = Resets(changing_weights(config, resolved.settings))
         self._events: list[Event] = []
         if config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events:
             self._leader.pool.add_observer(self)
@@ -148,6 +154,7 @@ class SchedulerSide:
             # Not before there is something to write: vLLM before 0.32 sets its own handler after all of this is made.
             before_sigterm(partial(self.side.drain, self._drain_s))
             self._drain_s = 0.0
+        self._heed_reset()
         params, wrong = RequestParams.parse(request.kv_transfer_params)
         for sentence in wrong:
             log.warning("KVBM: request %s: %s", request.request_id, sentence)
@@ -166,6 +173,7 @@ class SchedulerSide:
 
     def match(self, request: Request, computed_tokens: int) -> tuple[int | None, bool]:
         """vLLM's get_num_new_matched_tokens. The block of the last token is always left to the engine."""
+        self._heed_reset()
         self._computed[request.request_id] = computed_tokens
         if request.skip_reading_prefix_cache or computed_tokens % self._block:
             return 0, False
@@ -191,6 +199,7 @@ class SchedulerSide:
 
     def step(self, output: SchedulerOutput) -> bytes:
         """vLLM's build_connector_meta."""
+        self._heed_reset()
         leader = self._leader
         computed = dict[str, int]()
         for new in output.scheduled_new_reqs:
@@ -237,13 +246,13 @@ class SchedulerSide:
         """vLLM's update_connector_output."""
         self._leader.stepped()
 
-    def finish(self, request: Request, blocks: Sequence[int], others: Sequence[Sequence[int]] = ()) -> bool:
+    def finish(self, request: Request, blocks: Sequence[int], others: Sequence[Sequence[int]] = ()) -> None:
         """vLLM's request_finished, and request_finished_all_groups."""
         self._images.finish(request)
         self._computed.pop(request.request_id, None)
         tokens = min(request.num_computed_tokens, request.num_tokens)
         complete = min(tokens // self._block, len(request.block_hashes) // self._per_block, len(blocks))
-        return self._leader.finish(request.request_id, blocks, complete, others)
+        self._leader.finish(request.request_id, blocks, complete, others)
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         events, self._events = self._events, []
@@ -266,8 +275,25 @@ class SchedulerSide:
         news = self._stats.advance(self.side.totals)
         return None if news.is_empty() else news
 
-    def reset(self) -> bool:
+    def bind(self, pool: BlockPool) -> None:
+        """vLLM's bind_gpu_block_pool."""
+        self._resets.watch(pool)
+
+    def _heed_reset(self) -> None:
+        if self._resets.noticed():
+            self._new_generation("the engine's prefix cache was reset")
+
+    def _new_generation(self, what: str) -> None:
         self._leader.reset()
+        if self._resets.why is not None:
+            self._leader.isolate(f"{what}, and its weights may be others now ({self._resets.why})")
+
+    def reset(self) -> bool:
+        """vLLM's reset_cache: an explicit reset, a pause or a sleep that clears. Returns when no copy that began before
+        touches the engine's memory any more; vLLM may give that memory away next."""
+        self._resets.noticed()
+        self._new_generation("the engine's caches were reset")
+        self._leader.quiesce(self._quiet_s)
         return True
 
     @property

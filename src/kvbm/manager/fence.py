@@ -1,0 +1,46 @@
+"""Before a step overwrites the engine's blocks: the copies that still read them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+
+from kvbm.abc.transport import Completion
+from kvbm.transfer.executor import Executor
+
+log = logging.getLogger(__name__)
+
+
+class Fence:
+    """Waits at most `patience_s` for copies. `wait` belongs to the engine's worker thread, `judged` to any."""
+
+    def __init__(self, executor: Executor, patience_s: float) -> None:
+        self._executor, self._patience_s = executor, patience_s
+        self._lock = threading.Lock()
+        self._condemned: set[int] = set()
+
+    def wait(self, jobs: Sequence[int]) -> None:
+        """What these jobs read may be overwritten from now on. Those that do not end in time are given up; of one that
+        may go on reading nothing counts, whatever it says in the end."""
+        if not jobs or self._executor.wait(jobs, self._patience_s):
+            return
+        late = [job for job in jobs if not self._executor.wait([job], 0)]
+        with self._lock:  # before they are cancelled: one may end at any moment
+            self._condemned.update(late)
+        quiet = {job for job in late if self._executor.cancel([job])}
+        with self._lock:
+            self._condemned -= quiet
+        log.error(
+            "KVBM: copies %s did not end in time and are given up; %d of them may go on, and nothing they copy is used",
+            late, len(late) - len(quiet),
+        )  # fmt: skip
+
+    def judged(self, job: int, completion: Completion) -> Completion:
+        """What is to be believed of a copy that ended."""
+        with self._lock:
+            if job not in self._condemned:
+                return completion
+            self._condemned.discard(job)
+        blocks = len(completion.outcomes)
+        return Completion.failed(completion.ticket, blocks, "its source may have been overwritten while it ran")
