@@ -127,6 +127,7 @@ class Offloading(Housekeeping):
         """Has a copy that no worker has heard of leave out these blocks (None: all); how many it would have copied."""
         job, count = self._copies.drop(number, g1)
         if not job.done.any():
+            self._variants.dropped(number)
             self._step.stores = [copy for copy in self._step.stores if copy.job != number]
             self._step.compares = [copy for copy in self._step.compares if copy.job != number]
             if isinstance(job.lease, Writable) and self.shadow is not None:

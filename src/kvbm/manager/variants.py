@@ -203,6 +203,10 @@ class Variants:
         self._stores[job] = _THIS
         self.stored = True
 
+    def dropped(self, job: int) -> None:
+        """Such a copy is not made after all."""
+        self._stores.pop(job, None)
+
     def seal(self) -> Adapters | None:
         """What the workers are to know of this step."""
         self._last += 1
