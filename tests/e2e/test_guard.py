@@ -200,7 +200,7 @@ def victim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_every_call_may_raise(victim: Victim) -> None:
     hit = {}
     for name in raising.SCHEDULER + raising.WORKER:
-        where = victim.dice.choice(["before", "after", victim.dice.randrange(1, 60)])
+        where = victim.dice.choice(["before", "after", int(2 ** victim.dice.uniform(0, 7))])
         rank = victim.dice.randrange(victim.ranks)
         victim.hurt(name, where, rank)
         hit[name] = where if name in raising.SCHEDULER else f"{where} on rank {rank}"
