@@ -13,7 +13,7 @@ from tests.e2e.engine import Done, Engine, minor, write_tiny
 
 _UNTIMED = (
     "contract", "hybrid", "keys", "kv_dtype", "mla", "models", "one_process", "onboard", "prompt_embeds", "random",
-    "requests", "speculation", "trust", "weights",
+    "refusals", "requests", "speculation", "trust", "weights",
 )  # fmt: skip
 """Modules that neither measure times nor have short deadlines."""
 
