@@ -358,6 +358,15 @@ def test_why_the_start_ended_is_the_last_line(
     assert list(run_dir.iterdir()) == []
 
 
+def test_notes_of_the_killed_do_not_pile_up(tmp_path: Path) -> None:
+    for name, age in (("old", 100_000), ("young", 3600)):
+        note = last_words.expect(tmp_path, name)
+        assert note is not None
+        os.utime(note, (time.time() - age,) * 2)
+    last_words.expect(tmp_path, "new")
+    assert {path.stem for path in tmp_path.iterdir()} == {"young", "new"}
+
+
 def test_without_a_folder_for_it_nothing_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert last_words.expect(tmp_path / "file", "e") is None

@@ -44,10 +44,12 @@ def test_a_version_that_was_not_tested_warns(caplog: pytest.LogCaptureFixture, v
 def test_it_warns_once_not_for_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
-    from kvbm.connect.vllm import connector, contract, geometry
+    from kvbm.connect.vllm import connector, contract, support
 
     warned: list[int] = []
-    monkeypatch.setattr(geometry, "check", lambda *_: None)
+    monkeypatch.setattr(support, "check", lambda *_: None)
+    monkeypatch.setattr(support, "stands_aside", lambda *_: None)
+    monkeypatch.setattr(support, "only_watches", lambda *_: False)
     monkeypatch.setattr(connector, "SchedulerSide", lambda *_: None)
     monkeypatch.setattr(connector, "WorkerSide", lambda *_: None)
     monkeypatch.setattr(contract, "warn_if_untested", lambda: warned.append(1))

@@ -13,6 +13,7 @@ import pytest
 
 from kvbm.core.config import load
 from kvbm.core.errors import ConfigError, Unsupported
+from kvbm.observe import last_words
 from tests.e2e.engine import BLOCK, environment
 
 
@@ -81,9 +82,50 @@ def _mla(config: Any, kv: Any) -> None:
     kv.kv_cache_groups = [group]
 
 
+def _pooled(pooling: str | None, tokens: str | None = None, **facts: Any) -> Change:
+    """With that pooling, of all tokens or per token; `facts` are of the model's own configuration."""
+
+    def change(config: Any, kv: Any) -> None:
+        _set("model_config.pooler_config", SimpleNamespace(seq_pooling_type=pooling, tok_pooling_type=tokens))(
+            config, kv
+        )
+        hf_config = copy.copy(config.model_config.hf_config)
+        for name, value in facts.items():
+            setattr(hf_config, name, value)
+        config.model_config.hf_config = hf_config
+
+    return change
+
+
+def _rswa(config: Any, kv: Any) -> None:
+    import dataclasses
+
+    shape = config.model_config.model_arch_config
+    if "rswa_window" not in {field.name for field in dataclasses.fields(shape)}:
+        pytest.skip("this version of vLLM has none")
+    _set("model_config.model_arch_config", dataclasses.replace(shape, rswa_window=64))(config, kv)
+
+
+def _left_out(_: Any, kv: Any) -> None:
+    """A group that vLLM leaves out of its prefix cache."""
+    _groups("FullAttentionSpec")(None, kv)
+    kv.kv_cache_groups[0].kv_cache_spec.prefix_cacheable = False
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
+        (_pooled("MEAN"), "pooling models"),
+        (_pooled("CLS"), "pooling models"),
+        (_pooled("LAST", "STEP"), "pooling models"),
+        (_pooled("LAST", is_causal=False), "pooling models"),
+        (_set("model_config.is_encoder_decoder", True), "encoder-decoder"),
+        (_set("model_config.multimodal_config", SimpleNamespace(mm_encoder_only=True)), "multimodal encoder"),
+        (_set("model_config.is_diffusion", True), "diffusion"),
+        (_rswa, "R-SWA"),
+        (lambda _, kv: setattr(kv, "kv_cache_groups", []), "without a KV cache"),
+        (lambda _, kv: _spec(non_causal=True)(_, kv), "see the tokens after them"),
+        (_left_out, "KV vLLM does not reuse"),
         (_groups("FullAttentionSpec", "SlidingWindowSpec", block=64), "blocks of different sizes"),
         (_groups("MambaSpec"), "state that is not kept at block boundaries"),
         (_groups("FullAttentionSpec", "MambaSpec"), "state that is not kept at block boundaries"),
@@ -107,6 +149,73 @@ def test_what_cannot_be_served_is_refused(served: tuple[Any, Any], change: Chang
     change(config, kv)
     with pytest.raises(Unsupported, match=sentence):
         support.check(config, kv, load(environ={}))
+
+
+def test_pooling_by_the_last_token_is_served(served: tuple[Any, Any]) -> None:
+    from kvbm.connect.vllm import support
+
+    config = copy.copy(served[0])
+    _pooled("LAST")(config, None)
+    support.check(config, served[1], load(environ={}))
+
+
+def test_a_machine_where_vllm_reuses_nothing(served: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvbm.connect.vllm import support
+
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    with pytest.raises(Unsupported, match="RISC-V"):
+        support.check_config(served[0], load(environ={}))
+
+
+def test_a_flag_that_is_off_refuses_nothing(served: tuple[Any, Any]) -> None:
+    """KVBM stands aside; what it cannot find again matters to nobody then."""
+    from kvbm.connect.vllm import support
+
+    config, kv, told = copy.copy(served[0]), copy.copy(served[1]), load(environ={"KVBM_WITHOUT_PREFIX_CACHING": "1"})
+    assert support.stands_aside(config, load(environ={})) is None
+    _set("cache_config.enable_prefix_caching", False)(config, kv)
+    support.check(config, kv, load(environ={}))
+    sentence = support.stands_aside(config, load(environ={}))
+    assert sentence is not None
+    assert "--no-enable-prefix-caching" in sentence
+    assert "without_prefix_caching=true" in sentence
+    assert support.stands_aside(config, told) is None
+    assert not support.only_watches(config, kv, load(environ={}))
+    _groups("MambaSpec")(config, kv)
+    support.check(config, kv, load(environ={}))
+    assert support.only_watches(config, kv, load(environ={}))
+    with pytest.raises(Unsupported, match="state that is not kept at block boundaries"):
+        support.check(config, kv, told)
+
+
+@pytest.mark.parametrize(("rank", "engine"), [(0, "e"), (0, "e_dp0"), (1, "e_dp1")])
+def test_the_first_look_says_once_why_the_start_ends(
+    served: tuple[Any, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, rank: int, engine: str
+) -> None:
+    """Of several data-parallel engines the first says it; who waits for it finds it under the name that it gave."""
+    from kvbm.connect.vllm import KvbmConnector
+
+    config, note = copy.copy(served[0]), last_words.expect(tmp_path, "e")
+    extra = {"run_dir": str(tmp_path)}
+    config.kv_transfer_config = SimpleNamespace(engine_id=engine, kv_connector_extra_config=extra)
+    assert KvbmConnector.get_required_kvcache_layout(config) is None
+    _pooled("MEAN")(config, None)
+    _set("parallel_config.data_parallel_index", rank)(config, None)
+    with caplog.at_level("ERROR", "kvbm"), pytest.raises(Unsupported):
+        KvbmConnector.get_required_kvcache_layout(config)
+    assert caplog.text.count("KVBM ends the start: KVBM does not serve pooling models") == (rank == 0)
+    assert last_words.heard(note).startswith("KVBM does not serve pooling models") == (rank == 0)
+    config.kv_transfer_config.kv_connector_extra_config = extra | {"enabled": False}
+    KvbmConnector.get_required_kvcache_layout(config)
+
+
+def test_wrong_settings_are_told_before_anything_is_loaded() -> None:
+    """Where vLLM asks."""
+    from kvbm.connect.vllm import KvbmConnector
+
+    assert KvbmConnector.requires_piecewise_for_cudagraph({"g2_gb": 1}) is False
+    with pytest.raises(ConfigError, match=r"g2_gb \(from extra config\)"):
+        KvbmConnector.requires_piecewise_for_cudagraph({"g2_gb": -1})
 
 
 def _spec(**facts: Any) -> Change:

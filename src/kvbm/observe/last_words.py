@@ -5,16 +5,21 @@ Who wants to know makes an empty file beforehand; where there is none, nothing i
 from __future__ import annotations
 
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 
 _MOST = 1 << 16
+_OLD_S = 86_400
 
 
 def expect(run_dir: Path, engine: str) -> Path | None:
     """The file that `engine` may write into; None where none can be made."""
     try:
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in run_dir.glob("*.end"):  # of a starter that was killed
+            if time.time() - path.stat().st_mtime > _OLD_S:
+                path.unlink()
         os.close(os.open(_path(run_dir, engine), os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except OSError:
         return None

@@ -41,14 +41,14 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def _told(config: VllmConfig, rank: int = 0) -> Iterator[Resolved]:
+def _told(config: VllmConfig, *, is_worker: bool = False) -> Iterator[Resolved]:
     """With the settings; what ends the start is said once, whatever vLLM makes of it."""
     resolved = None
     try:
         resolved = load(extra=config.kv_transfer_config.kv_connector_extra_config)
         yield resolved
     except KvbmError as error:
-        support.say_why(error, config, resolved, rank=rank)
+        support.say_why(error, config, resolved, rank=get_tensor_model_parallel_rank() if is_worker else 0)
         raise
 
 
@@ -70,7 +70,7 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._scheduler: SchedulerGuard | None = None
         self._worker: WorkerGuard | None = None
         is_worker = role is KVConnectorRole.WORKER
-        with _told(vllm_config, get_tensor_model_parallel_rank() if is_worker else 0) as resolved:
+        with _told(vllm_config, is_worker=is_worker) as resolved:
             if not resolved.settings.enabled:
                 log.warning("KVBM is switched off (%s): the engine runs without it", resolved.sources["enabled"])
                 return

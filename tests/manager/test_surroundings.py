@@ -1,4 +1,4 @@
-"""A process with more open files than `select` can tell apart."""
+"""Surroundings that are not the usual ones: more open files than `select` can tell apart, folders of any name."""
 
 from __future__ import annotations
 
@@ -36,6 +36,18 @@ def test_leader_workers_and_control_socket_work(tmp_path: Path) -> None:
         assert answer.result is not None
         assert answer.result["healthy"]
         assert answer.result["demote"]["blocks"] == len(keys)
+
+
+@pytest.mark.parametrize("name", ["donn\xe9es-\u65e5\u672c", "two words"])
+def test_folders_may_have_any_name(tmp_path: Path, name: str) -> None:
+    """Sockets and the disk tier in a folder whose name is not ASCII, found again after a restart."""
+    keys = [bytes([number]).ljust(32) for number in range(4)]
+    folder = tmp_path / name
+    for found in (0, len(keys)):
+        with closing(Engine(folder)) as engine:
+            assert engine.serve(keys) == found
+            engine.settle()
+            assert ask_all(folder, "health")[0].result is not None
 
 
 def test_what_is_closed_is_ready_at_once() -> None:
