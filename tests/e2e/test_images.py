@@ -135,6 +135,14 @@ def test_a_name_that_is_given_twice_spoils_all_that_have_it() -> None:
     assert images.begin(_prompt("m", _item(2), "y")).problem is None
 
 
+def test_a_prompt_that_comes_in_pieces() -> None:
+    """vLLM tells nobody of the images that come with the next one."""
+    request = _request()
+    request.resumable = True
+    assert _images(model_config=SimpleNamespace(multimodal_config=None)).begin(request).problem is None
+    assert "in pieces" in _images(model_config=SimpleNamespace(multimodal_config=object())).begin(request).problem
+
+
 def test_content_that_the_engine_keeps_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvbm.connect.vllm import images as module
 

@@ -53,6 +53,7 @@ class Images:
     def __init__(self, config: VllmConfig, *, trust_names: bool) -> None:
         self._trust = trust_names
         # Then what an encoder made of an item is fetched under the item's name.
+        self._multimodal = getattr(getattr(config, "model_config", None), "multimodal_config", None) is not None
         self._encoded_elsewhere = getattr(config, "ec_transfer_config", None) is not None
         self._digests: dict[int, tuple[weakref.ref[Any], bytes]] = {}
         """By the object that the engine keeps of an item it was given before."""
@@ -64,13 +65,12 @@ class Images:
 
     def begin(self, request: Request) -> Items:
         """A request has come."""
-        features = getattr(request, "mm_features", None)
-        if not features:
-            return Items()
         known: list[tuple[int, bytes]] = []
         spoiled: set[str] = set()
         problem = None
-        for feature in features:
+        if self._multimodal and getattr(request, "resumable", False):
+            problem = "its prompt comes in pieces, and images may come with the next one"
+        for feature in getattr(request, "mm_features", None) or ():
             name, position = str(feature.identifier), feature.mm_position
             try:
                 content = self._content(feature.data, position.length)
