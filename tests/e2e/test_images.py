@@ -105,11 +105,19 @@ def test_a_second_image_does_not_change_what_is_in_front_of_it() -> None:
     assert _shared(keys(1, 2), keys(2, 2)) == 1
 
 
+def _address() -> Any:
+    item = _item(1)
+    for name, data in (("pixel_values", 1 << 62), ("image_grid_thw", "a signature " * 1000)):
+        item[name].data = data
+    return item
+
+
 @pytest.mark.parametrize(
     ("data", "config"),
     [
         (lambda: None, {}),  # fetched by the worker from shared memory, say
         (lambda: _item(1, size=8), {}),  # its size alone: the embedding comes from another engine
+        (_address, {}),  # where the worker finds it
         (lambda: _item(1), {"ec_transfer_config": object()}),  # what is encoded is found by name
     ],
 )
