@@ -139,6 +139,20 @@ def test_what_does_not_is_not(config: Any, changes: dict[str, Any]) -> None:
     assert _namespace(config).fingerprint == _namespace(config, **changes).fingerprint
 
 
+def test_adapters_keep_the_base_model_where_it_was(config: Any) -> None:
+    import torch
+    from vllm.config import LoRAConfig
+
+    def of(dtype: torch.dtype, **given: Any) -> str:
+        lora = LoRAConfig(**given)
+        object.__setattr__(lora, "lora_dtype", dtype)
+        return _namespace(config, lora_config=lora).fingerprint
+
+    plain = _namespace(config).fingerprint
+    assert of(torch.float32) == of(torch.float32, max_lora_rank=64) == plain
+    assert len({plain, of(torch.float16), of(torch.float32, target_modules=["q_proj"])}) == 3
+
+
 def test_every_value_of_a_models_configuration_counts(config: Any) -> None:
     from transformers import LlamaConfig
 

@@ -105,11 +105,19 @@ def test_a_second_image_does_not_change_what_is_in_front_of_it() -> None:
     assert _shared(keys(1, 2), keys(2, 2)) == 1
 
 
+def _address() -> Any:
+    item = _item(1)
+    for name, data in (("pixel_values", 1 << 62), ("image_grid_thw", "a signature " * 1000)):
+        item[name].data = data
+    return item
+
+
 @pytest.mark.parametrize(
     ("data", "config"),
     [
         (lambda: None, {}),  # fetched by the worker from shared memory, say
         (lambda: _item(1, size=8), {}),  # its size alone: the embedding comes from another engine
+        (_address, {}),  # where the worker finds it
         (lambda: _item(1), {"ec_transfer_config": object()}),  # what is encoded is found by name
     ],
 )
@@ -133,6 +141,14 @@ def test_a_name_that_is_given_twice_spoils_all_that_have_it() -> None:
     assert impostor.spoiled == {"b"}
     assert "given to another one" in images.begin(third).problem, "nobody knows what is encoded under it now"
     assert images.begin(_prompt("m", _item(2), "y")).problem is None
+
+
+def test_a_prompt_that_comes_in_pieces() -> None:
+    """vLLM tells nobody of the images that come with the next one."""
+    request = _request()
+    request.resumable = True
+    assert _images(model_config=SimpleNamespace(multimodal_config=None)).begin(request).problem is None
+    assert "in pieces" in _images(model_config=SimpleNamespace(multimodal_config=object())).begin(request).problem
 
 
 def test_content_that_the_engine_keeps_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:

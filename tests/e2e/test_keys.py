@@ -71,6 +71,19 @@ def test_images_tenants_and_adapters_go_together() -> None:
     assert len(set(seen)) == len(seen)
 
 
+def test_keys_follow_a_session_that_takes_tokens_back() -> None:
+    from kvbm.connect.vllm.translate import Keys
+
+    request = _request()
+    keys, others = Keys(request.block_hashes, 1, b"adapter"), _request(prompt_token_ids=[*TOKENS[:100], *range(44)])
+    before = list(keys)
+    del request.block_hashes[3:]
+    assert list(keys) == before[:3]
+    request.block_hashes.append(others.block_hashes[3])
+    assert list(keys)[:3] == before[:3]
+    assert keys[3] == Keys(others.block_hashes, 1, b"adapter")[3] != before[3]
+
+
 def _mixed(mask: list[bool], dtype: str = "float32", rows: int = 64) -> list[bytes]:
     import torch
 

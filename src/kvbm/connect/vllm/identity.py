@@ -68,6 +68,8 @@ def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
         import transformers
 
         facts["model.transformers"] = transformers.__version__
+    if facts.get("lora.lora_dtype") == facts["model.dtype"]:  # what "auto" is: engines with and without adapters share
+        del facts["lora.lora_dtype"]
     return Namespace(facts, "", altered=frozenset(facts.keys() - _AGREED))
 
 

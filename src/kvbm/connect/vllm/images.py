@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LEAST = 64
-"""Bytes of content for each token that stands for it, at least. What a request says of an item whose embedding comes
-from elsewhere (its size, say) is less."""
+"""Bytes of content for each token that stands for it, and at least for eight. What a request says of an item whose
+embedding comes from elsewhere (its size, say) is less."""
 _NAMES = 1 << 16
 """Names whose content is remembered: many more than the engine keeps encoded."""
 
@@ -53,6 +53,7 @@ class Images:
     def __init__(self, config: VllmConfig, *, trust_names: bool) -> None:
         self._trust = trust_names
         # Then what an encoder made of an item is fetched under the item's name.
+        self._multimodal = getattr(getattr(config, "model_config", None), "multimodal_config", None) is not None
         self._encoded_elsewhere = getattr(config, "ec_transfer_config", None) is not None
         self._digests: dict[int, tuple[weakref.ref[Any], bytes]] = {}
         """By the object that the engine keeps of an item it was given before."""
@@ -64,13 +65,12 @@ class Images:
 
     def begin(self, request: Request) -> Items:
         """A request has come."""
-        features = getattr(request, "mm_features", None)
-        if not features:
-            return Items()
         known: list[tuple[int, bytes]] = []
         spoiled: set[str] = set()
         problem = None
-        for feature in features:
+        if self._multimodal and getattr(request, "resumable", False):
+            problem = "its prompt comes in pieces, and images may come with the next one"
+        for feature in getattr(request, "mm_features", None) or ():
             name, position = str(feature.identifier), feature.mm_position
             try:
                 content = self._content(feature.data, position.length)
@@ -120,8 +120,8 @@ class Images:
             hasher.update(f"{name} ".encode())
             for piece in _pieces(item[name].data):
                 hasher.update(piece)
-                size += len(piece)
-        if size < _LEAST * tokens:
+                size += len(piece) if isinstance(piece, memoryview) else 0
+        if size < _LEAST * max(tokens, 8):
             raise _Unknown
         digest = hasher.digest()
         number = id(item)
@@ -145,7 +145,7 @@ def _pieces(data: Any) -> Iterator[bytes | memoryview]:
         yield memoryview(data.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
     elif isinstance(data, np.ndarray) and not data.dtype.hasobject:
         yield f"{data.dtype} {data.shape} ".encode()
-        yield np.ascontiguousarray(data).tobytes()
+        yield memoryview(np.ascontiguousarray(data).tobytes())
     elif isinstance(data, list | tuple):
         yield f"list {len(data)} ".encode()
         for each in data:

@@ -74,6 +74,8 @@ class Keys(Sequence[bytes]):
         self._items, self._tokens = items.known, tokens
         self._given, self._hidden = variant, adapter
         self._known: list[bytes] = []
+        self._last = b""
+        """The engine's hash that the last known key was made of."""
 
     def under(self, digest: bytes) -> None:
         """From now on they are those of the blocks with the adapter of this digest."""
@@ -88,10 +90,14 @@ class Keys(Sequence[bytes]):
     @overload
     def __getitem__(self, index: slice) -> list[bytes]: ...
     def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        step, known = self._per_block, len(self._known)
+        if known and (len(self) < known or self._hashes[known * step - 1] != self._last):
+            # A streaming session takes its last sampled token back, and hashes anew what it was in.
+            self._known.clear()
         if len(self._known) < len(self):
-            step = self._per_block
             new = self._hashes[len(self._known) * step + step - 1 :: step][: len(self) - len(self._known)]
             self._known += self._told_apart(new)
+            self._last = self._hashes[len(self._known) * step - 1]
         return self._known[index]
 
     def _told_apart(self, new: Sequence[bytes]) -> list[bytes]:
