@@ -179,9 +179,12 @@ def test_one_digests_and_the_others_wait(
 def test_who_waits_can_be_stopped(files: list[str], tmp_path: Path) -> None:
     stop = threading.Event()
     contents = Contents(tmp_path / "cache", stop=stop)
-    stop.set()
-    with pytest.raises(Changed, match="the engine ended"):
-        made(contents, files)
+    contents._lock.parent.mkdir()
+    with open(contents._lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        threading.Timer(0.2, stop.set).start()
+        with pytest.raises(Changed, match="the engine ended"):
+            made(contents, files)
 
 
 def test_a_change_while_it_is_digested(files: list[str], contents: Contents, monkeypatch: pytest.MonkeyPatch) -> None:

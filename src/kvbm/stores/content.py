@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from select import select
+from select import poll
 from typing import Final
 
 import msgspec
@@ -131,7 +131,7 @@ class Contents:
         begun, clock = time.time_ns(), time.monotonic()
         self.digested, self._all = 0, sum(mark.size for _, mark in left.values())
         self._reported = clock
-        found = {end: mark for end, mark in left.values()}
+        found = dict(left.values())
         made = self._apart(found) if self._all >= _APART else {end: self._here(end, found[end]) for end in found}
         for end, mark in found.items():
             if end not in made or Stamp.of(os.lstat(end)) != mark:
@@ -144,18 +144,17 @@ class Contents:
     def _apart(self, found: Mapping[str, Stamp]) -> dict[str, str]:
         """Has a process of its own do it (`stores/digest.py`)."""
         order = json.dumps([self._threads, [[end, mark.size] for end, mark in found.items()]])
-        command = [sys.executable, "-P", digest.__file__]
+        command, pipe, null = [sys.executable, "-P", digest.__file__], subprocess.PIPE, subprocess.DEVNULL
         made: dict[str, str] = {}
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        ) as child:
+        with subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=null) as child:
             assert child.stdin is not None
             assert child.stdout is not None
+            output = poll()
+            output.register(child.stdout)
             try:
                 child.stdin.write(f"{order}\n".encode())
-                child.stdin.flush()
                 while not self._stop.is_set():
-                    if not select([child.stdout], [], [], _WAIT_S)[0]:
+                    if not output.poll(_WAIT_S * 1e3):
                         continue
                     if not (line := child.stdout.readline()):
                         break
