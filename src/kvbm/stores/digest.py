@@ -12,7 +12,6 @@ import mmap
 import os
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Final
 
@@ -32,17 +31,20 @@ def _say(what: object) -> None:
     os.write(1, f"{json.dumps(what)}\n".encode())
 
 
-def _segment(file: int, at: int, size: int, ahead: int) -> bytes:
+def _segment(path: str, size: int, at: int, ahead: int) -> bytes:
     length = min(SEGMENT, size - at)
     if not length:
         return bytes(blake3().digest())
-    if at + ahead < size:
-        os.posix_fadvise(file, at + ahead, SEGMENT, os.POSIX_FADV_WILLNEED)
-    with mmap.mmap(file, length, prot=mmap.PROT_READ, offset=at) as mapped:
-        mapped.madvise(mmap.MADV_SEQUENTIAL)
-        digest = bytes(blake3(mapped).digest())
-    _say(length)
-    return digest
+    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if at + ahead < size:
+            os.posix_fadvise(file, at + ahead, SEGMENT, os.POSIX_FADV_WILLNEED)
+        with mmap.mmap(file, length, prot=mmap.PROT_READ, offset=at) as mapped:
+            mapped.madvise(mmap.MADV_SEQUENTIAL)
+            return bytes(blake3(mapped).digest())
+    finally:
+        os.close(file)
+        _say(length)
 
 
 def _main() -> None:
@@ -51,13 +53,27 @@ def _main() -> None:
     with suppress(OSError):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
     os.nice(10)  # behind what serves
-    with ThreadPoolExecutor(threads) as pool:
-        for path, size in files:
-            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            starts = range(0, max(1, size), SEGMENT)
-            parts = list(pool.map(lambda at: _segment(file, at, size, threads * SEGMENT), starts))  # noqa: B023
-            os.close(file)
-            _say([path, joined(size, parts)])
+    left = ((path, size, at) for path, size in files for at in range(0, max(1, size), SEGMENT))
+    turn, made = threading.Lock(), dict[tuple[str, int], bytes]()
+
+    def work() -> None:
+        while True:
+            with turn:
+                task = next(left, None)
+            if task is None:
+                return
+            path, size, at = task
+            made[path, at] = _segment(path, size, at, threads * SEGMENT)
+
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for path, size in files:  # a thread that failed leaves a gap, and its file has no digest
+        parts = [made.get((path, at)) for at in range(0, max(1, size), SEGMENT)]
+        if None not in parts:
+            _say([path, joined(size, [part for part in parts if part is not None])])
     os._exit(0)
 
 
