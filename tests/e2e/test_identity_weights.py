@@ -167,13 +167,13 @@ def test_serving_starts_before_the_disk(
     prompts: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected, go, digest = [done.tokens for done in plain(prompts, 12)], threading.Event(), Contents._digest
+    expected, go, digest = [done.tokens for done in plain(prompts, 12)], threading.Event(), Contents._here
 
     def slow(self: Contents, *args: Any) -> str:
         assert go.wait(60)
         return digest(self, *args)
 
-    monkeypatch.setattr(Contents, "_digest", slow)
+    monkeypatch.setattr(Contents, "_here", slow)
     with closing(start(model)) as engine:
         assert ran(engine, prompts) == (expected, [0] * 3)
         assert "still being found out" in settled(engine)["degraded"]["g3"]

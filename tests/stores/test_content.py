@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,9 +15,9 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from kvbm.stores import content
+from kvbm.stores import content, digest
 from kvbm.stores.content import Chosen, Contents, folder_digest
-from kvbm.stores.stamps import Changed, Start, now, survey
+from kvbm.stores.stamps import Changed, Stamp, Start, now, survey
 
 FUTURE = Start(now() + 10**15)
 
@@ -50,14 +52,14 @@ def identity(contents: Contents, chosen: Chosen, start: Start = FUTURE) -> str:
 def test_a_digest_is_that_of_its_segments(
     files: list[str], contents: Contents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(content, "_SEGMENT", 1000)
+    monkeypatch.setattr(digest, "SEGMENT", 1000)
     data = Path(files[1]).read_bytes()
     parts = b"".join(blake3(data[at : at + 1000]).digest() for at in range(0, 3000, 1000))
     assert made(contents, files)[files[1]] == blake3((3000).to_bytes(8, "little") + parts).hexdigest()
 
 
 def test_every_byte_counts(files: list[str], contents: Contents, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(content, "_SEGMENT", 1000)
+    monkeypatch.setattr(digest, "SEGMENT", 1000)
     seen = {made(contents, files)[files[1]]}
     for at in (0, 999, 1000, 2999):
         data = bytearray(b"b" * 3000)
@@ -73,7 +75,7 @@ def test_what_is_remembered_is_not_read_again(
 ) -> None:
     old(monkeypatch)
     before = made(contents, files)
-    monkeypatch.setattr(Contents, "_digest", lambda *_: pytest.fail("it was read again"))
+    monkeypatch.setattr(Contents, "_here", lambda *_: pytest.fail("it was read again"))
     assert made(contents, files) == before
     assert (contents._path.stat().st_mode & 0o777, contents._lock.stat().st_mode & 0o777) == (0o600, 0o600)
 
@@ -116,9 +118,8 @@ def test_young_files_and_network_file_systems_are_not_remembered(
     made(contents, files)
     assert set(contents._load()) == set(files)
     monkeypatch.setattr(content, "local", lambda _: False)
-    contents.digested = 0
-    made(contents, files)
-    assert contents.digested, "what was remembered counts on local file systems only"
+    monkeypatch.setattr(Contents, "_here", lambda *_: "again")
+    assert set(made(contents, files).values()) == {"again"}, "what was remembered counts on local file systems only"
 
 
 def test_a_memory_that_is_damaged_or_not_ours(
@@ -170,7 +171,7 @@ def test_one_digests_and_the_others_wait(
         first = Contents(tmp_path / "cache")
         paths = {path: (path, survey([path])[path]) for path in files}
         result = first._make(paths)
-        monkeypatch.setattr(Contents, "_digest", lambda *_: pytest.fail("it was digested twice"))
+        monkeypatch.setattr(Contents, "_here", lambda *_: pytest.fail("it was digested twice"))
     waiting.join(10)
     assert said == [result]
 
@@ -178,33 +179,101 @@ def test_one_digests_and_the_others_wait(
 def test_who_waits_can_be_stopped(files: list[str], tmp_path: Path) -> None:
     stop = threading.Event()
     contents = Contents(tmp_path / "cache", stop=stop)
-    stop.set()
-    with pytest.raises(Changed, match="the engine ended"):
-        made(contents, files)
+    contents._lock.parent.mkdir()
+    with open(contents._lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        threading.Timer(0.2, stop.set).start()
+        with pytest.raises(Changed, match="the engine ended"):
+            made(contents, files)
 
 
 def test_a_change_while_it_is_digested(files: list[str], contents: Contents, monkeypatch: pytest.MonkeyPatch) -> None:
-    segment = Contents._segment
+    here = Contents._here
 
-    def changing(self: Contents, file: int, at: int, length: int, path: str) -> bytes:
-        done = segment(self, file, at, length, path)
+    def changing(self: Contents, path: str, mark: Stamp) -> str:
+        done = here(self, path, mark)
         with open(path, "ab") as changed:
             changed.write(b"x")
         return done
 
-    monkeypatch.setattr(Contents, "_segment", changing)
+    monkeypatch.setattr(Contents, "_here", changing)
     with pytest.raises(Changed, match="while it was digested"):
         made(contents, files)
     assert contents._load() == {}
 
 
-def test_a_file_that_is_cut_while_it_is_digested(files: list[str], contents: Contents) -> None:
+def test_a_file_that_is_cut(files: list[str], contents: Contents) -> None:
     found = survey(files)
     os.truncate(files[1], 10)
-    with pytest.raises(Changed, match="before it was digested"):
+    with pytest.raises(Changed, match="was changed"):
         contents.digests(files, found)
-    with open(files[1], "rb") as file, pytest.raises(Changed, match="was cut"):
-        contents._segment(file.fileno(), 0, 3000, files[1])
+
+
+# ---------------------------------------------------------------------- by a process of its own
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(content, "_APART", 0)
+
+
+@pytest.mark.usefixtures("apart")
+def test_large_files_have_the_same_digests(
+    tmp_path: Path, contents: Contents, monkeypatch: pytest.MonkeyPatch, files: list[str]
+) -> None:
+    large = tmp_path / "large"
+    large.write_bytes(os.urandom((32 << 20) + 12345))
+    files.append(str(large))
+    seen = made(contents, files)
+    assert contents.digested == large.stat().st_size + 3100
+    monkeypatch.setattr(content, "_APART", 1 << 40)
+    assert made(contents, files) == seen
+
+
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize("program", ["import os; os.kill(os.getpid(), 7)", "print(1); print('[]')", "raise OSError"])
+def test_a_process_that_dies_ends_nothing_else(
+    files: list[str], contents: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    (tmp_path / "program.py").write_text(program)
+    monkeypatch.setattr(digest, "__file__", str(tmp_path / "program.py"))
+    with pytest.raises((Changed, ValueError, IndexError, OSError)):
+        made(contents, files)
+    assert contents._load() == {}
+
+
+@pytest.mark.usefixtures("apart")
+def test_a_file_that_is_cut_before_it_is_mapped(files: list[str], contents: Contents) -> None:
+    found = survey(files)
+    os.truncate(files[1], 10)
+    with pytest.raises(Changed, match="was changed"):
+        contents.digests(files, found)
+
+
+@pytest.mark.usefixtures("apart")
+def test_it_is_stopped(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = threading.Event()
+    (tmp_path / "program.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(digest, "__file__", str(tmp_path / "program.py"))
+    threading.Timer(0.3, stop.set).start()
+    begun = time.monotonic()
+    with pytest.raises(Changed, match="the engine ended"):
+        made(Contents(tmp_path / "cache", stop=stop), files)
+    assert time.monotonic() - begun < 20
+
+
+def test_it_ends_with_who_wants_it(tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(b"")
+    os.truncate(tmp_path / "large", 1 << 40)  # takes for ever
+    program = [sys.executable, "-P", digest.__file__]
+    child = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    assert child.stdin is not None
+    child.stdin.write(f'[1, [["{tmp_path}/large", {1 << 40}]]]\n'.encode())
+    child.stdin.flush()
+    time.sleep(0.3)
+    assert child.poll() is None
+    child.stdin.close()
+    assert child.wait(20) == 1
 
 
 def test_only_files_are_read(tmp_path: Path, contents: Contents) -> None:

@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from select import poll
 from typing import Final
 
 import msgspec
 from blake3 import blake3
 
+from kvbm.stores import digest
 from kvbm.stores.files import opened, write_all
 from kvbm.stores.stamps import Changed, Stamp, Start, ends, local, survey
 
 log = logging.getLogger(__name__)
 
-_SEGMENT: Final = 32 << 20
-"""Bytes that one thread digests in a row. Part of the digest's meaning."""
+_APART: Final = 64 << 20
+"""So many bytes are worth a process of their own."""
 _PIECE: Final = 1 << 20
-"""Bytes that are read at once: they are still in the processor's cache when they are digested."""
+"""Bytes that are read at once."""
 _YOUNG_NS: Final = 2_000_000_000
 """A file that changed so shortly before its digest began may change again without a new time."""
 _KEPT: Final = 4096
@@ -127,45 +131,61 @@ class Contents:
         begun, clock = time.time_ns(), time.monotonic()
         self.digested, self._all = 0, sum(mark.size for _, mark in left.values())
         self._reported = clock
-        made: dict[str, str] = {}
-        with ThreadPoolExecutor(self._threads, "kvbm-digest", initializer=_everywhere) as pool:
-            for path, (end, mark) in left.items():
-                made[path] = self._digest(pool, end, mark)
+        found = dict(left.values())
+        made = self._apart(found) if self._all >= _APART else {end: self._here(end, found[end]) for end in found}
+        for end, mark in found.items():
+            if end not in made or Stamp.of(os.lstat(end)) != mark:
+                raise Changed(f"{end} was changed while it was digested")
         if (seconds := time.monotonic() - clock) > 1.0:
             log.info("KVBM: digested %.1f GB of weights in %.1f s", self._all / 1e9, seconds)
-        self._remember({left[path]: digest for path, digest in made.items()}, begun)
+        self._remember({(end, mark): made[end] for end, mark in found.items()}, begun)
+        return {path: made[end] for path, (end, _) in left.items()}
+
+    def _apart(self, found: Mapping[str, Stamp]) -> dict[str, str]:
+        """Has a process of its own do it (`stores/digest.py`)."""
+        order = json.dumps([self._threads, [[end, mark.size] for end, mark in found.items()]])
+        command, pipe, null = [sys.executable, "-P", digest.__file__], subprocess.PIPE, subprocess.DEVNULL
+        made: dict[str, str] = {}
+        with subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=null) as child:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            output = poll()
+            output.register(child.stdout)
+            try:
+                child.stdin.write(f"{order}\n".encode())
+                while not self._stop.is_set():
+                    if not output.poll(_WAIT_S * 1e3):
+                        continue
+                    if not (line := child.stdout.readline()):
+                        break
+                    if isinstance(said := json.loads(line), int):
+                        self._report(said)
+                    else:
+                        made[said[0]] = said[1]
+            finally:
+                child.kill()
+        if self._stop.is_set():
+            raise Changed("the engine ended before its weights were digested")
         return made
 
-    def _digest(self, pool: ThreadPoolExecutor, path: str, mark: Stamp) -> str:
-        """Of the digests of a file's segments, each made by one thread."""
+    def _here(self, path: str, mark: Stamp) -> str:
+        """Of small files, which a thread of this process reads: nothing is mapped."""
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
-            if Stamp.of(os.fstat(file)) != mark:
-                raise Changed(f"{path} was changed before it was digested")
-            starts = range(0, max(1, mark.size), _SEGMENT)
-            parts = list(pool.map(lambda at: self._segment(file, at, min(_SEGMENT, mark.size - at), path), starts))
-            if Stamp.of(os.fstat(file)) != mark:
-                raise Changed(f"{path} was changed while it was digested")
+            parts = [self._segment(file, at, mark.size) for at in range(0, max(1, mark.size), digest.SEGMENT)]
         finally:
             os.close(file)
-        return str(blake3(mark.size.to_bytes(8, "little") + b"".join(parts)).hexdigest())
+        return digest.joined(mark.size, parts)
 
-    def _segment(self, file: int, at: int, length: int, path: str) -> bytes:
-        """Read, not mapped: a file that is cut while it is mapped ends the process."""
-        hasher, buffer, end = blake3(), memoryview(bytearray(min(_PIECE, max(1, length)))), at + length
-        while at < end:
-            if self._stop.is_set():
-                raise Changed("the engine ended before its weights were digested")
-            count = os.preadv(file, [buffer[: end - at]], at)
-            if not count:
-                raise Changed(f"{path} was cut while it was digested")
-            hasher.update(buffer[:count])
-            at += count
-        self._report(length)
+    def _segment(self, file: int, at: int, size: int) -> bytes:
+        hasher, end = blake3(), min(at + digest.SEGMENT, size)
+        while at < end and (piece := os.pread(file, min(_PIECE, end - at), at)):
+            hasher.update(piece)
+            at += len(piece)
         return bytes(hasher.digest())
 
     def _report(self, length: int) -> None:
-        self.digested += length  # a thread may lose another's count: it is for the log
+        self.digested += length
         now = time.monotonic()
         if now - self._reported > _REPORT_S:
             self._reported = now
@@ -217,10 +237,10 @@ class Contents:
     def _remember(self, made: Mapping[tuple[str, Stamp], str], begun: int) -> None:
         """What was digested from `begun` on. The oldest are forgotten."""
         files = self._load()
-        for (end, mark), digest in made.items():
+        for (end, mark), said in made.items():
             files.pop(end, None)
             if mark.ctime < begun - _YOUNG_NS and local(end):
-                files[end] = (*mark[1:], digest)
+                files[end] = (*mark[1:], said)
         new = self._path.with_name(f"{self._path.name}.{os.getpid()}.{threading.get_native_id()}")
         try:
             memory = _Memory(VERSION, dict(list(files.items())[-_KEPT:])).sealed()
@@ -251,14 +271,6 @@ def _locked(file: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _everywhere() -> None:
-    """Not only where the engine's thread runs; and behind what serves."""
-    with suppress(OSError):
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def folder_digest(folder: Path) -> str:

@@ -1,0 +1,81 @@
+"""The digest of a file's content. As a program it makes those of large files: a process of its own has no lock with the
+engine's in common, and is the only one to end where a file is cut while it is mapped.
+
+It reads a line of JSON, [threads, [[path, size], ...]], and writes a line of JSON for each that is done, or for bytes
+that are. It ends when its input does.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import sys
+import threading
+from contextlib import suppress
+from typing import Final
+
+from blake3 import blake3
+
+SEGMENT: Final = 32 << 20
+"""Bytes that one thread digests in a row. Part of the digest's meaning."""
+
+
+def joined(size: int, parts: list[bytes]) -> str:
+    """A file's digest from those of its segments."""
+    return str(blake3(size.to_bytes(8, "little") + b"".join(parts)).hexdigest())
+
+
+def _say(what: object) -> None:
+    """One line, in one piece whichever thread says it."""
+    os.write(1, f"{json.dumps(what)}\n".encode())
+
+
+def _segment(path: str, size: int, at: int, ahead: int) -> bytes:
+    length = min(SEGMENT, size - at)
+    if not length:
+        return bytes(blake3().digest())
+    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if at + ahead < size:
+            os.posix_fadvise(file, at + ahead, SEGMENT, os.POSIX_FADV_WILLNEED)
+        with mmap.mmap(file, length, prot=mmap.PROT_READ, offset=at) as mapped:
+            mapped.madvise(mmap.MADV_SEQUENTIAL)
+            return bytes(blake3(mapped).digest())
+    finally:
+        os.close(file)
+        _say(length)
+
+
+def _main() -> None:
+    threads, files = json.loads(sys.stdin.readline())
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+    with suppress(OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    os.nice(10)  # behind what serves
+    left = ((path, size, at) for path, size in files for at in range(0, max(1, size), SEGMENT))
+    turn, made = threading.Lock(), dict[tuple[str, int], bytes]()
+
+    def work() -> None:
+        while True:
+            with turn:
+                task = next(left, None)
+            if task is None:
+                return
+            path, size, at = task
+            made[path, at] = _segment(path, size, at, threads * SEGMENT)
+
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for path, size in files:  # a thread that failed leaves a gap, and its file has no digest
+        parts = [made.get((path, at)) for at in range(0, max(1, size), SEGMENT)]
+        if None not in parts:
+            _say([path, joined(size, [part for part in parts if part is not None])])
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _main()
