@@ -51,9 +51,9 @@ def _small(tiny: Path, **kvbm: Any) -> Engine:
 
 
 def _one_after_another(engine: Engine, prompts: list[list[int]], expected: list[list[int]]) -> tuple[int, int]:
-    """How many answers are right when the prompts come for the second time, and how many tokens of them were hits."""
-    for prompt in prompts:
-        engine.run([prompt], 1)
+    """How many answers are right when the prompts come for the second time, and how many tokens of them were hits. The
+    first time each waits for the blocks of the one before it."""
+    engine.run(prompts, 1)
     done = [engine.run([prompt], 12)[0] for prompt in prompts]
     return sum(each.tokens == answer for each, answer in zip(done, expected, strict=True)), sum(d.cached for d in done)
 

@@ -172,6 +172,18 @@ def test_a_block_that_another_began_and_this_one_ends(stage: Stage) -> None:
     assert sources(stage, "y", 4, []) == []
 
 
+def test_more_was_found_than_has_keys(stage: Stage) -> None:
+    """Another connector loaded all but the last token, a part of the last block among it."""
+    assert found(stage, "x", [1, 2, 3, 4], 0) == [1, 2, 3, 4]
+    stage.pool.discard(KEYS)
+    keys = [*KEYS]
+    stage.begin("y", keys)
+    stage.leader.grow("y", [1, 2, 3, 4, 5], replace=True, found=5)
+    assert sources(stage, "y", 4, []) == [1, 2, 3, 4]
+    keys += keys_of("y", 1)
+    assert sources(stage, "y", 5, []) == []
+
+
 def test_known_only_after_the_step(stage: Stage) -> None:
     """Of a late request what is computed counts when it is confirmed, and if nobody else got the block since."""
     stage.begin("x", KEYS)

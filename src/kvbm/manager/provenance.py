@@ -117,8 +117,7 @@ class Provenance:
 
     def _write(self, request: Request, first: int, end: int, by: int | None) -> None:
         for group, table in enumerate(self._tables(request)):
-            blocks = self._fit(table[first:end])
-            words = _packed(request.keys[first : first + len(blocks)], group)
+            blocks, words = self._blocks(request, group, table, first, end)
             if by is not None:
                 self._settle(blocks, words, by)
             else:
@@ -127,11 +126,16 @@ class Provenance:
     def _carried(self, request: Request, first: int, end: int) -> int:
         """The block up to which all of the request's from `first` on carry its keys, `end` at most."""
         for group, table in enumerate(self._tables(request)):
-            blocks = self._fit(table[first:end])
-            same = (self._words[blocks] == _packed(request.keys[first : first + len(blocks)], group)).all(axis=1)
-            wrong = np.flatnonzero(~same & (blocks != self._null))
-            end = min(first + len(blocks), end) if not len(wrong) else first + int(wrong[0])
+            blocks, words = self._blocks(request, group, table, first, end)
+            wrong = np.flatnonzero((self._words[blocks] != words).any(axis=1) & (blocks != self._null))
+            end = first + (int(wrong[0]) if len(wrong) else len(blocks))
         return end
+
+    def _blocks(self, request: Request, group: int, table: list[int], first: int, end: int) -> tuple[Slots, _Words]:
+        """The request's blocks in a group, and their keys, as far as it has some: its last may not be full."""
+        keys = request.keys[first:end]
+        blocks = self._fit(table[first : first + len(keys)])
+        return blocks, _packed(keys[: len(blocks)], group)
 
     @staticmethod
     def _tables(request: Request) -> list[list[int]]:
