@@ -43,8 +43,8 @@ class KeysUnder(Protocol):
 
 @dataclass(slots=True)
 class Variant:
-    """The adapter of one request. `files` is what changes whenever the adapter's files do; None where nobody knows.
-    `refused` says why nothing is loaded or stored for it."""
+    """The adapter of one request. `files` is what changes when the adapter's files do, as far as can be seen. `refused`
+    says why nothing is loaded or stored for it."""
 
     adapter: Adapter
     files: Hashable
@@ -58,6 +58,8 @@ class Variant:
     """How long the request waits to hear it."""
     loads: bool = False
     """It loads blocks under this digest, or has."""
+    begun: bool = False
+    """A step computes with it."""
     seen: bool = False
     """A step was computed with it."""
 
@@ -102,6 +104,8 @@ class Variants:
         self._awaited: dict[str, tuple[int, bytes]] = {}
         """Requests that load, or loaded and were not computed since, and with which adapter they must be."""
         self._unsteady: Counter[int] = Counter()
+        self._alive: Counter[int] = Counter()
+        """Number -> requests that have begun to compute with it."""
         self._said: set[str] = set()
         self._last = 0
         self.stored = False
@@ -120,9 +124,9 @@ class Variants:
             self._say(variant, variant.refused)
             return
         files, digest = self._expected.get(number, (None, b""))
-        if variant.files is not None and files == variant.files:
+        if digest and files == variant.files:
             self._under(request, variant, digest)
-        elif variant.files is not None and (found_elsewhere or self.stored):
+        elif found_elsewhere or self.stored:
             self._ask(request, variant)
 
     def _ask(self, request: Request, variant: Variant) -> None:
@@ -193,6 +197,9 @@ class Variants:
         variant = request.variant
         assert variant is not None
         variant.until = None  # what is heard from now on comes too late
+        if not variant.begun:
+            variant.begun = True
+            self._alive[variant.adapter.number] += 1
         if self._unsteady[variant.adapter.number]:
             self._refuse(request, _UNSTEADY)
         if variant.refused is None:
@@ -211,20 +218,21 @@ class Variants:
         draft, self._draft = self._draft, []
         loads, self._loads = self._loads, {}
         awaited = sorted(set(self._awaited.values()))
-        if not (draft or loads or awaited):
+        if not (draft or loads or awaited or self._alive):
             return None
         used = sorted({request.variant.adapter.number for request, _, _ in draft if request.variant is not None})
         if draft:
             self._sent[self._last] = _Sent(used, set(self._links), draft)
         for request, _, _ in draft:
             self._awaited.pop(request.id, None)
-        return Adapters(self._last, used, loads, awaited)
+        return Adapters(self._last, used, loads, awaited, sorted({*self._alive, *(number for number, _ in awaited)}))
 
     def finished(self, request: Request) -> None:
         """The request is over."""
         self._awaited.pop(request.id, None)
-        if request.variant is not None and request.variant.unsteady:
-            self._unsteady -= Counter([request.variant.adapter.number])
+        if (variant := request.variant) is not None:
+            self._unsteady -= Counter([variant.adapter.number] * variant.unsteady)
+            self._alive -= Counter([variant.adapter.number] * variant.begun)
 
     # ------------------------------------------------------------------ what workers say
 
