@@ -210,6 +210,15 @@ def test_a_request_that_loaded_stores_only_under_what_it_loaded(stage: Stage) ->
     assert "nothing more loaded or stored: its adapter changed while it ran" in stage.leader.records["b"].why
 
 
+def test_an_expectation_that_was_wrong_is_not_kept(stage: Stage) -> None:
+    """Nothing was found under it, so no load could show that it was."""
+    compute(stage, "a")
+    for request, prompt, stores in (("b", "q", 0), ("c", "r", BLOCKS)):
+        compute(stage, request, prompt, TWO)
+        assert stage.matchable(keys_with(prompt, TWO)) == stores
+    assert stage.pool.statistics().registered == 2 * BLOCKS
+
+
 # ---------------------------------------------------------------------- what is expected
 
 
@@ -262,6 +271,16 @@ def test_another_answer_or_none_at_all_finds_nothing(stage: Stage, answer: bytes
         assert stage.leader.match("c", 0, BLOCKS) == 0  # who asks the same does not wait again
         stage.say(Foreseen(question.question, ONE))
         assert stage.leader.match("b", 0, BLOCKS) == 0  # too late
+
+
+def test_who_cannot_answer_is_not_asked_again_about_the_same(stage: Stage) -> None:
+    stage.add_disk()
+    begin(stage, "a")
+    stage.say(Foreseen(stage.hear(Foresee)[0].question))
+    assert stage.leader.match("a", 0, BLOCKS) == 0
+    begin(stage, "b")
+    assert stage.leader.match("b", 0, BLOCKS) == 0
+    assert not stage.hear(Foresee)
 
 
 def test_an_answer_after_the_request_ended_starts_nothing(stage: Stage) -> None:

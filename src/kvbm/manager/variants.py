@@ -94,10 +94,11 @@ class Variants:
         self._links, self._clock = links, clock
         self._seek, self._changed, self._confirm = seek, changed, confirm
         self._expected: OrderedDict[int, tuple[Hashable, bytes]] = OrderedDict()
-        """Number -> the files that a request came with, and the digest that workers held then."""
+        """Number -> the files that a request came with, and the digest that workers held then, if that can be known."""
         self._asked: dict[int, _Question] = {}
         self._sent: dict[int, _Sent] = {}
         self._draft: list[tuple[Request, int, int]] = []
+        self._describing = False
         self._loads: dict[int, Expected] = {}
         self._stores: dict[int, int] = {}
         """Job that copies blocks of a request with an adapter -> its step."""
@@ -124,10 +125,11 @@ class Variants:
             self._say(variant, variant.refused)
             return
         files, digest = self._expected.get(number, (None, b""))
-        if digest and files == variant.files:
+        if files != variant.files:
+            if found_elsewhere or self.stored:
+                self._ask(request, variant)
+        elif digest:
             self._under(request, variant, digest)
-        elif found_elsewhere or self.stored:
-            self._ask(request, variant)
 
     def _ask(self, request: Request, variant: Variant) -> None:
         now, about = self._clock(), (variant.adapter.number, variant.files)
@@ -152,8 +154,7 @@ class Variants:
 
     def _expect(self, number: int, files: Hashable, digest: bytes) -> None:
         self._expected.pop(number, None)
-        if digest:
-            self._expected[number] = files, digest
+        self._expected[number] = files, digest
         while len(self._expected) > _REMEMBERED:
             self._expected.popitem(last=False)
 
@@ -190,13 +191,14 @@ class Variants:
     @property
     def describing(self) -> bool:
         """Whether the step that is being described computes with adapters."""
-        return bool(self._draft)
+        return self._describing
 
     def computing(self, request: Request, complete: int) -> None:
         """This step computes the request's blocks, up to so many whole ones."""
         variant = request.variant
         assert variant is not None
         variant.until = None  # what is heard from now on comes too late
+        self._describing = True
         if not variant.begun:
             variant.begun = True
             self._alive[variant.adapter.number] += 1
@@ -215,6 +217,7 @@ class Variants:
         self._last += 1
         for job in [job for job, step in self._stores.items() if step == _THIS]:
             self._stores[job] = self._last
+        self._describing = False
         draft, self._draft = self._draft, []
         loads, self._loads = self._loads, {}
         awaited = sorted(set(self._awaited.values()))
@@ -255,7 +258,8 @@ class Variants:
             case Unlike(request=name, digest=digest):
                 loading = requests.get(name)
                 if loading is not None and (variant := loading.variant) is not None:
-                    self._expect(variant.adapter.number, variant.files, digest)
+                    if digest:
+                        self._expect(variant.adapter.number, variant.files, digest)
                     self._awaited.pop(name, None)
                     self._refuse(loading, "a worker holds another adapter than the one its blocks were found under")
 
@@ -290,15 +294,14 @@ class Variants:
             self._say(variant, _UNKNOWN)
             return False
         if digest != variant.digest:
+            self._expect(variant.adapter.number, variant.files, digest)
             if variant.seen or variant.loads or request.offered:
                 self._refuse(request, "its adapter changed while it ran")
                 return False
             self._changed(request)
             variant.digest = digest
             variant.keys.under(digest)
-        if not variant.seen:
-            variant.seen = True
-            self._expect(variant.adapter.number, variant.files, digest)
+        variant.seen = True
         return True
 
     def copied(self, job: Job) -> None:
