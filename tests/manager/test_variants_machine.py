@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from kvbm.core.events import Admitted
 from kvbm.manager.requests import Request
 from kvbm.manager.variants import Variants
 from kvbm.manager.wire import Copy, Expected, Foresee, Foreseen, Unlike, Used
-from tests.manager.roles import DONE, FAILED, Stage
+from tests.manager.roles import FAILED, Stage
 from tests.manager.test_variants import BLOCKS, begin, keys_with
 
 PROMPTS = "pqr"
@@ -41,7 +42,7 @@ class Engine:
         self.cache: dict[str, list[int]] = {}
         self.free, self.names = list(range(40)), 0
         self.running: dict[str, dict[str, Any]] = {}
-        self.owed: list[Copy] = []
+        self.owed: list[Callable[[], None]] = []
         self.hits = self.refused = 0
 
     def change(self) -> None:
@@ -108,18 +109,19 @@ class Engine:
                 self.cache[request["prompt"]] = request["table"][:more]
             self.stage.leader.advance(name, more)
         step = self.stage.leader.seal(tokens=len(active))
-        for rank in RANKS:
-            if step.adapters is not None and step.adapters.used:
-                self.stage.say(Used(rank, step.adapters.step, [self.held[rank][n] for n in step.adapters.used]), rank)
+        if step.adapters is not None and step.adapters.used:
+            for rank in RANKS:
+                digests = [self.held[rank][number] for number in step.adapters.used]
+                self.owed.append(partial(self.stage.say, Used(rank, step.adapters.step, digests), rank))
         self._copy(step.stores)
 
     def _copy(self, stores: list[Copy]) -> None:
         for copy in stores:
             for rank in RANKS:
                 self.g2[rank].update((g2, self.g1[rank][g1]) for g1, g2 in pairs(copy))
-        self.owed += stores
-        while self.owed and self.dice.random() < 0.7:
-            self.stage.answer(self.owed.pop(0), *[])
+            self.owed.append(partial(self.stage.answer, copy))
+        while self.owed and self.dice.random() < 0.7:  # in order, and later than the engine goes on
+            self.owed.pop(0)()
 
     def leave(self) -> None:
         if self.running:
@@ -176,8 +178,8 @@ def test_whatever_is_stored_is_what_its_key_says(
         except AssertionError:
             wrong += 1
         hits, refused = hits + engine.hits, refused + engine.refused
-        for copy in engine.owed:
-            stage.answer(copy, DONE, DONE, DONE, DONE)
+        for say in engine.owed:
+            say()
         for name in list(engine.running):
             stage.leader.finish(name, [], 0)
     if checked:
