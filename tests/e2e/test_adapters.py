@@ -192,6 +192,9 @@ def test_an_adapter_that_is_given_up_between_the_load_and_the_first_step(
     engine.forget_device()
     assert (engine.results[name].tokens == old.tokens) == kept
     assert engine.results[name].cached == HIT
+    if kept:
+        both.engines[1].vllm.remove_lora(1)
+        assert both.run(prompt, request).cached == 0  # it is not put back for others
 
 
 def test_an_adapter_that_changes_while_a_request_runs(both: Both, files: Files, dice: random.Random) -> None:

@@ -39,6 +39,9 @@ class Fake:
         self.needed.append(set(needed))
         self.there[number] = held
 
+    def give_up(self, number: int) -> None:
+        del self.there[number]
+
     def foresee(self, adapter: Adapter) -> bytes:
         return self.there.get(adapter.number) or self.on_disk[adapter.number]
 
@@ -53,7 +56,7 @@ class Side:
 
     def load(self, digest: bytes = ONE, *, sync: bool = False) -> bool:
         """Whether a load for adapter 1 may start."""
-        adapters = Adapters(1, [2], {5: Expected(Adapter(1, "one", b""), digest)}, [(1, digest)])
+        adapters = Adapters(1, [2], {5: Expected(Adapter(1, "one", b""), digest)}, [(1, digest)], [1, 2])
         step = Step(loads=[Copy.of(5, "r", [0], [0])], adapters=adapters, sync=sync)
         self.residents.before_step(adapters)
         return not self.residents.before_loads(step)
@@ -109,14 +112,28 @@ def test_a_load_inside_the_step_is_not_looked_at_again(side: Side) -> None:
     assert not side.residents.differs("r")
 
 
-def test_an_adapter_that_was_given_up_is_put_back_for_who_loaded_with_it(side: Side) -> None:
+@pytest.mark.parametrize("after", [None, Adapters(4, [2], {}, [], [2])])
+def test_an_adapter_that_was_given_up_is_put_back_for_who_loaded_with_it(side: Side, after: Adapters | None) -> None:
     assert side.load()
     del side.fake.there[1]
     side.fake.on_disk[1] = TWO
     assert not side.residents.differs("r")  # what the request will be computed with is kept
-    side.residents.before_step(Adapters(2, [1], {}, AWAITED))
+    side.residents.before_step(Adapters(2, [1], {}, AWAITED, [1, 3]))
     assert side.fake.there == {1: ONE}
-    assert side.fake.needed[-1] == {1}
+    assert side.fake.needed[-1] == {1, 3}
+    side.residents.before_step(Adapters(3, [1], {}, [], [1]))
+    assert side.fake.there == {1: ONE}
+    side.residents.before_step(after)
+    assert side.fake.there == {}
+
+
+def test_what_the_engine_loaded_since_is_not_given_up(side: Side) -> None:
+    assert side.load()
+    del side.fake.there[1]
+    side.residents.before_step(Adapters(2, [1], {}, AWAITED, [1]))
+    side.fake.there[1] = TWO
+    side.residents.before_step(None)
+    assert side.fake.there == {1: TWO}
 
 
 def test_what_is_held_instead_is_left_alone(side: Side) -> None:

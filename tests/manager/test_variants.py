@@ -7,8 +7,9 @@ from collections.abc import Callable, Hashable, Sequence
 
 import pytest
 
+from kvbm.blocks import LayerGroup
 from kvbm.core.events import Admitted
-from kvbm.core.keys import variant_keys
+from kvbm.core.keys import group_key, variant_keys
 from kvbm.manager.requests import RequestParams
 from kvbm.manager.variants import Variant
 from kvbm.manager.wire import Adapter, Copy, Foresee, Foreseen, Step, Unlike, Used
@@ -209,6 +210,15 @@ def test_a_request_that_loaded_stores_only_under_what_it_loaded(stage: Stage) ->
     assert "nothing more loaded or stored: its adapter changed while it ran" in stage.leader.records["b"].why
 
 
+def test_an_expectation_that_was_wrong_is_not_kept(stage: Stage) -> None:
+    """Nothing was found under it, so no load could show that it was."""
+    compute(stage, "a")
+    for request, prompt, stores in (("b", "q", 0), ("c", "r", BLOCKS)):
+        compute(stage, request, prompt, TWO)
+        assert stage.matchable(keys_with(prompt, TWO)) == stores
+    assert stage.pool.statistics().registered == 2 * BLOCKS
+
+
 # ---------------------------------------------------------------------- what is expected
 
 
@@ -261,6 +271,16 @@ def test_another_answer_or_none_at_all_finds_nothing(stage: Stage, answer: bytes
         assert stage.leader.match("c", 0, BLOCKS) == 0  # who asks the same does not wait again
         stage.say(Foreseen(question.question, ONE))
         assert stage.leader.match("b", 0, BLOCKS) == 0  # too late
+
+
+def test_who_cannot_answer_is_not_asked_again_about_the_same(stage: Stage) -> None:
+    stage.add_disk()
+    begin(stage, "a")
+    stage.say(Foreseen(stage.hear(Foresee)[0].question))
+    assert stage.leader.match("a", 0, BLOCKS) == 0
+    begin(stage, "b")
+    assert stage.leader.match("b", 0, BLOCKS) == 0
+    assert not stage.hear(Foresee)
 
 
 def test_an_answer_after_the_request_ended_starts_nothing(stage: Stage) -> None:
@@ -329,10 +349,14 @@ def test_what_is_awaited_is_said_until_the_request_is_computed(stage: Stage) -> 
     for _ in range(2):
         again = stage.leader.seal(tokens=0)
         assert again.adapters is not None
-        assert (again.adapters.used, again.adapters.awaited) == ([], [(1, ONE)])
+        assert (again.adapters.used, again.adapters.awaited, again.adapters.needed) == ([], [(1, ONE)], [1])
     now = advance(stage, "b", BLOCKS, range(20, 24)).adapters
     assert now is not None
     assert (now.used, now.awaited) == ([1], [(1, ONE)])
+    later = stage.leader.seal(tokens=0).adapters
+    assert later is not None
+    assert (later.used, later.awaited, later.needed) == ([], [], [1])
+    stage.leader.finish("b", [], 0)
     assert stage.leader.seal(tokens=0).adapters is None
 
 
@@ -341,7 +365,9 @@ def test_adapters_that_are_read_at_every_step_are_left_alone(stage: Stage, caplo
     begin(stage, "b", "q", unsteady=True)
     assert stage.leader.match("b", 0, BLOCKS) == 0
     stage.place("b", range(BLOCKS))
-    assert advance(stage, "b", BLOCKS, range(BLOCKS)).adapters is None
+    unsteady = advance(stage, "b", BLOCKS, range(BLOCKS)).adapters
+    assert unsteady is not None
+    assert (unsteady.used, unsteady.needed) == ([], [1])
     begin(stage, "c")
     assert stage.leader.match("c", 0, BLOCKS) == 0  # of the same number
     begin(stage, "d", number=2)
@@ -367,3 +393,28 @@ def test_requests_without_adapters_find_nothing_of_them_and_the_other_way_round(
     assert stage.leader.match("plain", 0, BLOCKS) == BLOCKS
     assert stage.pool.statistics().registered == 2 * BLOCKS
     stage.leader.finish("plain", [], 0)
+
+
+def test_a_window_is_copied_while_the_engine_still_has_it(make_stage: Make) -> None:
+    """The step after would find its blocks handed out."""
+    groups = (LayerGroup("full", BLOCK_TOKENS), LayerGroup("window", BLOCK_TOKENS, BLOCK_TOKENS + 1))
+    stage = make_stage(groups=groups, checkpoint_tokens=BLOCK_TOKENS)
+    leader = stage.leader
+    sources = []
+    for request, prompt in (("a", "p"), ("b", "q")):
+        begin(stage, request, prompt)
+        g1, other = [1, 2, 3, 4], [[0, 0, 13, 14]]
+        leader.place(request, g1, 0, Admitted(1, 0, 0), other)
+        leader.grow(request, g1, replace=True, others=other)
+        leader.reach(request, BLOCKS, 0)  # type: ignore[attr-defined]
+        step = leader.seal(tokens=1)
+        used(stage, step, ONE)
+        for copy in step.stores:
+            stage.answer(copy)
+        sources.append({block for copy in step.stores for block in copy.g1_slots().tolist()})
+        leader.finish(request, g1, BLOCKS, other)
+        for copy in leader.seal(tokens=0).stores:
+            stage.answer(copy)
+    assert sources == [set(), {1, 2, 3, 4, 13, 14}]  # which adapter it was, the first did not know
+    keys = keys_with("q", ONE)
+    assert stage.matchable([group_key(key, group) for key in keys[2:] for group in (0, 1)]) == 4

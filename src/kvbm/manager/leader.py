@@ -264,7 +264,8 @@ class Leader(Offloading):
             self._end_loading(request)
             if request.late:
                 self._offer_early(request, complete)
-                self._computed(request, request.confirmed)
+                if request.confirmed:  # else not even its keys may be known
+                    self._computed(request, request.confirmed)
                 self.provenance.computing(request, complete)
             else:
                 self._computed(request, complete)

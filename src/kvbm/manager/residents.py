@@ -35,6 +35,9 @@ class Holder(Protocol):
     def restore(self, number: int, held: Any, needed: Collection[int]) -> None:
         """The same with what was `held` before."""
 
+    def give_up(self, number: int) -> None:
+        """Has the engine hold nothing there."""
+
     def foresee(self, adapter: Adapter) -> bytes:
         """The digest that the engine would hold after it loaded this adapter. Any thread; changes nothing."""
 
@@ -54,6 +57,9 @@ class _Unreachable:
     def restore(self, number: int, held: Any, needed: Collection[int]) -> None:
         pass
 
+    def give_up(self, number: int) -> None:
+        pass
+
     def foresee(self, adapter: Adapter) -> bytes:
         return b""
 
@@ -66,6 +72,8 @@ class Residents:
         self._rank, self._tell = rank, tell
         self._kept: dict[tuple[int, bytes], Any] = {}
         """What requests that loaded are still to be computed with, should the engine give it up before."""
+        self._restored: dict[int, Any] = {}
+        """What was put back, by number."""
         self._loads: dict[str, tuple[int, bytes]] = {}
         """Asynchronous loads that have not been collected."""
 
@@ -74,13 +82,12 @@ class Residents:
         adapters = step.adapters
         if adapters is None:
             return set()
-        needed = {*adapters.used, *(number for number, _ in adapters.awaited)}
         refused = set()
         for copy in step.loads:
             if (expected := adapters.loads.get(copy.job)) is None:
                 continue
             number = expected.adapter.number
-            self._try("is not loaded", partial(self._holder.admit, expected.adapter, needed))
+            self._try("is not loaded", partial(self._holder.admit, expected.adapter, adapters.needed))
             if self._fits(copy.request, number, expected.digest):
                 self._kept[number, expected.digest] = self._held(number)
                 if not step.sync:
@@ -90,14 +97,18 @@ class Residents:
         return refused
 
     def before_step(self, adapters: Adapters | None) -> None:
-        """Puts back what requests are to be computed with that loaded blocks of it, where the engine gave it up."""
+        """Puts back what requests are to be computed with that loaded blocks of it, where the engine gave it up. When
+        they are over it is given up again: later ones are to get what the engine would have read."""
+        needed: Collection[int] = adapters.needed if adapters is not None else ()
         awaited = set(adapters.awaited) if adapters is not None else set()
         self._kept = {key: held for key, held in self._kept.items() if key in awaited}
-        if adapters is None:
-            return
+        for number in self._restored.keys() - set(needed):
+            if self._restored.pop(number) is self._held(number):
+                self._try("is not given up", partial(self._holder.give_up, number))
         for (number, _), held in self._kept.items():
             if self._held(number) is None:
-                self._try("is not put back", partial(self._holder.restore, number, held, adapters.used))
+                self._try("is not put back", partial(self._holder.restore, number, held, needed))
+                self._restored[number] = held
 
     def differs(self, request: str) -> bool:
         """Whether a load that has ended is of another adapter than is held now."""

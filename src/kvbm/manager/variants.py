@@ -43,8 +43,8 @@ class KeysUnder(Protocol):
 
 @dataclass(slots=True)
 class Variant:
-    """The adapter of one request. `files` is what changes whenever the adapter's files do; None where nobody knows.
-    `refused` says why nothing is loaded or stored for it."""
+    """The adapter of one request. `files` is what changes when the adapter's files do, as far as can be seen. `refused`
+    says why nothing is loaded or stored for it."""
 
     adapter: Adapter
     files: Hashable
@@ -58,6 +58,8 @@ class Variant:
     """How long the request waits to hear it."""
     loads: bool = False
     """It loads blocks under this digest, or has."""
+    begun: bool = False
+    """A step computes with it."""
     seen: bool = False
     """A step was computed with it."""
 
@@ -92,16 +94,19 @@ class Variants:
         self._links, self._clock = links, clock
         self._seek, self._changed, self._confirm = seek, changed, confirm
         self._expected: OrderedDict[int, tuple[Hashable, bytes]] = OrderedDict()
-        """Number -> the files that a request came with, and the digest that workers held then."""
+        """Number -> the files that a request came with, and the digest that workers held then, if that can be known."""
         self._asked: dict[int, _Question] = {}
         self._sent: dict[int, _Sent] = {}
         self._draft: list[tuple[Request, int, int]] = []
+        self._describing = False
         self._loads: dict[int, Expected] = {}
         self._stores: dict[int, int] = {}
         """Job that copies blocks of a request with an adapter -> its step."""
         self._awaited: dict[str, tuple[int, bytes]] = {}
         """Requests that load, or loaded and were not computed since, and with which adapter they must be."""
         self._unsteady: Counter[int] = Counter()
+        self._alive: Counter[int] = Counter()
+        """Number -> requests that have begun to compute with it."""
         self._said: set[str] = set()
         self._last = 0
         self.stored = False
@@ -120,10 +125,11 @@ class Variants:
             self._say(variant, variant.refused)
             return
         files, digest = self._expected.get(number, (None, b""))
-        if variant.files is not None and files == variant.files:
+        if files != variant.files:
+            if found_elsewhere or self.stored:
+                self._ask(request, variant)
+        elif digest:
             self._under(request, variant, digest)
-        elif variant.files is not None and (found_elsewhere or self.stored):
-            self._ask(request, variant)
 
     def _ask(self, request: Request, variant: Variant) -> None:
         now, about = self._clock(), (variant.adapter.number, variant.files)
@@ -148,8 +154,7 @@ class Variants:
 
     def _expect(self, number: int, files: Hashable, digest: bytes) -> None:
         self._expected.pop(number, None)
-        if digest:
-            self._expected[number] = files, digest
+        self._expected[number] = files, digest
         while len(self._expected) > _REMEMBERED:
             self._expected.popitem(last=False)
 
@@ -186,13 +191,17 @@ class Variants:
     @property
     def describing(self) -> bool:
         """Whether the step that is being described computes with adapters."""
-        return bool(self._draft)
+        return self._describing
 
     def computing(self, request: Request, complete: int) -> None:
         """This step computes the request's blocks, up to so many whole ones."""
         variant = request.variant
         assert variant is not None
         variant.until = None  # what is heard from now on comes too late
+        self._describing = True
+        if not variant.begun:
+            variant.begun = True
+            self._alive[variant.adapter.number] += 1
         if self._unsteady[variant.adapter.number]:
             self._refuse(request, _UNSTEADY)
         if variant.refused is None:
@@ -212,23 +221,25 @@ class Variants:
         self._last += 1
         for job in [job for job, step in self._stores.items() if step == _THIS]:
             self._stores[job] = self._last
+        self._describing = False
         draft, self._draft = self._draft, []
         loads, self._loads = self._loads, {}
         awaited = sorted(set(self._awaited.values()))
-        if not (draft or loads or awaited):
+        if not (draft or loads or awaited or self._alive):
             return None
         used = sorted({request.variant.adapter.number for request, _, _ in draft if request.variant is not None})
         if draft:
             self._sent[self._last] = _Sent(used, set(self._links), draft)
         for request, _, _ in draft:
             self._awaited.pop(request.id, None)
-        return Adapters(self._last, used, loads, awaited)
+        return Adapters(self._last, used, loads, awaited, sorted({*self._alive, *(number for number, _ in awaited)}))
 
     def finished(self, request: Request) -> None:
         """The request is over."""
         self._awaited.pop(request.id, None)
-        if request.variant is not None and request.variant.unsteady:
-            self._unsteady -= Counter([request.variant.adapter.number])
+        if (variant := request.variant) is not None:
+            self._unsteady -= Counter([variant.adapter.number] * variant.unsteady)
+            self._alive -= Counter([variant.adapter.number] * variant.begun)
 
     # ------------------------------------------------------------------ what workers say
 
@@ -251,7 +262,8 @@ class Variants:
             case Unlike(request=name, digest=digest):
                 loading = requests.get(name)
                 if loading is not None and (variant := loading.variant) is not None:
-                    self._expect(variant.adapter.number, variant.files, digest)
+                    if digest:
+                        self._expect(variant.adapter.number, variant.files, digest)
                     self._awaited.pop(name, None)
                     self._refuse(loading, "a worker holds another adapter than the one its blocks were found under")
 
@@ -286,15 +298,14 @@ class Variants:
             self._say(variant, _UNKNOWN)
             return False
         if digest != variant.digest:
+            self._expect(variant.adapter.number, variant.files, digest)
             if variant.seen or variant.loads or request.offered:
                 self._refuse(request, "its adapter changed while it ran")
                 return False
             self._changed(request)
             variant.digest = digest
             variant.keys.under(digest)
-        if not variant.seen:
-            variant.seen = True
-            self._expect(variant.adapter.number, variant.files, digest)
+        variant.seen = True
         return True
 
     def copied(self, job: Job) -> None:

@@ -83,6 +83,8 @@ class Adapters(msgspec.Struct, frozen=True):
     """Of the step's loads, by job."""
     awaited: list[tuple[int, bytes]] = []
     """Number and digest of those whose blocks were loaded by requests that were not computed since, or are."""
+    needed: list[int] = []
+    """Numbers that living requests are computed with, or will be."""
 
 
 class Step(msgspec.Struct, frozen=True):

@@ -44,13 +44,13 @@ def variant(request: Request, keys: KeysUnder, *, towers: bool) -> Variant:
 
 
 def files(path: str) -> Hashable:
-    """What changes when an adapter's files do, as far as can be seen without reading them; None where they are not on
-    this machine."""
+    """What changes when an adapter's files do, as far as can be seen without reading them; only their path where there
+    is no such folder (a name on a hub)."""
     try:
         with os.scandir(os.path.expanduser(path)) as entries:
             found = [(entry.name, entry.stat()) for entry in entries]
     except OSError:
-        return None
+        return (path,)
     return path, *sorted(
         (name, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         for name, status in found
@@ -121,6 +121,9 @@ class Loras:
                 manager.remove_adapter(victim)
         if len(manager) < manager.capacity:
             manager.add_adapter(held)
+
+    def give_up(self, number: int) -> None:
+        self._manager().remove_adapter(number)
 
     def foresee(self, adapter: Adapter) -> bytes:
         model, manager = self.held(adapter.number), self._manager()
