@@ -90,8 +90,14 @@ class Scheduler(Fake):
     def stepped(self) -> None:
         self._do("stepped", None)
 
-    def finish(self, request: Any, blocks: Any, others: Any = ()) -> bool:
-        return bool(self._do("finish", True))
+    def bind(self, pool: Any) -> None:
+        self._do("bind", None)
+
+    def finish(self, request: Any, blocks: Any, others: Any = ()) -> None:
+        self._do("finish", None)
+
+    def not_loaded(self, stale: Any, again: Any) -> None:
+        self._do("not_loaded", None)
 
     def take_events(self) -> Iterator[str]:
         yield "event"
@@ -139,7 +145,6 @@ class Ranks:
         """Of each rank, requests whose load it has said to have ended."""
         self.failed: set[str] = set()
         self.bad: set[int] = set()
-        self.released: list[list[str]] = [[], []]
         self.saves_last = False
         """As vLLM 0.33's second model runner: it asks for results before it waits for saves."""
 
@@ -152,8 +157,8 @@ class Ranks:
         self.scheduler.place(request, SimpleNamespace(get_block_ids=lambda: (table,)), found[0] or 0)
         return found
 
-    def finish(self, name: str) -> bool:
-        return bool(self.scheduler.finish(SimpleNamespace(request_id=name), [5, 6, 7, 8]))
+    def finish(self, name: str) -> None:
+        self.scheduler.finish(SimpleNamespace(request_id=name), [5, 6, 7, 8])
 
     def step(self) -> None:
         told = self.scheduler.step(SimpleNamespace())
@@ -164,7 +169,6 @@ class Ranks:
                 worker.after_forward()
             ended = worker.results()
             self.reported[rank] += sorted(ended.loaded)
-            self.released[rank] += sorted(ended.released)
             self.failed |= ended.failed
             self.bad |= worker.bad_blocks()
             if self.saves_last:
@@ -188,7 +192,8 @@ SCHEDULER: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "match": (lambda guarded: guarded.match(SimpleNamespace(request_id="x"), 0), (0, False)),
     "place": (lambda guarded: guarded.place(SimpleNamespace(request_id="x"), None, 0), None),
     "stepped": (lambda guarded: guarded.stepped(), None),
-    "finish": (lambda guarded: guarded.finish(SimpleNamespace(request_id="x"), []), False),
+    "bind": (lambda guarded: guarded.bind(SimpleNamespace()), None),
+    "finish": (lambda guarded: guarded.finish(SimpleNamespace(request_id="x"), []), None),
     "take_events": (lambda guarded: guarded.take_events(), []),
     "reset": (lambda guarded: guarded.reset(), True),
     "stats": (lambda guarded: guarded.stats(), None),
@@ -345,21 +350,6 @@ def test_whether_copies_have_ended_may_raise_too(ranks: Ranks) -> None:
     assert ranks.reported[0] == ["a", "b"]
 
 
-@pytest.mark.parametrize("name", ["step", "finish", "before_step", "results"])
-def test_blocks_that_the_engine_keeps_come_back(ranks: Ranks, name: str) -> None:
-    ranks.ask("a")
-    assert ranks.finish("a")
-    for side in (ranks.upper, ranks.lower[0]):
-        side.bad, side.after = name, True
-    if name == "finish":
-        assert not ranks.finish("b")
-    ranks.lower[1].ended = Collected(released={"a"})
-    ranks.step()
-    ranks.step()
-    assert ranks.released[0] == ["a"]
-    assert ranks.released[1] == ["a"]
-
-
 def test_a_worker_without_a_schedulers_side_is_left_alone(ranks: Ranks) -> None:
     worker, side = ranks.workers[0], ranks.lower[0]
     worker.before_step(b"", b"")
@@ -367,7 +357,9 @@ def test_a_worker_without_a_schedulers_side_is_left_alone(ranks: Ranks) -> None:
     worker.after_forward()
     assert worker.results() == Collected()
     assert worker.bad_blocks() == set()
-    assert side.calls == []
+    worker.before_step(b"", b"")
+    worker.close()
+    assert side.calls == ["close"], "its memory is given back, once"
 
 
 def test_its_start_may_end_the_engines(ranks: Ranks) -> None:

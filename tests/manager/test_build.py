@@ -14,7 +14,7 @@ import pytest
 from kvbm.core.config import load
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.core.keys import Namespace
-from kvbm.manager import build
+from kvbm.manager import build, build_lower
 from kvbm.manager.build import LeaderSide, Place, build_leader, build_worker
 from kvbm.testing.transport import HostMemory
 
@@ -108,7 +108,7 @@ def test_without_a_place_for_the_disk_tier_there_is_none(tmp_path: Path, folder:
     settings = load(environ={}, extra={"run_dir": str(tmp_path)}).settings
     settings = settings.model_copy(update={"cache_dir": None, "g3_dir": folder and tmp_path / folder})
     with pytest.raises(Broken, match=sentence):
-        build.disk_folder(settings, Place("e", 1))
+        build_lower.disk_folder(settings, Place("e", 1))
 
 
 def test_a_worker_of_another_configuration(tmp_path: Path) -> None:

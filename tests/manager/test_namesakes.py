@@ -47,7 +47,7 @@ def test_the_disk_says_it_once_and_only_where_nothing_is_found(
 
     def start(seed: str) -> build_disk.Found:
         namespace = Namespace(FACTS | {"hash.seed": seed}, "w")
-        found = build_disk.find(settings, tmp_path, "e", 1, namespace, 4096)
+        found = build_disk.find(settings, build_disk.Folder.claim(tmp_path, "e"), 1, namespace, 4096)
         found.folder.close()
         return found
 

@@ -111,8 +111,7 @@ class Settings(BaseSettings):
     weights_seen: Path | None = None
     """File in which `kvbm serve` hands over what it saw of the model's files before it started the engine."""
     reset: Literal["auto", "own", "follow"] = "auto"
-    """Whether the engine's reset of its own prefix cache says that its weights may be others: own (no), follow (yes);
-    auto: follow where they can change while it serves."""
+    """Whether the engine's reset of its own cache means other weights: own (no), follow (yes), auto (where they can be)."""
     enabled: bool = True
     """Whether KVBM does anything; false leaves the connector in place and the engine on its own."""
     without_prefix_caching: bool = False
