@@ -111,7 +111,7 @@ class Settings(BaseSettings):
     weights_seen: Path | None = None
     """File in which `kvbm serve` hands over what it saw of the model's files before it started the engine."""
     reset: Literal["auto", "own", "follow"] = "auto"
-    """Whether the engine's reset of its own cache means other weights: own (no), follow (yes), auto (where they can be)."""
+    """Whether the engine's reset of its own cache means other weights: own (no), follow (yes), auto (if they may)."""
     enabled: bool = True
     """Whether KVBM does anything; false leaves the connector in place and the engine on its own."""
     without_prefix_caching: bool = False
