@@ -188,7 +188,10 @@ def test_a_dead_copy_thread_leaves_the_engine_serving(tiny: Path, plain: Plain, 
         health = engine.side.control.health()
         assert not health["healthy"]
         assert "rank 0" in health["problems"][0]
-        assert not engine.leader.requests
+        assert engine.leader.off is not None
+        loaded = engine.status()["onboard"]["blocks"]
+        assert [done.tokens for done in engine.run(prompts, 16)] == expected
+        assert engine.status()["onboard"]["blocks"] == loaded
 
 
 def test_a_lost_worker_channel_leaves_the_engine_serving(tiny: Path, plain: Plain, dice: random.Random) -> None:
