@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from kvbm.stores import stamps
 from kvbm.stores.content import Contents
 from tests.e2e.conftest import prompt_of
 from tests.e2e.engine import Done, Engine
@@ -186,3 +187,18 @@ def test_serving_starts_before_the_disk(
     with closing(start(model)) as engine:
         assert ran(engine, prompts) == (expected, FOUND)
         assert engine.status()["tokens"]["g3"] == sum(FOUND)
+
+
+def test_what_kvbm_serve_saw_counts(
+    model: Path, start: Callable[..., Engine], prompts: list[list[int]], tmp_path: Path
+) -> None:
+    """A file that changed before the engine's process began, but after that: which of the two was loaded?"""
+    seen = tmp_path / "seen"
+    stamps.record([str(model)], seen)
+    with closing(start(model, weights_seen=str(seen))) as engine:
+        ran(engine, prompts)
+        assert settled(engine)["degraded"] == {}
+    (model / "config.json").touch()
+    with closing(start(model, weights_seen=str(seen))) as engine:
+        assert ran(engine, prompts)[1] == [0] * 3
+        assert "after `kvbm serve` began" in settled(engine)["degraded"]["g3"]
