@@ -112,15 +112,18 @@ def test_a_load_inside_the_step_is_not_looked_at_again(side: Side) -> None:
     assert not side.residents.differs("r")
 
 
+@pytest.mark.parametrize("scheduled", [[], [1]])
 @pytest.mark.parametrize("after", [None, Adapters(4, [2], {}, [], [2])])
-def test_an_adapter_that_was_given_up_is_put_back_for_who_loaded_with_it(side: Side, after: Adapters | None) -> None:
+def test_an_adapter_that_was_given_up_is_put_back_for_who_loaded_with_it(
+    side: Side, after: Adapters | None, scheduled: list[int]
+) -> None:
     assert side.load()
     del side.fake.there[1]
     side.fake.on_disk[1] = TWO
     assert not side.residents.differs("r")  # what the request will be computed with is kept
-    side.residents.before_step(Adapters(2, [1], {}, AWAITED, [1, 3]))
+    side.residents.before_step(Adapters(2, [1], {}, AWAITED, [1, 3], scheduled))
     assert side.fake.there == {1: ONE}
-    assert side.fake.needed[-1] == {1, 3}
+    assert side.fake.needed[-1] == ({1} if scheduled else {1, 3})
     side.residents.before_step(Adapters(3, [1], {}, [], [1]))
     assert side.fake.there == {1: ONE}
     side.residents.before_step(after)

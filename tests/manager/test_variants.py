@@ -367,7 +367,7 @@ def test_adapters_that_are_read_at_every_step_are_left_alone(stage: Stage, caplo
     stage.place("b", range(BLOCKS))
     unsteady = advance(stage, "b", BLOCKS, range(BLOCKS)).adapters
     assert unsteady is not None
-    assert (unsteady.used, unsteady.needed) == ([], [1])
+    assert (unsteady.used, unsteady.needed, unsteady.scheduled) == ([], [1], [1])
     begin(stage, "c")
     assert stage.leader.match("c", 0, BLOCKS) == 0  # of the same number
     begin(stage, "d", number=2)

@@ -99,14 +99,15 @@ class Residents:
     def before_step(self, adapters: Adapters | None) -> None:
         """Puts back what requests are to be computed with that loaded blocks of it, where the engine gave it up. When
         they are over it is given up again: later ones are to get what the engine would have read."""
-        needed: Collection[int] = adapters.needed if adapters is not None else ()
-        awaited = set(adapters.awaited) if adapters is not None else set()
-        self._kept = {key: held for key, held in self._kept.items() if key in awaited}
-        for number in self._restored.keys() - set(needed):
+        adapters = adapters or Adapters(0)
+        self._kept = {key: held for key, held in self._kept.items() if key in set(adapters.awaited)}
+        for number in self._restored.keys() - set(adapters.needed):
             if self._restored.pop(number) is self._held(number):
                 self._try("is not given up", partial(self._holder.give_up, number))
         for (number, _), held in self._kept.items():
             if self._held(number) is None:
+                # For what this step computes with, the engine makes room itself.
+                needed = adapters.scheduled if number in adapters.scheduled else adapters.needed
                 self._try("is not put back", partial(self._holder.restore, number, held, needed))
                 self._restored[number] = held
 

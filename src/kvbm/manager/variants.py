@@ -98,7 +98,7 @@ class Variants:
         self._asked: dict[int, _Question] = {}
         self._sent: dict[int, _Sent] = {}
         self._draft: list[tuple[Request, int, int]] = []
-        self._describing = False
+        self._scheduled: set[int] = set()
         self._loads: dict[int, Expected] = {}
         self._stores: dict[int, int] = {}
         """Job that copies blocks of a request with an adapter -> its step."""
@@ -191,14 +191,14 @@ class Variants:
     @property
     def describing(self) -> bool:
         """Whether the step that is being described computes with adapters."""
-        return self._describing
+        return bool(self._scheduled)
 
     def computing(self, request: Request, complete: int) -> None:
         """This step computes the request's blocks, up to so many whole ones."""
         variant = request.variant
         assert variant is not None
         variant.until = None  # what is heard from now on comes too late
-        self._describing = True
+        self._scheduled.add(variant.adapter.number)
         if not variant.begun:
             variant.begun = True
             self._alive[variant.adapter.number] += 1
@@ -221,8 +221,8 @@ class Variants:
         self._last += 1
         for job in [job for job, step in self._stores.items() if step == _THIS]:
             self._stores[job] = self._last
-        self._describing = False
         draft, self._draft = self._draft, []
+        scheduled, self._scheduled = sorted(self._scheduled), set()
         loads, self._loads = self._loads, {}
         awaited = sorted(set(self._awaited.values()))
         if not (draft or loads or awaited or self._alive):
@@ -232,7 +232,8 @@ class Variants:
             self._sent[self._last] = _Sent(used, set(self._links), draft)
         for request, _, _ in draft:
             self._awaited.pop(request.id, None)
-        return Adapters(self._last, used, loads, awaited, sorted({*self._alive, *(number for number, _ in awaited)}))
+        needed = sorted({*self._alive, *(number for number, _ in awaited)})
+        return Adapters(self._last, used, loads, awaited, needed, scheduled)
 
     def finished(self, request: Request) -> None:
         """The request is over."""

@@ -85,6 +85,8 @@ class Adapters(msgspec.Struct, frozen=True):
     """Number and digest of those whose blocks were loaded by requests that were not computed since, or are."""
     needed: list[int] = []
     """Numbers that living requests are computed with, or will be."""
+    scheduled: list[int] = []
+    """Numbers that this step computes with, whether or not anything is stored of them."""
 
 
 class Step(msgspec.Struct, frozen=True):
