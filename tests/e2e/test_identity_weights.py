@@ -145,7 +145,10 @@ def test_weights_that_changed_after_they_were_loaded(
 def test_dummies_are_known_only_to_who_says_so(
     tiny: Path, start: Callable[..., Engine], prompts: list[list[int]], tmp_path: Path, fixed: bool
 ) -> None:
-    kvbm = {"g3_gb": 0.1, "g3_dir": str(tmp_path / "disk"), "g2_blocks": 64, "dummy_weights_fixed": fixed}
+    kvbm = {
+        "g3_gb": 0.1, "g3_dir": str(tmp_path / "disk"), "g2_blocks": 64, "dummy_weights_fixed": fixed,
+        "reset": "own",  # or the device's reset below would be taken for other weights
+    }  # fmt: skip
     before: list[list[int]] = []
     for cached in ([0] * 3, FOUND if fixed else [0] * 3):
         with closing(Engine(tiny, kvbm, load_format="dummy")) as engine:

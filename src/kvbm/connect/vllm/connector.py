@@ -69,6 +69,9 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._kv_transfer_config.kv_load_failure_policy = "recompute"
         self._scheduler: SchedulerGuard | None = None
         self._worker: WorkerGuard | None = None
+        self._build(vllm_config, role, kv_cache_config)
+
+    def _build(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         is_worker = role is KVConnectorRole.WORKER
         with _told(vllm_config, is_worker=is_worker) as resolved:
             if not resolved.settings.enabled:
@@ -76,11 +79,11 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 return
             support.check(vllm_config, kv_cache_config, resolved)
             if not is_worker:
-                self._build(vllm_config, kv_cache_config, resolved)
+                self._build_scheduler(vllm_config, kv_cache_config, resolved)
             elif not support.only_watches(vllm_config, kv_cache_config, resolved):
                 self._worker = WorkerGuard(WorkerSide(vllm_config, kv_cache_config, resolved))
 
-    def _build(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, resolved: Resolved) -> None:
+    def _build_scheduler(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, resolved: Resolved) -> None:
         first = vllm_config.parallel_config.data_parallel_index == 0
         if (reason := support.stands_aside(vllm_config, resolved)) is not None:
             log.log(logging.WARNING if first else logging.DEBUG, "%s", reason)
