@@ -33,7 +33,8 @@ from tests.ports import free_port
 
 KVBM = [sys.executable, "-m", "kvbm.cli.main"]
 VLLM = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--block-size", str(BLOCK)]
-SMALL = ["--max-model-len", "1024", "--num-gpu-blocks-override", "40", "--enforce-eager"]
+SMALL = ["--max-model-len", "1024", "--num-gpu-blocks-override", "40", "--enforce-eager", "--dtype", "float32"]
+"""In float32: with AMX the engine's own hits give other answers than none in bfloat16 (8 of 24 texts, without KVBM)."""
 START_S = 240
 
 
