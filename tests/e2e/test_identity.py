@@ -111,7 +111,7 @@ class _Other:
         {"parallel_config.decode_context_parallel_size": 2},
         {"additional_config": {"plugin": 1}},
     ],
-    ids=str,
+    ids=" ".join,
 )  # fmt: skip
 def test_what_changes_values_is_another_namespace(config: Any, changes: dict[str, Any]) -> None:
     plain, other = _namespace(config), _namespace(config, **changes)
@@ -133,7 +133,7 @@ def test_what_changes_values_is_another_namespace(config: Any, changes: dict[str
         {"compilation_config.cudagraph_capture_sizes": [1]}, {"attention_config.flash_attn_version": 2},
         {"instance_id": "x"},
     ],
-    ids=str,
+    ids=" ".join,
 )  # fmt: skip
 def test_what_does_not_is_not(config: Any, changes: dict[str, Any]) -> None:
     assert _namespace(config).fingerprint == _namespace(config, **changes).fingerprint
