@@ -228,11 +228,13 @@ def test_a_draft_model_and_how_weights_are_loaded_count(tmp_path: Path) -> None:
         identity(tmp_path, a), identity(tmp_path, b), identity(tmp_path, a, draft=b), identity(tmp_path, a, draft=a),
         identity(tmp_path, b, draft=a), identity(tmp_path, a, load_config(load_format="safetensors")),
         identity(tmp_path, a, load_config(ignore_patterns="x")),
-        identity(tmp_path, a, load_config(model_loader_extra_config={"num_threads": 3})),
+        identity(tmp_path, a, load_config(model_loader_extra_config={"of_a_plugin": 3})),
         identity(tmp_path, a, load_config(safetensors_load_strategy="torchao")),
     ]  # fmt: skip
     assert len(set(seen)) == len(seen)
     assert identity(tmp_path, copy) == seen[1]
+    quicker = load_config(model_loader_extra_config={"enable_multithread_load": True, "num_threads": 3})
+    assert identity(tmp_path, a, quicker) == seen[0], "it changes no value"
     assert identity(tmp_path, a, draft=copy) == seen[2]
     with pytest.raises(Changed, match="not in the hub's"):
         identity(tmp_path, a, draft=model_config("org/absent"))
@@ -280,14 +282,20 @@ def test_a_hubs_name_and_its_snapshot_are_one(tmp_path: Path) -> None:
         chosen(moved, load)
 
 
-def test_code_of_another_repository(tmp_path: Path) -> None:
+def test_code_of_another_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in the hub's own cache, wherever weights are downloaded to."""
     folder = fill(tmp_path / "m", "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     hub(tmp_path / "hub", "org/code", "c" * 40, modeling__py="one")
     model = model_config(
         folder, trust_remote_code=True, hf_config=SimpleNamespace(auto_map={"AutoModel": "org/code--modeling.Model"})
     )
-    load = load_config(download_dir=str(tmp_path / "hub"))
+    load = load_config(download_dir=str(tmp_path / "elsewhere"))
     assert names(model, load)[1] == {"org/code modeling.py"}
+    hub(tmp_path / "hub", "org/m", "d" * 40, modeling__py="two")
+    hub(tmp_path / "elsewhere", "org/m", "d" * 40, model__safetensors="weights")
+    own = model_config("org/m", trust_remote_code=True, hf_config=SimpleNamespace(auto_map={"AutoModel": "modeling.M"}))
+    assert names(own, load)[1] == {"org/m modeling.py"}
     model.code_revision = "absent"
     with pytest.raises(Changed, match="org/code is not in the hub's local cache"):
         chosen(model, load)

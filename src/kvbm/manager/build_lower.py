@@ -68,6 +68,11 @@ class Look:
         left = None if seconds is None else max(0.0, self._begun + seconds - time.monotonic())
         return self._over.wait(left)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether nobody wants to know any more."""
+        return self._stop.is_set()
+
     def close(self) -> None:
         """Nobody wants to know any more."""
         self._stop.set()
@@ -113,6 +118,8 @@ class Below:
 
     def _later(self, look: Look) -> None:
         look.known()
+        if look.stopped:
+            return
         try:
             self._conclude(look, strict=False)
             self.told()

@@ -13,8 +13,8 @@ from kvbm.core.keys import Namespace
 
 _ALIKE: Final = 0.75
 """The part of all facts that two namespaces of the same model share, at least."""
-_SAYS, _FACTS, _LONGEST = 2, 4, 60
-"""Namespaces that are spoken of, facts of each, characters of a fact."""
+_SAYS, _FACTS, _LONGEST, _BEFORE = 2, 4, 60, 20
+"""Namespaces that are spoken of, facts of each, characters of a fact, and how many of these are before what differs."""
 
 
 class Namesake(NamedTuple):
@@ -34,7 +34,11 @@ def told(mine: Mapping[str, object], others: Iterable[Namesake]) -> list[str]:
     alike = []
     for other in others:
         names = mine.keys() | other.facts.keys()
-        differ = sorted(name for name in names if _of(mine, name) != _of(other.facts, name))
+        differ = sorted(
+            name
+            for name in names
+            if (name in mine, str(mine.get(name))) != (name in other.facts, str(other.facts.get(name)))
+        )
         if differ and 1 - len(differ) / len(names) >= _ALIKE:
             alike.append((len(differ), other, differ))
     alike.sort(key=lambda each: each[0])
@@ -48,16 +52,26 @@ def told(mine: Mapping[str, object], others: Iterable[Namesake]) -> list[str]:
 
 
 def _differences(mine: Mapping[str, object], other: Namesake, names: list[str]) -> str:
-    said = [f"{name} is {_of(other.facts, name)} there, {_of(mine, name)} here" for name in names[:_FACTS]]
+    said = [_apart(name, _of(other.facts, name), _of(mine, name)) for name in names[:_FACTS]]
     more = len(names) - _FACTS
     return "; ".join(said) + (f"; and {more} more" if more > 0 else "")
 
 
+def _apart(name: str, there: str, here: str) -> str:
+    """How two facts differ, as far as it is shown: from shortly before the first character that does."""
+    pairs = enumerate(zip(there, here, strict=False))
+    same = next((at for at, (one, other) in pairs if one != other), min(len(there), len(here)))
+    first = max(0, same - _BEFORE) if max(len(there), len(here)) > _LONGEST else 0
+    return f"{name} is {_shown(there, first)} there, {_shown(here, first)} here"
+
+
+def _shown(text: str, first: int) -> str:
+    part = text[first : first + _LONGEST]
+    return ("..." if first else "") + part + ("..." if first + _LONGEST < len(text) else "")
+
+
 def _of(facts: Mapping[str, object], name: str) -> str:
-    """A fact, as far as it is shown: what others wrote is not trusted to be short, or one line."""
+    """A fact in one line: what others wrote is not trusted to be that."""
     if name not in facts:
         return "not there"
-    text = str(facts[name])
-    if len(text) > _LONGEST:  # the end is what differs: there long facts have their digest
-        text = f"{text[: _LONGEST - 12]}...{text[-9:]}"
-    return "".join(each if each.isprintable() else "?" for each in text)
+    return "".join(each if each.isprintable() else "?" for each in str(facts[name]))

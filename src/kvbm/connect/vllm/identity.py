@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ Facts = dict[str, str]
 
 _LONGEST = 160
 """Characters of a fact. Of what is longer it has the beginning and a digest."""
-_DEEPEST = 6
+_DEEPEST = 16
 _ABOUT = {"_commit_hash", "_name_or_path", "id2label", "label2id", "transformers_version"}
 """What a model's configuration says of itself and not of the model."""
 _AGREED = {"engine", "model.dtype", "model.max_model_len", "parallel.tensor_parallel_size", "hash.tokens"}
@@ -49,6 +50,7 @@ def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
     model = config.model_config
     facts = {
         "engine": f"vllm {contract.VERSION}",
+        "engine.plugins": said(_plugins()),
         # Whatever their defaults are: for people.
         "model.architectures": said(model.architectures),
         "model.dtype": said(model.dtype),
@@ -71,6 +73,13 @@ def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
     if facts.get("lora.lora_dtype") == facts["model.dtype"]:  # what "auto" is: engines with and without adapters share
         del facts["lora.lora_dtype"]
     return Namespace(facts, "", altered=frozenset(facts.keys() - _AGREED))
+
+
+def _plugins() -> list[str]:
+    """What vLLM loads that is not its own, of which version."""
+    groups = ("vllm.general_plugins", "vllm.platform_plugins")
+    points = [point for group in groups for point in entry_points(group=group)]
+    return sorted(f"{each.name} {each.dist.name} {each.dist.version}" for each in points if each.dist is not None)
 
 
 def keeps_draft(config: VllmConfig) -> bool:
@@ -294,4 +303,6 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if type(value).__module__ == "torch":  # a dtype, a device; of tensors what they hold
         return [str(value.dtype), _digest(str(value.tolist()))] if hasattr(value, "tolist") else str(value)
     names = [field.name for field in fields(value)] if is_dataclass(value) else sorted(getattr(value, "__dict__", {}))
+    if not names and " at 0x" not in (text := repr(value)):  # a pattern, a number of numpy's, a part of a function
+        return text
     return {"": type(value).__name__, **{name: deeper(getattr(value, name, None)) for name in names}}

@@ -47,6 +47,8 @@ _UNRELATED = {
     "scaler.pt",
 }  # fmt: skip
 """Files of such names that change no KV."""
+_SPEED_ONLY = {"enable_multithread_load", "num_threads", "enable_weights_track"}
+"""Loader arguments that change no value."""
 _ELSEWHERE = {"original", "onnx", "openvino", "coreml", "metal"}
 """Folders with the same weights for other programs."""
 _OTHER_FORMATS = ("*.bin", "*.pth", "pytorch_model.bin.index.json", "consolidated*.safetensors*")
@@ -59,7 +61,8 @@ def chooser(config: VllmConfig, *, fixed_dummies: bool) -> Callable[[], Sequence
     models = [(config.model_config, config.load_config)]
     speculative = config.speculative_config
     if speculative is not None and speculative.method == "draft_model":
-        models.append((speculative.draft_model_config, speculative.draft_load_config or config.load_config))
+        load = getattr(speculative, "draft_load_config", None) or config.load_config
+        models.append((speculative.draft_model_config, load))
     return lambda: [_chosen(model, load, fixed_dummies) for model, load in models]
 
 
@@ -107,9 +110,10 @@ def _refuse(model: ModelConfig, load: LoadConfig) -> None:
 def _facts(load: LoadConfig) -> tuple[str, ...]:
     """What says how files become weights."""
     ignore = load.ignore_patterns
+    extra = {name: value for name, value in load.model_loader_extra_config.items() if name not in _SPEED_ONLY}
     return (
         str(load.load_format),
-        json.dumps(load.model_loader_extra_config, sort_keys=True, default=str),
+        json.dumps(extra, sort_keys=True, default=str),
         json.dumps([ignore] if isinstance(ignore, str) else list(ignore)),
         "torchao" if getattr(load, "safetensors_load_strategy", None) == "torchao" else "",
     )
@@ -211,18 +215,20 @@ def _code(
     """Remote code that is not in the model's folder."""
     if not model.trust_remote_code:
         return [], []
+    own = str(model.model)
     sources = {}
     for reference in _references(getattr(model.hf_config, "auto_map", None)):
         repository, separator, _ = reference.partition("--")
         if separator:
-            sources[repository] = model.code_revision
-    if model.code_revision is not None and not os.path.isdir(str(model.model)):
-        sources[str(model.model)] = model.code_revision
+            sources[repository] = model.code_revision or (model.revision if repository == own else None)
+    if not os.path.isdir(own) and (model.code_revision is not None or load.download_dir is not None):
+        sources.setdefault(own, model.code_revision or model.revision)
     if model.hf_config_path and model.hf_config_path != model.model:
         sources[str(model.hf_config_path)] = None
     files, folders = [], []
     for name, revision in sources.items():
-        at = os.path.abspath(name) if os.path.isdir(name) else _snapshot(name, revision, load.download_dir, watched)
+        # Only weights are in `download_dir`.
+        at = os.path.abspath(name) if os.path.isdir(name) else _snapshot(name, revision, None, watched)
         if at == folder:
             continue
         folders.append(at)
