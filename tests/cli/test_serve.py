@@ -372,3 +372,20 @@ def test_without_a_folder_for_it_nothing_is_said(tmp_path: Path) -> None:
     assert last_words.expect(tmp_path / "file", "e") is None
     last_words.leave(tmp_path / "file", "e", "lost")
     assert last_words.heard(None) == last_words.heard(tmp_path / "none") == ""
+
+
+def test_a_group_whose_leader_is_gone_ends_with_its_owner() -> None:
+    """The server died, something of it hangs, and then `kvbm serve` is killed."""
+    shell = subprocess.Popen(
+        ["sh", "-c", "sleep 60 & echo $!"], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert shell.stdout is not None
+    left = int(shell.stdout.readline())
+    shell.wait(10)
+    shell.stdout.close()
+    watcher = [sys.executable, str(Path(launch.__file__).parent / "watcher.py"), "0.2"]
+    subprocess.run(watcher, input=f"{shell.pid}\n", text=True, timeout=20, check=True)
+    deadline = time.monotonic() + 5
+    while (state := Path(f"/proc/{left}/stat")).exists() and " Z " not in state.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -106,6 +106,9 @@ class Scheduler(Fake):
     def reset(self) -> bool:
         return bool(self._do("reset", True))
 
+    def forget(self) -> None:
+        self._do("forget", None)
+
     def stats(self) -> str:
         return str(self._do("stats", "stats"))
 
@@ -215,7 +218,14 @@ def test_the_schedulers_side_answers_so_that_hits_are_lost(ranks: Ranks, name: s
     payload, promises = ranks.scheduler.step(SimpleNamespace())
     assert payload == b""
     assert guard._decode(promises).off == ranks.upper.off
-    assert ranks.upper.calls == [], "what is off is not called"
+    assert ranks.upper.calls == ["forget"], "what is off is not called, but to forget what a reset is about"
+
+
+def test_a_reset_that_cannot_forget_answers_all_the_same(ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+    ranks.upper.bad = "forget"
+    ranks.scheduler.off = ranks.upper.off = "something raised"
+    assert ranks.scheduler.reset()
+    assert "may be served after a restart" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["place", "step", "match", "on_new_request", "finish", "stepped"])

@@ -30,9 +30,23 @@ def test_what_is_being_copied_is_not_published(stage: Stage) -> None:
     assert stage.leader.in_flight() == (0, 0)
     assert stage.pool.statistics().staged == stage.pool.statistics().active == 0
     assert stage.leader.problems == ["something raised"]
+    assert stage.leader.check(5.0)["problems"] == [], "its books are right"
     stage.begin("d", first)
     assert stage.leader.match("d", 0, 2) == 0
     assert not stage.compute("e", keys_of("e", 1), [5]).stores
+
+
+def test_what_was_promised_is_not_loaded_if_it_stands_aside_by_then(stage: Stage) -> None:
+    """Another thread may have found out in between that nothing stored can be trusted."""
+    keys = keys_of("a", 2)
+    stage.keep("first", keys)
+    stage.begin("b", keys)
+    assert stage.leader.match("b", 0, 2) == 2
+    stage.leader._sick("quarantined")
+    stage.place("b", [1, 2], 2)
+    assert not stage.leader.loads("b")
+    assert not stage.step().loads
+    assert stage.leader.check(5.0)["problems"] == []
 
 
 def test_it_stays_off(stage: Stage) -> None:
@@ -77,9 +91,9 @@ def test_housekeeping_that_raises_turns_it_off(monkeypatch: pytest.MonkeyPatch, 
     engine = Engine(tmp_path, g3_blocks=None)
     try:
         monkeypatch.setattr(engine.leader, "_look", lambda: 1 / 0)
-        engine.side.control._tick()
+        engine.leader.tick()
         assert "housekeeping raised ZeroDivisionError" in str(engine.leader.off)
-        engine.side.control._tick()
+        engine.leader.tick()
         assert len(engine.leader.problems) == 1
         assert not engine.side.control.health()["healthy"]
     finally:

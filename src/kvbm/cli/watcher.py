@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 
 
 def main(patience_s: float) -> None:
@@ -18,7 +19,8 @@ def main(patience_s: float) -> None:
         return
     number, deadline = int(group), time.monotonic() + patience_s
     try:
-        os.kill(number, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # the leader may be gone, and others of the group not
+            os.kill(number, signal.SIGTERM)
         while time.monotonic() < deadline:
             os.killpg(number, 0)
             time.sleep(0.05)

@@ -87,18 +87,11 @@ class Control:
                 ready = readable(watched, _TICK)
                 if self._sock is not None and self._sock.fileno() in ready:
                     self._serve(self._sock.accept()[0])
-                self._tick()
+                self._leader.tick()
             except OSError as error:
                 log.warning("KVBM: control socket: %s", error)
             except Exception:
                 log.exception("KVBM: the control thread goes on after an error")
-
-    def _tick(self) -> None:
-        try:
-            self._leader.tick()
-        except Exception as error:
-            log.exception("KVBM: housekeeping went wrong")
-            self._leader.turn_off(f"off until the engine is started anew: housekeeping raised {error!r}")
 
     def _serve(self, client: socket.socket) -> None:
         with client:

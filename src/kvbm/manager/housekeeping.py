@@ -15,7 +15,7 @@ from itertools import compress
 from typing import Any
 
 from kvbm.abc.observer import Observer
-from kvbm.blocks import Pool, Staged, Writable
+from kvbm.blocks import Pinned, Pool, Staged, Writable
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken
 from kvbm.core.events import Event, Offloaded, Onboarded
@@ -156,6 +156,8 @@ class Housekeeping:
     def _disbelieve(self, result: Result) -> None:
         """Takes an answer about a copy, and does not believe it."""
         if (job := self._copies.answer(result)) is not None:
+            if isinstance(job.lease, Pinned):
+                self._held -= len(job.lease)
             job.lease.drop()
 
     def _answer(self, result: Result) -> None:
@@ -305,7 +307,15 @@ class Housekeeping:
     # ------------------------------------------------------------------ operators
 
     def tick(self) -> None:
-        """Housekeeping, a few times a second, also while the engine sleeps: takes results, notices silent workers."""
+        """Housekeeping, a few times a second, also while the engine sleeps: takes results, notices silent workers. What
+        it raises turns KVBM off, whoever asked for it: what it had taken is lost."""
+        try:
+            self._tick()
+        except Exception as error:
+            log.exception("KVBM: housekeeping went wrong")
+            self.turn_off(f"off until the engine is started anew: housekeeping raised {error!r}")
+
+    def _tick(self) -> None:
         with self._lock:
             self._drain()
             if self.off is not None:

@@ -176,7 +176,7 @@ class Leader(Offloading):
             if self.lower is not None:
                 tokens = self.lower.placed(request, tokens)
             hold = request.hold
-            if count == 0 or hold is None:
+            if count == 0 or hold is None or self.standing_aside() is not None:  # a quarantine in between, say
                 self._release(request)
                 self._admit(request, tokens)
                 return
@@ -226,7 +226,9 @@ class Leader(Offloading):
     ) -> None:  # fmt: skip
         """The engine gave a request more blocks, or (`replace`) a new table, which it does not compute the first
         `found` blocks of."""
-        if (request := self.requests.get(request_id)) is not None:
+        with self._lock:
+            if (request := self.requests.get(request_id)) is None:
+                return
             if replace:
                 request.g1, request.others = list(g1), [list(table) for table in others]
                 self.provenance.placed(request, found)
@@ -269,7 +271,8 @@ class Leader(Offloading):
                 self.provenance.computing(request, complete)
             else:
                 self._computed(request, complete)
-            if complete <= request.offered and not (request.late and request.confirmed < complete):
+            hopeless = request.variant is not None and request.variant.refused is not None
+            if complete <= request.offered and (hopeless or not request.late or request.confirmed >= complete):
                 request.settled = complete
 
     def _with_adapter(self, request: Request, complete: int) -> None:

@@ -60,8 +60,10 @@ class Offloading(Housekeeping):
     def _offer_early(self, request: Request, complete: int) -> None:
         """Offers what this step computes of a request with an adapter, under keys that are not yet certain: by then a
         layer group may not have the block any more. What is copied is published if they were right."""
-        early = request.variant is not None and request.variant.digest and self.provenance.begun(request)
-        if early and complete > request.offered:
+        variant = request.variant
+        if variant is None or not variant.digest or complete <= request.offered:
+            return
+        if variant.refused is not None or self.provenance.begun(request):
             self._offer(request, complete)
 
     def _compare(self, request: Request, complete: int) -> None:

@@ -63,6 +63,8 @@ from kvbm.transfer.executor import Executor
 log = logging.getLogger(__name__)
 
 _TOUCH_REPORT = 2.0
+_LOOK_S = 0.5
+"""Seconds from one look at late copies to the next, where the engine does not step."""
 
 OpenPeers = Callable[[int, Region, Callable[[Mine], None]], PeerMemory]
 """Opens a rank's host memory to other instances; raises Broken."""
@@ -264,8 +266,12 @@ class Worker(Telling):
         try:
             link = connect(self._address, self._settings.init_timeout_s, self._closing.is_set)
             link.send(self._hello)
+            looked = time.monotonic()
             while not self._closing.is_set():
-                match link.wait(1.0):
+                if time.monotonic() - looked > _LOOK_S:
+                    looked = time.monotonic()
+                    self._expire()  # the engine may sleep
+                match link.wait(_LOOK_S):
                     case Allot() as message:
                         self._allot(link, message)
                     case Open(disk=place):
@@ -288,7 +294,7 @@ class Worker(Telling):
                     case Bye():
                         break
                     case None:
-                        self._expire()  # the engine may sleep
+                        pass
                     case message:
                         log.warning("KVBM: unexpected %s from the leader", type(message).__name__)
         except (Broken, OSError) as error:

@@ -175,8 +175,14 @@ class SchedulerGuard(Guard["SchedulerSide"]):
         return list(self.side.take_events())
 
     def reset(self) -> bool:
-        """True also where KVBM is off: what was stored is not served any more."""
-        return self.ask(True, self.side.reset)
+        """True also where KVBM is off: what was stored is not served any more, also not after a restart."""
+        self.ask(None, self.side.reset)
+        if self.off is not None:
+            try:
+                self.side.forget()
+            except Exception:
+                log.exception("KVBM: what lies on disk may be served after a restart")
+        return True
 
     def stats(self) -> KvbmStats | None:
         return self.ask(None, self.side.stats)

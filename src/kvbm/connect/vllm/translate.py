@@ -302,6 +302,11 @@ class SchedulerSide:
         self._leader.quiesce(self._quiet_s)
         return True
 
+    def forget(self) -> None:
+        """Of a reset what is left to do where this side is off."""
+        self._leader.reset()
+        self._leader.quiesce(self._quiet_s)
+
     @property
     def off(self) -> str | None:
         """Why it does nothing any more, if so."""
