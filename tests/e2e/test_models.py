@@ -65,11 +65,14 @@ def _drafting(method: str, draft: Path | None = None, **facts: Any) -> Change:
     """With a draft model in that folder."""
 
     def change(config: Any, _: Any) -> None:
+        from vllm.config import SpeculativeConfig
+
         model = copy.copy(config.model_config)
         object.__setattr__(model, "model", str(draft))
-        config.speculative_config = SimpleNamespace(
-            method=method, draft_model_config=model, draft_load_config=None, **facts
-        )
+        config.speculative_config = object.__new__(SpeculativeConfig)  # vLLM's own would look for the model
+        parts = {"method": method, "model": str(draft), "draft_model_config": model, "draft_load_config": None} | facts
+        for name, value in parts.items():
+            object.__setattr__(config.speculative_config, name, value)
 
     return change
 
