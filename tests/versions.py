@@ -29,6 +29,8 @@ BUILD = ROOT / "build"
 SERVED = ("0.30", "0.31", "0.32", "0.33")
 COMPILED = {"0.33": "0.32"}
 """Versions without a wheel for CPUs, and whose compiled parts their Python runs on."""
+NEEDS = {"0.33": ["orjson"]}
+"""What their Python imports and the other's does not."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,10 @@ def replace_python(python: str, minor: str) -> None:
     site = Path(subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip())
     if list(site.glob(f"vllm-{minor}.*.dist-info")):
         return
+    pip = [python, "-m", "pip"]
+    subprocess.run([*pip, "install", "--quiet", *NEEDS[minor]], check=True)
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-        wanted = [python, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, f"vllm=={minor}.*"]
+        wanted = [*pip, "download", "--quiet", "--no-deps", "--dest", folder, f"vllm=={minor}.*"]
         subprocess.run(wanted, check=True)
         (wheel,) = Path(folder).glob("*.whl")
         for path in (site / "vllm").rglob("*.py"):
