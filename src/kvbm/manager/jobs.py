@@ -106,8 +106,9 @@ class InFlight:
     def __init__(self, ranks: Iterable[int], clock: Callable[[], float]) -> None:
         self._ranks, self._clock = frozenset(ranks), clock
         self._jobs: dict[int, Job] = {}
-        self._sources: dict[int, tuple[int, ...]] = {}
-        """G1 block that is being copied from -> the store jobs that read it."""
+        self._sources: dict[int, int | tuple[int, ...]] = {}
+        """G1 block that is being copied from -> the store job that reads it, or several. Not a tuple for each: so many
+        would set off the garbage collector, which takes longer than all else that a step does here."""
         self._last = 0
         self._sealed = (0, 0)
         """The last job of the step before the last, and of the last."""
@@ -127,9 +128,15 @@ class InFlight:
         )  # fmt: skip
         self._jobs[job.id] = job
         if job.is_store:
-            for block in g1.tolist():
-                self._sources[block] = (*self._sources.get(block, ()), job.id)
+            read: dict[int, int | tuple[int, ...]] = dict.fromkeys(g1.tolist(), job.id)
+            for block in read.keys() & self._sources.keys():
+                read[block] = (*self._readers(block), job.id)
+            self._sources.update(read)
         return job
+
+    def _readers(self, block: int) -> tuple[int, ...]:
+        readers = self._sources.get(block, ())
+        return readers if isinstance(readers, tuple) else (readers,)
 
     def answer(self, result: Result) -> Job | None:
         """Takes one rank's result; the job if that was the last one it waited for."""
@@ -143,15 +150,15 @@ class InFlight:
     def _read(self, job: Job, g1: Slots) -> None:
         """The job does not read these blocks any more."""
         for block in g1.tolist() if job.is_store else ():
-            left = tuple(each for each in self._sources.get(block, ()) if each != job.id)
-            if left:
-                self._sources[block] = left
-            else:
-                self._sources.pop(block, None)
+            readers = self._sources.get(block)
+            if readers == job.id or readers == (job.id,):
+                del self._sources[block]
+            elif isinstance(readers, tuple):
+                self._sources[block] = tuple(each for each in readers if each != job.id)
 
     def reading(self, g1: Iterable[int]) -> set[int]:
         """Store jobs that still read any of these blocks."""
-        return {job for block in self._sources.keys() & set(g1) for job in self._sources[block]}
+        return {job for block in self._sources.keys() & set(g1) for job in self._readers(block)}
 
     def unsent(self, jobs: Iterable[int]) -> list[int]:
         """Those of `jobs` that no worker has heard of: they belong to the step that is being described."""
