@@ -178,7 +178,7 @@ class Engine:
 
     @property
     def leader(self) -> Leader:
-        leader: Leader = self.side.leader
+        leader: Leader = self.core.scheduler.connector._scheduler.side.leader
         return leader
 
     def status(self) -> dict[str, Any]:

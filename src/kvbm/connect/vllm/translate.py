@@ -141,7 +141,8 @@ class SchedulerSide:
             groups=geometry.layer_groups(kv),
             choose=weights.chooser(config, fixed_dummies=resolved.settings.dummy_weights_fixed),
         )
-        self._leader = self.side.leader
+        self._leader = self.leader = self.side.leader  # the public names are for who looks in from outside
+        self.control = self.side.control
         self._drain_s = resolved.settings.g3_drain_s if build_disk.wanted(resolved.settings) else 0.0
         """How long to write before the end, until that has been arranged."""
         self._quiet_s = max(resolved.settings.load_deadline_s, resolved.settings.store_deadline_s) + _GRACE
