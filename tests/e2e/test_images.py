@@ -112,12 +112,19 @@ def _address() -> Any:
     return item
 
 
+def _sparse() -> Any:
+    item = _item(1)
+    item["pixel_values"].data = item["pixel_values"].data.to_sparse()
+    return item
+
+
 @pytest.mark.parametrize(
     ("data", "config"),
     [
         (lambda: None, {}),  # fetched by the worker from shared memory, say
         (lambda: _item(1, size=8), {}),  # its size alone: the embedding comes from another engine
         (_address, {}),  # where the worker finds it
+        (_sparse, {}),  # a tensor whose bytes do not lie in one piece
         (lambda: _item(1), {"ec_transfer_config": object()}),  # what is encoded is found by name
     ],
 )

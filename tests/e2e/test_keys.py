@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,6 +101,19 @@ def test_embeddings_that_are_the_same_bytes_in_another_dtype_are_not_shared() ->
     assert _shared(_keys(a), _keys(b)) == 0
     again = _request(prompt_token_ids=None, prompt_embeds=half.view(torch.float16))
     assert _shared(_keys(a), _keys(again)) == 2
+
+
+def test_embeddings_without_a_mask_are_not_the_tokens_of_their_placeholder() -> None:
+    import torch
+
+    embeds = torch.zeros(64, 8)
+    inputs: list[dict[str, Any]] = [
+        {"prompt_token_ids": None}, {"prompt_token_ids": [0] * 64},
+        {"prompt_token_ids": [0] * 64, "prompt_is_token_ids": [True] * 64},
+    ]  # fmt: skip
+    keys = [_keys(_request(prompt_embeds=embeds, **given)) for given in inputs]
+    assert [len(each) for each in keys] == [2, 2, 2]
+    assert all(_shared(a, b) == 0 for a, b in itertools.combinations(keys, 2))
 
 
 @pytest.mark.parametrize(

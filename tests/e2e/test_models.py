@@ -109,6 +109,12 @@ def _rswa(config: Any, kv: Any) -> None:
     _set("model_config.model_arch_config", dataclasses.replace(shape, rswa_window=64))(config, kv)
 
 
+def _replayed(_: Any, kv: Any) -> None:
+    """As DeepSeek V4.1 has them."""
+    _groups("FullAttentionSpec")(None, kv)
+    kv.kv_cache_groups[0].kv_cache_spec.prefix_replay_tokens = 128
+
+
 def _left_out(_: Any, kv: Any) -> None:
     """A group that vLLM leaves out of its prefix cache."""
     _groups("FullAttentionSpec")(None, kv)
@@ -128,6 +134,7 @@ def _left_out(_: Any, kv: Any) -> None:
         (_rswa, "R-SWA"),
         (lambda _, kv: setattr(kv, "kv_cache_groups", []), "without a KV cache"),
         (lambda _, kv: _spec(non_causal=True)(_, kv), "see the tokens after them"),
+        (_replayed, "bounded replay"),
         (_left_out, "KV vLLM does not reuse"),
         (_groups("FullAttentionSpec", "SlidingWindowSpec", block=64), "blocks of different sizes"),
         (_groups("MambaSpec"), "state that is not kept at block boundaries"),

@@ -46,6 +46,30 @@ def test_what_the_engine_found_and_kvbm_did_not_see_is_not_stored(stage: Stage) 
     assert stage.leader.seal(tokens=0).stores == []
 
 
+def test_another_connector_fills_blocks_from_which_nothing_was_copied_yet(stage: Stage) -> None:
+    """It is told of them like this, and of no step that computes them: what KVBM would still read is dropped, what it
+    reads is waited for, and what was in them is no longer."""
+    begun, offered = keys_of("begun", 2), keys_of("offered", 2)
+    stage.begin("begun", begun)
+    stage.leader.match("begun", 0, 2)
+    stage.place("begun", [1, 2])
+    (copy,) = stage.step({"begun": 2}, reuse=[1, 2]).stores
+    stage.begin("offered", offered)
+    stage.leader.match("offered", 0, 2)
+    stage.place("offered", [3, 4])
+    stage.leader.reuse([3, 4])
+    stage.leader.advance("offered", 2)
+    stage.begin("x", KEYS)
+    stage.leader.match("x", 0, 4)
+    stage.place("x", [1, 2, 3, 4])
+    step = stage.leader.seal(tokens=0)
+    assert (step.stores, step.fence) == ([], [copy.job])
+    assert stage.leader.dropped == 2
+    stage.answer(copy)
+    stage.leader.finish("x", [1, 2, 3, 4], 0)
+    assert found(stage, "again", [1, 2, 9, 10], 2, keys=begun + keys_of("more", 2)) == []
+
+
 def test_what_it_saw_computed_is(stage: Stage) -> None:
     """Also what is gone from G2 since."""
     assert found(stage, "x", [1, 2, 3, 4], 0) == [1, 2, 3, 4]
@@ -208,6 +232,7 @@ def test_several_layer_groups(make_stage: Make) -> None:
         leader = stage.leader
         for name, found_blocks, g1, other in (("x", 0, [1, 2, 3, 4], [11, 12, 13, 14]), ("y", 3, [1, 2, 3, 5], others)):
             leader.begin(name, KEYS, RequestParams(), 4 * BLOCK_TOKENS)
+            leader.match(name, found_blocks, 4)
             leader.place(name, g1, 0, Admitted(0, 0, 0), [other])
             leader.grow(name, g1, replace=True, found=found_blocks, others=[other])
             for table in (g1, other):

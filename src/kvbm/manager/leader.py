@@ -97,6 +97,7 @@ class Leader(Offloading):
             if request is None:
                 return 0
             self._release(request)
+            request.g1, request.others = [], []  # one that is looked up holds nothing: it is new, or was preempted
             record = request.record
             record.device_blocks = computed
             if (reason := self._no_load(request)) is not None:
@@ -169,6 +170,7 @@ class Leader(Offloading):
             if request is None:
                 return
             self._end_loading(request)
+            had = {*request.g1}.union(*request.others)
             request.g1, request.others = list(g1), [list(table) for table in others]
             self.provenance.placed(request, request.record.device_blocks + count)
             if self.shadow is not None:
@@ -177,6 +179,9 @@ class Leader(Offloading):
                 tokens = self.lower.placed(request, tokens)
             hold = request.hold
             if count == 0 or hold is None or self.standing_aside() is not None:  # a quarantine in between, say
+                # Another connector may fill what is new before any step of this request.
+                for table in (request.g1, *request.others):
+                    self.reuse([block for block in table[request.record.device_blocks :] if block not in had])
                 self._release(request)
                 self._admit(request, tokens)
                 return

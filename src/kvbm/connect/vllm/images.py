@@ -118,9 +118,12 @@ class Images:
         hasher, size = blake3(), 0
         for name in sorted(item):
             hasher.update(f"{name} ".encode())
-            for piece in _pieces(item[name].data):
-                hasher.update(piece)
-                size += len(piece) if isinstance(piece, memoryview) else 0
+            try:
+                for piece in _pieces(item[name].data):
+                    hasher.update(piece)
+                    size += len(piece) if isinstance(piece, memoryview) else 0
+            except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # sparse, nested, lazy: tensors vary
+                raise _Unknown from error
         if size < _LEAST * max(tokens, 8):
             raise _Unknown
         digest = hasher.digest()
@@ -139,7 +142,7 @@ def _pieces(data: Any) -> Iterator[bytes | memoryview]:
     if hasattr(data, "untyped_storage"):
         import torch
 
-        if data.device.type != "cpu":
+        if data.device.type != "cpu" or data.is_quantized:
             raise _Unknown
         yield f"{data.dtype} {tuple(data.shape)} ".encode()
         yield memoryview(data.detach().contiguous().reshape(-1).view(torch.uint8).numpy())

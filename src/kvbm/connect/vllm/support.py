@@ -96,6 +96,10 @@ def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
             any(getattr(spec, "non_causal", False) for spec in specs),
             "layers that see the tokens after them (a prefix-LM): vLLM reuses no prefixes there",
         ),
+        (
+            any(getattr(spec, "prefix_replay_tokens", 0) for spec in specs),
+            "layers whose last window before a hit is computed again (bounded replay): vLLM gives up short hits there",
+        ),
         (not all(getattr(spec, "prefix_cacheable", True) for spec in specs), "layers whose KV vLLM does not reuse"),
         (len({group.kv_cache_spec.block_size for group in kv.kv_cache_groups}) > 1, "KV blocks of different sizes"),
     )

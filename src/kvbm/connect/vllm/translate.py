@@ -115,8 +115,10 @@ def embedded(request: Request) -> bytes:
     embeds = request.prompt_embeds
     if embeds is None:
         return b""
-    tokens = bytes(request.prompt_is_token_ids or ()).rstrip(b"\1")
-    return f" embeddings {embeds.dtype} ".encode() + tokens
+    mask, ids = request.prompt_is_token_ids, request.prompt_token_ids
+    # Without a mask all are embeddings, or, where there are tokens, none is: neither may look like a mask.
+    where = b"mask " + bytes(mask).rstrip(b"\1") if mask is not None else b"all" if ids is None else b"none"
+    return f" embeddings {embeds.dtype} ".encode() + where
 
 
 class SchedulerSide:
