@@ -37,6 +37,7 @@ from kvbm.stores.meta import Place
         Result(7, 1, b"\0\3", 1 << 40, 0.25, "injected"),
         Result(7, 1, b"", 0, 0.0),
         Sick(1, "a copy thread died"),
+        Sick(1, "a thread died", "g3"),
         Bye(),
     ],
 )

@@ -6,6 +6,8 @@ goes over the channel (`manager/channel.py`).
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -298,10 +300,11 @@ class Unlike(msgspec.Struct, frozen=True, tag=True):
 
 
 class Sick(msgspec.Struct, frozen=True, tag=True):
-    """A worker can no longer copy."""
+    """A worker can no longer copy: what the engine has, or, where a tier is named, to and from that one."""
 
     rank: int
     problem: str
+    tier: Literal["", "g3"] = ""
 
 
 class Bye(msgspec.Struct, frozen=True, tag=True):

@@ -179,9 +179,7 @@ class Worker(Telling):
     def collect(self, *, idle: bool, waiting: bool = False) -> Collected:
         """What ended. An idle step waits a moment for the next copy to end, or, where the leader is `waiting`, for what
         it waits for, instead of letting the engine spin."""
-        if not self._executor.alive() and not self._sick:
-            self._sick = True
-            self._tell(Sick(self._rank, "a copy thread died"))
+        self._look()
         out = Collected()
         with self._ended:
             self._gather(out)
@@ -198,6 +196,16 @@ class Worker(Telling):
                 differs = self._residents.differs(request)
                 if self._bad.pop(job, None) is not None or differs:
                     out.failed.add(request)
+
+    def _look(self) -> None:
+        """Whether the threads that copy live. Without those of the disk, the rest goes on."""
+        if self._executor.alive():
+            return
+        if self._disk is not None:
+            self._disk.look()
+        if self._g2 is not None and not self._sick and self._executor.lost(self._g1, self._g2):
+            self._sick = True
+            self._tell(Sick(self._rank, "a copy thread died"))
 
     def take_bad_blocks(self) -> set[int]:
         """Engine blocks whose synchronous load failed in this step."""
@@ -271,6 +279,7 @@ class Worker(Telling):
                 if time.monotonic() - looked > _LOOK_S:
                     looked = time.monotonic()
                     self._expire()  # the engine may sleep
+                    self._look()
                 match link.wait(_LOOK_S):
                     case Allot() as message:
                         self._allot(link, message)
@@ -352,6 +361,7 @@ class Worker(Telling):
         self._disk = DiskWorker(
             disk, self._rank, self._sums, self._settings.g3_deadline_s,
             report=self._report, read=self._read_ended, tell=self._tell,
+            lost=lambda: self._executor.lost(disk.shard.region, disk.memory),
         )  # fmt: skip
         return None
 
