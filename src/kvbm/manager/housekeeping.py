@@ -349,22 +349,6 @@ class Housekeeping:
             self._drain()
             self._clear()
 
-    def quiesce(self, seconds: float) -> bool:
-        """Waits until the copies that are in flight now are over, or given up, for so long at most. False: some of them
-        may still touch the engine's memory."""
-        with self._lock:
-            self._drain()
-            copies = self._copies.ids()
-        end = time.monotonic() + seconds
-        while copies and time.monotonic() < end and all(link.open for link in self.links.values()):
-            time.sleep(0.001)
-            with self._lock:
-                self._drain()
-                copies = set(self._copies.still(copies))
-        if copies:
-            log.error("KVBM: %d copies did not end within %.0f s of a reset", len(copies), seconds)
-        return not copies
-
     def _clear(self) -> None:
         self.pool.clear()
         self.provenance.clear()

@@ -201,6 +201,13 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     jobs: list[int]
 
 
+class GiveUp(msgspec.Struct, frozen=True, tag=True):
+    """Nobody waits for these copies of the engine's blocks any longer: none of them begins any more, and nothing counts
+    of those that have. Each is still answered."""
+
+    jobs: list[int]
+
+
 class Forget(msgspec.Struct, frozen=True, tag=True):
     """These slots on disk (int32) are not to be served, also after a restart, if they still hold these keys."""
 
@@ -322,6 +329,7 @@ Message = (
     | Write
     | Read
     | Cancel
+    | GiveUp
     | Forget
     | Generation
     | Probe
