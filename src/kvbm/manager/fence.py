@@ -11,6 +11,8 @@ from kvbm.transfer.executor import Executor
 
 log = logging.getLogger(__name__)
 
+_OVERWRITTEN = "its source may have been overwritten while it ran"
+
 
 class Fence:
     """Waits at most `patience_s` for copies. `wait` belongs to the engine's worker thread, the rest to any."""
@@ -28,11 +30,12 @@ class Fence:
             return
         late = [job for job in jobs if not self._executor.wait([job], 0)]
         with self._lock:  # before they are cancelled: one may end at any moment
-            self._condemned |= dict.fromkeys(late, "its source may have been overwritten while it ran")
+            self._condemned = dict.fromkeys(late, _OVERWRITTEN) | self._condemned
         quiet = {job for job in late if self._executor.cancel([job])}
         with self._lock:
             for job in quiet:
-                self._condemned.pop(job, None)
+                if self._condemned.get(job) == _OVERWRITTEN:  # not what a reset gave up
+                    del self._condemned[job]
         log.error(
             "KVBM: copies %s did not end in time and are given up; %d of them may go on, and nothing they copy is used",
             late, len(late) - len(quiet),
