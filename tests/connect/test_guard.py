@@ -416,6 +416,37 @@ def test_blocks_of_a_failed_load_are_forgotten_although_it_is_off(ranks: Ranks) 
     assert evicted == [{6, 7, 8}]
 
 
+@pytest.mark.parametrize("is_off", [False, True])
+@pytest.mark.parametrize("name", ["get_block_ids", "evict_blocks"])
+def test_looking_for_blocks_of_a_failed_load_may_raise(ranks: Ranks, name: str, is_off: bool) -> None:
+    """Which of the engine's blocks count is not known then: none does."""
+    ranks.upper.waits = False
+    ranks.ask("a")
+    ranks.ask("b")
+    if is_off:
+        ranks.upper.bad = "stepped"
+        ranks.scheduler.stepped()
+    evicted: list[set[int]] = []
+
+    def evict(blocks: set[int]) -> None:
+        if name == "evict_blocks" and len(blocks) < 9:
+            raise Boom("boom")
+        evicted.append(blocks)
+
+    manager = SimpleNamespace(
+        get_block_ids=lambda _: 1 / 0 if name == "get_block_ids" else ([5, 6, 7, 8],),
+        evict_blocks=evict,
+        block_pool=SimpleNamespace(num_gpu_blocks=9),
+    )
+    ranks.scheduler.not_loaded({6}, manager)
+    assert ranks.scheduler.off is not None
+    assert ("stepped raised" if is_off else "not_loaded raised") in ranks.scheduler.off
+    assert evicted == [set(range(9))]
+    assert [each.num_computed_tokens for each in ranks.upper.tables.requests.values()] == [0, 0]
+    assert "not_loaded" not in ranks.upper.calls
+    ranks.scheduler.not_loaded({6}, None)  # nothing at all can be done
+
+
 def test_what_runs_in_the_server_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     @guard.harmless
     def observe(data: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from kvbm.blocks import Pool
 from kvbm.manager.disk import _leaves_first, adopt
-from kvbm.manager.wire import Cancel, Forget, Generation, Probe, Probed, Read, Result, Write
+from kvbm.manager.wire import Cancel, Forget, Generation, Probe, Probed, Read, Result, Sick, Write
 from kvbm.policy.lru import LRU
 from tests.manager.roles import FAILED, Stage, keys_of, recovered
 
@@ -239,6 +239,72 @@ def test_a_rank_that_says_nothing(make_stage: Make, silent: int) -> None:
     stage.leader.tick()
     assert stage.disk.peek(keys) == 2
     assert stage.tier.in_flight() == (0, 0)
+
+
+def test_a_rank_whose_threads_died_ends_the_disk_tier_alone(make_stage: Make, caplog: pytest.LogCaptureFixture) -> None:
+    stage = make_stage(ranks=2).add_disk(batch=1)
+    disk, both, new = keys_of("disk", 3), keys_of("both", 2), keys_of("new", 2)
+    stage.on_disk("first", disk)
+    stage.keep("second", both)
+    stage.write_all()
+    stage.keep("third", new)
+    stage.begin("waits", [*disk, LAST])
+    assert stage.leader.match("waits", 0, 3) is None
+    writes, reads = stage.hear(Write), stage.hear(Read)
+    assert len(writes) == 2
+    assert reads
+    for _ in range(2):
+        stage.say(Sick(1, "a thread died", "g3"), 1)
+    assert stage.leader.match("waits", 0, 3) == 0, "nobody waits for what does not come"
+    assert sorted(stage.hear(Cancel)[0].jobs) == sorted(move.job for move in [*writes, *reads])
+    for move in [*writes, *reads]:  # whatever they say now
+        stage.moved(move)
+    stage.leader.tick()
+    assert stage.disk.peek(new) == stage.pool.peek(disk) == 0
+    assert stage.tier.in_flight() == (0, 0)
+    assert stage.pool.statistics().active == 0
+    assert stage.leader.problems == []
+    assert stage.leader.degraded() == {"g3": "rank 1: a thread died"}
+    assert caplog.text.count("rank 1: a thread died") == 1
+    # The rest goes on: host memory, and nothing of the disk.
+    stage.load("again", both, [1, 2])
+    stage.keep("more", keys_of("more", 2))
+    for _ in range(50):
+        stage.tick(30)
+    stage.leader.drain(10)
+    assert stage.demotion.idle
+    for kind in (Write, Read, Probe):
+        assert not stage.hear(kind)
+    assert "disk failed" not in caplog.text
+    stage.leader.reset()  # also of what another process will find there
+    stage.settle()
+    assert stage.hear(Generation) == [Generation(1)]
+    assert stage.leader.degraded() == {"g3": "rank 1: a thread died"}
+
+
+def test_what_was_being_looked_for_on_disk_when_threads_died_does_not_wake_it(make_stage: Make) -> None:
+    stage = make_stage().add_disk()
+    stage.tier.fail("EIO")
+    stage.tick(1.0)
+    stage.probed("gone")
+    stage.settle()
+    stage.probed(reopen=True)
+    assert stage.tier._waited
+    stage.say(Sick(0, "a thread died", "g3"))
+    stage.settle()
+    assert stage.leader.degraded() == {"g3": "rank 0: a thread died"}
+
+
+def test_threads_may_die_before_there_is_a_disk_tier(make_stage: Make) -> None:
+    stage = make_stage()
+    stage.say(Sick(0, "a thread died", "g3"))
+    stage.leader.tick()
+    stage.add_disk()
+    lower, stage.leader.lower = stage.leader.lower, None
+    assert lower is not None
+    assert stage.leader.attach(lower)
+    assert stage.leader.degraded() == {"g3": "rank 0: a thread died"}
+    assert stage.leader.problems == []
 
 
 def test_answers_for_unknown_moves_are_nothing(make_stage: Make) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 
 import pytest
 
 from kvbm.core.events import Admitted, Event, Offloaded, Onboarded
+from kvbm.manager import offload
 from kvbm.manager.requests import RequestParams
-from kvbm.manager.wire import Allot, Bye, Result, Sick
+from kvbm.manager.wire import Allot, Bye, GiveUp, Result, Sick
 from tests.manager.roles import BLOCK_BYTES, BLOCK_TOKENS, DONE, FAILED, Stage, keys_of
 
 Make = Callable[..., Stage]
@@ -388,17 +391,67 @@ def test_a_reset_drops_what_no_worker_has_begun_and_waits_for_the_rest(stage: St
     _ended(stage, keys_of("a", 2), [1, 2])
     stage.leader.reset()
     assert stage.leader.in_flight() == (1, 0)
-    assert not stage.leader.quiesce(0.01)
+    over = threading.Thread(target=stage.leader.quiesce, args=(30.0,))
+    over.start()
+    time.sleep(0.05)
+    assert over.is_alive()
     stage.answer(first)
-    assert stage.leader.quiesce(10)
+    over.join(10)
+    assert not over.is_alive()
     assert (stage.step().stores, stage.leader.dropped) == ([], 0)
     assert stage.matchable([*keys_of("b", 1), *keys_of("a", 2)]) == 0
+    assert (stage.hear(GiveUp), stage.leader.problems) == ([], [])
 
 
-def test_nobody_waits_for_a_worker_that_is_gone(stage: Stage) -> None:
-    stage.compute("b", keys_of("b", 1), [9])
+def test_copies_that_do_not_end_are_given_up_at_a_reset(make_stage: Make) -> None:
+    stage, keys = make_stage(ranks=2), keys_of("a", 2)
+    (first,) = stage.compute("a", keys, [1, 2]).stores
+    (second,) = stage.compute("b", keys_of("b", 1), [3]).stores
+    stage.answer(first, rank=0)
+    stage.leader.reset()
+    over = threading.Thread(target=stage.leader.quiesce, args=(0.01,))
+    over.start()
+    for rank, jobs in ((0, [second.job]), (1, [first.job, second.job])):
+        message = stage.workers[rank].wait(30)
+        assert message == GiveUp(jobs)
+    assert over.is_alive()
+    for copy, rank in ((second, 0), (first, 1), (second, 1)):
+        stage.say(Result(copy.job, rank, b"", 0, 0.0, "given up"), rank)
+    over.join(10)
+    assert not over.is_alive()
+    assert (stage.leader.in_flight(), stage.leader.problems) == ((0, 0), [])
+    stage.answer(first)  # a copy that ended while it was given up
+    assert stage.matchable(keys) == 0
+
+
+def test_workers_that_do_not_give_up_turn_kvbm_off(make_stage: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever they copy still, it is not published."""
+    monkeypatch.setattr(offload, "GRACE", 0.01)
+    stage, keys = make_stage(), keys_of("a", 2)
+    stage.keep("old", keys_of("old", 2))
+    load = stage.load("c", keys_of("old", 2), [5, 6])
+    (store,) = stage.compute("a", keys, [1, 2]).stores
+    stage.leader.reset()
+    stage.leader.quiesce(0.01)
+    assert stage.leader.off == "off until the engine is started anew: 2 copies may go on after a reset"
+    for copy in (store, load):
+        stage.answer(copy)
+    assert stage.matchable(keys) == stage.matchable(keys_of("old", 2)) == 0
+    assert stage.leader.in_flight() == (0, 0)
+    assert stage.pool.statistics().staged == stage.pool.statistics().active == 0
+
+
+def test_nobody_waits_for_a_worker_that_is_gone(make_stage: Make) -> None:
+    stage = make_stage(ranks=2)
+    (store,) = stage.compute("b", keys_of("b", 1), [9]).stores
     stage.workers[0].close()
-    assert not stage.leader.quiesce(60)
+    over = threading.Thread(target=stage.leader.quiesce, args=(60.0,))
+    over.start()
+    time.sleep(0.05)
+    assert over.is_alive(), "but for the others"
+    stage.answer(store, rank=1)
+    over.join(10)
+    assert not over.is_alive()
 
 
 def test_a_finished_request_offers_its_last_blocks(stage: Stage) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kvbm.transfer import file
 from tests.manager.roles import keys_of
 from tests.manager.whole import PATIENCE, Engine
 
@@ -42,6 +44,45 @@ def test_what_was_computed_is_there_after_a_restart(start: Start, ranks: int, tm
     assert engine.serve(keys) == 6
     assert engine.leader.records["r0"].staged == {"g3": 6}
     assert engine.leader.pool.statistics().active == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("moves", ["reads", "writes"])
+def test_a_thread_that_copies_to_disk_and_dies_costs_the_disk_tier_alone(
+    start: Start, ranks: int, moves: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """That of the last rank."""
+    keys, more = keys_of("a", 4), keys_of("b", 4)
+    problem = f"rank {ranks - 1}: a thread that copies to and from disk died"
+    original = file.run_io
+
+    def dies(fd: int, *args: Any) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(f"rank{ranks - 1}.data"):
+            raise MemoryError("none left")
+        original(fd, *args)
+
+    with closing(Engine(tmp_path, ranks)) as engine:
+        engine.serve(keys)
+        engine.settle()
+        if moves == "reads":
+            engine.leader.pool.discard(keys)
+        monkeypatch.setattr(file, "run_io", dies)
+        assert engine.serve(keys if moves == "reads" else more) == 0
+        engine.until(engine.leader.degraded)
+        monkeypatch.setattr(file, "run_io", original)
+        health = engine.side.control.health()
+        assert (health["healthy"], health["degraded"]) == (True, {"g3": problem})
+        assert caplog.text.count(problem) == 1
+        assert engine.disk.peek(more) == 0
+        assert engine.serve(keys) == 4, "host memory goes on"
+        assert engine.serve(keys_of("c", 3)) == 0
+        assert engine.serve(keys_of("c", 3)) == 3
+        disk = engine.leader.disk
+        assert disk is not None
+        assert disk.tier.in_flight() == (0, 0)
+    engine = start(ranks)
+    assert engine.serve(keys) == 4, "what was on disk before still is"
+    assert engine.serve(more) == 0
 
 
 @pytest.mark.parametrize("bad", [0, 1])

@@ -273,6 +273,61 @@ def test_another_answer_or_none_at_all_finds_nothing(stage: Stage, answer: bytes
         assert stage.leader.match("b", 0, BLOCKS) == 0  # too late
 
 
+def test_what_nobody_answered_is_asked_again(stage: Stage) -> None:
+    compute(stage, "a")
+    begin(stage, "b", number=2)
+    (lost,) = stage.hear(Foresee)
+    stage.clock.advance(3.9)
+    begin(stage, "c", number=2)
+    assert stage.leader.match("c", 0, BLOCKS) == 0
+    assert not stage.hear(Foresee)
+    stage.clock.advance(0.2)
+    begin(stage, "d", number=2)
+    begin(stage, "e", number=2)
+    (again,) = stage.hear(Foresee)
+    assert again.adapter == lost.adapter
+    assert stage.leader.match("d", 0, BLOCKS) is None
+    stage.say(Foreseen(lost.question, ONE))  # late, and of the same files
+    for request in "de":
+        assert stage.leader.match(request, 0, BLOCKS) == BLOCKS
+    assert stage.leader.match("b", 0, BLOCKS) == 0, "it asked before, and was told that nobody knows"
+    stage.say(Foreseen(again.question, TWO))
+    begin(stage, "f", number=2)
+    assert stage.leader.match("f", 0, BLOCKS) == BLOCKS
+    assert not stage.hear(Foresee)
+    for request in "bcdef":
+        stage.leader.finish(request, [], 0)
+
+
+def test_a_worker_that_never_answers_is_asked_seldom(stage: Stage) -> None:
+    stage.add_disk()
+    waited = asked = 0
+    for second in range(3600):
+        begin(stage, f"r{second}")
+        waited += stage.leader.match(f"r{second}", 0, BLOCKS) is None
+        asked += len(stage.hear(Foresee))
+        stage.leader.finish(f"r{second}", [], 0)
+        stage.clock.advance(1)
+    assert asked == 13  # after 4, 8, ... 512 seconds, then every 600
+    assert waited == 2 * asked
+    assert len(stage.leader._variants._asked) == 1
+
+
+def test_what_a_step_was_computed_with_is_known_better_than_what_a_worker_foresaw(stage: Stage) -> None:
+    compute(stage, "a")
+    begin(stage, "x", number=2)
+    (question,) = stage.hear(Foresee)
+    stage.leader.finish("x", [], 0)
+    compute(stage, "b", number=2, digest=TWO)
+    stage.say(Foreseen(question.question, ONE))
+    stage.leader.tick()
+    begin(stage, "c", number=2)
+    step = loading(stage, "c")
+    assert step.adapters is not None
+    assert step.adapters.loads[step.loads[0].job].digest == TWO
+    stage.answer(step.loads[0])
+
+
 def test_who_cannot_answer_is_not_asked_again_about_the_same(stage: Stage) -> None:
     stage.add_disk()
     begin(stage, "a")

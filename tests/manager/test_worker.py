@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from kvbm.abc.transport import Completion, Plan, Quiet
 from kvbm.core.config import Settings
 from kvbm.core.outcome import Outcome
 from kvbm.manager.channel import Link, listen
-from kvbm.manager.wire import Allot, Bye, Copy, Hello, Message, Ready, Refused, Result, Sick, Step
+from kvbm.manager.wire import Allot, Bye, Copy, GiveUp, Hello, Message, Ready, Refused, Result, Sick, Step
 from kvbm.manager.worker import Collected, Worker
 from kvbm.testing.faults import FaultTransport
 from kvbm.testing.transport import HostMemory
@@ -302,6 +303,72 @@ def test_copies_past_their_deadline_end_also_while_the_engine_sleeps(make_rank: 
     rank = make_rank({"store_delay": FOREVER}, store_deadline_s=1e-6)
     rank.step(Step(stores=[Copy.of(1, "a", [0], [0])]))
     assert rank.result().error == "deadline"
+
+
+# ---------------------------------------------------------------------- given up
+
+
+def test_copies_that_have_begun_are_given_up(make_rank: Make) -> None:
+    rank = make_rank({"delay": FOREVER}, store_deadline_s=1000.0, load_deadline_s=1000.0)
+    rank.step(Step(stores=[Copy.of(1, "a", [0], [0])], loads=[Copy.of(2, "b", [1], [1])]))
+    rank.link.send(GiveUp([1, 2]))
+    results = [rank.result(), rank.result()]
+    assert {result.job for result in results} == {1, 2}
+    assert all(result.outcomes == bytes([Outcome.FAILED]) for result in results)
+    assert rank.collect() == Collected(loaded={"b"}, failed={"b"})
+    assert rank.contents() == rank.before
+
+
+@pytest.mark.parametrize("is_load", [False, True])
+def test_a_copy_that_cannot_be_stopped_does_not_count(make_rank: Make, is_load: bool) -> None:
+    """It ends well, later."""
+    rank = make_rank()
+    transport = _stubborn(rank)
+    copies = [Copy.of(1, "a", [0], [0])]
+    rank.step(Step(loads=copies) if is_load else Step(stores=copies))
+    rank.link.send(GiveUp([1]))
+    deadline = time.monotonic() + PATIENCE
+    while not transport.cancels:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert rank.link.take() == [], "its memory is not free before"
+    transport.go()
+    result = rank.result()
+    assert (result.outcomes, result.error) == (bytes([Outcome.FAILED]), "it was given up at a reset")
+    if is_load:
+        assert rank.collect().failed == {"a"}
+    assert not rank.worker._fence._condemned
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_copies_that_were_given_up_never_begin(make_rank: Make, monkeypatch: pytest.MonkeyPatch, sync: bool) -> None:
+    """Their step is sent, and the forward pass of the one before takes its time."""
+    rank = make_rank()
+    step = Step(stores=[Copy.of(1, "a", [0], [0])], loads=[Copy.of(2, "b", [1], [1])], sync=sync)
+    rank.link.send(GiveUp([1, 2]))
+    results = [rank.result(), rank.result()]
+    assert {result.job for result in results} == {1, 2}
+    assert {result.outcomes for result in results} == {b""}, "which counts as failed"
+    monkeypatch.setattr(rank.worker._executor, "submit", lambda *_: pytest.fail("it began"))
+    assert rank.step(step) == ({1} if sync else set())
+    if not sync:
+        assert rank.collect() == Collected(loaded={"b"}, failed={"b"})
+    assert all(result.outcomes == bytes([Outcome.FAILED]) for result in (rank.result(), rank.result()))
+    assert rank.contents() == rank.before
+    assert rank.g2(0) == bytes(sum(ROWS))
+
+
+def test_a_copy_that_is_given_up_while_it_is_submitted(make_rank: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = make_rank({"store_delay": FOREVER})
+    submit = rank.worker._executor.submit
+
+    def late(job: int, *args: Any) -> None:
+        rank.worker._give_up([job])
+        submit(job, *args)
+
+    monkeypatch.setattr(rank.worker._executor, "submit", late)
+    rank.step(Step(stores=[Copy.of(1, "a", [0], [0])]))
+    assert rank.result().error == "it was given up at a reset"
 
 
 # ---------------------------------------------------------------------- asynchronous loads

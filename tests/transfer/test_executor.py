@@ -125,11 +125,13 @@ def test_a_dead_transport_is_passed_over(pair: tuple[Memory, Memory]) -> None:
     dead.healthy = False
     executor, ended = Executor([dead, living]), Ended()
     assert not executor.alive()
+    assert not executor.lost(pair[0].region, pair[1].region)
     executor.submit(1, plan_of(pair, [0], [0]), 10, ended)
     assert ended.wait(1).error is None
     living.close()
     executor.submit(2, plan_of(pair, [0], [0]), 10, ended)
     assert ended.wait(2).error == "the transports that copy from host region 'test' to host region 'test' have died"
+    assert executor.lost(pair[0].region, pair[1].region)
     executor.close(0)
 
 

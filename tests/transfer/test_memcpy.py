@@ -3,6 +3,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,6 +188,22 @@ def test_a_thread_that_dies_fails_what_is_queued_and_later(
     assert run(transport, plan_of(pair, [9], [9])).outcomes.tolist() == [Outcome.FAILED]
     transport.close()
     assert "a memcpy thread died" in caplog.text
+
+
+def test_what_a_thread_that_died_had_begun_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, transport: MemcpyTransport, pair: tuple[Memory, Memory]
+) -> None:
+    """It takes a part, and then copies it."""
+
+    def breaks(*args: Any) -> int:
+        args[-2][0] += args[-1]  # the counter
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(memcpy, "copy_rows", breaks)
+    completion = run(transport, plan_of(pair, [0, 1], [0, 1]))
+    assert completion.outcomes.tolist() == [Outcome.FAILED] * 2
+    assert completion.error is not None
+    transport.close()
 
 
 def test_real_chunks_of_an_arena_and_an_engine_shaped_cache(transport: MemcpyTransport) -> None:

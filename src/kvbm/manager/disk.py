@@ -150,6 +150,8 @@ class DiskTier:
             del self._moves[move.id]
             move.wanted &= move.error != CANCELLED
             self.corrupt += int((move.outcomes == Outcome.CORRUPT).sum())
+            if self._left:
+                move.outcomes[:] = Outcome.FAILED
             if not move.down:
                 self.gate.read_ends(move.blocks, int((move.outcomes < Outcome.FAILED).sum()))
             self._judge(move)
@@ -176,9 +178,14 @@ class DiskTier:
         self.problem = problem
 
     def leave(self, why: str) -> None:
-        """Leave the tier alone for good. A new generation is still written down."""
+        """Leave the tier alone for good: nothing that is being moved counts. A new generation is still written down."""
         self.cancel(list(self._moves))
         self.problem, self._left = why, True
+
+    @property
+    def left(self) -> bool:
+        """Whether it is left alone for good."""
+        return self._left
 
     def tick(self) -> None:
         """A few times a second: notices silent workers, tries whether a broken disk works again."""
@@ -247,7 +254,7 @@ class DiskTier:
         return lambda: self._recovered(found)
 
     def _recovered(self, found: Recovered) -> None:
-        if self._stale:  # found before the generation ended
+        if self._stale or self._left:  # found before the generation ended, say
             return
         adopt(self.pool, found)
         self._lost = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -13,7 +14,7 @@ import numpy as np
 from kvbm.abc.transport import Completion
 from kvbm.core.errors import Broken, Misuse
 from kvbm.core.region import Slots
-from kvbm.manager.wire import Forget, Generation, Probe, Probed, Read, Write, unpack
+from kvbm.manager.wire import Forget, Generation, Probe, Probed, Read, Sick, Write, unpack
 from kvbm.stores.disk import Disk
 from kvbm.stores.format import Labels, Words
 
@@ -22,8 +23,8 @@ log = logging.getLogger(__name__)
 
 class DiskWorker:
     """Of one rank. `sums` has the checksum of each slot of host memory. A write that ended is told to `report`, a read
-    to `read` with its slots and their checksums, the answer to a probe to `tell`; from threads of the transport, or its
-    own."""
+    to `read` with its slots and their checksums, the answer to a probe to `tell`, as is that nothing can be copied any
+    more (`lost`): once, before what fails of it. From threads of the transport, or its own."""
 
     def __init__(
         self,
@@ -34,10 +35,12 @@ class DiskWorker:
         *,
         report: Callable[[int, Completion], None],
         read: Callable[[Slots, int, Completion, Words], None],
-        tell: Callable[[Probed], None],
+        tell: Callable[[Probed | Sick], None],
+        lost: Callable[[], bool],
     ) -> None:
         self.disk, self._rank, self._sums, self._deadline_s = disk, rank, sums, deadline_s
-        self._report, self._read, self._tell = report, read, tell
+        self._report, self._read, self._tell, self._lost = report, read, tell, lost
+        self._looking, self._told = threading.Lock(), False
         self.chores = ThreadPoolExecutor(1, "kvbm-chores")
         """For what may wait for the disk and is no transfer, in order."""
         self._last_chore: Future[None] | None = None
@@ -52,7 +55,7 @@ class DiskWorker:
                 self._write(message)
             case Read():
                 g2 = unpack(message.g2)
-                ended = partial(self._read, g2)
+                ended = partial(self._read_ended, g2)
                 try:
                     self.disk.read(message.job, unpack(message.g3), g2, message.keys, self._deadline_s, ended)
                 except Misuse as error:  # it is being closed
@@ -65,6 +68,13 @@ class DiskWorker:
                 self._chore(self.disk.shard.clear, message.number)
             case Probe():
                 self._chore(self._probe, message)
+
+    def look(self) -> None:
+        """Whether anything can still be copied. Any thread."""
+        with self._looking:
+            if not self._told and self._lost():
+                self._told = True
+                self._tell(Sick(self._rank, "a thread that copies to and from disk died", "g3"))
 
     def cancel(self, jobs: list[int]) -> None:
         """Nobody wants these any more."""
@@ -92,10 +102,20 @@ class DiskWorker:
         try:
             self.disk.write(
                 message.job, g2, unpack(message.g3), labels, self._sums[g2], self._deadline_s,
-                lambda job, completion, _: self._report(job, completion),
+                lambda job, completion, _: self._write_ended(job, completion),
             )  # fmt: skip
         except Misuse as error:  # it is being closed
             self._report(message.job, Completion.failed(message.job, len(g2), str(error)))
+
+    def _write_ended(self, job: int, completion: Completion) -> None:
+        if completion.error is not None:
+            self.look()
+        self._report(job, completion)
+
+    def _read_ended(self, g2: Slots, job: int, completion: Completion, sums: Words) -> None:
+        if completion.error is not None:
+            self.look()
+        self._read(g2, job, completion, sums)
 
     def _forget(self, slots: Slots, keys: list[bytes]) -> None:
         """Slots that hold another block by now are left alone."""

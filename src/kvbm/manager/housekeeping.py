@@ -78,8 +78,8 @@ class Housekeeping:
         """Why none of those is used until the engine is started anew."""
         self.opened: dict[int, Opened] = {}
         """What ranks said about their files."""
-        self._early: list[Mine] = []
-        """What ranks said about their memory before there was anybody to share it with."""
+        self._early: list[Mine | Sick] = []
+        """What ranks said about their memory or files before there was anybody who uses them."""
         self.lower: Lower | None = None
         """What is below host memory, if there is anything."""
         self.gate = gate
@@ -128,11 +128,13 @@ class Housekeeping:
                         pass
                     case Result() | Probed() | Mine() if self.lower is not None and self.lower.take(message):
                         pass
+                    case Sick(tier="g3") if self.lower is not None:
+                        self.lower.take(message)
                     case Result():
                         self._answer(message)
                     case Opened():
                         self.opened[message.rank] = message
-                    case Mine():
+                    case Mine() | Sick(tier="g3"):
                         self._early.append(message)
                     case Used() | Foreseen() | Unlike():
                         self._variants.take(message, self.requests)
@@ -347,22 +349,6 @@ class Housekeeping:
             self._drain()
             self._clear()
 
-    def quiesce(self, seconds: float) -> bool:
-        """Waits until the copies that are in flight now are over, or given up, for so long at most. False: some of them
-        may still touch the engine's memory."""
-        with self._lock:
-            self._drain()
-            copies = self._copies.ids()
-        end = time.monotonic() + seconds
-        while copies and time.monotonic() < end and all(link.open for link in self.links.values()):
-            time.sleep(0.001)
-            with self._lock:
-                self._drain()
-                copies = set(self._copies.still(copies))
-        if copies:
-            log.error("KVBM: %d copies did not end within %.0f s of a reset", len(copies), seconds)
-        return not copies
-
     def _clear(self) -> None:
         self.pool.clear()
         self.provenance.clear()
@@ -449,7 +435,7 @@ class Housekeeping:
 
     def drain(self, seconds: float) -> None:
         """Writes to disk what only host memory has, for so long at most, while the engine may go on."""
-        if (disk := self.disk) is None or seconds <= 0 or self.isolated is not None or self.off is not None:
+        if (disk := self.disk) is None or disk.tier.left or seconds <= 0 or self.off is not None:
             return
         begun = time.monotonic()
         with self._lock:

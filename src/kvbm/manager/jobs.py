@@ -189,6 +189,10 @@ class InFlight:
         """Those of `jobs` that have not ended, in order."""
         return sorted(jobs & self._jobs.keys())
 
+    def unanswered(self, jobs: set[int], rank: int) -> list[int]:
+        """Those of `jobs` that this rank has not answered, in order."""
+        return [each for each in self.still(jobs) if rank in self._jobs[each].ranks]
+
     def seal(self) -> None:
         """A step is complete. Starts the clock of copies that every worker has begun: they begin after the forward pass
         of their step, and however long that takes, it is over when the step after the next is sealed (the engine may be

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,9 @@ from kvbm.manager.peers.fetch import Peers
 from kvbm.manager.promote import Promotion
 from kvbm.manager.requests import Request, Wanted
 from kvbm.manager.verify import Verification
-from kvbm.manager.wire import Mine, Probed, Result
+from kvbm.manager.wire import Mine, Probed, Result, Sick
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -27,6 +30,13 @@ class DiskSide:
     demotion: Demotion
     verification: Verification | None = None
     """The last that was asked for."""
+
+    def leave(self, why: str) -> None:
+        """From now on nothing is read from there and nothing written; what is on its way is given up."""
+        self.demotion.clear()
+        if self.verification is not None:
+            self.verification.end(why)
+        self.tier.leave(why)
 
     def counts(self) -> dict[str, int]:
         """Blocks that were kept from disk, and those that were damaged there."""
@@ -69,7 +79,7 @@ class Lower:
         """They are published."""
         if self.isolated:
             return
-        if self.disk is not None:
+        if self.disk is not None and not self.disk.tier.left:
             self.disk.demotion.offer(blocks.keys)
         if self.peers is not None and len(blocks):
             self.peers.published.stored(blocks.keys, job.places[job.done])
@@ -114,7 +124,7 @@ class Lower:
         if self.peers is not None:
             self.peers.drop(request.id)
 
-    def take(self, answer: Result | Probed | Mine) -> bool:
+    def take(self, answer: Result | Probed | Mine | Sick) -> bool:
         """An answer from a worker; false where it is about something else."""
         match answer:
             case Result():
@@ -125,6 +135,10 @@ class Lower:
                 self.disk.tier.probed(answer)
             case Mine() if self.peers is not None:
                 self.peers.mine(answer)
+            case Sick(rank=rank, problem=problem) if self.disk is not None and not self.disk.tier.left:
+                why = f"rank {rank}: {problem}"
+                log.error("KVBM: the disk tier (G3) is left alone until the engine is started anew: %s", why)
+                self.disk.leave(why)
         return True
 
     def tick(self) -> None:
@@ -153,10 +167,7 @@ class Lower:
         self.isolated = True
         self.promotion.clear()
         if self.disk is not None:
-            self.disk.demotion.clear()
-            if self.disk.verification is not None:
-                self.disk.verification.end(why)
-            self.disk.tier.leave(why)
+            self.disk.leave(why)
         if self.peers is not None:
             self.peers.leave(why)
 

@@ -5,19 +5,24 @@ The part of the leader (`manager/leader.py`) that looks at what a step computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from kvbm.abc.observer import Observer
 from kvbm.blocks import Pool, Writable
 from kvbm.core.config import Settings
+from kvbm.core.errors import Broken
 from kvbm.core.region import Slots
 from kvbm.manager.channel import Link
 from kvbm.manager.gate import Gate
 from kvbm.manager.housekeeping import Housekeeping
 from kvbm.manager.requests import Request
-from kvbm.manager.wire import Compare, Copy
+from kvbm.manager.wire import Compare, Copy, GiveUp
+
+log = logging.getLogger(__name__)
 
 GRACE = 5.0
 """Seconds past a copy's own deadline after which a silent worker counts as broken."""
@@ -138,6 +143,36 @@ class Offloading(Housekeeping):
                 job.lease.drop()
         return count
 
+    def quiesce(self, seconds: float) -> None:
+        """Returns when the copies that are in flight now are over, or given up. After so many seconds, longer than any
+        deadline, only those are left that no worker has begun, or that cannot be stopped: none of them begins any more
+        and none counts. Where workers do not even answer that, KVBM is off."""
+        with self._lock:
+            copies = self._copies.ids()
+        if not (left := self._await(copies, seconds)):
+            return
+        log.error("KVBM: %d copies did not end within %.0f s of a reset and are given up", _count(left), seconds)
+        for rank, jobs in left.items():
+            try:
+                self.links[rank].send(GiveUp(jobs))
+            except Broken as error:  # it is noticed elsewhere that the worker is gone
+                log.debug("KVBM: %s", error)
+        if left := self._await(copies, GRACE):
+            why = f"off until the engine is started anew: {_count(left)} copies may go on after a reset"
+            self.turn_off(why)
+
+    def _await(self, copies: set[int], seconds: float) -> dict[int, list[int]]:
+        """Waits for copies, for so long at most. By rank, which of them it has not answered by then."""
+        end = time.monotonic() + seconds
+        while True:
+            with self._lock:
+                self._drain()
+                there = [rank for rank, link in self.links.items() if link.open]
+                left = {rank: jobs for rank in there if (jobs := self._copies.unanswered(copies, rank))}
+            if not left or time.monotonic() >= end:
+                return left
+            time.sleep(0.001)
+
     def _clear(self) -> None:
         super()._clear()
         for number in self._copies.unsent(job.id for job in self._copies.stores()):
@@ -153,6 +188,10 @@ class Offloading(Housekeeping):
         if request.variant is not None and request.variant.refused is not None:
             return request.variant.refused
         return "the cache was reset while it ran" if request.stale else None
+
+
+def _count(left: Mapping[int, Sequence[int]]) -> int:
+    return len({job for jobs in left.values() for job in jobs})
 
 
 class Draft:

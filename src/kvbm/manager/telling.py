@@ -8,16 +8,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
-from kvbm.abc.transport import Completion
+from kvbm.abc.transport import Completion, Plan
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken
-from kvbm.core.region import Slots
+from kvbm.core.region import Region, Slots
 from kvbm.manager.channel import Link
+from kvbm.manager.disk_worker import DiskWorker
+from kvbm.manager.fence import Fence
 from kvbm.manager.wire import Message, Result, Sick
-from kvbm.transfer.executor import Executor
+from kvbm.transfer.executor import NO_TICKET, Executor
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +28,20 @@ log = logging.getLogger(__name__)
 class Telling:
     """See `Worker`. `sums_for_leader`: the leader hears the checksums of what was written to host memory."""
 
-    def __init__(self, settings: Settings, rank: int, executor: Executor, *, sums_for_leader: bool) -> None:
+    def __init__(
+        self, settings: Settings, rank: int, executor: Executor, g1: Region, *, sums_for_leader: bool
+    ) -> None:  # fmt: skip
         self._settings, self._rank, self._executor = settings, rank, executor
+        self._g1 = g1
+        self._g2: Region | None = None
+        self._disk: DiskWorker | None = None
         self._sums_for_leader = sums_for_leader
         self._sums = np.zeros(0, np.uint64)
         """Of each host slot, the checksum of what left the engine, where somebody asks for it later."""
+        self._fence = Fence(executor, settings.store_deadline_s)
         self._link: Link | None = None
+        self._sick = False
+        """Whether the leader knows that nothing can be copied between the two any more."""
         self._closing = threading.Event()
         self._ended = threading.Condition()
         self._live: set[int] = set()
@@ -56,6 +67,16 @@ class Telling:
             if not self._closing.is_set():
                 log.error("KVBM: rank %d: %s", self._rank, error)
 
+    def _look(self) -> None:
+        """Whether the threads that copy live. Without those of the disk, the rest goes on."""
+        if self._executor.alive():
+            return
+        if self._disk is not None:
+            self._disk.look()
+        if self._g2 is not None and not self._sick and self._executor.lost(self._g1, self._g2):
+            self._sick = True
+            self._tell(Sick(self._rank, "a copy thread died"))
+
     def _over(self, job: int) -> None:
         with self._ended:
             self._live.discard(job)
@@ -71,6 +92,23 @@ class Telling:
                 self._bad[job] = Completion.failed(completion.ticket, len(completion.outcomes), str(error))
             self._over(job)
             self.turn_off(f"off until the engine is started anew: the end of a copy raised {error!r}")
+
+    def _start(self, job: int, plan: Plan, deadline_s: float, ended: Callable[[int, Completion], None]) -> None:
+        """Has blocks copied between the engine and host memory, unless that was given up before."""
+        if self._fence.condemned(job):
+            self._heed(ended, job, Completion.failed(NO_TICKET, len(plan.source_slots), "given up"))
+            return
+        self._executor.submit(job, plan, deadline_s, partial(self._heed, ended))
+        if self._fence.condemned(job):  # just now
+            self._executor.cancel([job])
+
+    def _give_up(self, jobs: list[int]) -> None:
+        """The leader waits for these no longer."""
+        self._fence.give_up(jobs)
+        with self._ended:
+            idle = set(jobs) - self._live
+        for job in sorted(idle):  # the engine may take its time until they would begin
+            self._report(job, Completion.failed(NO_TICKET, 0, "given up before it began"))
 
     def turn_off(self, why: str) -> None:
         """Something raised what nobody expected, here or beside the scheduler. From now on no copy counts, and those

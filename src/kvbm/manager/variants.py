@@ -11,7 +11,7 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kvbm.core.errors import Broken
 from kvbm.core.outcome import Outcome
@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 _PATIENCE = 2.0
 """Seconds that a request waits to hear which adapter it would be computed with."""
+_PAUSES = (4.0, 600.0)
+"""Seconds until a question that nobody has answered is asked again, each time twice as many: at first, at most. Whoever
+is stuck with it may be so each time."""
 _REMEMBERED = 4096
 """Adapters whose expected digest is kept."""
 _THIS = -1
@@ -64,12 +67,16 @@ class Variant:
     """A step was computed with it."""
 
 
-class _Question(NamedTuple):
-    """What a worker was asked: an adapter's number and files; who waits for the answer, and until when."""
+@dataclass(slots=True)
+class _Question:
+    """What a worker was asked: an adapter's number and files; who waits for the answer, and until when. It is asked
+    again at the earliest at `again`, under the same number: then the first answer is as good as the last."""
 
     about: tuple[int, Hashable]
-    until: float
-    waiting: list[Request]
+    pause: float = _PAUSES[0]
+    until: float = 0.0
+    again: float = 0.0
+    waiting: list[Request] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -133,19 +140,21 @@ class Variants:
 
     def _ask(self, request: Request, variant: Variant) -> None:
         now, about = self._clock(), (variant.adapter.number, variant.files)
-        for question in self._asked.values():
-            if question.about == about:
-                if now < question.until:
-                    variant.until = question.until
-                    question.waiting.append(request)
-                return
-        self._last += 1
-        variant.until = now + _PATIENCE
-        self._asked[self._last] = _Question(about, variant.until, [request])
-        try:
-            self._links[min(self._links)].send(Foresee(self._last, variant.adapter))
-        except Broken as error:
-            log.debug("KVBM: %s", error)  # it is noticed elsewhere that the worker is gone
+        number, question = next((each for each in self._asked.items() if each[1].about == about), (0, _Question(about)))
+        if now >= question.again:
+            if not number:
+                self._last += 1
+                number = self._last
+                self._asked[number] = question
+            question.until, question.again, question.waiting = now + _PATIENCE, now + question.pause, []
+            question.pause = min(2 * question.pause, _PAUSES[1])
+            try:
+                self._links[min(self._links)].send(Foresee(number, variant.adapter))
+            except Broken as error:
+                log.debug("KVBM: %s", error)  # it is noticed elsewhere that the worker is gone
+        if now < question.until:
+            variant.until = question.until
+            question.waiting.append(request)
 
     def _under(self, request: Request, variant: Variant, digest: bytes) -> None:
         variant.digest, variant.until = digest, None
@@ -252,7 +261,12 @@ class Variants:
             case Foreseen(question=question, digest=digest):
                 if (asked := self._asked.pop(question, None)) is None:
                     return
-                self._expect(*asked.about, digest)
+                number, files = asked.about
+                known, held = self._expected.get(number, (None, b""))
+                if known == files:  # a step has been computed with it meanwhile
+                    digest = held
+                else:
+                    self._expect(number, files, digest)
                 for request in asked.waiting:
                     variant = request.variant
                     if variant is None or variant.until is None or requests.get(request.id) is not request:

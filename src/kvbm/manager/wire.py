@@ -6,6 +6,8 @@ goes over the channel (`manager/channel.py`).
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -199,6 +201,13 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     jobs: list[int]
 
 
+class GiveUp(msgspec.Struct, frozen=True, tag=True):
+    """Nobody waits for these copies of the engine's blocks any longer: none of them begins any more, and nothing counts
+    of those that have. Each is still answered."""
+
+    jobs: list[int]
+
+
 class Forget(msgspec.Struct, frozen=True, tag=True):
     """These slots on disk (int32) are not to be served, also after a restart, if they still hold these keys."""
 
@@ -298,10 +307,11 @@ class Unlike(msgspec.Struct, frozen=True, tag=True):
 
 
 class Sick(msgspec.Struct, frozen=True, tag=True):
-    """A worker can no longer copy."""
+    """A worker can no longer copy: what the engine has, or, where a tier is named, to and from that one."""
 
     rank: int
     problem: str
+    tier: Literal["", "g3"] = ""
 
 
 class Bye(msgspec.Struct, frozen=True, tag=True):
@@ -319,6 +329,7 @@ Message = (
     | Write
     | Read
     | Cancel
+    | GiveUp
     | Forget
     | Generation
     | Probe

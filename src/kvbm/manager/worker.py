@@ -24,7 +24,6 @@ from kvbm.core.region import Region, Slots
 from kvbm.manager.channel import Link, connect
 from kvbm.manager.compare import Comparisons, sums_of, verified
 from kvbm.manager.disk_worker import DiskWorker
-from kvbm.manager.fence import Fence
 from kvbm.manager.jobs import Collected
 from kvbm.manager.peers.memory import PeerMemory
 from kvbm.manager.residents import Holder, Residents
@@ -40,6 +39,7 @@ from kvbm.manager.wire import (
     Foresee,
     Forget,
     Generation,
+    GiveUp,
     Hello,
     Mine,
     Open,
@@ -49,7 +49,6 @@ from kvbm.manager.wire import (
     Read,
     Ready,
     Refused,
-    Sick,
     Step,
     Write,
     unpack,
@@ -93,17 +92,14 @@ class Worker(Telling):
         stores: bool = True,
         adapters: Holder | None = None,
     ) -> None:
-        super().__init__(settings, rank, make_executor(), sums_for_leader=open_peers is not None)
-        self._g1, self._stores = g1, stores
+        super().__init__(settings, rank, make_executor(), g1, sums_for_leader=open_peers is not None)
+        self._stores = stores
         self._verifies = settings.g2_verify and stores  # who stores has the checksums, and loads as well
         self._hello = Hello(rank, world, fingerprint, g1.slot_bytes, dict(facts or {}), began)
         self._address = address
-        self._fence = Fence(self._executor, settings.store_deadline_s)
         self._open_disk, self._open_peers = open_disk, open_peers
         self._peers: PeerMemory | None = None
-        self._disk: DiskWorker | None = None
         self._arena: Arena | None = None
-        self._g2: Region | None = None
         self._extents: Region | None = None
         """The same slots as the disk sees them: one extent of whole pages each."""
         self._loads: dict[str, int] = {}
@@ -113,7 +109,6 @@ class Worker(Telling):
         self._bad_blocks: set[int] = set()
         self._spoiled = False
         self._comparisons = Comparisons(rank, g1.dtype, self._tell)
-        self._sick = False
         self._residents = Residents(adapters, rank, self._tell)
         self._thread = threading.Thread(target=self._run, name="kvbm-worker", daemon=True)
         self._thread.start()
@@ -179,9 +174,7 @@ class Worker(Telling):
     def collect(self, *, idle: bool, waiting: bool = False) -> Collected:
         """What ended. An idle step waits a moment for the next copy to end, or, where the leader is `waiting`, for what
         it waits for, instead of letting the engine spin."""
-        if not self._executor.alive() and not self._sick:
-            self._sick = True
-            self._tell(Sick(self._rank, "a copy thread died"))
+        self._look()
         out = Collected()
         with self._ended:
             self._gather(out)
@@ -225,7 +218,7 @@ class Worker(Telling):
             plan = Plan(self._g1, g1, self._g2, g2, urgent=False, label="store", sums=len(self._sums) > 0)
         deadline = self._settings.load_deadline_s if is_load else self._settings.store_deadline_s
         ended = partial(self._load_ended if is_load else self._store_ended, g2)
-        self._executor.submit(copy.job, plan, deadline, partial(self._heed, ended))
+        self._start(copy.job, plan, deadline, ended)
 
     def _compare(self, wanted: Compare) -> None:
         """Copies what was computed beside what is stored; the engine's blocks are not needed after that."""
@@ -239,9 +232,10 @@ class Worker(Telling):
             self._over(job)
             self._comparisons.start(wanted, plan.destination, completion)
 
-        self._executor.submit(wanted.job, plan, self._settings.store_deadline_s, partial(self._heed, copied))
+        self._start(wanted.job, plan, self._settings.store_deadline_s, copied)
 
     def _load_ended(self, slots: Slots, job: int, completion: Completion) -> None:
+        completion = self._fence.judged(job, completion)
         if self._verifies:
             assert self._extents is not None
             completion = verified(completion, self._extents, slots, self._sums, self._g1.slot_bytes)
@@ -271,6 +265,7 @@ class Worker(Telling):
                 if time.monotonic() - looked > _LOOK_S:
                     looked = time.monotonic()
                     self._expire()  # the engine may sleep
+                    self._look()
                 match link.wait(_LOOK_S):
                     case Allot() as message:
                         self._allot(link, message)
@@ -281,6 +276,8 @@ class Worker(Telling):
                             self._disk.cancel(jobs)
                         if self._peers is not None:
                             self._peers.cancel(jobs)
+                    case GiveUp(jobs=jobs):
+                        self._give_up(jobs)
                     case Write() | Read() | Forget() | Generation() | Probe() as message:
                         assert self._disk is not None, "the leader uses a disk tier that this rank does not have"
                         if isinstance(message, Read):
@@ -352,6 +349,7 @@ class Worker(Telling):
         self._disk = DiskWorker(
             disk, self._rank, self._sums, self._settings.g3_deadline_s,
             report=self._report, read=self._read_ended, tell=self._tell,
+            lost=lambda: self._executor.lost(disk.shard.region, disk.memory),
         )  # fmt: skip
         return None
 

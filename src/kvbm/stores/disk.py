@@ -63,7 +63,7 @@ class Disk:
         if memory.slot_bytes != shard.place.slot_bytes:
             raise Misuse(f"slots of {memory.slot_bytes} B in memory, of {shard.place.slot_bytes} B on disk")
         next(extents(memory, np.zeros(1, dtype=np.int64), memory.slot_bytes))
-        self.shard = shard
+        self.shard, self.memory = shard, memory
         self._sides = Sides(shard, memory, cipher)
         self._submit, self._cancel, self._clock = submit, cancel, clock
         self._lock = threading.Condition()

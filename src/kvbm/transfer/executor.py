@@ -113,6 +113,11 @@ class Executor:
         """Whether every transport is."""
         return all(transport.alive() for transport in self._transports)
 
+    def lost(self, source: Region, destination: Region) -> bool:
+        """Whether all transports that reach from one to the other have died."""
+        reaching = [transport for transport in self._transports if transport.reaches(source, destination)]
+        return bool(reaching) and not any(transport.alive() for transport in reaching)
+
     def close(self, timeout: float) -> None:
         """Take no more jobs, give the pending ones `timeout` seconds, then close the transports: the rest fails."""
         with self._changed:

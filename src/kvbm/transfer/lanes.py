@@ -41,6 +41,8 @@ class Job:
     control: Slots = field(default_factory=lambda: np.zeros(2, dtype=np.int64))
     running: int = 0
     error: str | None = None
+    lost: bool = False
+    """A thread died in it: what it moved is not known."""
     started: float = 0.0
     ended: float = 0.0
 
@@ -77,6 +79,7 @@ class Job:
     def report(self) -> None:
         """Tell the submitter."""
         moved, problem = self.moved()
+        moved &= not self.lost
         self.release()
         outcomes = np.where(moved, np.uint8(Outcome.DONE), np.uint8(Outcome.FAILED))
         error = None if moved.all() else problem or self.error
@@ -175,9 +178,7 @@ class LaneTransport(Transport):
             try:
                 return self._serve(thread)
             except BaseException as error:
-                with self._work:
-                    self._dead = self._dead or f"a {self._name} thread died: {error!r}"
-                    self._fail_all(self._dead)
+                self._die(error)
                 logger.exception("a %s thread died: this transport copies no more", self._name)
 
     def _serve(self, thread: int) -> None:
@@ -216,6 +217,10 @@ class LaneTransport(Transport):
     def _move(self, job: Job, thread: int) -> None:
         try:
             job.move(thread)
+        except BaseException as error:
+            job.lost = True
+            self._die(error)  # before the job is reported
+            raise
         finally:
             with self._work:
                 job.running -= 1
@@ -225,6 +230,11 @@ class LaneTransport(Transport):
                     self._end(job)
                 if not job.running:
                     self._quiet.notify_all()
+
+    def _die(self, error: BaseException) -> None:
+        with self._work:
+            self._dead = self._dead or f"a {self._name} thread died: {error!r}"
+            self._fail_all(self._dead)
 
     def _fail_all(self, reason: str) -> None:
         for job in list(self._jobs.values()):

@@ -66,12 +66,16 @@ class Guard(Generic[Side]):
 
     def ask(self, otherwise: Answer, call: Callable[..., Answer], *args: Any) -> Answer:
         """What the side answers to this call, or else `otherwise`."""
-        if self.off is None:
-            try:
-                return call(*args)
-            except Exception as error:
-                name = getattr(call, "__name__", "a call")
-                log.exception("KVBM: %s went wrong", name)
+        return self.insist(otherwise, call, *args) if self.off is None else otherwise
+
+    def insist(self, otherwise: Answer, call: Callable[..., Answer], *args: Any) -> Answer:
+        """The same of what has to be done also where the side is off."""
+        try:
+            return call(*args)
+        except Exception as error:
+            name = getattr(call, "__name__", "a call")
+            log.exception("KVBM: %s went wrong", name)
+            if self.off is None:
                 self._end(f"off until the engine is started anew: {name} raised {error!r}")
         return otherwise
 
@@ -158,7 +162,12 @@ class SchedulerGuard(Guard["SchedulerSide"]):
 
     def not_loaded(self, blocks: set[int], manager: KVCacheManager) -> None:
         """Loads inside the step that is over did not fill these. The engine must do what follows in any case."""
-        self.ask(None, self.side.not_loaded, *self.side.tables.not_loaded(blocks, manager))
+        tables = self.side.tables
+        found = self.insist(None, tables.not_loaded, blocks, manager)
+        if found is None:  # some of it may be done, and nobody knows of what
+            self.insist(None, tables.nothing_counts, manager)
+        else:
+            self.ask(None, self.side.not_loaded, *found)
 
     def stepped(self) -> None:
         self.ask(None, self.side.stepped)

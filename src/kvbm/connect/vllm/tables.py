@@ -54,3 +54,9 @@ class Tables:
                 again[request.request_id] = first
         manager.evict_blocks(stale)
         return stale, again
+
+    def nothing_counts(self, manager: KVCacheManager) -> None:
+        """Every request computes all of its blocks again, and nobody finds any of them."""
+        for request in self.requests.values():
+            request.num_computed_tokens = 0
+        manager.evict_blocks(set(range(manager.block_pool.num_gpu_blocks)))

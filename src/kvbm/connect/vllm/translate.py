@@ -298,8 +298,8 @@ class SchedulerSide:
             self._leader.isolate(f"{what}, and its weights may be others now ({self._resets.why})")
 
     def reset(self) -> bool:
-        """vLLM's reset_cache: an explicit reset, a pause or a sleep that clears. Returns when no copy that began before
-        touches the engine's memory any more; vLLM may give that memory away next."""
+        """vLLM's reset_cache: an explicit reset, a pause or a sleep that clears. Returns when the copies that began
+        before are over or given up; vLLM may give their memory away next."""
         self._resets.noticed()
         self._new_generation("the engine's caches were reset")
         self._leader.quiesce(self._quiet_s)
