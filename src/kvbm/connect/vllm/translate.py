@@ -129,7 +129,14 @@ class SchedulerSide:
         self.tables = Tables(self._block)
         """What the guard knows of requests."""
         self._computed: dict[str, int] = {}
-        """Request -> tokens that the engine itself held when it asked last."""
+        """Request -> tokens that the engine itself held when it asked last; until it has its blocks."""
+        self._sessions = config.speculative_config is None and all(
+            group.kind != "state" for group in geometry.layer_groups(kv)
+        )
+        """Whether a streaming session's KV is of its tokens where its next piece begins. A draft's token may stand in
+        its place there, and a recurrent state may have taken in a token that the session has taken back."""
+        self._resumed: set[str] = set()
+        """Sessions that go on in the step that is being described, with the blocks that they have."""
         self._images = Images(config, trust_names=resolved.settings.trust_image_names)
         self._towers = adapters.reaches_encoder(config)
         self.side = build_leader(
@@ -192,7 +199,11 @@ class SchedulerSide:
 
     def place(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> bool:
         """vLLM's update_state_after_alloc. Whether the step will contain a load for it."""
-        device = self._computed.get(request.request_id, 0)
+        device = self._computed.pop(request.request_id, None)
+        if device is None and not self._leader.loads(request.request_id):  # vLLM did not ask: nothing is looked for
+            self._resumed.add(request.request_id)
+            return False
+        device = device or 0
         first, *others = blocks.get_block_ids()
         self._leader.place(
             request.request_id,
@@ -224,11 +235,17 @@ class SchedulerSide:
                     leader.reuse(table)
         for request_id, scheduled in output.num_scheduled_tokens.items():  # in the order they were given blocks in
             self._advance(request_id, computed[request_id], scheduled)
+        self._resumed.clear()
         return encode(leader.seal(tokens=output.total_num_scheduled_tokens))
 
     def _placed(self, request_id: str, groups: Sequence[Sequence[int]], computed: int) -> None:
         found, first = -(-computed // self._block), computed // self._block
-        self._leader.grow(request_id, groups[0], replace=True, found=found, others=groups[1:])
+        if request_id not in self._resumed:
+            self._leader.grow(request_id, groups[0], replace=True, found=found, others=groups[1:])
+        elif self._sessions:
+            self._leader.go_on(request_id, groups[0], first, groups[1:])
+        else:  # what it has of the next block counts as found: by nobody that KVBM knows
+            self._leader.grow(request_id, groups[0], replace=True, found=first + 1, others=groups[1:])
         for table in groups:
             self._leader.reuse(table[first:])
 
