@@ -5,12 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
+from kvbm.manager.wire import Step
 from tests.e2e.conftest import prompt_of
 from tests.e2e.engine import BLOCK, Done, Engine, asynchronous_scheduling, write_gemma
 from tests.e2e.test_requests import adapter
@@ -107,6 +111,45 @@ def _compute(engine: Engine, prompt: list[int], **options: Any) -> None:
     engine.forget_device()
     engine.leader.pool.discard(stored(engine))
     engine.run([prompt], 1, **options)
+
+
+def test_what_another_connector_loaded_is_no_session() -> None:
+    """vLLM places a request again, without asking, where a load that it waited for is over."""
+    from kvbm.connect.vllm.translate import SchedulerSide
+
+    side = Mock(_block=BLOCK, _computed={}, _reached={}, _resumed=set(), _sessions=True)
+    side.match, side.place, side.step, side._placed = (
+        partial(getattr(SchedulerSide, name), side) for name in ("match", "place", "step", "_placed")
+    )
+    side._leader.match.return_value = 0
+    side._leader.seal.return_value = Step()
+    request = SimpleNamespace(
+        request_id="r", num_computed_tokens=0, num_tokens=100, skip_reading_prefix_cache=False
+    )  # fmt: skip
+    blocks = SimpleNamespace(get_block_ids=lambda: ([1, 2, 3, 4],))
+
+    def scheduled(computed: int) -> None:
+        request.num_computed_tokens = computed
+        side.place(request, blocks, 0)
+        new = SimpleNamespace(req_id="r", num_computed_tokens=computed, block_ids=([1, 2, 3, 4],))
+        none = SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set())
+        side.step(
+            SimpleNamespace(
+                scheduled_new_reqs=[new], scheduled_cached_reqs=none, num_scheduled_tokens={"r": 5},
+                total_num_scheduled_tokens=5,
+            )
+        )  # fmt: skip
+
+    side.match(request, 0)
+    side.place(request, blocks, 0)
+    scheduled(99)
+    side._leader.go_on.assert_not_called()
+    side._leader.grow.assert_called_once_with("r", [1, 2, 3, 4], replace=True, found=4, others=())
+    scheduled(102)
+    side._leader.go_on.assert_called_once_with("r", [1, 2, 3, 4], 3, ())
+    side.match(request, 0)  # it was preempted
+    scheduled(99)
+    assert side._leader.grow.call_count == 2
 
 
 @pytest.fixture(

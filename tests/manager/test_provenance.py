@@ -202,14 +202,12 @@ def test_a_session_goes_on_at_a_block_it_had_offered(stage: Stage) -> None:
     assert found(stage, "y", [1, 2, 3, 4], 4, keys=keys) == [3]
 
 
-@pytest.mark.parametrize("seen", [False, True])
-def test_a_session_that_began_inside_a_block_it_found(stage: Stage, seen: bool) -> None:
+def test_a_session_that_began_inside_a_block_it_found(stage: Stage) -> None:
     """The engine had a part of the third block; the session goes on in it."""
     assert found(stage, "x", [1, 2, 3, 4], 0, keys=KEYS[:2]) == [1, 2]
     stage.begin("y", KEYS)
-    if seen:
-        stage.leader.grow("y", [1, 2, 3], replace=True, found=3)
-        assert sources(stage, "y", 2, [3]) == []
+    stage.leader.grow("y", [1, 2, 3], replace=True, found=3)
+    assert sources(stage, "y", 2, [3]) == []
     stage.leader.go_on("y", [1, 2, 3, 4], 2)
     assert sources(stage, "y", 4, [3, 4]) == []
 

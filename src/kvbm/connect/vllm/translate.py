@@ -129,7 +129,10 @@ class SchedulerSide:
         self.tables = Tables(self._block)
         """What the guard knows of requests."""
         self._computed: dict[str, int] = {}
-        """Request -> tokens that the engine itself held when it asked last; until it has its blocks."""
+        """Request -> tokens that the engine itself held when it asked last."""
+        self._reached: dict[str, int] = {}
+        """Request -> tokens that are computed after the last step that KVBM saw of it, where that was with the blocks
+        that it has now."""
         self._sessions = config.speculative_config is None and all(
             group.kind != "state" for group in geometry.layer_groups(kv)
         )
@@ -188,6 +191,7 @@ class SchedulerSide:
         """vLLM's get_num_new_matched_tokens. The block of the last token is always left to the engine."""
         self._heed_reset()
         self._computed[request.request_id] = computed_tokens
+        self._reached.pop(request.request_id, None)
         if request.skip_reading_prefix_cache or computed_tokens % self._block:
             return 0, False
         blocks = self._leader.match(
@@ -199,11 +203,10 @@ class SchedulerSide:
 
     def place(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> bool:
         """vLLM's update_state_after_alloc. Whether the step will contain a load for it."""
-        device = self._computed.pop(request.request_id, None)
-        if device is None and not self._leader.loads(request.request_id):  # vLLM did not ask: nothing is looked for
+        if 0 < request.num_computed_tokens <= self._reached.get(request.request_id, 0):  # vLLM did not ask
             self._resumed.add(request.request_id)
             return False
-        device = device or 0
+        device = self._computed.get(request.request_id, 0)
         first, *others = blocks.get_block_ids()
         self._leader.place(
             request.request_id,
@@ -235,6 +238,7 @@ class SchedulerSide:
                     leader.reuse(table)
         for request_id, scheduled in output.num_scheduled_tokens.items():  # in the order they were given blocks in
             self._advance(request_id, computed[request_id], scheduled)
+            self._reached[request_id] = computed[request_id] + scheduled
         self._resumed.clear()
         return encode(leader.seal(tokens=output.total_num_scheduled_tokens))
 
@@ -273,6 +277,7 @@ class SchedulerSide:
         """vLLM's request_finished, and request_finished_all_groups."""
         self._images.finish(request)
         self._computed.pop(request.request_id, None)
+        self._reached.pop(request.request_id, None)
         tokens = min(request.num_computed_tokens, request.num_tokens)
         complete = min(tokens // self._block, len(request.block_hashes) // self._per_block, len(blocks))
         self._leader.finish(request.request_id, blocks, complete, others)
