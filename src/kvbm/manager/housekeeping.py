@@ -407,7 +407,7 @@ class Housekeeping:
         with self._lock:
             if self.isolated is not None:
                 return
-            self.isolated, self.earlier = why, None
+            self.isolated = why
             if self.shared:
                 log.warning("KVBM: %s: nothing is stored on disk, shared with others, or read from there", why)
             if self.lower is not None:
