@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -115,9 +115,12 @@ def _compute(engine: Engine, prompt: list[int], **options: Any) -> None:
 
 def test_what_another_connector_loaded_is_no_session() -> None:
     """vLLM places a request again, without asking, where a load that it waited for is over."""
+    from kvbm.connect.vllm.sessions import Sessions
     from kvbm.connect.vllm.translate import SchedulerSide
 
-    side = Mock(_block=BLOCK, _computed={}, _reached={}, _resumed=set(), _sessions=True)
+    side = Mock(_block=BLOCK, _computed={})
+    with patch("kvbm.connect.vllm.geometry.layer_groups", return_value=[]):
+        side._sessions = Sessions(Mock(speculative_config=None), Mock())
     side.match, side.place, side.step, side._placed = (
         partial(getattr(SchedulerSide, name), side) for name in ("match", "place", "step", "_placed")
     )

@@ -47,6 +47,16 @@ class Items:
 NO_ITEMS = Items()
 
 
+def embedded(request: Request) -> bytes:
+    """What vLLM's hash of prompt embeddings leaves out: their dtype, and for which tokens of a mixed prompt they stand
+    in (what is behind the last of them is tokens, however far the prompt goes on)."""
+    embeds = request.prompt_embeds
+    if embeds is None:
+        return b""
+    tokens = bytes(request.prompt_is_token_ids or ()).rstrip(b"\1")
+    return f" embeddings {embeds.dtype} ".encode() + tokens
+
+
 class Images:
     """On the engine core's thread."""
 

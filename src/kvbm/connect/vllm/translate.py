@@ -16,8 +16,9 @@ from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from kvbm.connect.vllm import adapters, configured, contract, geometry, identity, weights
 from kvbm.connect.vllm.ending import before_sigterm
-from kvbm.connect.vllm.images import NO_ITEMS, Images, Items, starting_before
+from kvbm.connect.vllm.images import NO_ITEMS, Images, Items, embedded, starting_before
 from kvbm.connect.vllm.resets import Resets, changing_weights
+from kvbm.connect.vllm.sessions import Sessions
 from kvbm.connect.vllm.stats import KvbmStats
 from kvbm.connect.vllm.tables import Tables
 from kvbm.core.config import Resolved
@@ -109,16 +110,6 @@ class Keys(Sequence[bytes]):
         return [variant_keys([key], more)[0] if more else key for key, more in zip(new, added, strict=True)]
 
 
-def embedded(request: Request) -> bytes:
-    """What vLLM's hash of prompt embeddings leaves out: their dtype, and for which tokens of a mixed prompt they stand
-    in (what is behind the last of them is tokens, however far the prompt goes on)."""
-    embeds = request.prompt_embeds
-    if embeds is None:
-        return b""
-    tokens = bytes(request.prompt_is_token_ids or ()).rstrip(b"\1")
-    return f" embeddings {embeds.dtype} ".encode() + tokens
-
-
 class SchedulerSide:
     """Beside vLLM's scheduler. All methods on the engine core's thread."""
 
@@ -130,16 +121,7 @@ class SchedulerSide:
         """What the guard knows of requests."""
         self._computed: dict[str, int] = {}
         """Request -> tokens that the engine itself held when it asked last."""
-        self._reached: dict[str, int] = {}
-        """Request -> tokens that are computed after the last step that KVBM saw of it, where that was with the blocks
-        that it has now."""
-        self._sessions = config.speculative_config is None and all(
-            group.kind != "state" for group in geometry.layer_groups(kv)
-        )
-        """Whether a streaming session's KV is of its tokens where its next piece begins. A draft's token may stand in
-        its place there, and a recurrent state may have taken in a token that the session has taken back."""
-        self._resumed: set[str] = set()
-        """Sessions that go on in the step that is being described, with the blocks that they have."""
+        self._sessions = Sessions(config, kv)
         self._images = Images(config, trust_names=resolved.settings.trust_image_names)
         self._towers = adapters.reaches_encoder(config)
         self.side = build_leader(
@@ -191,7 +173,7 @@ class SchedulerSide:
         """vLLM's get_num_new_matched_tokens. The block of the last token is always left to the engine."""
         self._heed_reset()
         self._computed[request.request_id] = computed_tokens
-        self._reached.pop(request.request_id, None)
+        self._sessions.forget(request.request_id)
         if request.skip_reading_prefix_cache or computed_tokens % self._block:
             return 0, False
         blocks = self._leader.match(
@@ -203,8 +185,7 @@ class SchedulerSide:
 
     def place(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> bool:
         """vLLM's update_state_after_alloc. Whether the step will contain a load for it."""
-        if 0 < request.num_computed_tokens <= self._reached.get(request.request_id, 0):  # vLLM did not ask
-            self._resumed.add(request.request_id)
+        if self._sessions.resumes(request):
             return False
         device = self._computed.get(request.request_id, 0)
         first, *others = blocks.get_block_ids()
@@ -238,15 +219,15 @@ class SchedulerSide:
                     leader.reuse(table)
         for request_id, scheduled in output.num_scheduled_tokens.items():  # in the order they were given blocks in
             self._advance(request_id, computed[request_id], scheduled)
-            self._reached[request_id] = computed[request_id] + scheduled
-        self._resumed.clear()
+            self._sessions.computes(request_id, computed[request_id] + scheduled)
+        self._sessions.resumed.clear()
         return encode(leader.seal(tokens=output.total_num_scheduled_tokens))
 
     def _placed(self, request_id: str, groups: Sequence[Sequence[int]], computed: int) -> None:
         found, first = -(-computed // self._block), computed // self._block
-        if request_id not in self._resumed:
+        if request_id not in self._sessions.resumed:
             self._leader.grow(request_id, groups[0], replace=True, found=found, others=groups[1:])
-        elif self._sessions:
+        elif self._sessions.certain:
             self._leader.go_on(request_id, groups[0], first, groups[1:])
         else:  # what it has of the next block counts as found: by nobody that KVBM knows
             self._leader.grow(request_id, groups[0], replace=True, found=first + 1, others=groups[1:])
@@ -277,7 +258,7 @@ class SchedulerSide:
         """vLLM's request_finished, and request_finished_all_groups."""
         self._images.finish(request)
         self._computed.pop(request.request_id, None)
-        self._reached.pop(request.request_id, None)
+        self._sessions.forget(request.request_id)
         tokens = min(request.num_computed_tokens, request.num_tokens)
         complete = min(tokens // self._block, len(request.block_hashes) // self._per_block, len(blocks))
         self._leader.finish(request.request_id, blocks, complete, others)
