@@ -28,7 +28,8 @@ def _request(**inputs: Any) -> Any:
 
 
 def _keys(request: Any, variant: bytes = b"") -> list[bytes]:
-    from kvbm.connect.vllm.translate import Keys, embedded
+    from kvbm.connect.vllm.images import embedded
+    from kvbm.connect.vllm.translate import Keys
 
     return list(Keys(request.block_hashes, 1, variant + embedded(request)))
 

@@ -196,6 +196,61 @@ def test_a_block_that_another_began_and_this_one_ends(stage: Stage) -> None:
     assert sources(stage, "y", 4, []) == []
 
 
+def test_a_session_goes_on_inside_a_block(stage: Stage) -> None:
+    """It takes back the token that it sampled last, and what follows is another piece."""
+    keys = KEYS[:3]
+    stage.begin("x", keys)
+    stage.leader.match("x", 0, 3)
+    stage.place("x", [1, 2, 3])
+    assert sources(stage, "x", 2, [1, 2, 3]) == [1, 2]
+    keys[2:] = keys_of("next", 3)
+    stage.leader.go_on("x", [1, 2, 3, 4, 5], 2)
+    assert sources(stage, "x", 5, [3, 4, 5]) == [3, 4, 5]
+    assert stage.matchable(keys) == 5
+    assert stage.pool.absent(KEYS) == [2, 3]
+
+
+def test_a_session_goes_on_at_a_block_it_had_offered(stage: Stage) -> None:
+    """More may have been called computed than it kept."""
+    keys = KEYS[:3]
+    stage.begin("x", keys)
+    stage.leader.match("x", 0, 3)
+    stage.place("x", [1, 2, 3])
+    assert sources(stage, "x", 3, [1, 2, 3]) == [1, 2, 3]
+    keys[2:] = keys_of("next", 2)
+    stage.leader.go_on("x", [1, 2, 3, 4], 2)
+    assert sources(stage, "x", 2, [3, 4]) == []
+    assert stage.leader.provenance.carried(stage.leader.requests["x"], 3) == 2
+    assert sources(stage, "x", 4, []) == [4]
+    stage.leader.finish("x", [1, 2, 3, 4], 4)
+    assert found(stage, "y", [1, 2, 3, 4], 4, keys=keys) == [3]
+
+
+def test_a_session_that_began_inside_a_block_it_found(stage: Stage) -> None:
+    """The engine had a part of the third block; the session goes on in it."""
+    assert found(stage, "x", [1, 2, 3, 4], 0, keys=KEYS[:2]) == [1, 2]
+    stage.begin("y", KEYS)
+    stage.leader.grow("y", [1, 2, 3], replace=True, found=3)
+    assert sources(stage, "y", 2, [3]) == []
+    stage.leader.go_on("y", [1, 2, 3, 4], 2)
+    assert sources(stage, "y", 4, [3, 4]) == []
+
+
+def test_a_session_with_an_adapter_goes_on(stage: Stage) -> None:
+    """What its last step computed is confirmed when the next piece has begun."""
+    stage.begin("x", KEYS)
+    stage.leader.requests["x"].late = True
+    stage.leader.match("x", 0, 4)
+    stage.place("x", [1, 2, 3])
+    assert sources(stage, "x", 2, [1, 2, 3]) == []
+    stage.leader.go_on("x", [1, 2, 3, 4], 2)
+    assert sources(stage, "x", 2, [3, 4]) == []
+    stage.leader.confirm("x", 2)
+    assert sources(stage, "x", 4, []) == [1, 2]
+    stage.leader.confirm("x", 4)
+    assert sources(stage, "x", 4, []) == [3, 4]
+
+
 def test_more_was_found_than_has_keys(stage: Stage) -> None:
     """Another connector loaded all but the last token, a part of the last block among it."""
     assert found(stage, "x", [1, 2, 3, 4], 0) == [1, 2, 3, 4]

@@ -18,6 +18,7 @@ from kvbm.core.errors import Broken, KvbmError
 from kvbm.core.folders import NO_HOME
 from kvbm.core.keys import Namespace
 from kvbm.manager import build_disk, build_peers
+from kvbm.manager.earlier import Earlier
 from kvbm.manager.leader import Leader
 from kvbm.manager.lower import Lower
 from kvbm.manager.wire import Open
@@ -109,6 +110,7 @@ class Below:
         else:
             log.warning("KVBM: %s", _OPENING)
             self._leader.absent = dict.fromkeys(self._leader.shared, _OPENING) | self._leader.absent
+            self._leader.earlier = Earlier(self._leader.pool, len(self._place.storing))
             threading.Thread(target=self._later, args=(look,), name="kvbm-attach", daemon=True).start()
 
     def close(self) -> None:
@@ -123,6 +125,8 @@ class Below:
         try:
             self._conclude(look, strict=False)
             self.told()
+            while self._leader.tell_earlier() and not look.stopped:
+                time.sleep(_TICK_S)
         except Exception as error:  # the engine serves, and goes on doing so
             log.exception("KVBM: what is below host memory could not be put in place")
             self._leader.isolate(f"it could not be put in place ({type(error).__name__}: {error})")

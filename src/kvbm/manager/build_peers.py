@@ -109,7 +109,7 @@ def peers(
     installed()
     secret, incarnation = _secret(settings), random.SystemRandom().getrandbits(63)
     slots = leader.pool.statistics().total
-    sums = Sums(len(links), slots)
+    sums = leader.earlier.sums if leader.earlier is not None else Sums(len(links), slots)
     serving = Serving(
         leader.pool, promotion, sums, leader.requests,
         most=max(1, int(slots * settings.held_share)), seconds=settings.peer_lease_s, aside=leader.standing_aside,

@@ -21,6 +21,7 @@ from kvbm.core.errors import Broken
 from kvbm.core.events import Event, Offloaded, Onboarded
 from kvbm.core.outcome import Outcome
 from kvbm.manager.channel import Link
+from kvbm.manager.earlier import Earlier
 from kvbm.manager.gate import Gate
 from kvbm.manager.jobs import InFlight
 from kvbm.manager.lower import DiskSide, Lower
@@ -82,6 +83,8 @@ class Housekeeping:
         """What ranks said about their memory or files before there was anybody who uses them."""
         self.lower: Lower | None = None
         """What is below host memory, if there is anything."""
+        self.earlier: Earlier | None = None
+        """What is to be said to it of what was here before it."""
         self.gate = gate
         self.corrupt = 0
         """Blocks that were not in host memory what had been written there, as their loads found."""
@@ -177,11 +180,13 @@ class Housekeeping:
         if isinstance(job.lease, Staged):
             if self.lower is not None:
                 self.lower.storing(job)
+            if self.earlier is not None:
+                self.earlier.storing(job)
             with job.lease.register(job.done) as stored:
                 if self.shadow is not None:
                     self.shadow.note(stored.slots, "engine")
                 if self.lower is not None:
-                    self.lower.stored(job, stored)
+                    self.lower.stored(stored.keys, job.places[job.done])
             record.offloaded += int(job.done.sum())
             self.emit(Offloaded(int(job.done.sum()), failed, job.nbytes, job.seconds))
         else:
@@ -352,6 +357,7 @@ class Housekeeping:
     def _clear(self) -> None:
         self.pool.clear()
         self.provenance.clear()
+        self.earlier = None
         if self.lower is not None:
             self.lower.clear()
         if self.shadow is not None:
@@ -360,8 +366,7 @@ class Housekeeping:
             request.stale = True
 
     def attach(self, lower: Lower) -> bool:
-        """There is something below host memory from now on; what that holds already is offered to it. False: nobody
-        wants it any more."""
+        """There is something below host memory from now on. False: nobody wants it any more."""
         with self._lock:
             if self._ending or self.isolated is not None:
                 return False
@@ -371,11 +376,16 @@ class Housekeeping:
             self._early.clear()
             if self.pool.statistics().generation:
                 lower.clear()  # it came too late for that
-            elif lower.disk is not None:
-                with self.pool.candidates(self.pool.statistics().total) as hold:
-                    lower.disk.demotion.offer(hold.keys)
-            self._pump()
         return True
+
+    def tell_earlier(self) -> bool:
+        """Tells what is below host memory, as of new blocks, of some that were here before it. Whether there are more.
+        To be called again and again: in between the engine goes on."""
+        with self._lock:
+            if self.earlier is not None and (self.lower is None or not self.earlier.tell(self.lower)):
+                self.earlier = None
+            self._pump()
+            return self.earlier is not None
 
     def isolate(self, why: str) -> None:
         """From now on the content of the weights is not known: all that outlives this process or is shared with others

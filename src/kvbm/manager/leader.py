@@ -242,6 +242,14 @@ class Leader(Offloading):
                 for table, more in zip(request.others, others, strict=True):
                     table.extend(more)
 
+    def go_on(self, request_id: str, g1: Sequence[int], first: int, others: Sequence[Sequence[int]] = ()) -> None:
+        """A request that was computed with the blocks it has goes on from within its block `first`; other tokens may
+        follow there than before. It may have more blocks now."""
+        with self._lock:
+            if (request := self.requests.get(request_id)) is not None:
+                request.g1, request.others = list(g1), [list(table) for table in others]
+                self.provenance.take_back(request, first)
+
     def reuse(self, g1: Iterable[int]) -> None:
         """This step may overwrite these blocks of the engine: copies that still read them are waited for first. A copy
         that no worker has heard of would read what is written there next: it is dropped for these blocks."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import msgspec
 
-from kvbm.blocks import Pinned, Staged
+from kvbm.blocks import Staged
 from kvbm.core.events import Admitted
+from kvbm.core.region import Slots
 from kvbm.manager.demote import Demotion
 from kvbm.manager.disk import DiskTier
 from kvbm.manager.jobs import Job
@@ -75,14 +76,14 @@ class Lower:
         if self.peers is not None and isinstance(job.lease, Staged):
             self.peers.serving.sums.note(job.lease.slots, job.lease.keys, job.sums)
 
-    def stored(self, job: Job, blocks: Pinned) -> None:
-        """They are published."""
+    def stored(self, keys: Sequence[bytes], places: Slots) -> None:
+        """They are published; `places` are their numbers in their prompt."""
         if self.isolated:
             return
         if self.disk is not None and not self.disk.tier.left:
-            self.disk.demotion.offer(blocks.keys)
-        if self.peers is not None and len(blocks):
-            self.peers.published.stored(blocks.keys, job.places[job.done])
+            self.disk.demotion.offer(keys)
+        if self.peers is not None and len(keys):
+            self.peers.published.stored(keys, places)
 
     def waits(self, request: Request, wanted: Wanted, at: int) -> bool:
         """The engine asks: whether it should ask again later for what follows its match, from block `at` on."""

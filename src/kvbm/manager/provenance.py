@@ -75,7 +75,13 @@ class Provenance:
 
     def redo(self, request: Request, first: int) -> None:
         """The request computes again from its block `first` on."""
-        request.found, request.proven = min(request.found, first), min(request.proven, first)
+        request.found = min(request.found, first)
+        self.take_back(request, first)
+
+    def take_back(self, request: Request, first: int) -> None:
+        """The request computes on from within its block `first`. Where it found the beginning of that block, it still
+        has."""
+        request.proven = min(request.proven, first)
         request.expected, request.confirmed = min(request.expected, first), min(request.confirmed, first)
         request.settled = 0
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from kvbm.core.events import Admitted
-from kvbm.manager import build_lower
+from kvbm.manager import build_lower, earlier
 from kvbm.manager.requests import RequestParams
 from kvbm.stores.content import Chosen
+from kvbm.stores.stamps import Changed
 from tests.manager.peers.conftest import PATIENCE, Start, know_each_other, peers_of, published
 from tests.manager.roles import keys_of
 from tests.manager.whole import LAST, TOKENS, kv
@@ -121,10 +122,13 @@ def test_an_instance_whose_weights_nobody_knows_any_more_leaves(start: Start) ->
     assert holder.serve(keys) == 6, "host memory goes on"
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_sharing_begins_when_the_weights_are_known(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:
+    """What was computed before is told like what is computed then, a few slots at a time."""
     monkeypatch.setattr(build_lower, "AT_ONCE_S", 0.01)
+    monkeypatch.setattr(earlier, "_SLICE", 3)
     (tmp_path / "weights").touch()
     go, chosen = threading.Event(), [Chosen((("", str(tmp_path / "weights")),))]
 
@@ -133,16 +137,51 @@ def test_sharing_begins_when_the_weights_are_known(
         return chosen
 
     cache = str(tmp_path / "cache")
-    holder = start("holder", choose=choose, cache_dir=cache)
-    before, after = keys_of("before", 6), keys_of("after", 6)
-    holder.serve(before)
+    holder = start("holder", ranks, choose=choose, cache_dir=cache)
+    gone, before, after = keys_of("gone", 4), keys_of("before", 8), keys_of("after", 6)
+    for keys in (gone, before):
+        holder.serve(keys)
+    holder.leader.pool.discard(gone)
     assert "still being found out" in holder.leader.degraded()["peers"]
     go.set()
     holder.until(lambda: holder.leader.lower is not None)
-    reader = start("reader", choose=choose, cache_dir=cache)
+    reader = start("reader", ranks, choose=choose, cache_dir=cache)
     reader.until(lambda: reader.leader.lower is not None)
     know_each_other(holder, reader)
+    published(holder, 8)
+    assert reader.serve(before) == 8
     holder.serve(after)
-    published(holder, 6)
+    published(holder, 14)
     assert reader.serve(after) == 6
-    assert reader.serve(before) == 0, "nobody wanted its checksums then"
+    assert reader.serve(gone) == 0
+    assert holder.leader.earlier is None
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_nothing_of_before_is_told_where_it_may_be_of_other_weights(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reset: bool
+) -> None:
+    monkeypatch.setattr(build_lower, "AT_ONCE_S", 0.01)
+    go = threading.Event()
+
+    def choose() -> list[Chosen]:
+        assert go.wait(PATIENCE)
+        raise Changed("they are others now")
+
+    (tmp_path / "weights").touch()
+    known = [Chosen((("", str(tmp_path / "weights")),))]
+    cache = str(tmp_path / "cache")
+    holder = start("holder", choose=(lambda: known if go.wait(PATIENCE) else []) if reset else choose, cache_dir=cache)
+    reader = start("reader", choose=lambda: known, cache_dir=cache)
+    keys = keys_of("p", 6)
+    holder.serve(keys)
+    if reset:
+        holder.leader.reset()
+        holder.serve(keys_of("of others", 4))
+    go.set()
+    holder.until(lambda: "still being found out" not in holder.leader.degraded()["peers"])
+    holder.until(lambda: holder.leader.earlier is None)
+    assert reader.serve(keys) == 0
+    assert (holder.leader.lower is not None) == reset
+    if reset:
+        assert not len(peers_of(holder).published)

@@ -47,6 +47,18 @@ class Items:
 NO_ITEMS = Items()
 
 
+def embedded(request: Request) -> bytes:
+    """What vLLM's hash of prompt embeddings leaves out: their dtype, and for which tokens of a mixed prompt they stand
+    in (what is behind the last of them is tokens, however far the prompt goes on)."""
+    embeds = request.prompt_embeds
+    if embeds is None:
+        return b""
+    mask, ids = request.prompt_is_token_ids, request.prompt_token_ids
+    # Without a mask all are embeddings, or, where there are tokens, none is: neither may look like a mask.
+    where = b"mask " + bytes(mask).rstrip(b"\1") if mask is not None else b"all" if ids is None else b"none"
+    return f" embeddings {embeds.dtype} ".encode() + where
+
+
 class Images:
     """On the engine core's thread."""
 

@@ -16,8 +16,9 @@ from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from kvbm.connect.vllm import adapters, configured, contract, geometry, identity, weights
 from kvbm.connect.vllm.ending import before_sigterm
-from kvbm.connect.vllm.images import NO_ITEMS, Images, Items, starting_before
+from kvbm.connect.vllm.images import NO_ITEMS, Images, Items, embedded, starting_before
 from kvbm.connect.vllm.resets import Resets, changing_weights
+from kvbm.connect.vllm.sessions import Sessions
 from kvbm.connect.vllm.stats import KvbmStats
 from kvbm.connect.vllm.tables import Tables
 from kvbm.core.config import Resolved
@@ -109,18 +110,6 @@ class Keys(Sequence[bytes]):
         return [variant_keys([key], more)[0] if more else key for key, more in zip(new, added, strict=True)]
 
 
-def embedded(request: Request) -> bytes:
-    """What vLLM's hash of prompt embeddings leaves out: their dtype, and for which tokens of a mixed prompt they stand
-    in (what is behind the last of them is tokens, however far the prompt goes on)."""
-    embeds = request.prompt_embeds
-    if embeds is None:
-        return b""
-    mask, ids = request.prompt_is_token_ids, request.prompt_token_ids
-    # Without a mask all are embeddings, or, where there are tokens, none is: neither may look like a mask.
-    where = b"mask " + bytes(mask).rstrip(b"\1") if mask is not None else b"all" if ids is None else b"none"
-    return f" embeddings {embeds.dtype} ".encode() + where
-
-
 class SchedulerSide:
     """Beside vLLM's scheduler. All methods on the engine core's thread."""
 
@@ -132,6 +121,7 @@ class SchedulerSide:
         """What the guard knows of requests."""
         self._computed: dict[str, int] = {}
         """Request -> tokens that the engine itself held when it asked last."""
+        self._sessions = Sessions(config, kv)
         self._images = Images(config, trust_names=resolved.settings.trust_image_names)
         self._towers = adapters.reaches_encoder(config)
         self.side = build_leader(
@@ -184,6 +174,7 @@ class SchedulerSide:
         """vLLM's get_num_new_matched_tokens. The block of the last token is always left to the engine."""
         self._heed_reset()
         self._computed[request.request_id] = computed_tokens
+        self._sessions.forget(request.request_id)
         if request.skip_reading_prefix_cache or computed_tokens % self._block:
             return 0, False
         blocks = self._leader.match(
@@ -195,6 +186,8 @@ class SchedulerSide:
 
     def place(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> bool:
         """vLLM's update_state_after_alloc. Whether the step will contain a load for it."""
+        if self._sessions.resumes(request):
+            return False
         device = self._computed.get(request.request_id, 0)
         first, *others = blocks.get_block_ids()
         self._leader.place(
@@ -227,11 +220,18 @@ class SchedulerSide:
                     leader.reuse(table)
         for request_id, scheduled in output.num_scheduled_tokens.items():  # in the order they were given blocks in
             self._advance(request_id, computed[request_id], scheduled)
+            self._sessions.computes(request_id, computed[request_id] + scheduled)
+        self._sessions.resumed.clear()
         return encode(leader.seal(tokens=output.total_num_scheduled_tokens))
 
     def _placed(self, request_id: str, groups: Sequence[Sequence[int]], computed: int) -> None:
         found, first = -(-computed // self._block), computed // self._block
-        self._leader.grow(request_id, groups[0], replace=True, found=found, others=groups[1:])
+        if request_id not in self._sessions.resumed:
+            self._leader.grow(request_id, groups[0], replace=True, found=found, others=groups[1:])
+        elif self._sessions.certain:
+            self._leader.go_on(request_id, groups[0], first, groups[1:])
+        else:  # what it has of the next block counts as found: by nobody that KVBM knows
+            self._leader.grow(request_id, groups[0], replace=True, found=first + 1, others=groups[1:])
         for table in groups:
             self._leader.reuse(table[first:])
 
@@ -259,6 +259,7 @@ class SchedulerSide:
         """vLLM's request_finished, and request_finished_all_groups."""
         self._images.finish(request)
         self._computed.pop(request.request_id, None)
+        self._sessions.forget(request.request_id)
         tokens = min(request.num_computed_tokens, request.num_tokens)
         complete = min(tokens // self._block, len(request.block_hashes) // self._per_block, len(blocks))
         self._leader.finish(request.request_id, blocks, complete, others)

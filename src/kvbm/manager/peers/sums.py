@@ -18,9 +18,13 @@ Words = npt.NDArray[np.uint64]
 
 def bound(sums: Words, keys: Sequence[bytes]) -> Words:
     """Checksums of blocks, each made one with its block's key. Its own inverse."""
-    heads = np.frombuffer(b"".join(key[:8].ljust(8, b"\0") for key in keys), "<u8")
-    mixed: Words = sums ^ heads
+    mixed: Words = sums ^ heads(keys)
     return mixed
+
+
+def heads(keys: Sequence[bytes]) -> Words:
+    """The first eight bytes of each key."""
+    return np.frombuffer(b"".join(key[:8].ljust(8, b"\0") for key in keys), "<u8")
 
 
 class Sums:
