@@ -318,7 +318,7 @@ class Leader(Offloading):
             return Step(
                 loads=draft.loads,
                 stores=draft.stores,
-                fence=self._copies.still(draft.fence),
+                fence=self._copies.fence(draft.fence),
                 idle=not tokens,
                 waiting=self.lower is not None and self.lower.waiting,
                 sync=self._settings.onboard == "sync" and bool(draft.loads),

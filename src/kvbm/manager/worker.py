@@ -99,7 +99,7 @@ class Worker(Telling):
         self._verifies = settings.g2_verify and stores  # who stores has the checksums, and loads as well
         self._hello = Hello(rank, world, fingerprint, g1.slot_bytes, dict(facts or {}), began)
         self._address = address
-        self._fence = Fence(self._executor, settings.store_deadline_s)
+        self._fence = Fence(self._executor)
         self._open_disk, self._open_peers = open_disk, open_peers
         self._peers: PeerMemory | None = None
         self._disk: DiskWorker | None = None
