@@ -29,6 +29,7 @@ def load(stage: Stage, name: str, keys: Sequence[bytes], seconds: float, *, copy
     copy = stage.load(name, keys, list(range(len(keys))))
     stage.clock.advance(seconds)
     stage.answer(copy, seconds=copy_s)
+    stage.place(name, list(range(len(keys))))  # as vLLM does once it is there
     stage.step({name: len(keys)})
     stage.leader.finish(name, list(range(len(keys))), len(keys))
     stage.step()
@@ -73,6 +74,16 @@ def test_what_was_not_measured_is_not_held_against_a_load(stage: Stage) -> None:
         stage.step()
     load(stage, "one more", keys, 5.0)
     assert found(stage, "enough", keys[:1]) == 0
+
+
+def test_who_went_away_did_not_wait(stage: Stage) -> None:
+    keys = measured(stage)
+    for number in range(8):
+        copy = stage.load(f"{number}", keys[:4], [1, 2, 3, 4])
+        stage.leader.finish(f"{number}", [1, 2, 3, 4], 0)
+        stage.answer(copy)
+        stage.step()
+    assert found(stage, "short", keys[:2]) == 0
 
 
 def test_the_shortest_of_the_last_waits_counts(stage: Stage) -> None:

@@ -61,9 +61,9 @@ class Detour:
         self._computing.add(request)
 
     def ends(self, request: str) -> None:
-        """It waits no more: it computes, is over, or has other blocks."""
+        """It waits no more: it is scheduled, or gone."""
         since, blocks, steps = self._began.pop(request, (0.0, 0, -1))
-        if request in self._computing:
+        if steps >= 0 and request in self._requests:
             self._known, rate = self._clock(), self._copied.get()
             if steps == self._steps and rate:
                 self._waits.append(max(0.0, self._known - since - blocks / rate))
