@@ -155,7 +155,8 @@ class Engine:
         chosen |= options
         self.run_dir = tempfile.TemporaryDirectory(prefix="kvbm")
         if kvbm is not None:
-            extra = {"g2_blocks": 512, "run_dir": self.run_dir.name, **kvbm}
+            # Prompts are short, and a test says what it expects of them.
+            extra = {"g2_blocks": 512, "run_dir": self.run_dir.name, "load_min_tokens": 0, **kvbm}
             chosen["kv_transfer_config"] = {**CONNECTOR, "kv_connector_extra_config": extra}
         variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         if tiny:

@@ -171,13 +171,13 @@ class Stage:
 
     # ------------------------------------------------------------------ the workers
 
-    def answer(self, copy: Copy, *outcomes: Outcome, rank: int | None = None) -> None:
+    def answer(self, copy: Copy, *outcomes: Outcome, rank: int | None = None, seconds: float = 0.001) -> None:
         """A copy ended with these outcomes (DONE for each block if there are none), on one rank or on all."""
         blocks = len(copy.g1_slots())
         bytes_ = bytes(outcomes or [DONE] * blocks)
         for one in self.workers if rank is None else [rank]:
             error = None if not any(bytes_) else "injected"
-            self.say(Result(copy.job, one, bytes_, blocks * BLOCK_BYTES, 0.001, error), one)
+            self.say(Result(copy.job, one, bytes_, blocks * BLOCK_BYTES, seconds, error), one)
 
     def say(self, message: Message, rank: int = 0) -> None:
         self.workers[rank].send(message)

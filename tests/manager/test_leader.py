@@ -345,6 +345,18 @@ def test_a_finished_requests_blocks_are_fenced_while_they_are_copied(stage: Stag
     assert stage.step(reuse=[1]).fence == []
 
 
+def test_what_a_step_needs_before_it_is_copied_is_no_failure(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    keys = keys_of("a", 3)
+    (store,) = stage.compute("a", keys, [1, 2, 3]).stores
+    assert stage.step(reuse=[2]).fence == [store.job]
+    stage.answer(store, DONE, FAILED, FAILED)
+    stage.leader.tick()
+    assert stage.leader.pool.present(keys).tolist() == [True, False, False]
+    assert stage.leader.dropped == 2
+    assert not caplog.records
+    assert "needed 2 blocks again" in "".join(stage.leader.records["a"].why)
+
+
 def _ended(stage: Stage, keys: list[bytes], g1: list[int]) -> None:
     """A request of which nothing is offered before its end."""
     stage.begin("a", keys)

@@ -51,7 +51,9 @@ def layouts(draw: st.DrawFn, rows: list[int], slots: int) -> Layout:
 
 @st.composite
 def copies(draw: st.DrawFn) -> tuple[Layout, Layout, np.ndarray, list[tuple[int, int]]]:
-    row = st.one_of(st.integers(0, 130), st.integers(500, 530), st.integers(4000, 4200))
+    # Below, at and above every length from which on a row is copied another way, one of them after another.
+    short = st.integers(0, 130), st.integers(500, 530), st.integers(4000, 4200)
+    row = st.one_of(*short, st.integers(8100, 8400), st.integers(16_300, 16_600), st.integers(24_500, 24_800))
     rows = draw(st.lists(row, min_size=1, max_size=5))
     slots = draw(st.integers(1, 6))
     numbers = st.integers(0, slots - 1)

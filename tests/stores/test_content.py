@@ -268,7 +268,7 @@ def test_it_ends_with_who_wants_it(tmp_path: Path) -> None:
     program = [sys.executable, "-P", digest.__file__]
     child = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     assert child.stdin is not None
-    child.stdin.write(f'[1, [["{tmp_path}/large", {1 << 40}]]]\n'.encode())
+    child.stdin.write(f'[1, [0], [["{tmp_path}/large", {1 << 40}]]]\n'.encode())
     child.stdin.flush()
     time.sleep(0.3)
     assert child.poll() is None

@@ -20,7 +20,7 @@ from rich.text import Text
 from kvbm import __version__
 from kvbm.cli.control import ask_all
 from kvbm.cli.render import size
-from kvbm.core import config
+from kvbm.core import config, cpus
 from kvbm.core.errors import Broken, KvbmError
 from kvbm.native import Ring
 from kvbm.transfer.file import REFUSALS
@@ -89,7 +89,11 @@ def _engines(run_dir: Path) -> Iterator[Finding]:
 
 
 def _findings(folder: Path | None, objects: dict[str, str]) -> Iterator[Finding]:
-    yield Finding("machine", True, f"Linux {platform.release()}, {os.cpu_count()} processors, {platform.machine()}")
+    yield Finding(
+        "machine",
+        True,
+        f"Linux {platform.release()}, {len(cpus.given())} of {os.cpu_count()} processors, {platform.machine()}",
+    )
     try:
         Ring(1)
         yield Finding("io_uring", True, "the disk tier uses it")

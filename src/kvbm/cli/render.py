@@ -74,11 +74,16 @@ def _traffic(result: dict[str, Any]) -> list[str]:
         f"down {size(offload['bytes'])} in {offload['blocks']:,} blocks ({offload['in_flight']} in flight,"
         f" {offload['failed']} failed, {offload['skipped']} skipped, {offload['dropped']} dropped)",
         f"up   {size(onboard['bytes'])} in {onboard['blocks']:,} blocks ({onboard['in_flight']} in flight,"
-        f" {onboard['failed']} failed)",
+        f" {onboard['failed']} failed, {onboard['gated']} gated); {_least(result['least_tokens'])}",
         *(_trust(result) if "trust" in result else ()),
         *(_disk(result) if "demote" in result else ()),
         *(_peers(result) if "peers" in result else ()),
     ]
+
+
+def _least(least: dict[str, float | None]) -> str:
+    words = ("never" if tokens is None else f"from {tokens:,.0f} tokens on" for tokens in least.values())
+    return "a hit is loaded {}, beside other requests {}".format(*words)
 
 
 def _trust(result: dict[str, Any]) -> list[str]:

@@ -136,6 +136,8 @@ class Settings(BaseSettings):
     """Most megabytes of offload copies in flight at once, over all ranks of one engine."""
     held_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Largest part of G2 that loads and waiting requests may hold."""
+    load_min_tokens: Annotated[int, Field(ge=0, le=100_000_000)] | None = None
+    """Fewest tokens of a hit in G2 that are loaded; unset: what the engine would have computed meanwhile. 0: any."""
     load_deadline_s: Seconds = 10.0
     """Seconds after which a load counts as failed and its tokens are computed again."""
     store_deadline_s: Seconds = 30.0

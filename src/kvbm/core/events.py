@@ -75,9 +75,11 @@ class Fetched(Copied, frozen=True):
 
 
 class Gated(msgspec.Struct, frozen=True):
-    """So many blocks were left on disk or with a peer, because computing them was faster."""
+    """So many blocks were left on disk or with a peer, because computing them was faster, or (`tier` "g2") in host
+    memory."""
 
     blocks: int
+    tier: str = "below"
 
 
 class Admitted(msgspec.Struct, frozen=True):

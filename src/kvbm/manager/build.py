@@ -18,6 +18,7 @@ from typing import cast
 from kvbm import __version__
 from kvbm.abc.transport import Transport
 from kvbm.blocks import LayerGroup, Pool
+from kvbm.core import cpus
 from kvbm.core.config import Resolved, Settings
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.core.keys import Namespace
@@ -120,7 +121,7 @@ def build_worker(
         return _wrap(settings.transport_wrapper, transport, rank) if settings.transport_wrapper else transport
 
     def make_executor() -> Executor:
-        threads = settings.copy_threads or max(1, min(4, (os.cpu_count() or 1) // place.ranks))
+        threads = settings.copy_threads or max(1, min(4, len(cpus.given()) // place.ranks))
         transports: list[Transport] = [MemcpyTransport(threads)]
         if build_disk.wanted(settings) and stores:
             transports.append(build_disk.transport(settings))

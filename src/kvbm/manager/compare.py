@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from kvbm.abc.transport import Completion
+from kvbm.core import cpus
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Region, Slots
 from kvbm.manager.wire import Compare, Result, unpack
@@ -148,7 +149,7 @@ class Comparisons:
     def start(self, wanted: Compare, memory: Region, copied: Completion) -> None:
         """Compare what was `copied` to the scratch slots of this memory."""
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "kvbm-compare", initializer=_free)
+            self._thread = ThreadPoolExecutor(1, "kvbm-compare", initializer=partial(cpus.spread, "kvbm-compare"))
         with suppress(RuntimeError):  # closed: nobody waits for it any more
             self._thread.submit(self._compare, wanted, memory, copied)
 
@@ -170,9 +171,3 @@ class Comparisons:
         """Wait for the one at hand; the others are not made."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
-
-
-def _free() -> None:
-    """An engine pins its worker's main thread to one core, and threads inherit that."""
-    with suppress(OSError):
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))

@@ -183,7 +183,8 @@ class Control:
                 "skipped": leader.deferred,
                 "dropped": leader.dropped,
             },
-            "onboard": {**_copies(totals.onboard), "in_flight": loads},
+            "onboard": {**_copies(totals.onboard), "in_flight": loads, "gated": totals.gated_g2},
+            "least_tokens": leader.detour.shown(),
             "evictions": pool.evictions,
             "engine_ms": leader.pace.summary(),
             "trust": self._trust(),
@@ -224,7 +225,11 @@ class Control:
             (down, up), counts = disk.tier.in_flight(), disk.counts()
             rates = disk.tier.gate.rates()
         refused, cancelled, corrupt = (counts[name] for name in ("refused", "cancelled", "corrupt"))
-        demote, promote, gated = _copies(self._totals.demote), _copies(self._totals.promote), self._totals.gated
+        demote, promote, gated = (
+            _copies(self._totals.demote),
+            _copies(self._totals.promote),
+            self._totals.gated - self._totals.gated_g2,
+        )
         return {
             "demote": {**demote, "in_flight": down, "refused": refused, "cancelled": cancelled},
             "promote": {**promote, "in_flight": up, "gated": gated, "corrupt": corrupt},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from typing import Final
 
 from kvbm.abc.transport import Completion
 from kvbm.transfer.executor import Executor
@@ -12,34 +13,33 @@ from kvbm.transfer.executor import Executor
 log = logging.getLogger(__name__)
 
 _OVERWRITTEN = "its source may have been overwritten while it ran"
+PATIENCE_S: Final = 0.01
+"""How long a step waits: the engine stands still meanwhile, and what is given up costs no more than its next hit. Host
+memory copies some 50 MB in that time, so that of a copy that runs little is lost."""
 
 
 class Fence:
-    """Waits at most `patience_s` for copies. `wait` belongs to the engine's worker thread, the rest to any."""
+    """Waits for copies, a moment. `wait` belongs to the engine's worker thread, `judged` to any."""
 
-    def __init__(self, executor: Executor, patience_s: float) -> None:
-        self._executor, self._patience_s = executor, patience_s
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
         self._lock = threading.Lock()
         self._condemned: dict[int, str] = {}
         """Nothing counts of these, and why."""
 
     def wait(self, jobs: Sequence[int]) -> None:
-        """What these jobs read may be overwritten from now on. Those that do not end in time are given up; of one that
-        may go on reading nothing counts, whatever it says in the end."""
-        if not jobs or self._executor.wait(jobs, self._patience_s):
+        """What these jobs read may be overwritten from now on. Those that do not end in time are given up, but for what
+        they have copied; of one that may go on reading nothing counts, whatever it says in the end."""
+        if not jobs or self._executor.wait(jobs, PATIENCE_S):
             return
         late = [job for job in jobs if not self._executor.wait([job], 0)]
-        with self._lock:  # before they are cancelled: one may end at any moment
-            self._condemned = dict.fromkeys(late, _OVERWRITTEN) | self._condemned
-        quiet = {job for job in late if self._executor.cancel([job])}
-        with self._lock:
-            for job in quiet:
-                if self._condemned.get(job) == _OVERWRITTEN:  # not what a reset gave up
-                    del self._condemned[job]
-        log.error(
-            "KVBM: copies %s did not end in time and are given up; %d of them may go on, and nothing they copy is used",
-            late, len(late) - len(quiet),
-        )  # fmt: skip
+        reading = [job for job in late if not self._executor.cancel([job])]
+        if reading:
+            with self._lock:  # not before: what ended by now has read nothing but what was there
+                self._condemned = dict.fromkeys(reading, _OVERWRITTEN) | self._condemned
+            log.error("KVBM: copies %s were given up and may go on: nothing they copy is used", reading)
+        else:
+            log.debug("KVBM: a step needs what copies %s had not copied yet: they were given up", late)
 
     def give_up(self, jobs: Sequence[int]) -> None:
         """None of these is to begin any more, and nothing counts of those that have."""

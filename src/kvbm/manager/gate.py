@@ -14,7 +14,7 @@ _FADE = 0.8
 """What the past weighs at each new sample: about the last five count."""
 _LEAST_TOKENS = 64
 """Steps of fewer tokens are decoding; they say nothing about how fast a prompt is computed."""
-_FORGET = 30.0
+FORGET_S = 30.0
 """Seconds after the last block that was read when nothing is known of reads: or what was slow once, and so is given up
 before a block arrives, would never be tried again."""
 
@@ -40,10 +40,11 @@ class Gate:
     """One for each tier that is slower than host memory. Under the leader's lock."""
 
     def __init__(self, block_tokens: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._block_tokens, self._clock = block_tokens, clock
+        self.block_tokens, self._clock = block_tokens, clock
         self._computed, self._read = Rate(), Rate()
         self._steps: deque[tuple[int, float]] = deque(maxlen=8)
         self._stepped = -1.0
+        self._took: deque[float] = deque(maxlen=8)
         self.reading = 0
         """Blocks whose read has begun and not ended."""
         self._since = 0.0
@@ -53,7 +54,7 @@ class Gate:
 
     def beside(self) -> Gate:
         """One for another tier of the same engine: what it computes is measured once."""
-        other = Gate(self._block_tokens, self._clock)
+        other = Gate(self.block_tokens, self._clock)
         other._computed = self._computed
         return other
 
@@ -68,9 +69,15 @@ class Gate:
         if self._steps:
             tokens, begun = self._steps.popleft()
             now = self._clock()
+            self._took.append(now - max(begun, self._stepped))
             if tokens >= _LEAST_TOKENS:
-                self._computed.add(tokens, now - max(begun, self._stepped))
+                self._computed.add(tokens, self._took[-1])
             self._stepped = now
+
+    @property
+    def step_s(self) -> float | None:
+        """The shortest of the last steps; None before there were some."""
+        return min(self._took) if len(self._took) == self._took.maxlen else None
 
     def read_begins(self, blocks: int) -> None:
         if not self.reading:
@@ -94,7 +101,7 @@ class Gate:
 
     @property
     def _stale(self) -> bool:
-        return not self.reading and self._clock() - self._measured > _FORGET
+        return not self.reading and self._clock() - self._measured > FORGET_S
 
     # ------------------------------------------------------------------ deciding
 
@@ -117,7 +124,7 @@ class Gate:
     def computing_s(self, blocks: float) -> float | None:
         """Seconds in which the engine computes so many blocks; None while that is not known."""
         rate = self._computed.get()
-        return blocks * self._block_tokens / rate if rate else None
+        return blocks * self.block_tokens / rate if rate else None
 
     def objection(self, blocks: int, ahead: int = 0, worth: float = 1.0) -> str | None:
         """Why loading these would be slower than computing what they replace, `worth` blocks each; None where it is

@@ -62,6 +62,8 @@ class Housekeeping:
         self._lock = threading.RLock()
         self._copies = InFlight(links, clock)
         self.next_job = self._copies.next_id
+        self.dropped = 0
+        """Blocks that were handed out again before they were copied."""
         self.provenance = Provenance(self.next_job)
         """What the engine's blocks are."""
         self._held = 0
@@ -177,6 +179,10 @@ class Housekeeping:
             self._variants.copied(job)
         failed = int((~job.done).sum()) - job.dropped
         record = job.request.record
+        if failed and job.fenced:  # nothing is wrong: the engine is short of blocks
+            record.note(f"not offloaded: the engine needed {failed} blocks again before they were copied")
+            self.dropped += failed
+            failed = 0
         if isinstance(job.lease, Staged):
             if self.lower is not None:
                 self.lower.storing(job)

@@ -73,6 +73,8 @@ class Job(Tally):
     """Which blocks of the request these are."""
     dropped: int = 0
     """Blocks that were handed out before the copy could begin."""
+    fenced: bool = False
+    """A step that overwrites what it reads waits for it, a moment."""
 
     @property
     def is_store(self) -> bool:
@@ -184,6 +186,12 @@ class InFlight:
     def ids(self) -> set[int]:
         """All of them."""
         return set(self._jobs)
+
+    def fence(self, jobs: set[int]) -> list[int]:
+        """Those of `jobs` that have not ended, in order: a step waits for them."""
+        for job in (left := self.still(jobs)):
+            self._jobs[job].fenced = True
+        return left
 
     def still(self, jobs: set[int]) -> list[int]:
         """Those of `jobs` that have not ended, in order."""

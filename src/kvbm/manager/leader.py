@@ -21,6 +21,7 @@ from kvbm.core.config import Settings
 from kvbm.core.events import Admitted
 from kvbm.core.region import Slots
 from kvbm.manager.channel import Link
+from kvbm.manager.detour import Detour
 from kvbm.manager.gate import Gate
 from kvbm.manager.offload import GRACE, Draft, Offloading
 from kvbm.manager.requests import Record, Request, RequestParams, Wanted
@@ -51,6 +52,8 @@ class Leader(Offloading):
             patience, prove = settings.store_deadline_s + GRACE, settings.prove_first
             self.shadow = Shadow(settings.shadow_every, pool, patience, clock, prove=prove)
         self._shares = shares_device_blocks
+        self.detour = Detour(settings, gate, self.requests, self.emit, clock)
+        self._observers.append(self.detour)
         self._loading: dict[bytes, str] = {}
         self._total = pool.statistics().total
         self._waiting: list[Request] = []
@@ -114,6 +117,9 @@ class Leader(Offloading):
                 record.note(f"waited for request {owner}, which loads the same blocks")
                 return None
             found = self._hold(request, keys, computed)
+            if found and self.detour.refuses(request, found):
+                self._release(request)
+                return 0
             if self.shadow is None or request.hold is None:
                 return found
             allowed = self.shadow.allows(request, computed, request.hold)
@@ -193,6 +199,7 @@ class Leader(Offloading):
             record.load, record.outcome = self._settings.onboard, "loading"
             request.loading = request.keys[record.device_blocks]
             self._loading[request.loading] = request_id
+            self.detour.begins(request_id, len(hold))
             self.reuse(targets.tolist())
             job = self._copies.start(request, hold, targets, places, self._settings.load_deadline_s + GRACE)
             self._step.loads.append(Copy.of(job.id, request_id, targets, hold.slots))
@@ -271,6 +278,7 @@ class Leader(Offloading):
             return
         if request.record.outcome == "waiting":
             request.record.outcome = "computing"
+        self.detour.computes(request_id)
         if request.variant is not None:
             self._with_adapter(request, complete)
         if request.loading is None and complete <= request.settled:
@@ -325,13 +333,14 @@ class Leader(Offloading):
                 self._release(request)
             self._waiting.clear()
             self._copies.seal()
+            self.detour.seal()
             if (slow := self.pace.step()) is not None:
                 self._rest(slow)
             draft, self._step = self._step, Draft()
             return Step(
                 loads=draft.loads,
                 stores=draft.stores,
-                fence=self._copies.still(draft.fence),
+                fence=self._copies.fence(draft.fence),
                 idle=not tokens,
                 waiting=self.lower is not None and self.lower.waiting,
                 sync=self._settings.onboard == "sync" and bool(draft.loads),
@@ -401,3 +410,4 @@ class Leader(Offloading):
             if self._loading.get(request.loading) == request.id:
                 del self._loading[request.loading]
             request.loading = None
+            self.detour.ends(request.id)

@@ -46,8 +46,6 @@ class Offloading(Housekeeping):
         super().__init__(settings, pool, links, gate=gate, observers=observers, clock=clock)
         self.deferred = 0
         """Times that blocks were not offloaded at once, because copies in flight or holds had filled their share."""
-        self.dropped = 0
-        """Blocks that were handed out again before a worker could begin to copy them."""
         self._settings, self._slot_bytes = settings, slot_bytes
         self._step = Draft()
 

@@ -122,6 +122,8 @@ class Request:
     expected: int = 0
     """Blocks that are found, or that a step computes of which that is not known yet."""
     hold: Pinned | None = None
+    short: bool = False
+    """What host memory had of it was too little for a load."""
     admitted: bool = False
     stale: bool = False
     """It began before a reset: its KV may belong to the old generation."""

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from kvbm.abc.transport import Completion, Plan
+from kvbm.core import cpus
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken
 from kvbm.core.outcome import Outcome
@@ -257,6 +258,7 @@ class Worker(Telling):
 
     def _run(self) -> None:
         link: Link | None = None
+        cpus.spread("kvbm-worker")  # and what it starts: threads of the disk and of peers
         try:
             link = connect(self._address, self._settings.init_timeout_s, self._closing.is_set)
             link.send(self._hello)

@@ -21,7 +21,31 @@ static const char *const NAMES[BUFFERS] = {"src_address", "src_stride", "dst_add
  * gets a checksum is read for it while it is in the first cache: PIECE bytes at a time. */
 enum { STREAM_FROM = 512, PREFETCH_TO = 4096, PIECE = 16 << 10 };
 
+enum { PAGE = 4096 };
+
 #if HAVE_STREAMING
+__attribute__((target("avx2"), always_inline)) static inline void stream_line(char *dst, const char *src) {
+    __m256i a = _mm256_loadu_si256((const __m256i *)src);
+    __m256i b = _mm256_loadu_si256((const __m256i *)(src + 32));
+    _mm256_stream_si256((__m256i *)dst, a);
+    _mm256_stream_si256((__m256i *)(dst + 32), b);
+}
+
+/* Copies `pages` at once while so many are left of a row, from byte `i` on, as glibc's memcpy does: the hardware
+ * prefetcher follows each of them. One after the other, a core of a recent Xeon waits for the first lines of every page,
+ * and reaches three quarters of what it does so. Returns how far it came. */
+__attribute__((target("avx2"), always_inline)) static inline size_t stream_abreast(char *dst, const char *src, size_t i,
+                                                                                 size_t n, size_t pages) {
+    for (; i + pages * PAGE <= n; i += pages * PAGE) {
+        for (size_t line = i; line < i + PAGE; line += 64) {
+            for (size_t at = line; at < line + pages * PAGE; at += PAGE) {
+                stream_line(dst + at, src + at);
+            }
+        }
+    }
+    return i;
+}
+
 /* Stores go round the cache: a block is not read again soon by this core, and not fetching the destination first saves
  * a third of the memory traffic. (It also avoids memcpy's `rep movsb`, which is five times slower on some AMD cores
  * for some alignments.) `ahead`, if given, is the row that comes next: its lines are requested while this one's are
@@ -32,15 +56,13 @@ __attribute__((target("avx2"))) static void stream_row(char *dst, const char *sr
         head = n;
     }
     memcpy(dst, src, head);
-    size_t i = head;
+    size_t i = stream_abreast(dst, src, head, n, 4);
+    i = stream_abreast(dst, src, i, n, 2);
     for (; i + 64 <= n; i += 64) {
-        __m256i a = _mm256_loadu_si256((const __m256i *)(src + i));
-        __m256i b = _mm256_loadu_si256((const __m256i *)(src + i + 32));
         if (ahead) {
             _mm_prefetch(ahead + i, _MM_HINT_T0);
         }
-        _mm256_stream_si256((__m256i *)(dst + i), a);
-        _mm256_stream_si256((__m256i *)(dst + i + 32), b);
+        stream_line(dst + i, src + i);
     }
     memcpy(dst + i, src + i, n - i);
 }

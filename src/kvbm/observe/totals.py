@@ -61,6 +61,8 @@ class Totals:
         """Of g2_tokens, those that had come from other instances for the request."""
         self.gated = 0
         """Blocks that were left where they were because computing them was faster."""
+        self.gated_g2 = 0
+        """Of these, those in host memory."""
         self.offload, self.onboard = Copies(), Copies()
         self.demote, self.promote, self.fetch = Copies(), Copies(), Copies()
         self._recent: deque[tuple[int, int, int]] = deque(maxlen=_WINDOW)
@@ -85,8 +87,9 @@ class Totals:
                 self.promote.add(event)
             case Fetched():
                 self.fetch.add(event)
-            case Gated(blocks):
+            case Gated(blocks, tier):
                 self.gated += blocks
+                self.gated_g2 += blocks if tier == "g2" else 0
 
     def hit_rate(self) -> float:
         """Of the last thousand requests: tokens promised from host memory per token the engine itself did not hold."""

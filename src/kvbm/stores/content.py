@@ -22,6 +22,7 @@ from typing import Final
 import msgspec
 from blake3 import blake3
 
+from kvbm.core import cpus
 from kvbm.stores import digest
 from kvbm.stores.files import opened, write_all
 from kvbm.stores.stamps import Changed, Stamp, Start, ends, local, survey
@@ -71,7 +72,7 @@ class Contents:
 
     def __init__(self, folder: Path, *, threads: int | None = None, stop: threading.Event | None = None) -> None:
         self._path, self._lock = folder / "digests.json", folder / "digests.lock"
-        self._threads = threads or max(2, min(8, os.cpu_count() or 1))
+        self._threads = threads or max(2, min(8, len(cpus.given())))
         self._stop = stop or threading.Event()
         self.digested = 0
         """Bytes that were read for it."""
@@ -143,7 +144,7 @@ class Contents:
 
     def _apart(self, found: Mapping[str, Stamp]) -> dict[str, str]:
         """Has a process of its own do it (`stores/digest.py`)."""
-        order = json.dumps([self._threads, [[end, mark.size] for end, mark in found.items()]])
+        order = json.dumps([self._threads, sorted(cpus.given()), [[end, mark.size] for end, mark in found.items()]])
         command, pipe, null = [sys.executable, "-P", digest.__file__], subprocess.PIPE, subprocess.DEVNULL
         made: dict[str, str] = {}
         with subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=null) as child:

@@ -1,8 +1,8 @@
 """The digest of a file's content. As a program it makes those of large files: a process of its own has no lock with the
 engine's in common, and is the only one to end where a file is cut while it is mapped.
 
-It reads a line of JSON, [threads, [[path, size], ...]], and writes a line of JSON for each that is done, or for bytes
-that are. It ends when its input does.
+It reads a line of JSON, [threads, processors, [[path, size], ...]], and writes a line of JSON for each that is done,
+or for bytes that are. It ends when its input does.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def _segment(path: str, size: int, at: int, ahead: int) -> bytes:
 
 
 def _main() -> None:
-    threads, files = json.loads(sys.stdin.readline())
+    threads, cpus, files = json.loads(sys.stdin.readline())
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     with suppress(OSError):
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        os.sched_setaffinity(0, cpus)
     os.nice(10)  # behind what serves
     left = ((path, size, at) for path, size in files for at in range(0, max(1, size), SEGMENT))
     turn, made = threading.Lock(), dict[tuple[str, int], bytes]()

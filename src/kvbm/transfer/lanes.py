@@ -7,7 +7,6 @@ Several threads can be in one job: its parts come off a shared counter.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from abc import abstractmethod
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvbm.abc.transport import Completion, Plan, Quiet, Transport
+from kvbm.core import cpus
 from kvbm.core.errors import Misuse
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Slots
@@ -169,11 +169,7 @@ class LaneTransport(Transport):
 
     def _run(self, thread: int) -> None:
         """A thread's life. An unexpected exception stops all copying, but somebody has to say that plans failed."""
-        try:
-            # An engine pins its worker's main thread to one core, and threads inherit that.
-            os.sched_setaffinity(0, range(os.cpu_count() or 1))
-        except OSError as error:
-            logger.warning("%s threads keep the CPU affinity they inherited: %s", self._name, error)
+        cpus.spread(threading.current_thread().name)
         while True:
             try:
                 return self._serve(thread)

@@ -27,7 +27,7 @@ COUNTERS = {
         ("bytes", "bytes copied {}, over all ranks"),
     )
 } | {
-    "gated_blocks": "blocks that were left on disk or with peers because computing them was faster",
+    "gated_blocks": "blocks that were left where they were because computing them was faster",
     "matched_tokens": "prompt tokens promised from host memory",
     "peer_tokens": "of these, those that had come from other instances",
 }
