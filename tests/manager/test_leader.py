@@ -466,13 +466,43 @@ def test_opting_out_of_loading(stage: Stage) -> None:
     stage.keep("first", keys)
     stage.begin("b", keys, load=False)
     assert stage.leader.match("b", 0, 2) == 0
-    assert stage.leader.records["b"].why == ["the request opted out of loading"]
+    assert stage.leader.records["b"].why == ["the request may not read, or opted out of loading"]
 
 
 def test_opting_out_of_saving(stage: Stage) -> None:
     assert not stage.compute("a", keys_of("a", 2), [1, 2], save=False).stores
     stage.leader.finish("a", [1, 2], 2)
     assert stage.leader.records["a"].why[-1] == "not offloaded: the request opted out of saving"
+
+
+def test_what_is_not_worth_keeping_is_not_copied(make_stage: Make) -> None:
+    """A prompt of 3.5 blocks; what follows are its answer's."""
+    stage = make_stage(save_answers=False)
+    keys, g1 = keys_of("a", 6), [1, 2, 3, 4, 5, 6]
+    stage.leader.begin("a", keys, RequestParams(), 112)
+    assert stage.leader.match("a", 0, 3) == 0
+    stage.place("a", g1)
+    for complete in (2, 4, 6):
+        for copy in stage.step({"a": complete}).stores:
+            stage.answer(copy)
+    stage.leader.finish("a", g1, 6)
+    assert stage.pool.statistics().registered == stage.pool.peek(keys) == 3
+    assert stage.leader.records["a"].why[-1] == "not offloaded: what follows its first 3 blocks is not worth keeping"
+    stage.keep("b", keys_of("b", 6), save_tokens=70)
+    assert stage.pool.peek(keys_of("b", 6)) == 2
+    stage.keep("c", keys_of("c", 6))
+    assert stage.pool.peek(keys_of("c", 6)) == 6
+
+
+def test_who_may_not_read_is_neither_a_hit_nor_a_miss(stage: Stage) -> None:
+    keys = keys_of("a", 2)
+    stage.begin("out", keys, load=False)
+    stage.leader.begin("barred", keys, RequestParams(), 64, None, "an image has no name")
+    stage.begin("in", keys)
+    for name in ("out", "barred", "in"):
+        for _ in range(2):
+            stage.place(name, [1, 2])
+    assert stage.events == [Unread(), Unread(), Admitted(64, 0, 0)]
 
 
 def test_a_request_whose_keys_are_in_doubt(stage: Stage) -> None:

@@ -40,7 +40,7 @@ class Gate:
     """One for each tier that is slower than host memory. Under the leader's lock."""
 
     def __init__(self, block_tokens: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._block_tokens, self._clock = block_tokens, clock
+        self.block_tokens, self._clock = block_tokens, clock
         self._computed, self._read = Rate(), Rate()
         self._steps: deque[tuple[int, float]] = deque(maxlen=8)
         self._stepped = -1.0
@@ -53,7 +53,7 @@ class Gate:
 
     def beside(self) -> Gate:
         """One for another tier of the same engine: what it computes is measured once."""
-        other = Gate(self._block_tokens, self._clock)
+        other = Gate(self.block_tokens, self._clock)
         other._computed = self._computed
         return other
 
@@ -117,7 +117,7 @@ class Gate:
     def computing_s(self, blocks: float) -> float | None:
         """Seconds in which the engine computes so many blocks; None while that is not known."""
         rate = self._computed.get()
-        return blocks * self._block_tokens / rate if rate else None
+        return blocks * self.block_tokens / rate if rate else None
 
     def objection(self, blocks: int, ahead: int = 0, worth: float = 1.0) -> str | None:
         """Why loading these would be slower than computing what they replace, `worth` blocks each; None where it is

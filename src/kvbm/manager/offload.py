@@ -77,7 +77,7 @@ class Offloading(Housekeeping):
             request.record.note(f"not offloaded: {reason}")
             request.offered = complete
             return
-        keys = request.keys[request.offered : complete]
+        keys = request.keys[request.offered : self._worth(request, complete)]
         slots, absent = self._room(request, keys)
         if slots is None and absent:
             return
@@ -88,7 +88,14 @@ class Offloading(Housekeeping):
             sources = np.asarray([request.g1[place] for place in places.tolist()], np.int64)
             parent = request.keys[request.offered + chosen[0] - 1] if request.offered + chosen[0] else None
             self._store(request, slots, [keys[i] for i in chosen], parent, sources, places)
-        request.offered += chosen[-1] + 1 if rest else len(keys)
+        request.offered = request.offered + chosen[-1] + 1 if rest else complete
+
+    @staticmethod
+    def _worth(request: Request, complete: int) -> int:
+        """How many of the request's first `complete` blocks are worth keeping."""
+        if request.worth < complete:
+            request.record.note(f"not offloaded: what follows its first {request.worth} blocks is not worth keeping")
+        return min(request.worth, complete)
 
     def _offer_last(self, request: Request, complete: int) -> None:
         """The request is over, after so many blocks."""
