@@ -96,6 +96,8 @@ class Settings(BaseSettings):
     """Whether blocks of generated tokens are kept; false where reasoning is stripped from the next turn's prompt."""
     save_tokens: Annotated[int, Field(ge=0, le=1_000_000_000)] | None = None
     """Of each request only blocks of the first so many tokens are kept; unset: all."""
+    answers_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of G2 for answers that no prompt has contained yet; where few are contained, what is more leaves first."""
     onboard: Literal["async", "sync"] = "async"
     """When blocks come back: between engine steps (async) or inside the step, before its forward pass (sync)."""
     shadow_every: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0

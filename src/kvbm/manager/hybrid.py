@@ -146,6 +146,7 @@ class HybridLeader(Leader):
         ]
         request.passed = complete
         keys = self._keys(request, wanted)
+        self._wanted(request, complete, self._keys(request, (each for each in wanted if each[1] < request.asked)))
         slots, absent = self._room(request, keys)
         rest = absent
         if slots is not None:

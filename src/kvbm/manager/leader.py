@@ -74,6 +74,7 @@ class Leader(Offloading):
             request = Request(
                 request_id, keys, params, record, late=variant is not None, variant=variant, barred=barred,
                 worth=params.kept_tokens(self._settings, prompt_tokens) // self.gate.block_tokens,
+                asked=prompt_tokens // self.gate.block_tokens,
             )  # fmt: skip
             self.requests[request_id] = request
             if variant is None:

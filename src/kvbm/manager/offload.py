@@ -78,6 +78,7 @@ class Offloading(Housekeeping):
             request.offered = complete
             return
         keys = request.keys[request.offered : self._worth(request, complete)]
+        self._wanted(request, complete, keys[: max(0, request.asked - request.offered)])
         slots, absent = self._room(request, keys)
         if slots is None and absent:
             return
@@ -89,6 +90,13 @@ class Offloading(Housekeeping):
             parent = request.keys[request.offered + chosen[0] - 1] if request.offered + chosen[0] else None
             self._store(request, slots, [keys[i] for i in chosen], parent, sources, places)
         request.offered = request.offered + chosen[-1] + 1 if rest else complete
+
+    def _wanted(self, request: Request, complete: int, keys: Sequence[bytes]) -> None:
+        """Of its blocks [offered, complete) G2 may have `keys`, which are its prompt's: others' answers may be among
+        them, that the engine itself has found."""
+        if request.offered < request.asked:
+            self.answers.prompted(request.keys[request.offered : min(complete, request.asked)])
+            self.pool.want(keys)
 
     @staticmethod
     def _worth(request: Request, complete: int) -> int:

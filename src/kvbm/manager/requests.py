@@ -156,6 +156,8 @@ class Request:
     """Why nothing is loaded or stored for it."""
     worth: int = ALL
     """Blocks that are worth keeping, from its first on."""
+    asked: int = ALL
+    """Blocks of its prompt alone."""
     variant: Variant | None = None
     """Its adapter, if it has one. Its keys are known once the adapter's digest is."""
     loading: bytes | None = None
