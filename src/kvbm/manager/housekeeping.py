@@ -208,7 +208,7 @@ class Housekeeping:
         if failed:
             way = "be offloaded" if job.is_store else "load"
             record.note(f"{failed} blocks failed to {way}: {job.error}")
-            log.warning("KVBM: %d blocks of request %s failed to %s: %s", failed, job.request.id, way, job.error)
+            log.warning("KVBM: %d blocks of request %.100s failed to %s: %s", failed, job.request.id, way, job.error)
 
     def _answered(self, request: Request, keys: Sequence[bytes], places: Slots) -> None:
         """Blocks were stored, some of them of an answer, of which nobody knows whether they are asked for again."""

@@ -89,7 +89,9 @@ class Offloading(Housekeeping):
             sources = np.asarray([request.g1[place] for place in places.tolist()], np.int64)
             parent = request.keys[request.offered + chosen[0] - 1] if request.offered + chosen[0] else None
             self._store(request, slots, [keys[i] for i in chosen], parent, sources, places)
-        request.offered = request.offered + chosen[-1] + 1 if rest else complete
+        request.offered += chosen[-1] + 1 if rest else len(keys)
+        if request.offered >= request.worth:
+            request.offered = max(request.offered, complete)
 
     def _wanted(self, request: Request, complete: int, keys: Sequence[bytes]) -> None:
         """Of its blocks [offered, complete) G2 may have `keys`, which are its prompt's: others' answers may be among
