@@ -209,6 +209,7 @@ def test_clear_begins_a_new_generation(pool: Pool) -> None:
         lambda pool: Pool(8, order=LRU(8), duplicates="both"),
         lambda pool: Pool(8, order=LRU(8), max_pinned=1.1),
         lambda pool: Pool(8, order=LRU(8), max_pinned=-0.1),
+        lambda pool: Pool(8, order=LRU(8), most_doubted=1.1),
         lambda pool: Pool((1 << 29) + 1, order=LRU(1)),
         lambda pool: pool.resize(0),
         lambda pool: pool.candidates(-1),

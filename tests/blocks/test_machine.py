@@ -102,8 +102,10 @@ class PoolMachine(RuleBasedStateMachine):
         self.total = SLOTS
         self.live: list[Held] = []
 
-    @initialize(policy=st.sampled_from(sorted(EVICTION_ORDERS)), keep=st.booleans())
-    def make(self, policy: str, keep: bool) -> None:
+    @initialize(
+        policy=st.sampled_from(sorted(EVICTION_ORDERS)), keep=st.booleans(), doubted=st.sampled_from([0, 0.25, 1])
+    )
+    def make(self, policy: str, keep: bool, doubted: float) -> None:
         self.policy, self.keep_duplicates = policy, keep
         self.pool = Pool(
             SLOTS,
@@ -111,6 +113,7 @@ class PoolMachine(RuleBasedStateMachine):
             clock=self.clock,
             observers=[self],
             duplicates="keep" if keep else "share",
+            most_doubted=doubted,
         )
         self.pool.add_observer(Follower(self.states), transitions=True)
 
@@ -258,6 +261,14 @@ class PoolMachine(RuleBasedStateMachine):
         assert positions == expected
         assert list(pinned.keys) == [keys[at] for at in positions]
         return self.hold(pinned)
+
+    @rule(keys=runs)
+    def doubt(self, keys: list[bytes]) -> None:
+        self.pool.doubt(keys)
+
+    @rule(keys=runs)
+    def want(self, keys: list[bytes]) -> None:
+        self.pool.want(keys)
 
     @rule(target=pins, n=st.integers(0, 6))
     def candidates(self, n: int) -> Held:

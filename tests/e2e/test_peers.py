@@ -107,8 +107,14 @@ def test_a_decode_engine_waits_for_what_a_prefill_engine_computes(
             first.drain()
             done = second.results[request]
             assert done.tokens == answer
-            assert done.cached == (len(prompt) - 1) // 32 * 32
-        assert second.status()["tokens"]["peer"] == 288 + 576
+            assert done.cached == 0, "it was computed for this very request"
+        tokens = second.status()["tokens"]
+        assert (tokens["pulled"], tokens["peer"], tokens["g2"]) == (288 + 576, 0, 0)
+        assert second.status()["hit_rate"]["g2"] == 0
+        second.settle()
+        second.forget_device()
+        assert [done.cached for done in second.run(prompts, 24)] == [288, 576]
+        assert second.status()["tokens"]["g2"] == 288 + 576
 
 
 def test_a_short_soak(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -104,6 +105,49 @@ def test_a_request_may_opt_out(engine: Engine, plain: Plain, dice: random.Random
     (wrong,) = engine.run([prompt], 8, params={"load": "no", "colour": 3})
     assert wrong.cached == 192
     assert expected.tokens == declined.tokens == wrong.tokens
+
+
+def test_an_answer_need_not_be_kept(engine: Engine, plain: Plain, dice: random.Random) -> None:
+    prompt = prompt_of(dice, 8 * BLOCK + 1)
+    (expected,) = plain([prompt], 3 * BLOCK)
+    for params, kept in (({"save_answer": False}, 8), ({"save_tokens": 9 * BLOCK + 5}, 9), ({}, 11)):
+        (done,) = engine.run([prompt], 3 * BLOCK, params=params)
+        assert done.tokens == expected.tokens
+        _forget(engine)
+        (next_turn,) = engine.run([prompt + done.tokens + prompt_of(dice, 5)], 1, params={"save": False})
+        assert next_turn.cached == kept * BLOCK
+        engine.forget_device()
+
+
+def test_who_may_not_read_is_neither_a_hit_nor_a_miss(engine: Engine, dice: random.Random) -> None:
+    prompt = prompt_of(dice, 200)
+    engine.run([prompt], 1)
+    before = engine.status()
+    for options in ({"prompt_logprobs": 1}, {"skip_reading_prefix_cache": True}, {"params": {"load": False}}):
+        _forget(engine)
+        (done,) = engine.run([prompt], 1, **options)
+        assert done.cached == 0
+    after = engine.status()
+    for number in ("requests", "tokens", "hit_rate"):
+        assert after[number] == before[number]
+    assert after["unread_requests"] == before["unread_requests"] + 3
+    _forget(engine)
+    (hit,) = engine.run([prompt], 1)
+    assert hit.cached == 192
+    assert engine.status()["tokens"]["g2"] == before["tokens"]["g2"] + 192
+
+
+def test_clients_do_not_fill_the_log(
+    engine: Engine, dice: random.Random, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("kvbm"), "propagate", True)
+    for _ in range(20):
+        engine.run([prompt_of(dice, 5)], 1, params={"colour": "x" * 300_000, "y" * 300_000: 1})
+    told = [record.getMessage() for record in caplog.records if "not understood" in record.getMessage()]
+    assert len(told) <= 1, "another test may have had the one of this minute"
+    assert all(len(line) < 1000 for line in told)
+    sentences = engine.explain([*engine.leader.records][-1])["why"]
+    assert sum("is not understood: ignored" in sentence for sentence in sentences) == 2
 
 
 def test_a_time_to_live_ends(engine: Engine, dice: random.Random) -> None:

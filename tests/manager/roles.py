@@ -104,13 +104,14 @@ class Stage:
         ranks: int = 1,
         shares: bool = True,
         groups: Sequence[LayerGroup] = (),
+        most_doubted: float = 1.0,
         **settings: Any,
     ) -> None:
         ends = {rank: socket.socketpair() for rank in range(ranks)}
         self.workers = {rank: Link(ours) for rank, (ours, _) in ends.items()}
         self.clock = ManualClock()
         self.events: list[Event] = []
-        self.pool = Pool(slots, order=LRU(slots), clock=self.clock)
+        self.pool = Pool(slots, order=LRU(slots), most_doubted=most_doubted, clock=self.clock)
         given = Settings(**settings)
         make = partial(HybridLeader, groups=groups, checkpoint_tokens=given.checkpoint_tokens) if groups else Leader
         self.leader = make(

@@ -388,6 +388,17 @@ def test_an_answer_is_gone_on_with(make_stage: Make) -> None:
     assert solo.serve("b", tokens + tokens_of("b", 20)) == 15
 
 
+def test_a_hit_ends_where_nothing_more_is_worth_keeping(make_stage: Make) -> None:
+    """Ten blocks of a prompt of fifteen, and nothing of the answer."""
+    stage = make_stage(200, groups=GEMMA, checkpoint_tokens=32, save_tokens=10 * 32)
+    solo, tokens = Solo(stage, GEMMA), tokens_of("a", 82)
+    solo.serve("a", tokens, prompt=60)
+    full, *windows = in_g2(stage, tokens, 3)
+    assert full == list(range(10))
+    assert windows == [[6, 7, 8, 9]] * 2
+    assert solo.serve("b", tokens) == 10
+
+
 def test_a_block_that_left_its_window_is_not_read(make_stage: Make) -> None:
     """What could not be copied in the step that completed it may be another's now."""
     stage = make_stage(100, groups=GEMMA, checkpoint_tokens=4, store_inflight_mb=4)

@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from kvbm.core.events import Admitted, Event, Offloaded, Onboarded
+from kvbm.core.events import Admitted, Event, Offloaded, Onboarded, Unread
 from kvbm.manager import offload
 from kvbm.manager.requests import RequestParams
+from kvbm.manager.watch import Answers
 from kvbm.manager.wire import Allot, Bye, GiveUp, Result, Sick
 from tests.manager.roles import BLOCK_BYTES, BLOCK_TOKENS, DONE, FAILED, Stage, keys_of
 
@@ -531,13 +532,107 @@ def test_opting_out_of_loading(stage: Stage) -> None:
     stage.keep("first", keys)
     stage.begin("b", keys, load=False)
     assert stage.leader.match("b", 0, 2) == 0
-    assert stage.leader.records["b"].why == ["the request opted out of loading"]
+    assert stage.leader.records["b"].why == ["the request may not read, or opted out of loading"]
 
 
 def test_opting_out_of_saving(stage: Stage) -> None:
     assert not stage.compute("a", keys_of("a", 2), [1, 2], save=False).stores
     stage.leader.finish("a", [1, 2], 2)
     assert stage.leader.records["a"].why[-1] == "not offloaded: the request opted out of saving"
+
+
+def test_what_is_not_worth_keeping_is_not_copied(make_stage: Make) -> None:
+    """A prompt of 3.5 blocks; what follows are its answer's."""
+    stage = make_stage(save_answers=False)
+    keys, g1 = keys_of("a", 6), [1, 2, 3, 4, 5, 6]
+    stage.leader.begin("a", keys, RequestParams(), 112)
+    assert stage.leader.match("a", 0, 3) == 0
+    stage.place("a", g1)
+    for complete in (2, 4, 6):
+        for copy in stage.step({"a": complete}).stores:
+            stage.answer(copy)
+    stage.leader.finish("a", g1, 6)
+    assert stage.pool.statistics().registered == stage.pool.peek(keys) == 3
+    assert stage.leader.records["a"].why[-1] == "not offloaded: what follows its first 3 blocks is not worth keeping"
+    stage.keep("b", keys_of("b", 6), save_tokens=70)
+    assert stage.pool.peek(keys_of("b", 6)) == 2
+    stage.keep("c", keys_of("c", 6))
+    assert stage.pool.peek(keys_of("c", 6)) == 6
+
+
+def _talk(stage: Stage, *, stripped: bool, users: int = 8) -> int:
+    """Two turns of each: prompts of two blocks, answers of six. How many blocks the second turns found."""
+    talks = [keys_of(f"talk {user}", 8) for user in range(users)]
+    for user, keys in enumerate(talks):
+        _serve(stage, f"first {user}", keys, prompt=2)
+    found = 0
+    for user, keys in enumerate(talks):
+        keys = [*(keys[:2] if stripped else keys), *keys_of(f"then {user}", 1)]
+        found += _serve(stage, f"second {user}", keys, prompt=len(keys))
+    return found
+
+
+def _serve(stage: Stage, name: str, keys: list[bytes], prompt: int) -> int:
+    stage.leader.begin(name, keys, RequestParams(), prompt * BLOCK_TOKENS)
+    found = stage.leader.match(name, 0, prompt)
+    assert found is not None
+    g1 = list(range(1, len(keys) + 1))
+    stage.place(name, g1, found)
+    for copy in stage.step(reuse=g1[found:]).loads:
+        stage.answer(copy)
+    for copy in stage.step({name: len(keys)}).stores:
+        stage.answer(copy)
+    stage.leader.finish(name, g1, len(keys))
+    return found
+
+
+def test_answers_that_are_not_asked_for_again_leave_first(make_stage: Make) -> None:
+    """64 blocks were given, 16 of them prompts; G2 holds 32."""
+    assert _talk(make_stage(32, most_doubted=0.1), stripped=True) == 16
+    assert _talk(make_stage(32, most_doubted=1.0), stripped=True) < 8, "the control"
+
+
+def test_answers_that_are_asked_for_again_stay(make_stage: Make) -> None:
+    """What was learnt from the first talks keeps the answers of all later ones."""
+    for share in (1.0, 0.1):
+        stage = make_stage(100, most_doubted=share)
+        assert _talk(stage, stripped=False) == 64
+        assert not stage.leader.answers.rarely_asked
+        for user in range(100, 110):
+            _serve(stage, f"late {user}", keys_of(f"late {user}", 8), prompt=2)
+        late = keys_of("late 100", 8)
+        assert _serve(stage, "again", late, prompt=8) == 8
+
+
+def test_whether_answers_are_asked_for_is_learnt_from_prompts() -> None:
+    answers = Answers()
+    for number in range(100):
+        answers.given(b"end %d" % number, b"first %d" % number)
+    assert answers.rarely_asked, "nobody has gone on yet"
+    answers.prompted([b"end %d" % number for number in range(50)] * 2)
+    assert answers.rarely_asked
+    answers.prompted([b"prompt", *(b"first %d" % number for number in range(9)), b"first 8"])
+    assert answers.rarely_asked
+    answers.prompted([b"first 9"])
+    assert not answers.rarely_asked, "a fifth of those who go on have the answer"
+    answers.prompted([b"end 99"])
+    assert answers.rarely_asked
+    for number in range(100, 5000):
+        answers.given(None, b"first %d" % number)
+        answers.given(b"end %d" % number, b"first %d" % number)
+    answers.prompted([b"first 4999"])
+    assert not answers.rarely_asked, "what was long ago is forgotten"
+
+
+def test_who_may_not_read_is_neither_a_hit_nor_a_miss(stage: Stage) -> None:
+    keys = keys_of("a", 2)
+    stage.begin("out", keys, load=False)
+    stage.leader.begin("barred", keys, RequestParams(), 64, None, "an image has no name")
+    stage.begin("in", keys)
+    for name in ("out", "barred", "in"):
+        for _ in range(2):
+            stage.place(name, [1, 2])
+    assert stage.events == [Unread(), Unread(), Admitted(64, 0, 0)]
 
 
 def test_a_request_whose_keys_are_in_doubt(stage: Stage) -> None:

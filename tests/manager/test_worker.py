@@ -353,7 +353,7 @@ def test_copies_that_have_begun_are_given_up(make_rank: Make) -> None:
 def test_a_copy_that_cannot_be_stopped_does_not_count(make_rank: Make, is_load: bool) -> None:
     """It ends well, later."""
     rank = make_rank()
-    transport = _stubborn(rank)
+    transport = _instead(rank, Stubborn())
     copies = [Copy.of(1, "a", [0], [0])]
     rank.step(Step(loads=copies) if is_load else Step(stores=copies))
     rank.link.send(GiveUp([1]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvbm.core.events import Admitted, Cleared, Offloaded, Onboarded
+from kvbm.core.events import Admitted, Cleared, Offloaded, Onboarded, Unread
 from kvbm.observe.totals import BYTES, SECONDS, Histogram, Totals
 
 
@@ -29,6 +29,17 @@ def test_the_hit_rate_is_of_what_the_engine_did_not_hold() -> None:
     totals.on_event(Admitted(120, 0, 0))
     assert totals.hit_rate() == 60 / 200
     assert (totals.requests, totals.prompt_tokens, totals.device_tokens, totals.g2_tokens) == (3, 320, 120, 60)
+
+
+def test_what_nobody_was_spared_is_neither_hit_nor_miss() -> None:
+    totals = Totals()
+    totals.on_event(Admitted(100, 20, 60))
+    totals.on_event(Unread())
+    totals.on_event(Admitted(400, 0, 0, pulled_tokens=400))
+    assert totals.hit_rate() == 60 / 80
+    totals.on_event(Admitted(200, 0, 60, pulled_tokens=120))  # the beginning of its prompt was here already
+    assert totals.hit_rate() == 120 / 160
+    assert (totals.g2_tokens, totals.pulled_tokens, totals.requests, totals.unread) == (120, 520, 3, 1)
 
 
 def test_the_hit_rate_forgets() -> None:

@@ -85,6 +85,7 @@ class Ledger(Transitions):
             slots, idle = self._table.match(keys, start)
             if slots:
                 self._found(slots, idle)
+                self._ranks.want(slots, b"")
                 self._counted["returned"] += len(slots) // SLOT_BYTES
             self._counted["requested"] += max(0, len(keys) - start)
             generation = self._generation
@@ -193,6 +194,22 @@ class Ledger(Transitions):
             self._ranks.add(idle)
         if self._queue:
             self._feed.deliver()
+
+    def doubt(self, keys: Sequence[bytes]) -> None:
+        """Whether anybody will ask for them is not known."""
+        with self._lock:
+            slots, _ = self._present(list(dict.fromkeys(keys)))
+            numbers = as_array(slots)
+            slots = numbers[self._table.priority[numbers] == 0].tobytes()
+            self._ranks.doubt(slots, self._table.idle(slots))
+
+    def want(self, keys: Sequence[bytes]) -> None:
+        """Somebody asks for them."""
+        if not self._ranks.doubts:
+            return
+        with self._lock:
+            slots, _ = self._present(list(dict.fromkeys(keys)))
+            self._ranks.want(slots, self._table.idle(slots))
 
     def discard(self, keys: Iterable[bytes]) -> int:
         """Un-publish what is registered among `keys`."""
@@ -364,6 +381,7 @@ class Ledger(Transitions):
             for priority, size in self._ranks.sizes().items():
                 if size != (expected := int((idle == priority).sum())):
                     problems.append(f"{size} blocks of priority {priority} can be evicted, {expected} are inactive")
+            problems += self._ranks.problems(registered, as_array(self._table.idle(registered.tobytes())))
             if len(registered) and float(table.expiry[registered].min()) < self._due:
                 problems.append("a block expires before the pool looks for it")
         if problems:

@@ -31,7 +31,8 @@ class Pool:
     `order` belongs to the pool from now on. `tier` and `group` (of layers that are cached together) label the events.
     `duplicates` says what becomes of a slot whose key is registered already: with "share" it goes back and the handle
     holds the existing block, with "keep" the handle keeps its own, which nobody else can find. `max_pinned` is the
-    share of the slots that `pin` may hold. `clock` counts seconds.
+    share of the slots that `pin` may hold, `most_doubted` that which `doubt` leaves to what nobody has asked for yet.
+    `clock` counts seconds.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Pool:
         group: int = 0,
         duplicates: Duplicates = "share",
         max_pinned: float = 0.5,
+        most_doubted: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
         observers: Iterable[Observer] = (),
     ) -> None:
@@ -51,7 +53,9 @@ class Pool:
             raise Misuse(f"duplicates must be one of {get_args(Duplicates)}, got {duplicates!r}")
         if not 0 <= max_pinned <= 1:
             raise Misuse(f"max_pinned must be in 0..1, got {max_pinned}")
-        self._ledger = Ledger(num_slots, order, tier, group, duplicates, max_pinned, clock, observers)
+        if not 0 <= most_doubted <= 1:
+            raise Misuse(f"most_doubted must be in 0..1, got {most_doubted}")
+        self._ledger = Ledger(num_slots, order, tier, group, duplicates, max_pinned, most_doubted, clock, observers)
 
     def allocate(self, n: int) -> Writable | None:
         """`n` slots to write: free ones first, then those of the blocks that should go first; None if there are less.
@@ -125,6 +129,19 @@ class Pool:
         of the prompt's keys after the last part was let go.
         """
         self._ledger.touch(keys)
+
+    def doubt(self, keys: Sequence[bytes]) -> None:
+        """Whether anybody will ever ask for the registered blocks among `keys` is not known: blocks of an answer, say.
+
+        They are in the eviction order as all others are. Only where they are more than the share `most_doubted` of the
+        slots, the least recent of them go before anything else. Until somebody asks: `match` and `want` end the doubt.
+        Blocks of a priority above 0 are not doubted.
+        """
+        self._ledger.doubt(keys)
+
+    def want(self, keys: Sequence[bytes]) -> None:
+        """Somebody asks for the registered blocks among `keys`, and need not hold them: he has them from elsewhere."""
+        self._ledger.want(keys)
 
     def discard(self, keys: Iterable[bytes]) -> int:
         """Un-publish: from now on they cannot be matched. Returns how many were registered.

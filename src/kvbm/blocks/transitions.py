@@ -67,12 +67,13 @@ class Transitions:
         group: int,
         duplicates: Duplicates,
         max_pinned: float,
+        most_doubted: float,
         clock: Callable[[], float],
         observers: Iterable[Observer],
     ) -> None:
         self._lock = threading.Lock()
         self._table = SlotTable(num_slots)
-        self._ranks = Ranks(order, self._table)
+        self._ranks = Ranks(order, self._table, most_doubted)
         self._feed = Feed(observers)
         self._queue = self._feed.queue
         self._pins = Pins()

@@ -68,8 +68,9 @@ def _traffic(result: dict[str, Any]) -> list[str]:
     tokens, offload, onboard = result["tokens"], result["offload"], result["onboard"]
     hits = [f"{name} {tokens[name]:,}" for name in tokens if name != "prompt"]
     rates = [f"{name} {rate:.1%}" for name, rate in result["hit_rate"].items()]
+    unread = f"; {count:,} more requests did not look" if (count := result.get("unread_requests", 0)) else ""
     return [
-        f"requests {result['requests']:,}, prompt tokens {tokens['prompt']:,}; found in: {', '.join(hits)}",
+        f"requests {result['requests']:,}, prompt tokens {tokens['prompt']:,}; found in: {', '.join(hits)}{unread}",
         f"hit rate of look-ups: {', '.join(rates)}; evictions {result['evictions']:,}",
         f"down {size(offload['bytes'])} in {offload['blocks']:,} blocks ({offload['in_flight']} in flight,"
         f" {offload['failed']} failed, {offload['skipped']} skipped, {offload['dropped']} dropped)",

@@ -92,6 +92,12 @@ class Settings(BaseSettings):
     """Whether blocks from other instances stay in G2, or go once the request that wanted them has them."""
     pull_wait_s: Seconds = 60.0
     """Longest time, in seconds, that a request with pull_from waits for the instance that computes its prompt."""
+    save_answers: bool = True
+    """Whether blocks of generated tokens are kept; false where reasoning is stripped from the next turn's prompt."""
+    save_tokens: Annotated[int, Field(ge=0, le=1_000_000_000)] | None = None
+    """Of each request only blocks of the first so many tokens are kept; unset: all."""
+    answers_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of G2 for answers that no prompt has contained yet; where few are contained, what is more leaves first."""
     onboard: Literal["async", "sync"] = "async"
     """When blocks come back: between engine steps (async) or inside the step, before its forward pass (sync)."""
     shadow_every: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0

@@ -83,9 +83,11 @@ class Gated(msgspec.Struct, frozen=True):
 
 
 class Admitted(msgspec.Struct, frozen=True):
-    """A request got its blocks: so many tokens of its prompt, held by the engine itself, promised from host memory.
+    """A request that may read got its blocks: so many tokens of its prompt, held by the engine itself, promised from
+    host memory.
 
-    `g3_tokens` of the latter had been read from disk for it, `peer_tokens` had come from other instances.
+    `g3_tokens` of the latter had been read from disk for it, `peer_tokens` had come from other instances. Another
+    instance computed `pulled_tokens` for this very request: nobody was spared them, so they are none of the others.
     """
 
     prompt_tokens: int
@@ -93,6 +95,11 @@ class Admitted(msgspec.Struct, frozen=True):
     g2_tokens: int
     g3_tokens: int = 0
     peer_tokens: int = 0
+    pulled_tokens: int = 0
 
 
-Event = Stored | Removed | Cleared | Moved | Offloaded | Onboarded | Demoted | Promoted | Fetched | Gated | Admitted
+class Unread(msgspec.Struct, frozen=True):
+    """A request got its blocks that may not read what is stored, or asked not to: neither a hit nor a miss."""
+
+
+Event = Stored | Removed | Cleared | Moved | Copied | Gated | Admitted | Unread

@@ -187,7 +187,8 @@ def build_leader(
             # Direct I/O wants whole pages.
             _allot(settings, place, links, slots, padded(slot_bytes) if wants_disk else 0)
         totals = Totals()
-        pool = Pool(slots, order=eviction_order(settings.g2_order, slots), tier="g2")
+        order = eviction_order(settings.g2_order, slots)
+        pool = Pool(slots, order=order, tier="g2", most_doubted=settings.answers_share)
         make = partial(HybridLeader, groups=groups, checkpoint_tokens=settings.checkpoint_tokens) if groups else Leader
         leader = make(
             settings,

@@ -175,7 +175,9 @@ class Control:
                 "g2": totals.g2_tokens,
                 "g3": totals.g3_tokens,
                 "peer": totals.peer_tokens,
+                "pulled": totals.pulled_tokens,
             },
+            "unread_requests": totals.unread,
             "hit_rate": {"g2": totals.hit_rate(), "g3": totals.disk_hit_rate()},
             "offload": {
                 **_copies(totals.offload),

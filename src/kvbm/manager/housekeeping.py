@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
 from typing import Any
@@ -20,6 +20,7 @@ from kvbm.core.config import Settings
 from kvbm.core.errors import Broken
 from kvbm.core.events import Event, Offloaded, Onboarded
 from kvbm.core.outcome import Outcome
+from kvbm.core.region import Slots
 from kvbm.manager.channel import Link
 from kvbm.manager.earlier import Earlier
 from kvbm.manager.gate import Gate
@@ -30,7 +31,7 @@ from kvbm.manager.reports import Reports
 from kvbm.manager.requests import Record, Request
 from kvbm.manager.shadow import Shadow
 from kvbm.manager.variants import Variants
-from kvbm.manager.watch import Audit, Pace, Recent
+from kvbm.manager.watch import Answers, Audit, Pace, Recent
 from kvbm.manager.wire import Bye, Foreseen, Mine, Opened, Probed, Result, Sick, Unlike, Used
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class Housekeeping:
         self.next_job = self._copies.next_id
         self.dropped = 0
         """Blocks that were handed out again before they were copied."""
+        self.answers = Answers()
         self.provenance = Provenance(self.next_job)
         """What the engine's blocks are."""
         self._held = 0
@@ -191,6 +193,8 @@ class Housekeeping:
             with job.lease.register(job.done) as stored:
                 if self.shadow is not None:
                     self.shadow.note(stored.slots, "engine")
+                if (places := job.places[job.done]).max(initial=-1) >= job.request.asked:
+                    self._answered(job.request, stored.keys, places)
                 if self.lower is not None:
                     self.lower.stored(stored.keys, job.places[job.done])
             record.offloaded += int(job.done.sum())
@@ -217,7 +221,17 @@ class Housekeeping:
         if failed:
             way = "be offloaded" if job.is_store else "load"
             record.note(f"{failed} blocks failed to {way}: {job.error}")
-            log.warning("KVBM: %d blocks of request %s failed to %s: %s", failed, job.request.id, way, job.error)
+            log.warning("KVBM: %d blocks of request %.100s failed to %s: %s", failed, job.request.id, way, job.error)
+
+    def _answered(self, request: Request, keys: Sequence[bytes], places: Slots) -> None:
+        """Blocks were stored, some of them of an answer, of which nobody knows whether they are asked for again."""
+        if (places == request.asked).any():
+            first = max(0, request.asked - 1)
+            around = request.keys[first : request.asked + 1]  # a session may have taken some back
+            if len(around) == request.asked + 1 - first:
+                self.answers.given(around[0] if request.asked else None, around[-1])
+        if self.answers.rarely_asked:
+            self.pool.doubt([*compress(keys, (places >= request.asked).tolist())])
 
     # ------------------------------------------------------------------ health
 

@@ -135,19 +135,18 @@ class HybridLeader(Leader):
             request.record.note(f"not offloaded: {reason}")
             request.offered = request.passed = complete
             return
-        tables = self._tables(request)
+        tables, worth = self._tables(request), self._worth(request, complete)
         # First what cannot wait.
-        wanted = [
-            (group, block) for group, block in self._ending_in(request, complete) if tables[group][block] != _NULL
-        ]
+        wanted = [(group, block) for group, block in self._ending_in(request, worth) if tables[group][block] != _NULL]
         wanted += [
             (number, block)
             for number, group in enumerate(self._groups)
             if group.kind == "full"
-            for block in range(request.offered, complete)
+            for block in range(request.offered, worth)
         ]
         request.passed = complete
         keys = self._keys(request, wanted)
+        self._wanted(request, complete, self._keys(request, (each for each in wanted if each[1] < request.asked)))
         slots, absent = self._room(request, keys)
         rest = absent
         if slots is not None:
@@ -187,7 +186,7 @@ class HybridLeader(Leader):
         """Where a hit may end that needs any of the blocks from `least` to `complete`."""
         prompt = request.record.prompt_tokens
         # The same prompt again: its last token is always computed. A longer one.
-        yield from {(prompt - 1) // group.block, prompt // group.block, request.parts, request.end}
+        yield from {(prompt - 1) // group.block, prompt // group.block, request.parts, request.end, request.worth}
         if group.kind == "state" and complete * group.block <= prompt:
             yield complete  # in a prompt the engine keeps a state only where a step ends
         end = (least // self._every + 1) * self._every

@@ -18,7 +18,7 @@ import numpy as np
 from kvbm.abc.observer import Observer
 from kvbm.blocks import Pinned, Pool
 from kvbm.core.config import Settings
-from kvbm.core.events import Admitted
+from kvbm.core.events import Admitted, Unread
 from kvbm.core.region import Slots
 from kvbm.manager.channel import Link
 from kvbm.manager.detour import Detour
@@ -64,19 +64,21 @@ class Leader(Offloading):
     @paced
     def begin(
         self, request_id: str, keys: Sequence[bytes], params: RequestParams, prompt_tokens: int,
-        variant: Variant | None = None, barred: str | None = None,
+        variant: Variant | None = None, barred: str | None = None, notes: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """A request exists from now on. `keys` is a view: it may grow while the request generates, and with an adapter
         (`variant`) is empty until it is known which that is. `barred`: nothing is loaded or stored for it, for this
-        reason."""
+        reason. `notes` are for who asks what happened to it."""
         with self._lock:
-            record = Record(request_id, prompt_tokens)
+            record = Record(request_id, prompt_tokens, why=list(notes))
             self.records[request_id] = record
             while len(self.records) > self._settings.explain_requests:
                 self.records.popitem(last=False)
             request = Request(
-                request_id, keys, params, record, late=variant is not None, variant=variant, barred=barred
-            )
+                request_id, keys, params, record, late=variant is not None, variant=variant, barred=barred,
+                worth=params.kept_tokens(self._settings, prompt_tokens) // self.gate.block_tokens,
+                asked=prompt_tokens // self.gate.block_tokens,
+            )  # fmt: skip
             self.requests[request_id] = request
             if variant is None:
                 self._seek(request)
@@ -160,21 +162,22 @@ class Leader(Offloading):
     def _no_load(self, request: Request) -> str | None:
         if (reason := self.standing_aside()) is not None:
             return reason
-        return request.barred or (None if request.params.load else "the request opted out of loading")
+        return request.barred or (None if request.params.load else "the request may not read, or opted out of loading")
 
     @paced
     def place(
         self, request_id: str, g1: Sequence[int], count: int, tokens: Admitted, others: Sequence[Sequence[int]] = ()
-    ) -> None:
+    ) -> Admitted:
         """The engine gave the request its blocks `g1` and wants the first `count` blocks of its match loaded.
 
-        `count` may be 0: whatever was matched is let go. `tokens` is counted the first time a request is placed.
+        `count` may be 0: whatever was matched is let go. `tokens` is what the engine knows; what they really are is
+        returned, and counted the first time a request is placed.
         `others` are, here and below, its blocks in the second and further layer groups.
         """
         with self._lock:
             request = self.requests.get(request_id)
             if request is None:
-                return
+                return tokens
             self._end_loading(request)
             had = {*request.g1}.union(*request.others)
             request.g1, request.others = list(g1), [list(table) for table in others]
@@ -189,8 +192,7 @@ class Leader(Offloading):
                 for table in (request.g1, *request.others):
                     self.reuse([block for block in table[request.record.device_blocks :] if block not in had])
                 self._release(request)
-                self._admit(request, tokens)
-                return
+                return self._admit(request, tokens)
             matched = len(hold)
             targets, places = self._aim(request, hold, count)
             request.hold = None
@@ -209,7 +211,7 @@ class Leader(Offloading):
             self.provenance.expect(targets, job.id)
             if self._settings.onboard == "sync":  # the step that computes from it fails with it
                 self.provenance.arrived(targets, hold.keys, job.id)
-            self._admit(request, tokens)
+            return self._admit(request, tokens)
 
     def loads(self, request_id: str) -> bool:
         """Whether a load has been started for a request that has been placed just now."""
@@ -224,11 +226,13 @@ class Leader(Offloading):
         targets = np.asarray(request.g1[first : first + len(hold)], np.int64)
         return targets, np.arange(first, first + len(hold))
 
-    def _admit(self, request: Request, tokens: Admitted) -> None:
+    def _admit(self, request: Request, tokens: Admitted) -> Admitted:
         """Counts a prompt once, however often the request is preempted and placed again."""
         if not request.admitted:
             request.admitted = True
-            self.emit(tokens)
+            reads = request.params.load and request.barred is None
+            self.emit(tokens if reads else Unread())
+        return tokens
 
     # ------------------------------------------------------------------ the engine steps
 

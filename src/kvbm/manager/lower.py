@@ -111,6 +111,11 @@ class Lower:
             request.offered = max(request.offered, (tokens.device_tokens + tokens.g2_tokens) // self.block_tokens)
         peer = min(int(staged.get("peer", 0) * block), tokens.g2_tokens)
         disk = min(int(staged.get("g3", 0) * block), tokens.g2_tokens - peer)
+        if request.params.pull_from is not None:
+            # What that instance found, and did not compute either, is among its own hits.
+            return msgspec.structs.replace(
+                tokens, g2_tokens=tokens.g2_tokens - peer, g3_tokens=disk, pulled_tokens=peer
+            )
         return msgspec.structs.replace(tokens, g3_tokens=disk, peer_tokens=peer)
 
     def finished(self, request: Request, blocks: Sequence[bytes]) -> None:

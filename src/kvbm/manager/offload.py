@@ -80,7 +80,8 @@ class Offloading(Housekeeping):
             request.record.note(f"not offloaded: {reason}")
             request.offered = complete
             return
-        keys = request.keys[request.offered : complete]
+        keys = request.keys[request.offered : self._worth(request, complete)]
+        self._wanted(request, complete, keys[: max(0, request.asked - request.offered)])
         slots, absent = self._room(request, keys)
         if slots is None and absent:
             return
@@ -92,6 +93,22 @@ class Offloading(Housekeeping):
             parent = request.keys[request.offered + chosen[0] - 1] if request.offered + chosen[0] else None
             self._store(request, slots, [keys[i] for i in chosen], parent, sources, places)
         request.offered += chosen[-1] + 1 if rest else len(keys)
+        if request.offered >= request.worth:
+            request.offered = max(request.offered, complete)
+
+    def _wanted(self, request: Request, complete: int, keys: Sequence[bytes]) -> None:
+        """Of its blocks [offered, complete) G2 may have `keys`, which are its prompt's: others' answers may be among
+        them, that the engine itself has found."""
+        if request.offered < request.asked:
+            self.answers.prompted(request.keys[request.offered : min(complete, request.asked)])
+            self.pool.want(keys)
+
+    @staticmethod
+    def _worth(request: Request, complete: int) -> int:
+        """How many of the request's first `complete` blocks are worth keeping."""
+        if request.worth < complete:
+            request.record.note(f"not offloaded: what follows its first {request.worth} blocks is not worth keeping")
+        return min(request.worth, complete)
 
     def _offer_last(self, request: Request, complete: int) -> None:
         """The request is over, after so many blocks."""

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import reprlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from kvbm.blocks import Pinned
+from kvbm.core.config import Settings
 from kvbm.manager.variants import Variant
 
 PARAMS_KEY = "kvbm"
 """Under this name a request's `kv_transfer_params` may carry our parameters."""
 
 _LONGEST_TTL = 1e9
+_MOST_TOKENS = 1_000_000_000
+_LONGEST_NAME = 100
+_MOST_SAID = 8
+"""Sentences about one request's parameters; what a client sends must not grow what is kept of it."""
+ALL = 1 << 62
+"""Of a request's blocks: as many as it has."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestParams:
-    """What a request may ask for: `{"kvbm": {"load": false, "save": false, "priority": 0..100, "ttl": seconds,
-    "pull_from": "name"}}`.
+    """What a request may ask for: `{"kvbm": {"load": false, "save": false, "save_answer": false, "save_tokens": n,
+    "priority": 0..100, "ttl": seconds, "pull_from": "name"}}`.
 
-    load: whether its prompt may come from KVBM. save: whether its blocks may be kept. priority: blocks of lower
+    load: whether its prompt may come from KVBM. save: whether its blocks may be kept. save_answer: whether those with
+    generated tokens may, too. save_tokens: only blocks of the first so many tokens are kept. priority: blocks of lower
     priority are evicted first. ttl: seconds after which its blocks are no longer matched. pull_from: the instance that
-    computes its prompt at this moment, whose blocks it waits for.
+    computes its prompt at this moment, whose blocks it waits for. None: as the settings say.
     """
 
     load: bool = True
@@ -31,6 +40,14 @@ class RequestParams:
     priority: int = 0
     ttl: float | None = None
     pull_from: str | None = None
+    save_answer: bool | None = None
+    save_tokens: int | None = None
+
+    def kept_tokens(self, settings: Settings, prompt_tokens: int) -> int:
+        """Of how many tokens of such a request blocks are worth keeping."""
+        answer = settings.save_answers if self.save_answer is None else self.save_answer
+        most = settings.save_tokens if self.save_tokens is None else self.save_tokens
+        return min(ALL if answer else prompt_tokens, ALL if most is None else most)
 
     @classmethod
     def parse(cls, params: Mapping[str, Any] | None) -> tuple[RequestParams, list[str]]:
@@ -39,23 +56,33 @@ class RequestParams:
         if ours is None:
             return cls(), []
         if not isinstance(ours, Mapping):
-            return cls(), [f'kv_transfer_params["{PARAMS_KEY}"] must be an object, not {ours!r}: ignored']
+            return cls(), [f'kv_transfer_params["{PARAMS_KEY}"] must be an object, not {_short(ours)}: ignored']
         good: dict[str, Any] = {}
         wrong: list[str] = []
         for name, value in ours.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
             match name:
-                case "load" | "save" if isinstance(value, bool):
+                case "load" | "save" | "save_answer" if isinstance(value, bool):
                     good[name] = value
                 case "priority" if isinstance(value, int) and number and 0 <= value <= 100:
                     good[name] = value
                 case "ttl" if number and 0 < value <= _LONGEST_TTL:
                     good[name] = float(value)
-                case "pull_from" if isinstance(value, str) and value:
+                case "save_tokens" if isinstance(value, int) and number and 0 <= value <= _MOST_TOKENS:
                     good[name] = value
-                case _:
-                    wrong.append(f'kv_transfer_params["{PARAMS_KEY}"]["{name}"] = {value!r} is not understood: ignored')
+                case "pull_from" if isinstance(value, str) and 0 < len(value) <= _LONGEST_NAME:
+                    good[name] = value
+                case _ if len(wrong) < _MOST_SAID:
+                    where = f'kv_transfer_params["{PARAMS_KEY}"][{_short(name)}]'
+                    wrong.append(f"{where} = {_short(value)} is not understood: ignored")
         return cls(**good), wrong
+
+
+def _short(value: object) -> str:
+    """What it looks like, in a few characters, whatever a client sent."""
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        return "a huge number"
+    return reprlib.repr(value)
 
 
 @dataclass(slots=True)
@@ -129,6 +156,10 @@ class Request:
     """It began before a reset: its KV may belong to the old generation."""
     barred: str | None = None
     """Why nothing is loaded or stored for it."""
+    worth: int = ALL
+    """Blocks that are worth keeping, from its first on."""
+    asked: int = ALL
+    """Blocks of its prompt alone."""
     variant: Variant | None = None
     """Its adapter, if it has one. Its keys are known once the adapter's digest is."""
     loading: bytes | None = None

@@ -181,7 +181,7 @@ class Shadow:
         foreign = any(sample.origins[at - sample.first]["from"] != _FROM[0] for at in job.places.tolist())
         if self._prove and foreign and sample.request.family not in self._proven:
             self._proven.add(sample.request.family)
-            log.info("KVBM: what another process stored agrees with what request %s computed", sample.request.id)
+            log.info("KVBM: what another process stored agrees with what request %.100s computed", sample.request.id)
 
     def _report(self, sample: _Sample, job: Job, wrong: Slots) -> dict[str, Any]:
         by_rank = {rank: np.frombuffer(errors, np.float32) for rank, errors in sorted(job.errors.items())}

@@ -1,15 +1,15 @@
 """A look at KVBM itself while it serves: do its invariants hold, what happened last, how long does the engine wait.
 
-`Recent` is an observer; `Pace` belongs to the engine's thread; `Audit` is under the leader's lock, except for what it
-asks the pool, which has its own.
+`Recent` is an observer; `Pace` belongs to the engine's thread; `Answers` and `Audit` are under the leader's lock,
+except for what the latter asks the pool, which has its own.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
 from functools import update_wrapper
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -23,6 +23,9 @@ _BUSY_EVERY = 10.0
 """Seconds between two looks while the engine works; when it is idle each tick has one."""
 _SAMPLES = 1024
 _SLOW_IN_A_ROW = 32
+_ANSWERS = 4096
+_RARELY = 0.2
+"""Of those who go on with a prompt; where fewer go on with its answer, answers leave early (ADR 39)."""
 SECONDS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 
 P = ParamSpec("P")
@@ -56,6 +59,52 @@ class Recent:
             {"when": when, "event": name, "tier": tier, "count": count, "first_key": key.hex() if key else None}
             for when, name, tier, count, key in list(self._events)
         ]
+
+
+class Answers:
+    """Whether who goes on with a prompt goes on with its answer too, learnt from the last answers. Later prompts say it
+    by what they contain, be that stored or gone: or who lets answers go would never learn better."""
+
+    def __init__(self) -> None:
+        self._ends, self._firsts = _Seen(), _Seen()
+        """The last blocks of prompts, and the first ones of their answers."""
+
+    @property
+    def rarely_asked(self) -> bool:
+        """True as well while nobody has gone on with anything."""
+        prompts, answers = self._ends.seen, self._firsts.seen
+        return answers < _RARELY * prompts or not prompts + answers
+
+    def given(self, end: bytes | None, first: bytes) -> None:
+        """An answer was stored, from its first block on; `end` is the last before."""
+        self._firsts.add(first)
+        if end is not None:
+            self._ends.add(end)
+
+    def prompted(self, keys: Sequence[bytes]) -> None:
+        """A prompt has these blocks."""
+        for key in keys:
+            self._ends.see(key)
+            self._firsts.see(key)
+
+
+class _Seen:
+    """Which of the last keys were seen again."""
+
+    def __init__(self) -> None:
+        self._last: OrderedDict[bytes, bool] = OrderedDict()
+        self.seen = 0
+
+    def add(self, key: bytes) -> None:
+        if key not in self._last:
+            self._last[key] = False
+            if len(self._last) > _ANSWERS:
+                self.seen -= self._last.popitem(last=False)[1]
+
+    def see(self, key: bytes) -> None:
+        if self._last.get(key) is False:
+            self._last[key] = True
+            self.seen += 1
 
 
 class Pace:

@@ -93,7 +93,7 @@ class _Collector(Collector):
             ("kvbm_onboard_blocks_h2d", totals.onboard.blocks, "blocks copied from host memory to the engine"),
             ("kvbm_onboard_blocks_d2h", totals.promote.blocks, "blocks copied from disk to host memory"),
             ("kvbm_onboard_blocks_d2d", from_disk, "blocks promised to the engine that were read from disk for it"),
-            ("kvbm_matched_tokens", totals.g2_tokens, "prompt tokens promised from host memory"),
+            ("kvbm_matched_tokens", totals.g2_tokens, "prompt tokens that requests were spared by host memory"),
         ):
             metric = Metric(name, text, "unknown")
             metric.add_sample(name, {}, value)
@@ -105,9 +105,15 @@ class _Collector(Collector):
         for tier, works in self._sources.tiers().items():
             tiers.add_metric([tier], float(works))
         yield tiers
-        yield CounterMetricFamily("kvbm_requests", "requests that got their blocks", totals.requests)
+        yield CounterMetricFamily("kvbm_requests", "requests that may read, and got their blocks", totals.requests)
         yield CounterMetricFamily("kvbm_requested_tokens", "prompt tokens of those requests", totals.prompt_tokens)
         yield CounterMetricFamily("kvbm_peer_tokens", "of those, had come from other instances", totals.peer_tokens)
+        yield CounterMetricFamily(
+            "kvbm_pulled_tokens", "of those, another instance computed for the same request", totals.pulled_tokens
+        )
+        yield CounterMetricFamily(
+            "kvbm_unread_requests", "requests that may not read, or asked not to; not in the above", totals.unread
+        )
         yield CounterMetricFamily("kvbm_device_tokens", "of those, held by the engine itself", totals.device_tokens)
         for way in ("offload", "onboard", "demote", "promote", "fetch"):
             copies: Copies = getattr(totals, way)

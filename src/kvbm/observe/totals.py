@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 
-from kvbm.core.events import Admitted, Copied, Demoted, Event, Fetched, Gated, Offloaded, Onboarded, Promoted
+from kvbm.core.events import Admitted, Copied, Demoted, Event, Fetched, Gated, Offloaded, Onboarded, Promoted, Unread
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 BYTES = tuple(float(1 << shift) for shift in range(16, 34, 2))
@@ -59,6 +59,10 @@ class Totals:
         """Of g2_tokens, those that had been read from disk for the request."""
         self.peer_tokens = 0
         """Of g2_tokens, those that had come from other instances for the request."""
+        self.pulled_tokens = 0
+        """Prompt tokens that another instance computed for the same request."""
+        self.unread = 0
+        """Requests that may not read what is stored, or asked not to; in none of the above."""
         self.gated = 0
         """Blocks that were left where they were because computing them was faster."""
         self.gated_g2 = 0
@@ -69,14 +73,17 @@ class Totals:
 
     def on_event(self, event: Event) -> None:
         match event:
-            case Admitted(prompt_tokens, device_tokens, g2_tokens, g3_tokens, peer_tokens):
+            case Admitted(prompt_tokens, device_tokens, g2_tokens, g3_tokens, peer_tokens, pulled_tokens):
                 self.requests += 1
                 self.prompt_tokens += prompt_tokens
                 self.device_tokens += device_tokens
                 self.g2_tokens += g2_tokens
                 self.g3_tokens += g3_tokens
                 self.peer_tokens += peer_tokens
-                self._recent.append((prompt_tokens - device_tokens, g2_tokens, g3_tokens))
+                self.pulled_tokens += pulled_tokens
+                self._recent.append((prompt_tokens - device_tokens - pulled_tokens, g2_tokens, g3_tokens))
+            case Unread():
+                self.unread += 1
             case Offloaded():
                 self.offload.add(event)
             case Onboarded():
@@ -92,7 +99,8 @@ class Totals:
                 self.gated_g2 += blocks if tier == "g2" else 0
 
     def hit_rate(self) -> float:
-        """Of the last thousand requests: tokens promised from host memory per token the engine itself did not hold."""
+        """Of the last thousand requests that may read: tokens they were spared by host memory, per token that neither
+        the engine itself held nor another instance computed for them."""
         return self._rate(1)
 
     def disk_hit_rate(self) -> float:

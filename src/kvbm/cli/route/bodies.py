@@ -58,6 +58,7 @@ def _for_prefill(body: dict[str, Any]) -> bytes:
         kept["max_completion_tokens"] = 1  # it goes before max_tokens
     ours = {"load": True} | _ours(body)
     ours.pop("pull_from", None)
+    ours.pop("save_tokens", None)  # what is not kept there cannot be pulled
     return _with(kept, ours)
 
 

@@ -54,8 +54,9 @@ READS = {
     "vllm.v1.kv_cache_interface.KVCacheConfig": "kv_cache_groups kv_cache_layout num_blocks",
     "vllm.v1.kv_cache_interface.KVCacheGroupSpec": "kv_cache_spec layer_names",
     "vllm.v1.kv_cache_interface.KVCacheSpec": "block_size",
-    "vllm.v1.request.Request": "block_hashes kv_transfer_params lora_request num_computed_tokens num_prompt_tokens "
-    "num_tokens request_id skip_reading_prefix_cache",
+    "vllm.v1.metrics.stats.PrefillStats": "num_cached_tokens num_computed_tokens num_prompt_tokens",
+    "vllm.v1.request.Request": "block_hashes kv_transfer_params lora_request num_computed_tokens num_preemptions "
+    "num_prompt_tokens num_tokens prefill_stats request_id skip_reading_prefix_cache",
 }
 """vLLM's classes, and what of their objects KVBM reads without asking whether it is there."""
 

@@ -98,7 +98,9 @@ class Images:
         if problem is not None and not self._said:
             self._said = True
             log.warning(
-                "KVBM: request %s, and others like it, are neither loaded nor stored: %s", request.request_id, problem
+                "KVBM: request %.100s, and others like it, are neither loaded nor stored: %s",
+                request.request_id,
+                problem,
             )
         return Items(tuple(sorted(known)), problem, frozenset(spoiled - {request.request_id}))
 

@@ -28,8 +28,9 @@ COUNTERS = {
     )
 } | {
     "gated_blocks": "blocks that were left where they were because computing them was faster",
-    "matched_tokens": "prompt tokens promised from host memory",
+    "matched_tokens": "prompt tokens that requests were spared by host memory",
     "peer_tokens": "of these, those that had come from other instances",
+    "pulled_tokens": "prompt tokens that another instance computed for the same request",
 }
 
 
@@ -38,6 +39,7 @@ def _read(totals: Totals) -> dict[str, int]:
         "gated_blocks": totals.gated,
         "matched_tokens": totals.g2_tokens,
         "peer_tokens": totals.peer_tokens,
+        "pulled_tokens": totals.pulled_tokens,
     }
     for way in WAYS:
         copies: Copies = getattr(totals, way)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, overload
@@ -31,6 +31,7 @@ from kvbm.manager.jobs import Collected
 from kvbm.manager.requests import RequestParams
 from kvbm.manager.wire import Step, decode_step, encode
 from kvbm.manager.worker import Worker
+from kvbm.observe.log import Seldom
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +111,14 @@ class Keys(Sequence[bytes]):
         return [variant_keys([key], more)[0] if more else key for key, more in zip(new, added, strict=True)]
 
 
+def _not_cached(request: Request, tokens: int) -> None:
+    """Has vLLM leave these prompt tokens out of those that it reports as cached: what an answer's usage says, and what
+    providers bill. Only there: they were not computed here."""
+    stats = request.prefill_stats
+    if stats is not None and not request.num_preemptions:  # else they are of its first placement
+        stats.num_cached_tokens = stats.num_prompt_tokens - stats.num_computed_tokens - tokens
+
+
 class SchedulerSide:
     """Beside vLLM's scheduler. All methods on the engine core's thread."""
 
@@ -143,6 +152,7 @@ class SchedulerSide:
         if config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events:
             self._leader.pool.add_observer(self)
         self._stats = KvbmStats.since(self.side.totals)
+        self._wrong = Seldom(log)
 
     def on_event(self, event: Event) -> None:
         """Keeps the pool's events until the engine takes them."""
@@ -155,8 +165,11 @@ class SchedulerSide:
             self._drain_s = 0.0
         self._heed_reset()
         params, wrong = RequestParams.parse(request.kv_transfer_params)
-        for sentence in wrong:
-            log.warning("KVBM: request %s: %s", request.request_id, sentence)
+        if wrong:
+            # What clients send must not fill the log; `kvbm explain` has it of each request.
+            self._wrong.warning("KVBM: request %.100s: %s", request.request_id, wrong[0])
+        if request.skip_reading_prefix_cache:
+            params = replace(params, load=False)
         embeds = embedded(request)
         items = self._images.begin(request)
         for spoiled in items.spoiled:
@@ -168,7 +181,7 @@ class SchedulerSide:
             variant = adapters.variant(request, keys, towers=self._towers)
         elif self._per_block > 1 or embeds or items.known:
             keys = Keys(request.block_hashes, self._per_block, embeds, items, self._block)
-        self._leader.begin(request.request_id, keys, params, request.num_prompt_tokens, variant, items.problem)
+        self._leader.begin(request.request_id, keys, params, request.num_prompt_tokens, variant, items.problem, wrong)
 
     def match(self, request: Request, computed_tokens: int) -> tuple[int | None, bool]:
         """vLLM's get_num_new_matched_tokens. The block of the last token is always left to the engine."""
@@ -190,13 +203,15 @@ class SchedulerSide:
             return False
         device = self._computed.get(request.request_id, 0)
         first, *others = blocks.get_block_ids()
-        self._leader.place(
+        tokens = self._leader.place(
             request.request_id,
             first,
             external_tokens // self._block,
             Admitted(request.num_tokens, device, external_tokens),
             others,
         )
+        if tokens.pulled_tokens:
+            _not_cached(request, tokens.pulled_tokens)
         return external_tokens > 0 and self._leader.loads(request.request_id)
 
     def step(self, output: SchedulerOutput) -> bytes:

@@ -80,7 +80,10 @@ class Serving:
         self._promotion.begin(search, Record(search, 0), Wanted(keys))
         if self._promotion.coming(key):
             return True
-        return expected and any(len(each.keys) > at and each.keys[at] == key for each in self._requests.values())
+        return expected and any(
+            len(each.keys) > at and each.keys[at] == key and each.params.save and at < each.worth
+            for each in self._requests.values()
+        )
 
     def release(self, lease: int) -> None:
         """Its reader has what it wanted."""
