@@ -130,7 +130,7 @@ FAST = {"PYTHONPATH": os.pathsep.join(filter(None, _PATHS))}
 
 
 class Engine:
-    """`kvbm` are settings (None: plain vLLM); `options` go to vLLM's EngineArgs."""
+    """`kvbm` are settings (None: plain vLLM), those that are None are not given; `options` go to EngineArgs."""
 
     def __init__(self, model: Path, kvbm: Mapping[str, Any] | None = None, **options: Any) -> None:
         from vllm.engine.arg_utils import EngineArgs
@@ -157,7 +157,8 @@ class Engine:
         if kvbm is not None:
             # Prompts are short, and a test says what it expects of them.
             extra = {"g2_blocks": 512, "run_dir": self.run_dir.name, "load_min_tokens": 0, **kvbm}
-            chosen["kv_transfer_config"] = {**CONNECTOR, "kv_connector_extra_config": extra}
+            given = {name: value for name, value in extra.items() if value is not None}
+            chosen["kv_transfer_config"] = {**CONNECTOR, "kv_connector_extra_config": given}
         variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         if tiny:
             variables |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

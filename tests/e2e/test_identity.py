@@ -222,6 +222,19 @@ def test_a_file_of_scales_counts_by_its_content(config: Any, tmp_path: Path) -> 
     assert len({of(tmp_path / "gone"), of(tmp_path / "gone")}) == 2, "unknown: no other process has it"
 
 
+def test_where_a_quantisation_is_written_down_says_nothing(config: Any) -> None:
+    """What it says counts with the weights; it is copied into the model's configuration."""
+
+    def of(path: str) -> Namespace:
+        overrides = {"quantization_config_file": path, "rope_theta": 5.0}
+        model = copy.deepcopy(config.model_config.hf_config)
+        model.update(overrides)
+        return _namespace(config, **{"model_config.hf_overrides": overrides, "model_config.hf_config": model})
+
+    assert of("/one/quant.json").facts == of("/two/quant.json").facts
+    assert of("/one/quant.json").facts["model.hf_overrides"] == '{"rope_theta": 5.0}'
+
+
 def test_the_seed_of_block_hashes(
     config: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +34,8 @@ def model_config(model: object, **more: Any) -> Any:
         **{
             "model": str(model), "model_weights": "", "revision": None, "code_revision": None, "hf_config_path": None,
             "trust_remote_code": False, "hf_config": SimpleNamespace(), "hf_overrides": {}, "multimodal_config": None,
-            "seed": 3,
+            "seed": 3, "hf_text_config": SimpleNamespace(), "tokenizer": str(model), "tokenizer_revision": None,
+            "skip_tokenizer_init": False,
         } | more
     )  # fmt: skip
 
@@ -64,7 +67,18 @@ UNRELATED = (
     "README.md", "LICENSE", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "merges.txt",
     "special_tokens_map.json", "generation_config.json", "chat_template.jinja", "picture.png", ".gitattributes",
     ".cache/huggingface/model.safetensors", "original/consolidated.00.pth", "onnx/model.bin", "training_args.bin",
+    "checkpoint-500/model.safetensors", "global_step9/mp_rank_00_model_states.pt",
 )  # fmt: skip
+BY_CODE = (
+    "notes.json",
+    "mergekit_config.yml",
+    "recipe.yaml",
+    "1_Notes/notes.json",
+    "losses.npy",
+    "mel.npz",
+    "rng.pth",
+)
+"""What only a model's own code may read."""
 SHARDS = [f"model-{number}-of-11.safetensors" for number in (1, 2, 10, 11)]
 FOLDERS = {
     "safetensors": ["model.safetensors", "pytorch_model.bin", "config.json"],
@@ -111,13 +125,91 @@ def test_an_index_says_which(tmp_path: Path) -> None:
 
 
 def test_what_a_models_class_may_read_beside_them(tmp_path: Path) -> None:
-    more = ["2_Dense/model.safetensors", "sparse_linear.pt", "adapters/x/adapter_model.bin", "hf_quant_config.json"]
-    fill(tmp_path, "model.safetensors", "config.json", "modeling.py", *more, *UNRELATED)
+    more = {
+        "2_Dense/model.safetensors", "sparse_linear.pt", "adapters/x/adapter_model.bin", "hf_quant_config.json",
+        "1_Pooling/config.json", "modules.json", "sparse_attention_config.json", "my_quantize_config.json",
+        "preprocessor_config.json", "adapters/x/adapter_config.json", "added_tokens.json",
+    }  # fmt: skip
+    fill(tmp_path, "model.safetensors", "config.json", "modeling.py", *more, *UNRELATED, *BY_CODE)
     assert names(model_config(tmp_path)) == (["model.safetensors"], {"config.json", *more})
     (only,) = chosen(model_config(tmp_path))
-    below = {str(tmp_path), *(str(tmp_path / name) for name in ("2_Dense", "adapters", "adapters/x"))}
-    assert set(only.folders) == below
-    assert names(model_config(tmp_path, trust_remote_code=True))[1] == {"config.json", "modeling.py", *more}
+    below = {str(tmp_path), *(str(tmp_path / name) for name in ("2_Dense", "1_Pooling", "1_Notes", "adapters"))}
+    assert set(only.folders) == below | {str(tmp_path / "adapters/x")}
+    by_code = {"config.json", "modeling.py", *more, *BY_CODE} - {"rng.pth"}  # pickles are the same weights once more
+    assert names(model_config(tmp_path, trust_remote_code=True))[1] == by_code
+
+
+def test_notes_beside_the_weights_are_not_identity(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "m", "model.safetensors", "config.json")
+    quiet, code = model_config(folder), model_config(folder, trust_remote_code=True)
+    before = identity(tmp_path, quiet), identity(tmp_path, code)
+    fill(folder, *BY_CODE, *UNRELATED)
+    assert identity(tmp_path, quiet) == before[0]
+    assert identity(tmp_path, code) != before[1]
+    fill(folder, "quantize_config.json")
+    assert identity(tmp_path, quiet) != before[0]
+
+
+NOT_OF_A_MODEL = {
+    "the engine's own: caches, states, plans": (
+        "*cache*.json", "pcie_ipc_*.json", "manifest.json", "ready.json", "release.json", "startup_plan_*.json",
+        "usage_stats.json", "ray_non_carry_over_env_vars.json", "config.yaml", "version.json", "entry.json",
+    ),
+    "tokenizers": (
+        "tokenizer.json", "tokenizer_config.json", "tekken.json", "vocab.json", "special_tokens_map.json",
+        "chat_template.json",
+    ),
+    "training": (
+        "training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json",
+        "rng_state*.pth", "*_results.json",
+    ),
+    "looking for mistakes": ("_FULL_TENSORS.json", "_SUMMARY.json", "*report.json", "records_*.json"),
+    "sampling, and people": ("generation_config.json", "modelcard.json"),
+}  # fmt: skip
+"""Files that vLLM and transformers name and that do not count, with what they are for."""
+
+
+def test_every_file_that_they_read_by_name_counts_or_is_not_of_a_model() -> None:
+    """One that another version reads, and this list does not know, is found here."""
+    import transformers
+    import vllm
+
+    from kvbm.connect.vllm import weights
+
+    roots = [(Path(vllm.__file__).parent, "**/*.py"), (Path(transformers.__file__).parent, "*.py")]
+    roots += [(Path(transformers.__file__).parent / name, "*.py") for name in ("utils", "integrations", "quantizers")]
+    literal = re.compile(r"""["']([\w./*{}-]*\.(?:json|ya?ml|npy|npz|bin|pt|pth|ckpt|gguf|safetensors))["']""")
+    found = {
+        re.sub(r"\{[^}]*\}|^\*+", "x", os.path.basename(name))
+        for root, pattern in roots
+        for path in root.glob(pattern)
+        if "benchmarks" not in path.parts
+        for name in literal.findall(path.read_text(errors="replace"))
+    }
+    assert {"config.json", "modules.json", "hf_quant_config.json", "mask_embedding.pt"} <= found
+    of_others = [pattern for patterns in NOT_OF_A_MODEL.values() for pattern in patterns]
+    unknown = {
+        name
+        for name in found
+        if not weights.counts(name)
+        and not name.startswith((".", "x."))  # endings, and whatever has them
+        and not any(fnmatch(name, pattern) for pattern in of_others)
+    }
+    assert unknown == set()
+
+
+def test_a_tokenizer_counts_where_the_models_class_reads_it(tmp_path: Path) -> None:
+    folder = fill(tmp_path, "m/model.safetensors", "m/tokenizer.json") / "m"
+    words = fill(tmp_path / "t", "tokenizer.json", "tokenizer.model.v3", "chat_template.jinja", "notes.json")
+    plain = model_config(folder, tokenizer=str(words))
+    assert names(plain)[1] == set()
+    ngrams = model_config(folder, tokenizer=str(words), hf_text_config=SimpleNamespace(engram_layer_ids=[1]))
+    (only,) = chosen(ngrams)
+    assert names(ngrams)[1] == {"tokenizer tokenizer.json", "tokenizer tokenizer.model.v3"}
+    assert only.folders == (str(folder), str(words))
+    images = {"multimodal_config": SimpleNamespace(mm_encoder_fp8_scale_path=None)}
+    assert names(model_config(folder, **images))[1] == {"tokenizer tokenizer.json"}
+    assert names(model_config(folder, skip_tokenizer_init=True, **images))[1] == set()
 
 
 def test_linked_folders_are_looked_into(tmp_path: Path) -> None:
@@ -309,7 +401,9 @@ def test_files_that_options_name(tmp_path: Path) -> None:
         hf_overrides={"quantization_config_file": str(more / "quant.json")},
         multimodal_config=SimpleNamespace(mm_encoder_fp8_scale_path=str(more / "scales.json")),
     )
-    assert names(model)[1] == {"quantization config", "encoder scales"}
+    named = {"quantization config", "encoder scales"}
+    assert names(model)[1] == named
+    assert {name for name, _ in chosen(model, load_config(load_format="dummy"), fixed=True)[0].files} == named
 
 
 # ---------------------------------------------------------------------- when an engine was configured

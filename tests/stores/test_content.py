@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import pytest
 from blake3 import blake3
 
 from kvbm.stores import content, digest
-from kvbm.stores.content import Chosen, Contents, folder_digest
+from kvbm.stores.content import BY_NAME, Chosen, Contents, folder_digest
 from kvbm.stores.stamps import Changed, Stamp, Start, now, survey
 
 FUTURE = Start(now() + 10**15)
@@ -221,7 +222,7 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_large_files_have_the_same_digests(
     tmp_path: Path, contents: Contents, monkeypatch: pytest.MonkeyPatch, files: list[str]
 ) -> None:
-    large = tmp_path / "large"
+    large = tmp_path / os.fsdecode(b"lar\xe8ge\n1")
     large.write_bytes(os.urandom((32 << 20) + 12345))
     files.append(str(large))
     seen = made(contents, files)
@@ -231,7 +232,9 @@ def test_large_files_have_the_same_digests(
 
 
 @pytest.mark.usefixtures("apart")
-@pytest.mark.parametrize("program", ["import os; os.kill(os.getpid(), 7)", "print(1); print('[]')", "raise OSError"])
+@pytest.mark.parametrize(
+    "program", ["import os; os.kill(os.getpid(), 7)", "print('+1'); print('=')", "print('=7 aa')", "raise OSError"]
+)
 def test_a_process_that_dies_ends_nothing_else(
     files: list[str], contents: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str
 ) -> None:
@@ -265,10 +268,11 @@ def test_it_is_stopped(files: list[str], tmp_path: Path, monkeypatch: pytest.Mon
 def test_it_ends_with_who_wants_it(tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(b"")
     os.truncate(tmp_path / "large", 1 << 40)  # takes for ever
-    program = [sys.executable, "-P", digest.__file__]
+    program = [sys.executable, "-P", digest.__file__, ""]
     child = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     assert child.stdin is not None
-    child.stdin.write(f'[1, [0], [["{tmp_path}/large", {1 << 40}]]]\n'.encode())
+    order = f"{tmp_path}/large\0{1 << 40}\0".encode()
+    child.stdin.write(b"1 0 %d\n" % len(order) + order)
     child.stdin.flush()
     time.sleep(0.3)
     assert child.poll() is None
@@ -311,6 +315,45 @@ def test_a_blob_that_was_written_through_its_link_does_not(
         time.sleep(0.001)
     change(os.path.realpath(hub))
     assert made(contents, [hub])[hub] != f"sha256 {NAME}"
+
+
+def test_nor_does_one_in_a_copy_of_such_a_cache(hub: str, contents: Contents, tmp_path: Path) -> None:
+    """All ctimes are new there, the blob's before the link's."""
+
+    def copied(name: str) -> str:
+        for part in ("blobs", "snapshots"):
+            shutil.copytree(tmp_path / "models--org--name" / part, tmp_path / name / part, symlinks=True)
+        return hub.replace("models--org--name", name)
+
+    same = copied("same")
+    assert made(contents, [same]) == {same: f"sha256 {NAME}"}
+    then = now()
+    while now() == then:
+        time.sleep(0.001)
+    Path(os.path.realpath(hub)).write_bytes(b"others!")
+    other = copied("other")
+    assert made(contents, [other])[other] != f"sha256 {NAME}"
+
+
+def test_an_identity_says_whether_a_hub_named_its_files(hub: str, contents: Contents, tmp_path: Path) -> None:
+    (tmp_path / "model").write_bytes(b"weights")
+    named, plain = (identity(contents, Chosen((("", path),))) for path in (hub, str(tmp_path / "model")))
+    assert named.startswith(BY_NAME)
+    assert not plain.startswith(BY_NAME)
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path, contents: Contents, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/mod\xe8le")
+    os.mkdir(folder)
+    names = [os.fsdecode(name) for name in (b"\xe8.pt", b"\xe9.pt")]
+    for name in names:
+        Path(folder, name).write_bytes(b"weights")
+    one, two = (Chosen(((name, os.path.join(folder, name)),), (folder,)) for name in names)
+    monkeypatch.setattr("kvbm.stores.content._YOUNG_NS", -(10**12))
+    first = identity(contents, one), identity(contents, two)
+    assert first[0] != first[1]
+    monkeypatch.setattr(Contents, "_make", lambda _, left: {} if not left else pytest.fail("it is remembered"))
+    assert (identity(contents, one), identity(contents, two)) == first
 
 
 def test_nor_does_a_file_that_is_only_called_so(tmp_path: Path, contents: Contents, hub: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from select import poll
 from typing import Final
 
+import blake3 as _blake3
 import msgspec
 from blake3 import blake3
 
@@ -41,6 +41,10 @@ _REPORT_S: Final = 5.0
 _WAIT_S: Final = 0.1
 _BLOB: Final = re.compile(r".*/blobs/([0-9a-f]{64})")
 VERSION: Final = 1
+BY_NAME: Final = "hub "
+"""What an identity begins with that a hub's names for its files are part of: such files in any other folder, which are
+digested, have another one."""
+_SHA256: Final = "sha256 "
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +102,9 @@ class Contents:
                     raise Changed(f"{path} was changed while it was digested")
         except OSError as error:
             raise Changed(f"the files cannot be read: {error}") from error
-        parts = [[each.facts, [(name, digests[path]) for name, path in each.files]] for each in chosen]
-        return str(blake3(msgspec.json.encode([VERSION, parts])).hexdigest())
+        parts = [[each.facts, [(_text(name), digests[path]) for name, path in each.files]] for each in chosen]
+        by_name = any(digests[path].startswith(_SHA256) for path in paths)
+        return (BY_NAME if by_name else "") + str(blake3(msgspec.json.encode([VERSION, parts])).hexdigest())
 
     def digests(self, paths: Sequence[str], found: Mapping[str, Stamp]) -> dict[str, str]:
         """Of each of these files, which were `found` so. Raises Changed, OSError."""
@@ -144,8 +149,10 @@ class Contents:
 
     def _apart(self, found: Mapping[str, Stamp]) -> dict[str, str]:
         """Has a process of its own do it (`stores/digest.py`)."""
-        order = json.dumps([self._threads, sorted(cpus.given()), [[end, mark.size] for end, mark in found.items()]])
-        command, pipe, null = [sys.executable, "-P", digest.__file__], subprocess.PIPE, subprocess.DEVNULL
+        numbered = list(found)
+        order = b"".join(b"%s\0%d\0" % (os.fsencode(end), mark.size) for end, mark in found.items())
+        command = [sys.executable, "-P", "-S", digest.__file__, str(Path(str(_blake3.__file__)).parents[1])]
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
         made: dict[str, str] = {}
         with subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=null) as child:
             assert child.stdin is not None
@@ -153,16 +160,18 @@ class Contents:
             output = poll()
             output.register(child.stdout)
             try:
-                child.stdin.write(f"{order}\n".encode())
+                where = ",".join(map(str, sorted(cpus.given()))).encode()
+                child.stdin.write(b"%d %s %d\n" % (self._threads, where, len(order)) + order)
                 while not self._stop.is_set():
                     if not output.poll(_WAIT_S * 1e3):
                         continue
                     if not (line := child.stdout.readline()):
                         break
-                    if isinstance(said := json.loads(line), int):
-                        self._report(said)
+                    if line.startswith(b"+"):
+                        self._report(int(line))
                     else:
-                        made[said[0]] = said[1]
+                        number, said = line[1:].decode().split()
+                        made[numbered[int(number)]] = said
             finally:
                 child.kill()
         if self._stop.is_set():
@@ -219,9 +228,9 @@ class Contents:
     def _remembered(self, wanted: Mapping[str, tuple[str, Stamp]]) -> dict[str, str]:
         known = self._load()
         return {
-            path: known[end][5]
+            path: known[_text(end)][5]
             for path, (end, mark) in wanted.items()
-            if end in known and known[end][:5] == mark[1:] and local(end)
+            if _text(end) in known and known[_text(end)][:5] == mark[1:] and local(end)
         }
 
     def _load(self) -> dict[str, tuple[int, int, int, int, int, str]]:
@@ -239,9 +248,9 @@ class Contents:
         """What was digested from `begun` on. The oldest are forgotten."""
         files = self._load()
         for (end, mark), said in made.items():
-            files.pop(end, None)
+            files.pop(_text(end), None)
             if mark.ctime < begun - _YOUNG_NS and local(end):
-                files[end] = (*mark[1:], said)
+                files[_text(end)] = (*mark[1:], said)
         new = self._path.with_name(f"{self._path.name}.{os.getpid()}.{threading.get_native_id()}")
         try:
             memory = _Memory(VERSION, dict(list(files.items())[-_KEPT:])).sealed()
@@ -259,11 +268,24 @@ class Contents:
 
 def _named(path: str, mark: Stamp, links: Sequence[Stamp]) -> str | None:
     """The digest that is the name of a hub's blob. The link to it is made after the blob: one that changed since then
-    (written through the link, say) may not be what it is called."""
+    (written through the link, say) may not be what it is called. A copy of such a cache has new ctimes: there the
+    mtimes tell."""
     match = _BLOB.fullmatch(path)
-    if match is None or not links or max(mark.mtime, mark.ctime) > links[-1].ctime:
+    if match is None or not links:
         return None
-    return f"sha256 {match[1]}"
+    link = links[-1]
+    if max(mark.mtime, mark.ctime) > link.ctime or mark.mtime > link.mtime:
+        return None
+    return _SHA256 + match[1]
+
+
+def _text(name: str) -> str:
+    """A file's name as JSON can have it: the bytes of one that is not UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return f"\0{os.fsencode(name).hex()}"
+    return name
 
 
 def _locked(file: int) -> bool:

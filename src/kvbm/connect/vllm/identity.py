@@ -38,6 +38,9 @@ _LONGEST = 160
 _DEEPEST = 16
 _ABOUT = {"_commit_hash", "_name_or_path", "id2label", "label2id", "transformers_version"}
 """What a model's configuration says of itself and not of the model."""
+_NAMED_FILE = "quantization_config_file"
+"""What `hf_overrides` may have, and vLLM copies into the model's configuration: a place. What is there counts by its
+content, as the weights do."""
 _AGREED = {"engine", "model.dtype", "model.max_model_len", "parallel.tensor_parallel_size", "hash.tokens"}
 """What scheduler and workers see alike: loading a model writes into its configuration, in the process that loads it
 (Llama 4, Falcon), and settles what was open."""
@@ -120,15 +123,21 @@ def _settings(prefix: str, config: Any) -> Iterator[tuple[str, str]]:
         if field.name in known.left_out:
             continue
         if field.name == "hf_config":
-            yield from _flat(f"{prefix}hf", value.to_dict() if value is not None else {})
+            yield from _flat(f"{prefix}hf", _without_places(value.to_dict() if value is not None else {}))
         elif field.name == "speculative_config" and (value is None or value.method != "draft_model"):
             continue
         elif type(value).__name__ in CONFIGS:
             yield from _settings(f"{name}.", value)
         elif field.name == "mm_encoder_fp8_scale_path" and value:
             yield name, _content(Path(value))
-        elif not _same(value, _default(field)):
-            yield name, said(value)
+        else:
+            value = _without_places(value) if field.name == "hf_overrides" else value
+            if not _same(value, _default(field)):
+                yield name, said(value)
+
+
+def _without_places(value: Any) -> Any:
+    return {key: each for key, each in value.items() if key != _NAMED_FILE} if isinstance(value, dict) else value
 
 
 def _default(field: Any) -> Any:

@@ -1,7 +1,7 @@
 """Which files vLLM's loaders read of a model, or why nobody can say. Their content is the identity of its weights.
 
-Rather too many than too few: whatever a model's class may read beside its weights counts by name and content, except
-what no loader reads (`_UNRELATED`, `_ELSEWHERE`) and, where safetensors are loaded, the same weights in other formats.
+Rather too many than too few: what vLLM, transformers or a model's class may read beside the weights counts by name and
+content (`counts`), except, where safetensors are loaded, the same weights in other formats.
 """
 
 from __future__ import annotations
@@ -39,18 +39,24 @@ _PATTERNS: dict[str, tuple[str, ...]] = {
 }
 """Load formats that read files of a folder. The first pattern that finds any counts; "auto" is mistral or hf."""
 _STREAMED = ("runai_streamer", "runai_streamer_sharded", "tensorizer", "modelexpress", "ipc_cache")
-_COUNTED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npy", ".npz", ".json", ".yaml", ".yml"}
+_TENSORS = {".safetensors", ".bin", ".pt", ".gguf"}
+_BY_CODE = _TENSORS | {".pth", ".ckpt", ".npy", ".npz", ".json", ".yaml", ".yml", ".py"}
+"""What a model's own code may read: nobody knows which of them."""
+_BY_NAME = {"modules.json", "params.json", "weight_names.json", "added_tokens.json"}
+"""What vLLM reads besides configurations and indexes."""
 _UNRELATED = {
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "tekken.json", "generation_config.json", "chat_template.json", "trainer_state.json", "all_results.json",
-    "train_results.json", "eval_results.json", "training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt",
-    "scaler.pt",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "tekken.json",
+    "generation_config.json", "chat_template.json", "trainer_state.json", "all_results.json", "train_results.json",
+    "eval_results.json", "training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt",
 }  # fmt: skip
-"""Files of such names that change no KV."""
+"""Files of such names that change no KV, whoever reads them. (Of some models a tokenizer does: `_tokenizer`.)"""
+_TOKENIZER = (
+    "tokenizer*", "*vocab*", "merges.txt", "tekken.json", "special_tokens_map.json", "*.model", "*.tiktoken",
+)  # fmt: skip
 _SPEED_ONLY = {"enable_multithread_load", "num_threads", "enable_weights_track"}
 """Loader arguments that change no value."""
-_ELSEWHERE = {"original", "onnx", "openvino", "coreml", "metal"}
-"""Folders with the same weights for other programs."""
+_ELSEWHERE = ("original", "onnx", "openvino", "coreml", "metal", "checkpoint-[0-9]*", "global_step[0-9]*")
+"""Folders with the same weights for other programs, and with those that training had before."""
 _OTHER_FORMATS = ("*.bin", "*.pth", "pytorch_model.bin.index.json", "consolidated*.safetensors*")
 """The same weights once more, where a folder's safetensors are loaded."""
 
@@ -66,6 +72,19 @@ def chooser(config: VllmConfig, *, fixed_dummies: bool) -> Callable[[], Sequence
     return lambda: [_chosen(model, load, fixed_dummies) for model, load in models]
 
 
+def counts(name: str, *, code: bool = False) -> bool:
+    """Whether a file of this name, which is not one of the weights, counts. Where a model's own `code` may run it may
+    read anything; else vLLM and transformers read configurations, indexes, and tensors whose names are in their code.
+    Of what they do not have in their code, all tensors and whatever is called a configuration count."""
+    suffix = os.path.splitext(name)[1]
+    if name in _UNRELATED:
+        return False
+    if code:
+        return suffix in _BY_CODE
+    json_of_theirs = suffix == ".json" and ("config" in name or name.endswith(".index.json") or name in _BY_NAME)
+    return suffix in _TENSORS or json_of_theirs
+
+
 def _chosen(model: ModelConfig, load: LoadConfig, fixed_dummies: bool) -> Chosen:
     load_format, name = str(load.load_format), str(model.model)
     if load_format == "dummy":
@@ -73,15 +92,18 @@ def _chosen(model: ModelConfig, load: LoadConfig, fixed_dummies: bool) -> Chosen
             raise Changed(
                 "they are dummies, which training may replace (dummy_weights_fixed=true says that they are for tests)"
             )
-        return Chosen(facts=(f"dummy seed {model.seed}",))
+        return Chosen(tuple(_elsewhere(model)), facts=(f"dummy seed {model.seed}",))
     _refuse(model, load)
     watched: list[str] = []
     folder = _folder(name, model, load, watched)
     files, folders = ([("", folder)], []) if os.path.isfile(folder) else _files(folder, load_format, model)
     code, code_folders = _code(model, load, folder, watched)
-    extra = _elsewhere(model)
+    words, word_folders = _tokenizer(model, watched)
     return Chosen(
-        tuple(files + code + extra), tuple(dict.fromkeys(folders + code_folders)), tuple(watched), _facts(load)
+        tuple(files + code + words + _elsewhere(model)),
+        tuple(dict.fromkeys(folders + code_folders + word_folders)),
+        tuple(watched),
+        _facts(load),
     )
 
 
@@ -163,13 +185,12 @@ def _files(folder: str, load_format: str, model: ModelConfig) -> tuple[list[tupl
     named = []
     for path in _walk(folder, folders):
         name, base = os.path.relpath(path, folder), os.path.basename(path)
-        if path in chosen or base in _UNRELATED:
+        if path in chosen:
             continue
         again = safe and name == base and any(fnmatch(base, pattern) for pattern in _OTHER_FORMATS)
         if again and not (load_format == "mistral" and base.endswith(".index.json")):
             continue
-        counted = os.path.splitext(base)[1] in _COUNTED or (base.endswith(".py") and model.trust_remote_code)
-        if counted or (load_format == "npcache" and name.startswith("np/")):
+        if counts(base, code=model.trust_remote_code) or (load_format == "npcache" and name.startswith("np/")):
             named.append((name, path))
     by_name = load_format == "sharded_state"  # the name says the rank
     ordered = [(os.path.basename(path) if by_name else "", path) for path in sorted(weights, key=_natural)]
@@ -185,8 +206,10 @@ def _walk(folder: str, folders: list[str]) -> Iterator[str]:
             names.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        elsewhere = _ELSEWHERE if at == folder else set()
-        names[:] = sorted(name for name in names if not name.startswith(".") and name not in elsewhere)
+        elsewhere = _ELSEWHERE if at == folder else ()
+        names[:] = sorted(
+            name for name in names if not name.startswith(".") and not any(fnmatch(name, each) for each in elsewhere)
+        )
         if at != folder:
             folders.append(at)
         yield from (os.path.join(at, name) for name in sorted(files) if not name.startswith("."))
@@ -246,6 +269,21 @@ def _references(value: object) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for each in value:
             yield from _references(each)
+
+
+def _tokenizer(model: ModelConfig, watched: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Of a model whose class reads its tokenizer, which then changes what tokens mean (Engram's tables) or what a sound
+    or a video does (Voxtral's spectra, the times between frames)."""
+    ngrams = bool(getattr(model.hf_text_config, "engram_layer_ids", None))
+    if not ngrams and (model.multimodal_config is None or model.skip_tokenizer_init):
+        return [], []
+    name = str(model.tokenizer)
+    if not os.path.exists(at := os.path.abspath(name)):
+        at = _snapshot(name, model.revision if ngrams else model.tokenizer_revision, None, watched)
+    if os.path.isfile(at):
+        return [("tokenizer", at)], []
+    names = [each for each in sorted(os.listdir(at)) if any(fnmatch(each, pattern) for pattern in _TOKENIZER)]
+    return [(f"tokenizer {each}", os.path.join(at, each)) for each in names], [at]
 
 
 def _elsewhere(model: ModelConfig) -> list[tuple[str, str]]:
