@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kvbm.cli import serve
-from tests.e2e.engine import CONNECTOR
+from tests.e2e.engine import CONNECTOR, minor
 from tests.e2e.test_serve import KVBM, SMALL, VLLM, model, served
 from tests.ports import free_port
 
@@ -32,7 +32,11 @@ def warn_if_fewer(ranks: int, backend: str = "mp") -> None:
 
 def config(ranks: int, *, connector: bool, backend: str = "mp") -> Any:
     parallel = SimpleNamespace(
-        local_world_size=ranks, data_parallel_rank_local=0, _api_process_count=1, distributed_executor_backend=backend
+        local_world_size=ranks,
+        data_parallel_rank_local=0,
+        _api_process_count=1,
+        distributed_executor_backend=backend,
+        assigned_physical_gpu_ids=None,
     )
     return SimpleNamespace(parallel_config=parallel, kv_transfer_config=SimpleNamespace() if connector else None)
 
@@ -43,6 +47,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     import vllm.utils.cpu_resource_utils as resources
 
     def become(each: int, ranks: int, own: str | None = None, bind: str | None = None) -> None:
+        if ranks > 1 and minor() == 30:
+            pytest.skip("vLLM 0.30 keeps one core, with a connector two, of all ranks together")
         cpus = [
             resources.LogicalCPUInfo(id=core + each * ranks * half, physical_core=core, numa_node=core // each)
             for half in range(2)
