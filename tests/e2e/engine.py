@@ -134,8 +134,11 @@ class Engine:
     """`kvbm` are settings (None: plain vLLM); `options` go to vLLM's EngineArgs."""
 
     def __init__(self, model: Path, kvbm: Mapping[str, Any] | None = None, **options: Any) -> None:
+        from vllm import envs
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
+
+        envs.disable_envs_cache()  # or this process's first engine decides which variables the others see
 
         tiny = not (model / "tokenizer.json").exists()
         chosen: dict[str, Any] = {
