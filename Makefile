@@ -51,7 +51,7 @@ bench: $(VENV)/engine
 	  case $$name in __init__|harness|model) ;; *) $(BIN)/python -m bench.$$name || exit 1;; esac; done
 
 bench-%: $(VENV)/engine
-	$(BIN)/python -m bench.$*
+	$(BIN)/python -m bench.$* $(ARGS)
 
 docs: $(VENV)/dev
 	$(BIN)/pdoc --output-directory build/docs $(REFERENCE)

@@ -10,11 +10,10 @@ from rich.console import Console
 
 from kvbm.cli import models, serve
 from kvbm.core import config
-from tests.e2e.engine import Engine, environment
+from tests.e2e.engine import Engine
 
 
 def engine(kvbm: Mapping[str, Any] | None, **options: Any) -> Engine:
     """`kvbm` None: vLLM alone. In the dtype that this processor is fast in."""
     folder = Path(models.resolve("smollm2", config.load().settings.cache_dir, Console(stderr=True)))
-    with environment(VLLM_CPU_NUM_OF_RESERVED_CPU="0"):
-        return Engine(folder, kvbm, dtype=serve.fast_dtype(), max_num_batched_tokens=4096, **options)
+    return Engine(folder, kvbm, dtype=serve.fast_dtype(), max_num_batched_tokens=4096, **options)

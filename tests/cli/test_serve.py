@@ -123,6 +123,45 @@ def test_environment_of_the_user_wins_over_defaults_and_the_demos_over_both(monk
 
 
 @pytest.mark.parametrize(
+    ("variables", "given", "cores"),
+    [
+        ({}, "", "1"),
+        ({}, "--tensor-parallel-size 2", "2"),
+        ({}, "-tp 4 --dtype half", "4"),
+        ({}, "-tp=2", "2"),
+        ({serve.RESERVED: "0"}, "", "0"),
+        ({serve.RESERVED: "3"}, "-tp 2", "3"),
+        ({"VLLM_CPU_OMP_THREADS_BIND": "auto"}, "", "1"),
+        ({"VLLM_CPU_OMP_THREADS_BIND": "0-3"}, "", None),
+        ({"VLLM_CPU_OMP_THREADS_BIND": "nobind"}, "", None),
+    ],
+)
+def test_cores_kept_free_are_those_without_kvbm_unless_the_user_chose(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], given: str, cores: str | None
+) -> None:
+    for name in (serve.RESERVED, "VLLM_CPU_OMP_THREADS_BIND"):
+        monkeypatch.delenv(name, raising=False)
+    assert serve.plan("m", given.split(), "m", environment=variables).environment.get(serve.RESERVED) == cores
+    alone = serve.plan("m", given.split(), "m", environment=variables, with_kvbm=False).environment
+    assert alone.get(serve.RESERVED) == variables.get(serve.RESERVED)
+    monkeypatch.setattr(serve, "engine_build", lambda: "gpu")
+    on_a_gpu = serve.plan("m", given.split(), "m", environment=variables).environment
+    assert on_a_gpu.get(serve.RESERVED) == variables.get(serve.RESERVED)
+
+
+@pytest.mark.parametrize("own", [None, "0"])
+def test_what_is_set_for_the_cores_is_said(
+    kvbm: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    monkeypatch.delenv(serve.RESERVED, raising=False)
+    monkeypatch.setattr(serve, "run", lambda _: 0)
+    if own is not None:
+        monkeypatch.setenv(serve.RESERVED, own)
+    said = [line for line in kvbm("serve", "org/model").stderr.splitlines() if serve.RESERVED in line]
+    assert len(said) == (own is None)
+
+
+@pytest.mark.parametrize(
     ("variables", "given", "seconds"),
     [
         ({}, "", None),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from kvbm.cli import serve
 from kvbm.manager.leader import Leader
 from tests.e2e.start.imported import Imported
 
@@ -133,8 +134,11 @@ class Engine:
     """`kvbm` are settings (None: plain vLLM), those that are None are not given; `options` go to EngineArgs."""
 
     def __init__(self, model: Path, kvbm: Mapping[str, Any] | None = None, **options: Any) -> None:
+        from vllm import envs
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
+
+        envs.disable_envs_cache()  # or this process's first engine decides which variables the others see
 
         tiny = not (model / "tokenizer.json").exists()
         chosen: dict[str, Any] = {
@@ -162,6 +166,8 @@ class Engine:
         variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         if tiny:
             variables |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        elif kvbm is not None:
+            variables[serve.RESERVED] = "1"  # as `kvbm serve` does, so that both sides compute with as many threads
         with (
             environment(**variables),
             mock.patch("vllm.v1.executor.multiproc_executor.get_mp_context", Imported) if tiny else nullcontext(),

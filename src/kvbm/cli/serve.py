@@ -31,6 +31,7 @@ _err = Console(stderr=True, highlight=False)
 
 _ENDING_S = 5
 """Seconds that vLLM may take to end after KVBM has written to disk what it had to."""
+RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 _UNLOADABLE = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -46,6 +47,9 @@ def serve(
     for warning in warnings():
         _err.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     launch = plan(model, context.args, models.resolve(model, settings.cache_dir, _err))
+    if RESERVED in launch.environment.keys() - config.child_environment().keys():
+        set_to = f"{RESERVED}={launch.environment[RESERVED]}"
+        _err.print(f"{set_to}: as many compute threads as without KVBM; with a KV connector vLLM keeps more cores free")
     witness(launch, settings.run_dir)
     _err.print(f"Starting: {shlex.join(launch.command)}", markup=False, soft_wrap=True)
     note = last_words.expect(settings.run_dir, launch.engine)
@@ -99,6 +103,8 @@ def plan(
     if on_cpu and Path(model).is_dir():
         unset["HF_HUB_OFFLINE"] = "1"
     environ = config.child_environment(**unset) | dict(environment or {})
+    if on_cpu and with_kvbm and environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") == "auto":
+        environ.setdefault(RESERVED, reserved_cores(given))
     if with_kvbm and (seconds := drain_s(environ)):
         # Or vLLM kills its engine core while that writes to disk what only host memory has.
         defaults["--shutdown-timeout"] = str(math.ceil(seconds) + _ENDING_S)
@@ -149,6 +155,13 @@ def _place(model: str, arguments: Sequence[str]) -> Path | None:
     return folder.absolute() if folder.is_dir() else None
 
 
+def reserved_cores(arguments: Sequence[str]) -> str:
+    """What vLLM keeps free of its compute threads without a KV connector: a core for each rank. With one it keeps two,
+    and where there are no more than that, none: its threads then spin on the cores that its own scheduler needs."""
+    ranks = value(arguments, "--tensor-parallel-size") or value(arguments, "-tp") or ""
+    return ranks if ranks.isdecimal() else "1"
+
+
 def drain_s(environ: Mapping[str, str]) -> float:
     """How long an engine in this environment writes to disk at its end; 0 without a disk tier."""
     settings = config.load(environ=environ).settings
@@ -174,7 +187,7 @@ def value(arguments: Sequence[str], flag: str) -> str | None:
     for position, argument in enumerate(arguments):
         name, equals, text = argument.partition("=")
         name = name.replace("_", "-")
-        if argument.startswith("--") and (name == flag or name.startswith(f"{flag}.")):
+        if argument.startswith("-") and (name == flag or name.startswith(f"{flag}.")):
             following = arguments[position + 1] if position + 1 < len(arguments) else ""
             found = text if equals else following
     return found

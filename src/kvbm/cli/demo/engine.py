@@ -65,8 +65,7 @@ class Setup:
         """Raises Broken when it does not start, or when it does not answer meanwhile."""
         log = self.log.with_name(f"{self.log.name}{again}.log")
         with tempfile.TemporaryDirectory(prefix="kvbm-demo-") as run_dir:
-            # vLLM leaves one core to the system; of two that is half.
-            environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "KVBM_RUN_DIR": run_dir}
+            environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "KVBM_RUN_DIR": run_dir}
             with_kvbm = self.settings is not None
             # Below those that the system gives to others while the engine starts.
             port = serve.free_port("127.0.0.1", random.randrange(20_000, 30_000))

@@ -16,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
-from kvbm.connect.vllm import contract, support
+from kvbm.connect.vllm import contract, cores, support
 from kvbm.connect.vllm.guard import SchedulerGuard, WorkerGuard
 from kvbm.connect.vllm.stats import KvbmPromMetrics, KvbmStats
 from kvbm.connect.vllm.translate import KvbmMetadata, SchedulerSide, WorkerSide
@@ -90,6 +90,7 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             return
         if first:
             contract.warn_if_untested()
+            cores.warn_if_fewer(vllm_config)
         if (sentence := clash()) is not None:
             log.warning("%s", sentence)
         try:
