@@ -16,12 +16,21 @@ class Tier:
         self.capacity, self.policy = capacity, policy
         self.order: list[int] = []
         self.held: set[int] = set()
+        self.passed: set[int] = set()
         self.hits = self.written = self.evictions = 0
 
     def victims(self, n: int) -> list[int]:
         """What has to go for `n` more; fewer where the rest is held."""
-        short = max(0, len(self.order) + n - self.capacity)
-        return [block for block in self.order if block not in self.held][:short]
+        idle = sum(block not in self.held for block in self.order)
+        short, found = min(idle, max(0, len(self.order) + n - self.capacity)), []
+        for block in self.order:
+            if len(found) == short:
+                break
+            if block in self.held:
+                self.passed.add(block)
+            else:
+                found.append(block)
+        return found
 
     def remove(self, blocks: Sequence[int]) -> None:
         self.order = [block for block in self.order if block not in blocks]
@@ -35,10 +44,14 @@ class Tier:
         self.written += len(run)
 
     def release(self, prompt: Sequence[int]) -> None:
+        used = [block for block in reversed(prompt) if block in self.held]
         if self.policy == "lru":
-            used = [block for block in reversed(prompt) if block in self.held]
             self.order = [block for block in self.order if block not in self.held] + used
+        else:  # those whose turn had come are first now, the leaf before all
+            first = [block for block in used if block in self.passed]
+            self.order = first + [block for block in self.order if block not in first]
         self.held.clear()
+        self.passed.clear()
 
 
 class Cache:

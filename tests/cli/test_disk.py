@@ -178,5 +178,5 @@ def test_what_is_not_there_is_said(
 ) -> None:
     for command in ("inspect", "verify", "purge"):
         refused = kvbm("disk", command, str(folder.parent / name), *options)
-        assert refused.exit_code == 1
+        assert refused.exit_code == 2
         assert sentence in refused.stderr

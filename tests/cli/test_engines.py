@@ -43,9 +43,10 @@ def test_status_shows_every_engine(kvbm: Kvbm, engine: Start) -> None:
     engine("two", healthy("two", healthy=False, problems=["rank 0: [/red] died"], paused=True))
     shown = kvbm("status")
     assert shown.exit_code == 0
-    for text in ("one KVBM 0.1.0", "healthy, up 1 h 2 min, generation 2", "678", "12%", "544", "47.3%", "4 in flight"):
+    told = ("engine one, KVBM 0.1.0", "healthy, up 1 h 2 min, generation 2", "678", "12%", "544", "47.3%")
+    for text in (*told, "4 in flight"):
         assert text in shown.stdout
-    for text in ("two KVBM", "unhealthy, paused", "rank 0: [/red] died"):
+    for text in ("engine two, KVBM", "unhealthy, paused", "rank 0: [/red] died"):
         assert text in shown.stdout
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -289,9 +291,9 @@ def test_a_trace_without_requests(tmp_path: Path, text: str, problem: str) -> No
 # -- the command --
 
 
-def figures(shown: Shown, path: Path) -> dict[str, Any]:
+def figures(shown: Shown) -> dict[str, Any]:
     assert shown.exit_code == 0, shown.output
-    record: dict[str, Any] = json.loads(path.read_text())
+    record: dict[str, Any] = json.loads(shown.stdout)
     return record
 
 
@@ -304,12 +306,11 @@ def test_without_anything_it_replays_the_sample(kvbm: Kvbm) -> None:
 
 
 def test_many_policies_capacities_and_tiers_in_one_run(kvbm: Kvbm, tmp_path: Path) -> None:
-    path = tmp_path / "figures.json"
     shown = kvbm(
         *("replay", "sample", "--policy", "lru,fifo", "--policy", "lru", "--capacity", "50,100", "--capacity", "10%"),
-        *("--capacity", "215", "--tiers", "g2=50,g3=10%", "--placement", "exclusive", "--json", str(path)),
+        *("--capacity", "215", "--tiers", "g2=50,g3=10%", "--placement", "exclusive", "--json"),
     )
-    record = figures(shown, path)
+    record = figures(shown)
     sizes = [[tier["capacity"] for tier in run["tiers"]] for run in record["runs"]]
     assert sizes == [[50], [50], [100], [100], [215], [215], [50, 215], [50, 215]]
     assert [run["policy"] for run in record["runs"]] == ["lru", "fifo"] * 4
@@ -320,16 +321,16 @@ def test_many_policies_capacities_and_tiers_in_one_run(kvbm: Kvbm, tmp_path: Pat
     assert sum(tier["hit_blocks"] for tier in last["tiers"]) == last["hit_blocks"]
     assert 0 < first["p50_us"] <= first["p99_us"]
     assert first["references_per_s"] > 0
-    assert "0.1706" in shown.stdout
-    assert f"{first['tiers'][0]['evictions']:,}" in shown.stdout
+    plain = kvbm("replay", "sample", "--policy", "lru", "--capacity", "50").stdout
+    assert "0.1706" in plain
+    assert f"{first['tiers'][0]['evictions']:,}" in plain
 
 
 def test_an_admission_keeps_from_a_lower_tier_what_is_asked_for_once(kvbm: Kvbm, tmp_path: Path) -> None:
     written = {}
     for name in ("all", "presence", "frequency"):
-        path = tmp_path / f"{name}.json"
-        shown = kvbm("replay", "sample", "--tiers", "g2=50,g3=10%", "--admission", name, "--json", str(path))
-        record = figures(shown, path)
+        shown = kvbm("replay", "sample", "--tiers", "g2=50,g3=10%", "--admission", name, "--json")
+        record = figures(shown)
         assert record["admission"] == name
         written[name] = [tier["written_blocks"] for tier in record["runs"][0]["tiers"]]
     assert written["all"] == written["presence"]
@@ -339,29 +340,38 @@ def test_an_admission_keeps_from_a_lower_tier_what_is_asked_for_once(kvbm: Kvbm,
 def test_several_traces_from_a_folder(kvbm: Kvbm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, GOOD, "one.jsonl")
     two = write(tmp_path, GOOD, "two.jsonl")
-    path = tmp_path / "figures.json"
-    given = ("replay", "one.jsonl", str(two), "--capacity", "9", "--json", str(path))
-    record = figures(kvbm(*given, "--traces", str(tmp_path)), path)
+    given = ("replay", "one.jsonl", str(two), "--capacity", "9", "--json")
+    record = figures(kvbm(*given, "--traces", str(tmp_path)))
     assert [trace["name"] for trace in record["traces"]] == ["one.jsonl", "two.jsonl"]
     assert (record["references"], record["unique_blocks"]) == (4, 4)
     monkeypatch.setenv("KVBM_TRACES", str(tmp_path))
-    assert figures(kvbm(*given), path)["references"] == 4
+    assert figures(kvbm(*given))["references"] == 4
 
 
 def test_skipped_lines_and_cut_requests_are_reported(kvbm: Kvbm, tmp_path: Path) -> None:
-    trace, path = write(tmp_path, f"{GOOD}\nnothing\n{GOOD}\n"), tmp_path / "figures.json"
-    shown = kvbm("replay", str(trace), "--skip-bad", "--capacity", "1", "--json", str(path), "--block-size", "50")
-    record = figures(shown, path)
+    trace = write(tmp_path, f"{GOOD}\nnothing\n{GOOD}\n")
+    given = ("replay", str(trace), "--skip-bad", "--capacity", "1", "--block-size", "50")
+    record = figures(kvbm(*given, "--json"))
     assert (record["skipped_lines"], record["traces"][0]["skipped_lines"]) == (1, 1)
     assert (record["runs"][0]["cut_requests"], record["runs"][0]["hit_blocks"]) == (2, 1)
     assert record["traces"][0]["block_tokens"] == 50
-    assert "1 broken line skipped" in " ".join(shown.stdout.split())
-    assert "2 requests are longer" in " ".join(shown.stdout.split())
+    plain = " ".join(kvbm(*given).stdout.split())
+    assert "1 broken line skipped" in plain
+    assert "2 requests are longer" in plain
+
+
+def test_from_standard_input_into_a_pipe() -> None:
+    command = [sys.executable, "-m", "kvbm.cli.main", "replay", "-", "--capacity", "2", "--json"]
+    shown = subprocess.run(command, input=f"{GOOD}\n{GOOD}\n", capture_output=True, text=True)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert json.loads(shown.stdout)["runs"][0]["hit_blocks"] == 2
+    broken = subprocess.run(command, input=f"{GOOD}\nx", capture_output=True, text=True)
+    assert broken.stderr.startswith("kvbm: /dev/stdin, line 2: it is not valid JSON")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_plot(kvbm: Kvbm, tmp_path: Path, suffix: str) -> None:
-    pytest.importorskip("matplotlib", reason="needs the extra `plot`: pip install 'pykvbm[plot]'")
+    pytest.importorskip("matplotlib", reason="needs the extra `plot`")
     path = tmp_path / f"plot{suffix}"
     shown = kvbm("replay", "--policy", "lru,arc", "--tiers", "g2=20,g3=50", "--capacity", "20,300", "--plot", str(path))
     assert shown.exit_code == 0, shown.output
@@ -371,9 +381,9 @@ def test_plot(kvbm: Kvbm, tmp_path: Path, suffix: str) -> None:
     assert content.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
 
 
-def refused(shown: Shown) -> str:
+def refused(shown: Shown, status: int = 2) -> str:
     """The sentence; nothing else came out."""
-    assert (shown.exit_code, shown.stdout) == (1, "")
+    assert (shown.exit_code, shown.stdout) == (status, "")
     assert shown.stderr.startswith("kvbm: ")
     assert shown.stderr.count("\n") == 1
     return shown.stderr
@@ -402,8 +412,7 @@ def not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--admission", "nobody"), "there is no 'nobody'; there are all, presence, frequency"),
         (("--placement", "anywhere"), "there is no 'anywhere'; there are write-through, exclusive"),
         (("--plot", "plot.jpg"), "the name must end in .png or .svg"),
-        (("--json", "/nowhere/figures.json"), "it cannot be written: No such file or directory"),
-        (("--json", "/"), "it cannot be written: Is a directory"),
+        (("--plot", "/nowhere/plot.svg"), "it cannot be written: No such file or directory"),
         (("--traces", "/nowhere"), "the folder of traces, /nowhere, is not there"),
         (("missing.jsonl",), "there is no trace 'missing.jsonl': it is no file"),
     ],
@@ -421,26 +430,25 @@ def test_a_trace_that_is_not_there_says_where_it_was_looked_for(kvbm: Kvbm, tmp_
 @pytest.mark.usefixtures("not_reached")
 def test_a_plot_needs_its_extra(kvbm: Kvbm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "find_spec", lambda _: None)
-    assert "pip install 'pykvbm[plot]'" in refused(kvbm("replay", "--plot", "plot.png"))
+    assert "pip install 'matplotlib>=" in refused(kvbm("replay", "--plot", "plot.png"), 1)
 
 
 @pytest.mark.usefixtures("not_reached")
 def test_a_broken_trace_ends_with_its_line(kvbm: Kvbm, tmp_path: Path) -> None:
-    path, figures = write(tmp_path, GOOD + "\n{}"), tmp_path / "figures.json"
-    sentence = refused(kvbm("replay", str(path), "--json", str(figures)))
+    path, plot = write(tmp_path, GOOD + "\n{}"), tmp_path / "plot.svg"
+    sentence = refused(kvbm("replay", str(path), "--plot", str(plot)), 1)
     assert f"{path}, line 2: timestamp is missing" in sentence
-    assert not figures.exists()
+    assert not plot.exists()
 
 
 @pytest.mark.usefixtures("not_reached")
 def test_nothing_to_replay(kvbm: Kvbm, tmp_path: Path) -> None:
     path = write(tmp_path, GOOD.replace("[1,2]", "[]"))
-    assert "no request has a block" in refused(kvbm("replay", str(path), "--block-size", "1"))
+    assert "no request has a block" in refused(kvbm("replay", str(path), "--block-size", "1"), 1)
 
 
 def test_every_field_of_the_file_is_documented(kvbm: Kvbm, tmp_path: Path) -> None:
-    path = tmp_path / "figures.json"
-    record = figures(kvbm("replay", "--tiers", "g2=20,g3=50", "--json", str(path)), path)
+    record = figures(kvbm("replay", "--tiers", "g2=20,g3=50", "--json"))
     page = (Path(__file__).parents[2] / "docs" / "replay.md").read_text()
     rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
     for name in fields(record):
@@ -449,15 +457,16 @@ def test_every_field_of_the_file_is_documented(kvbm: Kvbm, tmp_path: Path) -> No
 
 
 def test_the_page_runs_as_written(kvbm: Kvbm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib", reason="needs the extra `plot`: pip install 'pykvbm[plot]'")
+    pytest.importorskip("matplotlib", reason="needs the extra `plot`")
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[2] / "docs" / "replay.md").read_text()
     commands = [shlex.split(line) for line in page.splitlines() if line.startswith("kvbm replay")]
     assert len(commands) > 3
     for arguments in commands:
         if "~/traces" not in arguments:
-            assert kvbm(*arguments[1:]).exit_code == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"figures.json", "hits.svg"}
+            given = arguments[: arguments.index(">")] if ">" in arguments else arguments
+            assert kvbm(*given[1:]).exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"hits.svg"}
 
 
 def fields(value: object, path: str = "") -> list[str]:

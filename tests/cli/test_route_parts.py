@@ -243,7 +243,7 @@ P, D = "--prefill", "--decode"
 )
 def test_bad_options_end_at_once(kvbm: Callable[..., Result], options: list[str], sentence: str) -> None:
     result = kvbm("route", *options)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr.startswith("kvbm: ")
     assert result.stderr.count("\n") == 1
     assert sentence in result.stderr
@@ -261,7 +261,7 @@ def test_without_aiohttp(kvbm: Callable[..., Result], monkeypatch: pytest.Monkey
     result = kvbm("route", P, "a=http://p:1", D, "http://d:1")
     assert (result.exit_code, result.stderr) == (
         1,
-        "kvbm: `kvbm route` needs aiohttp, the extra `route`: pip install 'pykvbm[route]'\n",
+        "kvbm: `kvbm route` needs aiohttp: pip install 'aiohttp>=3.9'\n",
     )
 
 

@@ -97,22 +97,84 @@ def test_what_stands_in_vllms_own_file_counts_as_given(tmp_path: Path) -> None:
 )
 def test_a_connector_of_the_users_own_is_refused(kvbm: Callable[..., Result], given: str) -> None:
     result = kvbm("serve", "org/model", *given.split())
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr.startswith("kvbm: --kv-transfer-config is what `kvbm serve` sets itself.")
 
 
 def test_port_that_is_none(kvbm: Callable[..., Result]) -> None:
     result = kvbm("serve", "org/model", "--port", "http")
-    assert (result.exit_code, result.stderr) == (1, "kvbm: --port must be a number, not 'http'\n")
+    assert (result.exit_code, result.stderr) == (2, "kvbm: --port must be a number, not 'http'\n")
 
 
-def test_wrong_setting_ends_before_the_engine_starts(
-    kvbm: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"KVBM_G2_GB": "-1"}, "setting g2_gb (from environment KVBM_G2_GB): '-1' is not allowed"),
+        ({"KVBM_G2_ORDER": "best"}, "setting g2_order: there is no 'best'; there are fifo, lru,"),
+        ({"KVBM_G3_GB": "1", "KVBM_G3_ORDER": "best"}, "setting g3_order: there is no 'best'"),
+        ({"KVBM_G3_GB": "1", "KVBM_PLACEMENT": "best"}, "setting placement: there is no 'best'"),
+        ({"KVBM_G3_GB": "1", "KVBM_G3_DIR": "/dev/null/g3"}, "setting g3_dir: /dev/null is not a folder."),
+        ({"KVBM_G3_GB": "1", "KVBM_G3_KEY_FILE": "/no/key"}, "setting g3_key_file: /no/key cannot be read"),
+        ({"KVBM_DIRECTORY": "valkey://h:1/0"}, "setting peer_secret_file: instances that share blocks need a secret"),
+    ],
+)
+def test_wrong_setting_ends_before_anything_is_started(
+    kvbm: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], sentence: str
 ) -> None:
-    monkeypatch.setenv("KVBM_G2_GB", "-1")
+    monkeypatch.setattr(serve, "run", lambda _: pytest.fail("it was started"))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     result = kvbm("serve", "org/model")
-    assert result.exit_code == 1
-    assert result.stderr.startswith("kvbm: setting g2_gb (from environment KVBM_G2_GB): '-1' is not allowed")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"kvbm: {sentence}")
+    assert result.stderr.count("\n") == 1
+
+
+CAUSAL = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 2048}
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "status", "sentence"),
+    [
+        (None, (), 2, "has no config.json"),
+        ("{", (), 2, "config.json cannot be read: Expecting property name"),
+        ("[]", (), 2, "it is no JSON object"),
+        ({"architectures": ["BertModel"]}, (), 1, "KVBM does not serve encoder models"),
+        (
+            {"architectures": ["T5ForAnything"], "is_encoder_decoder": True},
+            (),
+            1,
+            "encoder-decoder models",
+        ),
+        (CAUSAL, ("--max-model-len", "2049"), 2, "--max-model-len 2049: the model has 2,048 positions"),
+        (CAUSAL | {"rope_parameters": {"rope_type": "default"}}, ("--max_model_len=4096",), 2, "has 2,048 positions"),
+        (CAUSAL, ("--max-model-len", "2048"), 0, ""),
+        (CAUSAL | {"rope_scaling": {"type": "yarn"}}, ("--max-model-len", "9999"), 0, ""),
+        ({"architectures": ["BertLMHeadModel"], "is_decoder": True}, (), 0, ""),
+    ],
+)
+def test_what_a_models_files_show_ends_before_anything_is_started(
+    kvbm: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    content: object, options: tuple[str, ...], status: int, sentence: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(serve, "run", lambda _: 0 if status == 0 else pytest.fail("it was started"))
+    if content is not None:
+        (tmp_path / "config.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    result = kvbm("serve", str(tmp_path), *options)
+    assert result.exit_code == status, result.stderr
+    assert sentence in result.stderr.splitlines()[-1]
+
+
+def test_a_path_without_a_model_ends_at_once_and_imports_no_engine(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom kvbm.cli.main import app\ntry:\n app()\nfinally:\n"
+        " print({'vllm', 'torch', 'transformers'} & {*sys.modules})"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code, "serve", str(tmp_path / "none")], capture_output=True, text=True, check=False
+    )
+    assert (shown.returncode, shown.stdout) == (2, "set()\n")
+    assert shown.stderr.splitlines()[-1].startswith(f"kvbm: there is no model {tmp_path / 'none'}: neither")
 
 
 def test_environment_of_the_user_wins_over_defaults_and_the_demos_over_both(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def test_bad_value(
 ) -> None:
     monkeypatch.setenv(variable, value)
     result = kvbm(command)
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith(f"kvbm: {sentence}")
     assert result.stderr.count("\n") == 1
 
@@ -82,7 +82,7 @@ def test_bad_value(
 @pytest.mark.parametrize("extra", ["{", "[]", '{"g2": 1}'])
 def test_bad_extra(kvbm: Kvbm, extra: str) -> None:
     result = kvbm("config", "--extra", extra)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr.startswith("kvbm: setting ")
 
 

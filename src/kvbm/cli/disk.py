@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kvbm.cli.engines import RunDir, sockets
+from kvbm.cli.engines import Json, RunDir, sockets
 from kvbm.cli.online import Owner, owner_of
 from kvbm.cli.render import duration, size
-from kvbm.core.errors import Broken, KvbmError
+from kvbm.core.errors import UsageError
 from kvbm.stores.audit import audit
 from kvbm.stores.cipher import Cipher
 from kvbm.stores.files import reported
@@ -49,7 +49,7 @@ class Part:
 def inspect(
     folder: _Dir,
     namespace: _Namespace = "",
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Json = False,
     run_dir: RunDir = None,
 ) -> None:
     """Show every namespace: model, blocks, bytes, ages, bad blocks. Also while an engine uses it."""
@@ -77,35 +77,30 @@ def verify(
     key_file: Annotated[
         Path | None, typer.Option("--key-file", metavar="FILE", help="The key of encrypted namespaces.")
     ] = None,
+    as_json: Json = False,
     run_dir: RunDir = None,
 ) -> None:
     """Read every block and compare it with its checksum. Ends with 1 if one is bad.
 
     An engine that uses the folder reads its own blocks itself, while it serves, and drops what is bad.
     """
-    cipher, bad, unread, dropped = (Cipher.from_file(key_file) if key_file else None), 0, 0, 0
+    cipher = Cipher.from_file(key_file) if key_file else None
+    say, found = (_err if as_json else _out), []
     for part in _parts(folder, namespace):
         owner = owner_of(part.path, sockets(run_dir))
         if owner is not None and repair:
-            _out.print(f"Only what {owner.engine} uses is repaired while it runs.", markup=False, soft_wrap=True)
+            say.print(f"Only what {owner.engine} uses is repaired while it runs.", markup=False, soft_wrap=True)
         with _locked(part.path, "kvbm disk verify", owner):
             for one in part.namespaces:
-                name = str(one.path.relative_to(folder))
-                if owner is not None and owner.namespace == one.path.name:
-                    found = _verified_by(owner, name)
-                    bad, unread = bad + found["bad"], unread + found["unread"]
-                    continue
-                key = cipher.id if cipher else ""
-                if one.meta is None or (one.meta.encryption and one.meta.encryption != key):
-                    why = "it is encrypted: give its --key-file" if one.meta else _why(one)
-                    _out.print(f"{name}: not checked, {why}", markup=False, soft_wrap=True)
-                    unread += 1
-                    continue
-                count = _verified(name, one, cipher if one.meta.encryption else None, repair and owner is None)
-                bad, dropped = bad + count, dropped + (count if repair and owner is None else 0)
-    if dropped:
-        _out.print(f"Dropped {dropped:,} bad blocks and records.")
-    if bad or unread:
+                result = _verified(str(one.path.relative_to(folder)), one, owner, cipher, repair)
+                for sentence in _report(result):
+                    say.print(sentence, markup=False, soft_wrap=True)
+                found.append(result)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    elif dropped := sum(one["dropped"] for one in found if one["by"] is None):
+        say.print(f"Dropped {dropped:,} bad blocks and records.")
+    if any(one["bad"] or one["unread"] for one in found):
         raise typer.Exit(1)
 
 
@@ -158,16 +153,16 @@ def _parts(folder: Path, namespace: str) -> list[Part]:
     """What is in DIR and in its folders of data-parallel engines.
 
     Raises:
-        KvbmError: nothing, or no such folder.
+        UsageError: nothing, or no such folder.
     """
     if not folder.is_dir():
-        raise KvbmError(f"there is no folder {folder}")
+        raise UsageError(f"there is no folder {folder}")
     parts = [Part(path, listed(path)) for path in (folder, *sorted(folder.glob("dp[0-9]*")))]
     if not any(part.namespaces for part in parts):
-        raise KvbmError(f"there are no blocks of KVBM's in {folder}")
+        raise UsageError(f"there are no blocks of KVBM's in {folder}")
     parts = [Part(part.path, [one for one in part.namespaces if one.path.name.startswith(namespace)]) for part in parts]
     if not any(part.namespaces for part in parts):
-        raise KvbmError(f"no namespace in {folder} begins with {namespace!r}")
+        raise UsageError(f"no namespace in {folder} begins with {namespace!r}")
     return [part for part in parts if part.namespaces]
 
 
@@ -220,46 +215,60 @@ def _columns(one: dict[str, Any]) -> tuple[str, ...]:
     return (f"{one['blocks']:,} of {one['slots']:,}", size(one["bytes"]), *ages, str(one["bad"]))
 
 
-def _verified(name: str, one: Listing, cipher: Cipher | None, repair: bool) -> int:
-    """How many blocks and records of a namespace are bad."""
-    if one.meta is None:
-        raise Broken(f"{one.path} says nothing about itself")
-    place, bad = place_of(one.path, one.meta), 0
+def _verified(
+    name: str, one: Listing, owner: Owner | None, cipher: Cipher | None, repair: bool
+) -> dict[str, Any]:  # fmt: skip
+    """What is whole in a namespace, and what is not. `unread` are blocks, or 1 where nothing can be read."""
+    about: dict[str, Any] = {"folder": name, "model": _model(one), "by": None, "problem": None, "ranks": []}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_err, transient=True) as progress:
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
+        if owner is not None and owner.namespace == one.path.name:
+            task = progress.add_task(f"{name}, by {owner.engine}")
+            counts = owner.verify(lambda looked, slots: progress.update(task, completed=looked, total=slots))
+            kept = {count: counts[count] for count in ("whole", "bad", "unread")}
+            return about | kept | {"by": owner.engine, "dropped": counts["bad"]}
+        if one.meta is None or (one.meta.encryption and one.meta.encryption != (cipher.id if cipher else "")):
+            why = "it is encrypted: give its --key-file" if one.meta else _why(one)
+            return about | {"whole": 0, "bad": 0, "unread": 1, "dropped": 0, "problem": why}
+        place, repair = place_of(one.path, one.meta), repair and owner is None
         for rank in range(place.ranks):
             task = progress.add_task(f"{name}, rank {rank}", total=place.num_slots)
-            result = audit(place, rank, cipher, repair=repair, progress=lambda n, t=task: progress.advance(t, n))  # type: ignore[misc]
-            bad += len(result.bad) + len(result.damaged)
-            text = f"{name}, rank {rank}: {result.whole:,} blocks are whole"
-            if result.bad:
-                text += f", {len(result.bad):,} are not (slots {_some(result.bad)})"
-            if result.damaged:
-                text += f", {len(result.damaged):,} records are damaged (slots {_some(result.damaged)})"
-            _out.print(text, markup=False, soft_wrap=True)
-    return bad
+            result = audit(
+                place, rank, cipher if one.meta.encryption else None, repair=repair,
+                progress=lambda count, at=task: progress.advance(at, count),  # type: ignore[misc]
+            )  # fmt: skip
+            about["ranks"].append(asdict(result))
+    bad = sum(len(rank["bad"]) + len(rank["damaged"]) for rank in about["ranks"])
+    whole = sum(rank["whole"] for rank in about["ranks"])
+    return about | {"whole": whole, "bad": bad, "unread": 0, "dropped": bad if repair else 0}
 
 
-def _verified_by(owner: Owner, name: str) -> dict[str, Any]:
-    """What an engine found among the blocks that it uses."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_err, transient=True) as progress:
-        task = progress.add_task(f"{name}, by {owner.engine}")
-        found = owner.verify(lambda looked, slots: progress.update(task, completed=looked, total=slots))
-    text = f"{name}, read by engine {owner.engine}: {found['whole']:,} blocks are whole"
-    text += f", {found['bad']:,} were not and are dropped" if found["bad"] else ""
-    text += f", {found['unread']:,} could not be read" if found["unread"] else ""
-    _out.print(text, markup=False, soft_wrap=True)
-    return found
+def _report(result: dict[str, Any]) -> Iterator[str]:
+    """What was found in a namespace, in sentences."""
+    name = result["folder"]
+    if result["problem"]:
+        yield f"{name}: not checked, {result['problem']}"
+    elif result["by"] is not None:
+        text = f"{name}, read by engine {result['by']}: {result['whole']:,} blocks are whole"
+        text += f", {result['bad']:,} were not and are dropped" if result["bad"] else ""
+        yield text + (f", {result['unread']:,} could not be read" if result["unread"] else "")
+    for number, rank in enumerate(result["ranks"]):
+        text = f"{name}, rank {number}: {rank['whole']:,} blocks are whole"
+        if bad := rank["bad"]:
+            text += f", {len(bad):,} are not (slots {_some(bad)})"
+        if damaged := rank["damaged"]:
+            text += f", {len(damaged):,} records are damaged (slots {_some(damaged)})"
+        yield text
 
 
-def _some(slots: tuple[int, ...]) -> str:
+def _some(slots: Sequence[int]) -> str:
     return ", ".join(map(str, slots[:10])) + (", ..." if len(slots) > 10 else "")
 
 
 def _model(one: Listing) -> str:
     facts = one.meta.facts if one.meta else {}
-    return str(facts.get("model", facts.get("model.architectures", "?")))
+    kind = str(facts.get("model.architectures", "?"))
+    return f"{facts['model']} ({kind})" if "model" in facts and kind != "?" else str(facts.get("model", kind))
 
 
 def _why(one: Listing) -> str:

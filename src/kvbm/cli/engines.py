@@ -12,7 +12,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 
-from kvbm.cli import render
+from kvbm.cli import address, render
 from kvbm.cli.control import Answer, ask_all
 from kvbm.core import config
 
@@ -33,7 +33,7 @@ def status(
 ) -> None:
     """Show tiers, hit rates, copies in flight and health of every engine with KVBM on this machine."""
     folder = sockets(run_dir)
-    answers = ask_all(folder, "status", engine=engine)
+    answers = _ask_status(folder, engine)
     if watch:
         _watch(folder, engine, as_json)
     elif as_json:
@@ -95,11 +95,11 @@ def _watch(folder: Path, engine: str, as_json: bool) -> None:
     try:
         if as_json:
             while True:
-                print(json.dumps([_plain(answer) for answer in ask_all(folder, "status", engine=engine)]), flush=True)
+                print(json.dumps([_plain(answer) for answer in _ask_status(folder, engine)]), flush=True)
                 time.sleep(_EVERY_S)
         with Live(console=_out, auto_refresh=False) as live:
             while True:
-                live.update(_picture(ask_all(folder, "status", engine=engine)), refresh=True)
+                live.update(_picture(_ask_status(folder, engine)), refresh=True)
                 time.sleep(_EVERY_S)
     except KeyboardInterrupt:
         return
@@ -112,6 +112,15 @@ def _picture(answers: list[Answer]) -> Group:
             for answer in answers
         )
     )
+
+
+def _ask_status(folder: Path, engine: str) -> list[Answer]:
+    """What engines say of themselves, and where their servers listen."""
+    answers = ask_all(folder, "status", engine=engine)
+    for answer in answers:
+        if answer.result is not None:
+            answer.result["address"] = address.of(answer.result["pid"])
+    return answers
 
 
 def _plain(answer: Answer) -> dict[str, object]:

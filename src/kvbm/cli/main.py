@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from kvbm import __version__
 from kvbm.cli import disk, doctor, engines, models, serve, settings
 from kvbm.cli.demo import disagg
 from kvbm.cli.demo import run as demo
@@ -20,21 +21,53 @@ from kvbm.core.errors import KvbmError
 
 
 class _Group(TyperGroup):
-    """Errors that are meant for people are shown as one sentence, without a traceback."""
+    """Errors that are meant for people are shown as one sentence, without a traceback: status 2 for what was typed or
+    set, 1 for all else."""
 
-    def invoke(self, *args: Any, **kwargs: Any) -> Any:
+    def main(self, *args: Any, **kwargs: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 # What a terminal or a pipe has no letters for (a path, an ellipsis) ends no command.
                 stream.reconfigure(errors="backslashreplace")
         try:
-            return super().invoke(*args, **kwargs)
+            result = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except _Usage as error:
+            if not (said := error.format_message().strip().rstrip(".")):
+                sys.exit(error.exit_code)  # no argument at all: help was shown
+            where = f". `{error.ctx.command_path} --help` says how it is used" if error.ctx is not None else ""
+            _end(said[0].lower() + said[1:] + where, error.exit_code)
         except KvbmError as error:
-            print(f"kvbm: {error}", file=sys.stderr)
-            raise typer.Exit(1) from None
+            _end(str(error), error.status)
+        except typer.Abort:  # Ctrl-C, or a question was not answered
+            _end("stopped", 1)
+        sys.exit(result if isinstance(result, int) else 0)
 
 
-app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, help="KV block manager for LLM inference.")
+_Usage: Any = typer.BadParameter.__base__
+"""What is raised for what was typed wrongly. Typer names only some kinds of it, and which click it is from varies."""
+
+
+def _end(sentence: str, status: int) -> NoReturn:
+    print(f"kvbm: {sentence}", file=sys.stderr)
+    sys.exit(status)
+
+
+app = typer.Typer(cls=_Group, no_args_is_help=True, help="KV block manager for LLM inference.")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"kvbm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None:
+    """KV block manager for LLM inference."""
 
 
 def model(

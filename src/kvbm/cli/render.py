@@ -39,7 +39,9 @@ def status(result: dict[str, Any]) -> RenderableType:
     lines = [f"{health}, up {duration(result['uptime_s'])}, generation {result['generation']}, {_shape(result)}"]
     lines += [f"[red]- {escape(problem)}[/]" for problem in result["problems"]]
     lines += [f"[yellow]- {tier.upper()} is not used: {escape(why)}[/]" for tier, why in _degraded(result).items()]
-    title = f"[bold]{escape(result['engine'])}[/] KVBM {escape(result['version'])}"
+    model, address = result.get("model") or "a model", result.get("address")
+    title = f"[bold]{escape(model)}[/]{f' at {address}' if address else ''}, engine {escape(result['engine'])}, KVBM "
+    title += escape(result["version"])
     return Panel(Group(*lines, _tiers(result), *_traffic(result)), title=title, title_align="left", expand=False)
 
 

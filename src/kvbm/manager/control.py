@@ -51,6 +51,8 @@ class About:
     """The namespace's folder on disk, where there is one."""
     namesakes: tuple[str, ...] = ()
     """Why blocks of the same model that lie beside it are not found."""
+    model: str = ""
+    """What people call the model that the engine serves."""
 
 
 class Control:
@@ -140,6 +142,7 @@ class Control:
             problems.append(f"housekeeping has not been done for {silent:.0f} s")
         return {
             "engine": self.about.engine,
+            "model": self.about.model,
             "healthy": not problems,
             "problems": problems,
             "degraded": leader.degraded(),

@@ -18,6 +18,15 @@ _SAYS, _FACTS, _LONGEST, _BEFORE = 2, 4, 60, 20
 """Namespaces that are spoken of, facts of each, characters of a fact, and how many of these are before what differs."""
 
 
+NAME: Final = "model"
+"""What people call a namespace's model: told with the facts of one on disk, and none of them."""
+
+
+def unnamed(facts: Mapping[str, object]) -> dict[str, object]:
+    """Those that two namespaces can differ in."""
+    return {fact: value for fact, value in facts.items() if fact != NAME}
+
+
 class Namesake(NamedTuple):
     """Another namespace: where it is, in words, and its facts."""
 

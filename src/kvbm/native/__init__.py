@@ -16,8 +16,8 @@ except ImportError as missing:
 
     raise NativeMissing(
         f"kvbm's C helpers cannot be loaded ({missing}). They are built on install and need a C compiler and the "
-        "Python headers (Debian: gcc python3-dev): install them, then run `pip install -e .` in a checkout, or "
-        "`pip install --force-reinstall pykvbm`."
+        "Python headers (Debian: gcc python3-dev): install them, then run `pip install --force-reinstall --no-deps .` "
+        "in a checkout, or install a wheel for this Python."
     ) from missing
 
 __all__ = [

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, final
 
 from kvbm.core.errors import ConfigError
+from kvbm.core.extras import installing
 
 if TYPE_CHECKING:
     from kvbm.stores.format import Records
@@ -35,7 +36,7 @@ class Cipher:
             raise ConfigError(
                 _SETTING,
                 f"encryption needs a package that cannot be imported ({error})",
-                remedy="Install it: pip install 'pykvbm[encryption]'",
+                remedy=f"Do: {installing('encryption')}",
             ) from None
         self._aes, self._invalid = AESGCM(key), InvalidTag
         self.id = hashlib.sha256(b"kvbm" + key).hexdigest()[:16]

@@ -27,6 +27,7 @@ import msgspec
 import numpy as np
 
 from kvbm.core.errors import Broken, ConfigError
+from kvbm.core.extras import installing
 from kvbm.core.region import Slots
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Directory:
             from valkey.exceptions import ValkeyError
         except ImportError:
             raise ConfigError(
-                "directory", "the client for Valkey is not installed", remedy="pip install 'pykvbm[cluster]'"
+                "directory", "the client for Valkey is not installed", remedy=f"Do: {installing('cluster')}"
             ) from None
         try:
             # One that is asked more waits; the other kind of pool says that the server is dead.

@@ -43,6 +43,13 @@ class Folder:
         """Not for callers: use `claim`."""
         self.path, self._lock, self._clock = path, lock, clock
 
+    @staticmethod
+    def check(path: Path) -> None:
+        """Raises ConfigError where this cannot be a folder. Makes nothing."""
+        first = next((place for place in (path, *path.parents) if os.path.exists(place)), path)
+        if os.path.exists(first) and not os.path.isdir(first):
+            raise ConfigError("g3_dir", f"{first} is not a folder", remedy="Name a folder for the disk tier's files")
+
     @classmethod
     def claim(cls, path: Path, engine: str, *, clock: Callable[[], float] = time.time) -> Folder:
         """Make `path` where it is missing and take its lock for `engine`, until `close` or the process's end.
@@ -52,8 +59,7 @@ class Folder:
             Busy: another process has it.
             Broken: it cannot be made or written.
         """
-        if path.exists() and not path.is_dir():
-            raise ConfigError("g3_dir", f"{path} is not a folder", remedy="Name a folder for the disk tier's files")
+        cls.check(path)
         with reported(f"make the folder {path}"):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         return cls(path, Lock(path, engine), clock)

@@ -14,7 +14,7 @@ from kvbm.core.outcome import Outcome
 from kvbm.core.region import packed
 from kvbm.testing.transport import HostMemory, Memory, TransportSuite, run
 
-pytest.importorskip("nixl_cu12", reason="NIXL is not installed: pip install 'pykvbm[nixl]'")
+pytest.importorskip("nixl_cu12", reason="NIXL is not installed")
 
 from kvbm.transfer.nixl import NixlTransport, Objects, probe
 

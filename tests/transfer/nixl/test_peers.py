@@ -18,7 +18,7 @@ from kvbm.core.outcome import Outcome
 from kvbm.core.region import Region, packed
 from kvbm.testing.transport import HostMemory, Recorder, contents, fill
 
-pytest.importorskip("nixl_cu12", reason="NIXL is not installed: pip install 'pykvbm[nixl]'")
+pytest.importorskip("nixl_cu12", reason="NIXL is not installed")
 
 from kvbm.transfer.nixl import NixlTransport, RemoteMemory, agent
 

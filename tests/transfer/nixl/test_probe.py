@@ -7,7 +7,7 @@ import pytest
 
 from kvbm.transfer.nixl import probe
 
-pytest.importorskip("nixl_cu12", reason="NIXL is not installed: pip install 'pykvbm[nixl]'")
+pytest.importorskip("nixl_cu12", reason="NIXL is not installed")
 
 
 @pytest.mark.e2e  # no engine, but a process for each

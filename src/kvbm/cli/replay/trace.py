@@ -16,9 +16,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from kvbm.core.errors import KvbmError
+from kvbm.core.errors import KvbmError, UsageError
 
 SAMPLE = "sample"
+STDIN = "-"
 """The trace that comes with KVBM."""
 
 _GZIP = b"\x1f\x8b"
@@ -102,7 +103,10 @@ class Workload:
 
 
 def find(name: str, folder: Path | None) -> Path:
-    """The file called `name`: a path, the name of a file in `folder`, or the sample. Raises KvbmError."""
+    """The file called `name`: a path, the name of a file in `folder`, the sample, or what comes in (`STDIN`). Raises
+    UsageError."""
+    if name == STDIN:
+        return Path("/dev/stdin")
     if name == SAMPLE:
         return Path(str(resources.files("kvbm.cli.replay") / "sample.jsonl"))
     places = [Path(name).expanduser(), *([folder / name] if folder else [])]
@@ -110,7 +114,7 @@ def find(name: str, folder: Path | None) -> Path:
         if place.is_file():
             return place
     where = f"nor is it in {folder}" if folder else "and neither --traces nor KVBM_TRACES names a folder of traces"
-    raise KvbmError(f"there is no trace {name!r}: it is no file, {where}. {SAMPLE!r} is the one that comes with KVBM")
+    raise UsageError(f"there is no trace {name!r}: it is no file, {where}. {SAMPLE!r} is the one that comes with KVBM")
 
 
 def read(path: Path, *, skip_bad: bool = False, block_tokens: int | None = None) -> Trace:

@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 
 from kvbm.cli.route.choice import Engine
-from kvbm.core.errors import KvbmError
+from kvbm.core.errors import KvbmError, UsageError
+from kvbm.core.extras import installing
 from kvbm.observe import log
 
 _out = Console(highlight=False)
@@ -35,7 +36,7 @@ def command(
     """
     fillers, answerers = engines(prefill or [], decode or [])
     if find_spec("aiohttp") is None:
-        raise KvbmError("`kvbm route` needs aiohttp, the extra `route`: pip install 'pykvbm[route]'")
+        raise KvbmError(f"`kvbm route` needs aiohttp: {installing('route')}")
     # Here, because aiohttp is there only where the extra `route` was installed.
     from kvbm.cli.route.proxy import Router
     from kvbm.cli.route.server import serve
@@ -48,19 +49,19 @@ def engines(prefill: Sequence[str], decode: Sequence[str]) -> tuple[list[Engine]
     """The engines that these options name. Raises KvbmError for what cannot be meant."""
     for option, given, form in (("--prefill", prefill, "NAME=URL"), ("--decode", decode, "URL")):
         if not given:
-            raise KvbmError(f"{option} is missing: give at least one {option} {form}")
+            raise UsageError(f"{option} is missing: give at least one {option} {form}")
     fillers = []
     for text in prefill:
         name, equals, url = text.partition("=")
         if not equals or not name or "/" in name:
-            raise KvbmError(f"--prefill {text!r}: the name is missing; write it like --prefill p1=http://host:8000")
+            raise UsageError(f"--prefill {text!r}: the name is missing; write it like --prefill p1=http://host:8000")
         fillers.append(Engine(name, _url("--prefill", url)))
     answerers = [Engine(url, url) for url in (_url("--decode", text) for text in decode)]
     names = [engine.name for engine in fillers]
     urls = [engine.url for engine in (*fillers, *answerers)]
     for what, values in (("name", names), ("URL", urls)):
         if double := next((value for value in values if values.count(value) > 1), None):
-            raise KvbmError(f"the {what} {double} is given twice: each engine is another one, and has one role")
+            raise UsageError(f"the {what} {double} is given twice: each engine is another one, and has one role")
     return fillers, answerers
 
 
@@ -71,9 +72,9 @@ def _url(option: str, text: str) -> str:
     except ValueError:
         usable = False
     if not usable or any(character.isspace() for character in text):
-        raise KvbmError(f"{option} {text!r}: this is no URL of an engine; write it like http://host:8000")
+        raise UsageError(f"{option} {text!r}: this is no URL of an engine; write it like http://host:8000")
     if "@" in parts.netloc or parts.query or parts.fragment:
-        raise KvbmError(f"{option}: a URL has no user, password, query or fragment here; clients bring their own key")
+        raise UsageError(f"{option}: a URL has no user, password, query or fragment here; clients bring their own key")
     return text.rstrip("/")
 
 

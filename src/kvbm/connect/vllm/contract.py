@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import vllm
 
 from kvbm.core.errors import Unsupported
+from kvbm.core.identity import VLLM as TESTED
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 VERSION = vllm.__version__
-TESTED = ("0.30", "0.31", "0.32", "0.33")
 
 READS = {
     "vllm.config.CacheConfig": "cache_dtype enable_prefix_caching prefix_caching_hash_algo",

@@ -12,7 +12,7 @@ from kvbm.manager.build import Place
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 KINDS: dict[str, tuple[Kind, str]] = {
@@ -60,7 +60,14 @@ def place(config: VllmConfig, kv: KVCacheConfig) -> Place:
         dp_rank=parallel.data_parallel_index,
         dp_local=max(1, parallel.data_parallel_size_local),
         replicated=replicated(config, kv),
+        model=_served_name(config.model_config),
     )
+
+
+def _served_name(model: ModelConfig) -> str:
+    """The name under which clients ask for a model, the first of several."""
+    names = model.served_model_name or model.model
+    return names if isinstance(names, str) else names[0]
 
 
 def replicated(config: VllmConfig, kv: KVCacheConfig) -> bool:

@@ -1,6 +1,6 @@
 """NIXL, the optional layer under everything that leaves this process: peers' memory, and devices with their own I/O.
 
-Without the wheel (`pip install 'pykvbm[nixl]'`) nothing of this is imported and everything local works.
+Without its wheel (the extra `nixl`) nothing of this is imported and everything local works.
 """
 
 from kvbm.transfer.nixl.agent import Agent, Objects, RemoteMemory

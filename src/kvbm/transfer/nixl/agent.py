@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from kvbm.core.config import set_for_library
 from kvbm.core.errors import Broken
+from kvbm.core.extras import installing
 from kvbm.core.region import Region, Slots
 from kvbm.transfer.plan import coalesce
 
@@ -252,7 +253,7 @@ def installed() -> str:
     try:
         version = importlib.metadata.version(WHEEL)
     except importlib.metadata.PackageNotFoundError:
-        raise Broken("NIXL is not installed (pip install 'pykvbm[nixl]')") from None
+        raise Broken(f"NIXL is not installed ({installing('nixl').replace('install', 'install --no-deps')})") from None
     if tuple(map(int, version.split(".")[:3])) < OLDEST:
         raise Broken(f"NIXL {version} reports short reads as complete: {'.'.join(map(str, OLDEST))} is needed")
     return version
