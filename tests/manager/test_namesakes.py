@@ -12,7 +12,6 @@ from kvbm.core.config import Settings
 from kvbm.core.keys import Namespace
 from kvbm.manager import build_disk
 from kvbm.manager.namesakes import Namesake, facts_of, told
-from kvbm.stores.content import BY_NAME
 
 FACTS = {f"shape.{number}": str(number) for number in range(20)} | {"hash.seed": "0", "dtype": "bfloat16"}
 
@@ -25,16 +24,6 @@ def test_each_fact_that_differs_is_named() -> None:
     assert sentence.startswith("on disk, x: ")
     (sentence,) = told(here, [Namesake("x", {name: here[name] for name in here if name != "dtype"} | {"weights": "v"})])
     assert sentence.endswith("dtype is not there there, bfloat16 here; weights is v there, w here")
-
-
-def test_a_hubs_cache_and_a_copy_of_it_are_told_apart_in_words() -> None:
-    hub, copy = (facts_of(Namespace(FACTS, weights)) for weights in (f"{BY_NAME}2f", "7a"))
-    (sentence,) = told(copy, [Namesake("x", hub)])
-    assert "known by a hub's names for its files there, by the content of files that no hub has named here" in sentence
-    (sentence,) = told(hub, [Namesake("x", copy)])
-    assert "known by the content of files that no hub has named there, by a hub's names for its files here" in sentence
-    (sentence,) = told(copy, [Namesake("x", copy | {"weights": "7b"})])
-    assert sentence.endswith("weights is 7b there, 7a here")
 
 
 def test_another_model_is_none_of_its_business() -> None:

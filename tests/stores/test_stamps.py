@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvbm.stores import stamps
-from kvbm.stores.stamps import Changed, Start, local, now, process_start, record, recorded, survey
+from kvbm.stores.stamps import Changed, Start, lasting, local, now, process_start, record, recorded, survey
 
 Change = Callable[[Path], object]
 
@@ -164,6 +164,14 @@ def test_which_file_systems_are_local(tmp_path: Path) -> None:
     assert local(str(tmp_path))
     assert not local("/proc")
     assert not local(str(tmp_path / "absent"))
+
+
+def test_where_the_same_stamp_is_the_same_content() -> None:
+    if not os.path.ismount("/dev/shm"):
+        pytest.skip("/dev/shm is no tmpfs here")
+    assert local("/dev/shm")
+    assert not lasting("/dev/shm"), "what is written through a mapping has no new ctime there"
+    assert not lasting("/proc")
 
 
 def test_a_process_knows_when_it_began() -> None:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
 from kvbm.core.keys import Namespace
-from kvbm.stores.content import BY_NAME
 
 _ALIKE: Final = 0.75
 """The part of all facts that two namespaces of the same model share, at least."""
@@ -69,13 +68,6 @@ def _differences(mine: Mapping[str, object], other: Namesake, names: list[str]) 
 
 def _apart(name: str, there: str, here: str) -> str:
     """How two facts differ, as far as it is shown: from shortly before the first character that does."""
-    if name == "weights" and there.startswith(BY_NAME) != here.startswith(BY_NAME):
-        ways = "by a hub's names for its files", "by the content of files that no hub has named"
-        known = ways if there.startswith(BY_NAME) else ways[::-1]
-        return (
-            f"weights are known {known[0]} there, {known[1]} here: a hub's cache and a plain copy of the same model "
-            "are two namespaces, so use the one or the other everywhere"
-        )
     pairs = enumerate(zip(there, here, strict=False))
     same = next((at for at, (one, other) in pairs if one != other), min(len(there), len(here)))
     first = max(0, same - _BEFORE) if max(len(there), len(here)) > _LONGEST else 0

@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -25,7 +24,7 @@ from blake3 import blake3
 from kvbm.core import cpus
 from kvbm.stores import digest
 from kvbm.stores.files import opened, write_all
-from kvbm.stores.stamps import Changed, Stamp, Start, ends, local, survey
+from kvbm.stores.stamps import Changed, Stamp, Start, ends, lasting, survey
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +38,7 @@ _KEPT: Final = 4096
 _MOST_BYTES: Final = 16 << 20
 _REPORT_S: Final = 5.0
 _WAIT_S: Final = 0.1
-_BLOB: Final = re.compile(r".*/blobs/([0-9a-f]{64})")
 VERSION: Final = 1
-BY_NAME: Final = "hub "
-"""What an identity begins with that a hub's names for its files are part of: such files in any other folder, which are
-digested, have another one."""
-_SHA256: Final = "sha256 "
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +83,7 @@ class Contents:
             chosen = choose()
             paths = [path for each in chosen for _, path in each.files]
             way = [*paths, *(path for each in chosen for path in (*each.folders, *each.watched))]
-            strict = {ends(folder, {})[0] for each in chosen for folder in each.folders}
+            strict = {ends(folder, {}) for each in chosen for folder in each.folders}
             before = survey(way)
             start.check(before, strict)
             digests = self.digests(paths, before)
@@ -103,25 +97,17 @@ class Contents:
         except OSError as error:
             raise Changed(f"the files cannot be read: {error}") from error
         parts = [[each.facts, [(_text(name), digests[path]) for name, path in each.files]] for each in chosen]
-        by_name = any(digests[path].startswith(_SHA256) for path in paths)
-        return (BY_NAME if by_name else "") + str(blake3(msgspec.json.encode([VERSION, parts])).hexdigest())
+        return str(blake3(msgspec.json.encode([VERSION, parts])).hexdigest())
 
     def digests(self, paths: Sequence[str], found: Mapping[str, Stamp]) -> dict[str, str]:
         """Of each of these files, which were `found` so. Raises Changed, OSError."""
-        said: dict[str, str] = {}
         left: dict[str, tuple[str, Stamp]] = {}
         for path in dict.fromkeys(paths):
-            end, links = ends(path, found)
-            mark = found[end]
-            if mark.kind != "f":
+            end = ends(path, found)
+            left[path] = end, found[end]
+            if found[end].kind != "f":
                 raise Changed(f"{path} is not a file")
-            if (named := _named(end, mark, links)) is not None:
-                said[path] = named
-            else:
-                left[path] = end, mark
-        if not left:
-            return said
-        said |= self._remembered(left)
+        said = self._remembered(left)
         if left.keys() <= said.keys():
             return said
         with self._turn():
@@ -230,7 +216,7 @@ class Contents:
         return {
             path: known[_text(end)][5]
             for path, (end, mark) in wanted.items()
-            if _text(end) in known and known[_text(end)][:5] == mark[1:] and local(end)
+            if _text(end) in known and known[_text(end)][:5] == mark[1:] and lasting(end)
         }
 
     def _load(self) -> dict[str, tuple[int, int, int, int, int, str]]:
@@ -249,7 +235,7 @@ class Contents:
         files = self._load()
         for (end, mark), said in made.items():
             files.pop(_text(end), None)
-            if mark.ctime < begun - _YOUNG_NS and local(end):
+            if mark.ctime < begun - _YOUNG_NS and lasting(end):
                 files[_text(end)] = (*mark[1:], said)
         new = self._path.with_name(f"{self._path.name}.{os.getpid()}.{threading.get_native_id()}")
         try:
@@ -266,19 +252,6 @@ class Contents:
                 new.unlink()
 
 
-def _named(path: str, mark: Stamp, links: Sequence[Stamp]) -> str | None:
-    """The digest that is the name of a hub's blob. The link to it is made after the blob: one that changed since then
-    (written through the link, say) may not be what it is called. A copy of such a cache has new ctimes: there the
-    mtimes tell."""
-    match = _BLOB.fullmatch(path)
-    if match is None or not links:
-        return None
-    link = links[-1]
-    if max(mark.mtime, mark.ctime) > link.ctime or mark.mtime > link.mtime:
-        return None
-    return _SHA256 + match[1]
-
-
 def _text(name: str) -> str:
     """A file's name as JSON can have it: the bytes of one that is not UTF-8."""
     try:
@@ -289,10 +262,13 @@ def _text(name: str) -> str:
 
 
 def _locked(file: int) -> bool:
+    """Whether it is locked now, or cannot be: on a file system without locks each process digests by itself."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        log.debug("KVBM: digests of weights are made without a lock: %s", error)
     return True
 
 

@@ -30,7 +30,7 @@ _COARSE: Final = 5
 _SKEW_NS: Final = 300 * 1_000_000_000
 """What another machine's clock, which stamps files on network file systems, may be off."""
 # Not squashfs and erofs, whose images keep no ctime: two of one layout may have all times, sizes and inodes alike.
-_LOCAL: Final = frozenset(
+_LASTING: Final = frozenset(
     {
         0xEF53,  # ext2, ext3, ext4
         0x58465342,  # xfs
@@ -38,11 +38,14 @@ _LOCAL: Final = frozenset(
         0xF2F52010,  # f2fs
         0x2FC12FC1,  # zfs
         0xCA451A4E,  # bcachefs
-        0x01021994,  # tmpfs
-        0x858458F6,  # ramfs
-        0x794C7630,  # overlay
     }
 )
+# What is written through a mapping gets no new time on the first two, and the third may lie over anything.
+_LOCAL: Final = _LASTING | {
+    0x01021994,  # tmpfs
+    0x858458F6,  # ramfs
+    0x794C7630,  # overlay
+}
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -91,15 +94,12 @@ def survey(paths: Iterable[str]) -> dict[str, Stamp]:
     return found
 
 
-def ends(path: str, found: Mapping[str, Stamp]) -> tuple[str, list[Stamp]]:
-    """Where a surveyed path ends, and the links that lead there."""
-    links: list[Stamp] = []
-    seen = dict(found)
-    end = _walk(path, seen, links)
-    return end, links
+def ends(path: str, found: Mapping[str, Stamp]) -> str:
+    """Where a surveyed path leads."""
+    return _walk(path, dict(found))
 
 
-def _walk(path: str, found: dict[str, Stamp], links: list[Stamp] | None = None) -> str:
+def _walk(path: str, found: dict[str, Stamp]) -> str:
     at, left, followed = "/", deque(os.path.abspath(path).split("/")), 0
     while left:
         part = left.popleft()
@@ -115,8 +115,6 @@ def _walk(path: str, found: dict[str, Stamp], links: list[Stamp] | None = None) 
             followed += 1
             if followed > _MOST_LINKS:
                 raise OSError(f"too many links on the way to {path}")
-            if links is not None:
-                links.append(mark)
             target = os.readlink(at)
             left.extendleft(reversed(target.split("/")))
             at = "/" if target.startswith("/") else os.path.dirname(at)
@@ -160,10 +158,20 @@ class Start:
 
 def local(path: str) -> bool:
     """Whether a path lies on a file system that no other machine can change, so that what it says of a file is so."""
+    return _kind(path) in _LOCAL
+
+
+def lasting(path: str) -> bool:
+    """Whether, besides, a file there that has the same stamp as at any time before has the same content."""
+    return _kind(path) in _LASTING
+
+
+def _kind(path: str) -> int:
+    """A file system's magic number; 0: unknown."""
     buffer = ctypes.create_string_buffer(256)
     if _libc.statfs(os.fsencode(path), buffer) != 0:
-        return False
-    return int.from_bytes(buffer.raw[: ctypes.sizeof(ctypes.c_long)], "little") & 0xFFFFFFFF in _LOCAL
+        return 0
+    return int.from_bytes(buffer.raw[: ctypes.sizeof(ctypes.c_long)], "little") & 0xFFFFFFFF
 
 
 def process_start() -> int:
