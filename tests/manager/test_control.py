@@ -59,6 +59,7 @@ def test_status(control: Control, stage: Stage) -> None:
     assert 0 < status["engine_ms"]["p50"] <= status["engine_ms"]["p99"] <= status.pop("engine_ms")["max"]
     assert status == {
         "engine": "engine-1",
+        "model": "",
         "healthy": True,
         "problems": [],
         "degraded": {},
@@ -102,13 +103,13 @@ def test_health(control: Control, stage: Stage) -> None:
     rest = {"degraded": {}, "namesakes": [], "paused": False, "quarantined": None}
     health = ask(control, "health")
     assert health.pop("last_check") is None or time.time() - stage.leader.audit.last < 60
-    assert health == {"engine": "engine-1", "healthy": True, "problems": [], **rest}
+    assert health == {"engine": "engine-1", "model": "", "healthy": True, "problems": [], **rest}
     stage.workers[0].close()
     problem = ["the worker of rank 0 is gone"]
     assert ask(control, "status")["problems"] == problem
     health = ask(control, "health")
     assert health.pop("last_check") <= time.time()
-    assert health == {"engine": "engine-1", "healthy": False, "problems": problem, **rest}
+    assert health == {"engine": "engine-1", "model": "", "healthy": False, "problems": problem, **rest}
 
 
 def test_housekeeping_that_hangs_is_seen_without_it(control: Control, stage: Stage) -> None:

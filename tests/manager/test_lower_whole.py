@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -83,6 +84,27 @@ def test_a_thread_that_copies_to_disk_and_dies_costs_the_disk_tier_alone(
     engine = start(ranks)
     assert engine.serve(keys) == 4, "what was on disk before still is"
     assert engine.serve(more) == 0
+
+
+@pytest.mark.parametrize("moves", ["reads", "writes"])
+def test_the_end_of_a_move_that_raises_turns_all_off(start: Start, moves: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it leaves undone would be waited for."""
+    engine, keys = start(1), keys_of("a", 4)
+    engine.serve(keys)
+    engine.settle()
+    engine.leader.pool.discard(keys)
+    disk = engine.workers[0]._disk
+    assert disk is not None
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(disk, "_read" if moves == "reads" else "_report", broken)
+    begun = time.monotonic()
+    assert engine.serve(keys if moves == "reads" else keys_of("b", 4)) == 0
+    engine.until(lambda: engine.leader.off)
+    assert time.monotonic() - begun < 5, "nobody waits for its deadline"
+    assert "the end of a move raised RuntimeError('injected')" in str(engine.leader.off)
 
 
 @pytest.mark.parametrize("bad", [0, 1])

@@ -220,7 +220,7 @@ def test_a_missing_extension_says_how_to_build_it(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(builtins, "__import__", missing)
     monkeypatch.delitem(sys.modules, "kvbm.native")
-    with pytest.raises(ImportError, match=r"C compiler.*pip install -e \."):
+    with pytest.raises(ImportError, match=r"C compiler.*pip install --force-reinstall --no-deps \."):
         importlib.import_module("kvbm.native")
     monkeypatch.undo()
     assert sys.modules["kvbm.native"] is kvbm.native

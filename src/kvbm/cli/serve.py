@@ -49,10 +49,11 @@ def serve(
     build.check(settings)
     for warning in warnings():
         _err.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
-    launch = plan(model, context.args, models.resolve(model, settings.cache_dir, _err))
-    stretched = "VLLM_ALLOW_LONG_MAX_MODEL_LEN" in launch.environment
-    length = None if stretched else value(launch.arguments, "--max-model-len")
-    preflight.check(launch.model, _place(launch.model, launch.arguments), length)
+    path = models.resolve(model, settings.cache_dir, _err)
+    stretched = "VLLM_ALLOW_LONG_MAX_MODEL_LEN" in config.child_environment()
+    length = None if stretched else value(context.args, "--max-model-len")
+    preflight.check(path, _place(path, context.args), length)
+    launch = plan(model, context.args, path)
     if RESERVED in launch.environment.keys() - config.child_environment().keys():
         set_to = f"{RESERVED}={launch.environment[RESERVED]}"
         _err.print(f"{set_to}: as many compute threads as without KVBM; with a KV connector vLLM keeps more cores free")

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 class DiskWorker:
     """Of one rank. `sums` has the checksum of each slot of host memory. A write that ended is told to `report`, a read
     to `read` with its slots and their checksums, the answer to a probe to `tell`, as is that nothing can be copied any
-    more (`lost`): once, before what fails of it. From threads of the transport, or its own."""
+    more (`lost`): once, before what fails of it. From threads of the transport, or its own. `safely` calls `report` and
+    `read`, which may raise anything."""
 
     def __init__(
         self,
@@ -37,9 +38,10 @@ class DiskWorker:
         read: Callable[[Slots, int, Completion, Words], None],
         tell: Callable[[Probed | Sick], None],
         lost: Callable[[], bool],
+        safely: Callable[[int, Completion, Callable[[], None]], None],
     ) -> None:
         self.disk, self._rank, self._sums, self._deadline_s = disk, rank, sums, deadline_s
-        self._report, self._read, self._tell, self._lost = report, read, tell, lost
+        self._report, self._read, self._tell, self._lost, self._safely = report, read, tell, lost, safely
         self._looking, self._told = threading.Lock(), False
         self.chores = ThreadPoolExecutor(1, "kvbm-chores")
         """For what may wait for the disk and is no transfer, in order."""
@@ -110,12 +112,12 @@ class DiskWorker:
     def _write_ended(self, job: int, completion: Completion) -> None:
         if completion.error is not None:
             self.look()
-        self._report(job, completion)
+        self._safely(job, completion, lambda: self._report(job, completion))
 
     def _read_ended(self, g2: Slots, job: int, completion: Completion, sums: Words) -> None:
         if completion.error is not None:
             self.look()
-        self._read(g2, job, completion, sums)
+        self._safely(job, completion, lambda: self._read(g2, job, completion, sums))
 
     def _forget(self, slots: Slots, keys: list[bytes]) -> None:
         """Slots that hold another block by now are left alone."""

@@ -93,6 +93,15 @@ class Telling:
             self._over(job)
             self.turn_off(f"off until the engine is started anew: the end of a copy raised {error!r}")
 
+    def _safely(self, job: int, completion: Completion, ended: Callable[[], None]) -> None:
+        """The same for what comes from below host memory, or goes there, and touches no block of the engine's."""
+        try:
+            ended()
+        except Exception as error:
+            log.exception("KVBM: the end of a move went wrong")
+            self.turn_off(f"off until the engine is started anew: the end of a move raised {error!r}")
+            Telling._report(self, job, completion)  # as failed
+
     def _start(self, job: int, plan: Plan, deadline_s: float, ended: Callable[[int, Completion], None]) -> None:
         """Has blocks copied between the engine and host memory, unless that was given up before."""
         if self._fence.condemned(job):

@@ -350,7 +350,7 @@ class Worker(Telling):
             return str(error)
         self._disk = DiskWorker(
             disk, self._rank, self._sums, self._settings.g3_deadline_s,
-            report=self._report, read=self._read_ended, tell=self._tell,
+            report=self._report, read=self._read_ended, tell=self._tell, safely=self._safely,
             lost=lambda: self._executor.lost(disk.shard.region, disk.memory),
         )  # fmt: skip
         return None
@@ -369,7 +369,10 @@ class Worker(Telling):
             case Pull():
                 with self._ended:
                     self._reading.add(message.job)
-                self._peers.pull(message, partial(self._read_ended, unpack(message.g2)))
+                self._peers.pull(message, partial(self._pulled, unpack(message.g2)))
+
+    def _pulled(self, g2: Slots, job: int, completion: Completion, sums: Words) -> None:
+        self._safely(job, completion, lambda: self._read_ended(g2, job, completion, sums))
 
     def _read_ended(self, g2: Slots, job: int, completion: Completion, sums: Words) -> None:
         """A read from the disk or a peer ended."""
