@@ -105,6 +105,9 @@ def test_the_end_of_a_move_that_raises_turns_all_off(start: Start, moves: str, m
     engine.until(lambda: engine.leader.off)
     assert time.monotonic() - begun < 5, "nobody waits for its deadline"
     assert "the end of a move raised RuntimeError('injected')" in str(engine.leader.off)
+    lower = engine.leader.disk
+    assert lower is not None
+    engine.until(lambda: lower.tier.in_flight() == (0, 0))
 
 
 @pytest.mark.parametrize("bad", [0, 1])

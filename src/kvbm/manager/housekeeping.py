@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from itertools import compress
 from typing import Any
 
+from msgspec.structs import replace
+
 from kvbm.abc.observer import Observer
 from kvbm.blocks import Pinned, Pool, Staged, Writable
 from kvbm.core.config import Settings
@@ -168,6 +170,8 @@ class Housekeeping:
             if isinstance(job.lease, Pinned):
                 self._held -= len(job.lease)
             job.lease.drop()
+        elif self.lower is not None:
+            self.lower.take(replace(result, outcomes=bytes([Outcome.FAILED]) * len(result.outcomes)))
 
     def _answer(self, result: Result) -> None:
         job = self._copies.answer(result)
