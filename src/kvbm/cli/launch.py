@@ -17,6 +17,7 @@ from typing import IO, Self
 from uuid import uuid4
 
 from kvbm.cli import watcher
+from kvbm.cli.tail import Tail
 
 CONNECTOR_FLAG = "--kv-transfer-config"
 CONNECTOR = {"kv_connector": "KvbmConnector", "kv_connector_module_path": "kvbm.connect.vllm", "kv_role": "kv_both"}
@@ -62,8 +63,10 @@ class Server:
     process, however that ends."""
 
     def __init__(self, launch: Launch, log: IO[bytes] | None = None, patience_s: float = PATIENCE_S) -> None:
-        """Start it; its output goes to `log`, or where ours goes. Told to end, it may take `patience_s`."""
+        """Start it; its output goes to `log`, or through `tail` to where ours goes. Told to end, it may take
+        `patience_s`."""
         self._launch, self._patience_s = launch, patience_s
+        self.tail = Tail()
         self._signals = 0
         # Before the server, so that no instant is left in which nobody would end it.
         self._watcher = subprocess.Popen(
@@ -75,12 +78,15 @@ class Server:
         )
         self._process = subprocess.Popen(
             launch.command,
-            env=launch.environment,
+            env=launch.environment | {"PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=None if log is None else subprocess.STDOUT,
+            stdout=subprocess.PIPE if log is None else log,
+            stderr=subprocess.PIPE if log is None else subprocess.STDOUT,
             process_group=0,
         )
+        for source, target in ((self._process.stdout, sys.stdout), (self._process.stderr, sys.stderr)):
+            if source is not None:
+                self.tail.follow(source, target)
         self._tell_watcher(f"{self._process.pid}\n")
 
     def __enter__(self) -> Self:

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -107,6 +108,8 @@ def plan(
         if value(given, "--compilation-config") is None and not (shutil.which("c++") or shutil.which("g++")):
             defaults["--enforce-eager"] = ""
     unset = {"VLLM_CPU_KVCACHE_SPACE": "4"} if on_cpu else {}
+    if sys.stdout.isatty():
+        unset["VLLM_LOGGING_COLOR"] = "1"  # it writes into a pipe, whose end is a terminal
     if on_cpu and Path(model).is_dir():
         unset["HF_HUB_OFFLINE"] = "1"
     environ = config.child_environment(**unset) | dict(environment or {})
@@ -268,7 +271,8 @@ def run(launch: Launch) -> int:
                 _out.print(f"  {curl(launch)}\n", markup=False, soft_wrap=True)
             time.sleep(0.3)
     if not told:
-        _err.print(f"kvbm: the server ended by itself, with status {code}", markup=False, soft_wrap=True)
+        why = f": {reason}" if (reason := server.tail.reason()) else ""
+        _err.print(f"kvbm: the server ended by itself, with status {code}{why}", markup=False, soft_wrap=True)
     return code if told else code or 1
 
 
