@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kvbm.core.events import Admitted
 from tests.e2e.conftest import prompt_of
 from tests.e2e.engine import BLOCK, Done, Engine
 from tests.e2e.test_requests import adapter
@@ -152,10 +153,10 @@ def test_files_replaced_between_the_look_up_and_the_load(
     both.clear()
     place = engine.leader.place
 
-    def replaced(*given: Any) -> None:
+    def replaced(*given: Any) -> Admitted:
         if given[2]:
             files("one", 2)
-        place(*given)
+        return place(*given)
 
     monkeypatch.setattr(engine.leader, "place", replaced)
     if not checked:

@@ -56,7 +56,7 @@ def test_it_warns_once_not_for_every_process(monkeypatch: pytest.MonkeyPatch) ->
     for index in range(2):  # two data-parallel engines of two ranks each
         config: Any = SimpleNamespace(
             kv_transfer_config=SimpleNamespace(kv_load_failure_policy="fail", kv_connector_extra_config={}),
-            parallel_config=SimpleNamespace(data_parallel_index=index),
+            parallel_config=SimpleNamespace(data_parallel_index=index, distributed_executor_backend=None),
         )
         for role in (KVConnectorRole.SCHEDULER, KVConnectorRole.WORKER, KVConnectorRole.WORKER):
             connector.KvbmConnector(config, role, None)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ def engine(tiny: Path) -> Iterator[Engine]:
     """Every offload copy starts 200 ms late; 24 blocks of 32 tokens on the device."""
     engine = Engine(
         tiny,
-        {"transport_wrapper": f"kvbm.testing.faults:build?store_delay={DELAY}"},
+        {"transport_wrapper": f"kvbm.testing.faults:build?store_delay={DELAY}", "fence_ms": 10},
         num_gpu_blocks_override=24,
         max_model_len=640,
     )

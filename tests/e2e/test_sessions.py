@@ -14,6 +14,7 @@ from unittest.mock import Mock, patch
 import numpy as np
 import pytest
 
+from kvbm.core.events import Admitted
 from kvbm.manager.wire import Step
 from tests.e2e.conftest import prompt_of
 from tests.e2e.engine import BLOCK, Done, Engine, asynchronous_scheduling, write_gemma
@@ -124,7 +125,7 @@ def test_what_another_connector_loaded_is_no_session() -> None:
     side.match, side.place, side.step, side._placed = (
         partial(getattr(SchedulerSide, name), side) for name in ("match", "place", "step", "_placed")
     )
-    side._leader.match.return_value = 0
+    side._leader.match.return_value, side._leader.place.return_value = 0, Admitted(0, 0, 0)
     side._leader.seal.return_value = Step()
     request = SimpleNamespace(
         request_id="r", num_computed_tokens=0, num_tokens=100, skip_reading_prefix_cache=False

@@ -15,7 +15,6 @@ import pytest
 from kvbm.abc.transport import Completion, Plan, Quiet
 from kvbm.core.config import Settings
 from kvbm.core.outcome import Outcome
-from kvbm.manager import fence
 from kvbm.manager.channel import Link, listen
 from kvbm.manager.wire import Allot, Bye, Copy, GiveUp, Hello, Message, Ready, Refused, Result, Sick, Step
 from kvbm.manager.worker import Collected, Worker
@@ -193,11 +192,8 @@ def test_a_step_without_copies_says_nothing(make_rank: Make) -> None:
 # ---------------------------------------------------------------------- fences
 
 
-def test_a_step_waits_for_the_copies_that_read_what_it_overwrites(
-    make_rank: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fence, "PATIENCE_S", PATIENCE)
-    rank = make_rank({"store_delay": 0.2})
+def test_a_step_waits_for_the_copies_that_read_what_it_overwrites(make_rank: Make) -> None:
+    rank = make_rank({"store_delay": 0.2}, fence_ms=1e3 * PATIENCE)
     rank.step(Step(stores=[Copy.of(1, "a", [0], [0])]))
     rank.worker.before_step(Step(fence=[1, 77]))
     rank.g1.put(0, bytes(sum(ROWS)))

@@ -146,6 +146,8 @@ class Settings(BaseSettings):
     """Fewest tokens of a hit in G2 that are loaded; unset: what the engine would have computed meanwhile. 0: any."""
     load_deadline_s: Seconds = 10.0
     """Seconds after which a load counts as failed and its tokens are computed again."""
+    fence_ms: Annotated[float, Field(ge=0, le=60_000)] = 10.0
+    """Milliseconds that an engine step waits for copies of what it overwrites, before they are stopped."""
     store_deadline_s: Seconds = 30.0
     """Seconds after which an offload counts as failed and its blocks are not matched."""
     init_timeout_s: Seconds = 600.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Final
 
 from kvbm.abc.transport import Completion
 from kvbm.transfer.executor import Executor
@@ -13,16 +12,15 @@ from kvbm.transfer.executor import Executor
 log = logging.getLogger(__name__)
 
 _OVERWRITTEN = "its source may have been overwritten while it ran"
-PATIENCE_S: Final = 0.01
-"""How long a step waits: the engine stands still meanwhile, and what is given up costs no more than its next hit. Host
-memory copies some 50 MB in that time, so that of a copy that runs little is lost."""
 
 
 class Fence:
-    """Waits for copies, a moment. `wait` belongs to the engine's worker thread, `judged` to any."""
+    """Waits for copies, for `patience_s` at most: the engine stands still meanwhile, and what is given up costs no more
+    than its next hit. In ten milliseconds host memory copies some 50 MB, so that of a copy that runs little is lost.
+    `wait` belongs to the engine's worker thread, `judged` to any."""
 
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
+    def __init__(self, executor: Executor, patience_s: float) -> None:
+        self._executor, self._patience_s = executor, patience_s
         self._lock = threading.Lock()
         self._condemned: dict[int, str] = {}
         """Nothing counts of these, and why."""
@@ -30,7 +28,7 @@ class Fence:
     def wait(self, jobs: Sequence[int]) -> None:
         """What these jobs read may be overwritten from now on. Those that do not end in time are given up, but for what
         they have copied; of one that may go on reading nothing counts, whatever it says in the end."""
-        if not jobs or self._executor.wait(jobs, PATIENCE_S):
+        if not jobs or self._executor.wait(jobs, self._patience_s):
             return
         late = [job for job in jobs if not self._executor.wait([job], 0)]
         reading = [job for job in late if not self._executor.cancel([job])]

@@ -38,7 +38,7 @@ class Telling:
         self._sums_for_leader = sums_for_leader
         self._sums = np.zeros(0, np.uint64)
         """Of each host slot, the checksum of what left the engine, where somebody asks for it later."""
-        self._fence = Fence(executor)
+        self._fence = Fence(executor, settings.fence_ms / 1e3)
         self._link: Link | None = None
         self._sick = False
         """Whether the leader knows that nothing can be copied between the two any more."""
