@@ -212,13 +212,17 @@ def test_every_call_may_raise(victim: Victim) -> None:
 
 def test_a_guard_that_answers_success_changes_answers(victim: Victim) -> None:
     """The negative control: the answers notice a load that was promised and not made."""
-    victim.fill()
-    victim.ask(victim.fresh)  # over what the engine has of the others
-    victim._workers(raising.lie_worker)
-    victim.arm("before_step", 1, "before", 0)
-    _, differ = victim.compare(victim.prompts)
-    assert victim.disarm()
-    victim._workers(raising.honest_worker)
+    differ = 0
+    for _ in range(8):  # what was promised may be the load of the one that is aborted
+        victim.fill()
+        victim.ask(victim.fresh)  # over what the engine has of the others
+        victim._workers(raising.lie_worker)
+        victim.arm("before_step", 1, "before", 0)
+        differ += victim.compare(victim.prompts)[1]
+        assert victim.disarm()
+        victim._workers(raising.honest_worker)
+        if differ:
+            break
     assert differ > 0
 
 

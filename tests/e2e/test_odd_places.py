@@ -7,7 +7,9 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,7 +63,13 @@ def inside(folder: Path, *command: str, locale: str = "C.UTF-8") -> subprocess.C
 
 
 @pytest.fixture
-def place(tiny: Path, tmp_path: Path) -> Path:
+def place(tiny: Path) -> Iterator[Path]:
+    # A short path: vLLM makes sockets below it.
+    with tempfile.TemporaryDirectory(prefix="odd") as folder:
+        yield prepared(Path(folder), tiny)
+
+
+def prepared(tmp_path: Path, tiny: Path) -> Path:
     tried = inside(tmp_path, "true")
     if tried.returncode != 0:
         pytest.skip(f"this kernel lets no user make the root file system read-only for itself: {tried.stderr[-200:]}")
