@@ -70,7 +70,7 @@ class Contents:
 
     def __init__(self, folder: Path, *, threads: int | None = None, stop: threading.Event | None = None) -> None:
         self._path, self._lock = folder / "digests.json", folder / "digests.lock"
-        self._threads = threads or max(2, min(8, len(cpus.given())))
+        self._threads = threads or max(4, min(8, len(cpus.given())))
         self._stop = stop or threading.Event()
         self.digested = 0
         """Bytes that were read for it."""
