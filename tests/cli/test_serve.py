@@ -110,6 +110,7 @@ def test_port_that_is_none(kvbm: Callable[..., Result]) -> None:
     ("variables", "sentence"),
     [
         ({"KVBM_G2_GB": "-1"}, "setting g2_gb (from environment KVBM_G2_GB): '-1' is not allowed"),
+        ({"KVBM_G2_GB": "99999"}, "setting g2_gb (from environment KVBM_G2_GB): G2 of 99999 GB does not fit: only"),
         ({"KVBM_G2_ORDER": "best"}, "setting g2_order: there is no 'best'; there are fifo, lru,"),
         ({"KVBM_G3_GB": "1", "KVBM_G3_ORDER": "best"}, "setting g3_order: there is no 'best'"),
         ({"KVBM_G3_GB": "1", "KVBM_PLACEMENT": "best"}, "setting placement: there is no 'best'"),

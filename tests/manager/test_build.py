@@ -82,7 +82,7 @@ def test_a_share_of_what_is_available(tmp_path: Path, monkeypatch: pytest.Monkey
     ("settings", "free", "problem"),
     [
         ({"g2_gb": 1e-6}, 1 << 40, r"g2_gb \(from extra config\): G2 would be smaller than one block of 8192 bytes"),
-        ({"g2_blocks": 3}, (1 << 30) + 8192, r"g2_blocks \(from extra config\): G2 of 3 blocks takes .* but only"),
+        ({"g2_blocks": 3}, (1 << 30) + 8192, r"g2_blocks \(from extra config\): G2 of 3 blocks, .* does not fit: only"),
     ],
 )
 def test_sizes_that_cannot_be(

@@ -66,7 +66,7 @@ def doctor(
     """
     resolved = config.load()
     settings = resolved.settings
-    build.check(settings)
+    build.check(resolved)
     disk = settings.g3_dir if settings.g3_dir is not None else settings.cache_dir and settings.cache_dir / "g3"
     folder = disk if disk is not None and disk.is_dir() else None
     findings = []

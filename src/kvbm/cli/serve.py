@@ -46,8 +46,9 @@ def serve(
 
     Listens on loopback, port 8000 or the next free one, unless --host and --port are given.
     """
-    settings = config.load().settings
-    build.check(settings)
+    resolved = config.load()
+    settings = resolved.settings
+    build.check(resolved)
     for warning in warnings():
         _err.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     path = models.resolve(model, settings.cache_dir, _err)

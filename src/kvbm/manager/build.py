@@ -157,10 +157,15 @@ def _wrap(spec: str, transport: Transport, rank: int) -> Transport:
         raise ConfigError("transport_wrapper", f"{spec!r} cannot be used: {error}") from error
 
 
-def check(settings: Settings) -> None:
-    """Raises ConfigError for what cannot be used: names of policies, folders, keys, secrets. Waits for nothing, and
-    touches nothing."""
+def check(resolved: Resolved) -> None:
+    """Raises ConfigError for what cannot be used: names of policies, folders, keys, secrets, more memory than there is.
+    Waits for nothing, and touches nothing."""
+    settings = resolved.settings
     eviction_order(settings.g2_order, 1, "g2_order")
+    if settings.g2_gb is not None and settings.g2_blocks is None:
+        free = available_memory() - _RESERVE
+        if settings.g2_gb * 1e9 > free:
+            raise _too_large("g2_gb", f"{settings.g2_gb:g} GB", free, resolved)
     build_disk.check(settings)
     build_peers.check(settings)
 
@@ -174,7 +179,7 @@ def build_leader(
     is known as it is. Raises ConfigError for a size that cannot be, Broken if a worker does not come or cannot get its
     memory."""
     settings = resolved.settings
-    check(settings)
+    check(resolved)
     for note in resolved.notes:
         log.warning("KVBM: %s", note)
     wants_disk = build_disk.wanted(settings)
@@ -322,13 +327,17 @@ def size(resolved: Resolved, place: Place, block_bytes: int) -> tuple[int, str]:
             remedy=f"Give it at least {block_bytes / 1e9:.3g} GB.",
         )  # fmt: skip
     if slots * block_bytes > free:
-        raise ConfigError(
-            name,
-            f"G2 of {slots} blocks takes {slots * block_bytes / 1e9:.2f} GB, but only {max(0, free) / 1e9:.2f} GB of "
-            "memory are available (1.07 GB kept for the engine)",
-            source=sources[name], remedy="Make it smaller.",
-        )  # fmt: skip
+        raise _too_large(name, f"{slots} blocks, {slots * block_bytes / 1e9:.2f} GB,", free, resolved)
     return slots, why
+
+
+def _too_large(name: str, asked: str, free: int, resolved: Resolved) -> ConfigError:
+    return ConfigError(
+        name,
+        f"G2 of {asked} does not fit: only {max(0, free) / 1e9:.2f} GB of memory are available (1.07 GB kept for the "
+        "engine)",
+        source=resolved.sources[name], remedy="Make it smaller.",
+    )  # fmt: skip
 
 
 def _allot(settings: Settings, place: Place, links: dict[int, Link], slots: int, stride: int) -> None:
