@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install
 NIXL := $(shell sed -n 's/^nixl = \["\(.*\)"\]$$/\1/p' pyproject.toml)
 
-.PHONY: demo demo-disagg serve test test-fast test-versions check coverage bench docs clean
+.PHONY: demo demo-disagg serve test test-all test-fast test-versions check coverage bench docs clean
 
 demo: $(VENV)/engine
 	$(BIN)/kvbm demo
@@ -26,6 +26,11 @@ serve: $(VENV)/engine
 test: check $(VENV)/engine test-fast
 	$(BIN)/python -m pytest -m untimed --numprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest -m "e2e and not untimed"
+
+# What takes hours: the lines of what decides, thousands of random requests, and every version of vLLM that is served.
+test-all: test coverage
+	$(BIN)/python -m tests.e2e.compare --requests 5000
+	$(BIN)/python -m tests.versions
 
 test-fast: $(VENV)/dev
 	$(BIN)/python -m pytest -m "not e2e" --numprocesses 2 --dist worksteal
