@@ -1,10 +1,14 @@
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from kvbm.core import cpus as given_cpus
 
 PROGRAM = """
 import json, multiprocessing, os, sys, threading
@@ -64,3 +68,24 @@ def test_a_worker_that_was_bound_gives_its_threads_what_its_engine_has(
 @pytest.mark.parametrize("method", ["spawn", None])
 def test_what_the_user_took_away_stays_away(tmp_path: Path, all_cpus: set[int], method: str | None) -> None:
     assert threads_have(tmp_path, {max(all_cpus)}, {min(all_cpus)}, method) == {max(all_cpus)}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_child_has_those_of_its_parent(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    """Or, where that has ended, what it had at the start."""
+    parent = SimpleNamespace(pid=os.getpid() if there else 2**22 + 1)
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: parent)
+    given_cpus.given.cache_clear()
+    assert given_cpus.given() == (os.sched_getaffinity(0) if there else given_cpus._IMPORTED)
+    given_cpus.given.cache_clear()
+
+
+def test_where_it_is_refused_a_thread_keeps_what_it_inherited(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError("not permitted")
+
+    monkeypatch.setattr(os, "sched_setaffinity", refused)
+    given_cpus.spread("a thread")
+    assert "a thread keeps the CPU affinity it inherited: not permitted" in caplog.text
