@@ -92,3 +92,16 @@ def test_a_priority_is_never_doubted() -> None:
     keep(pool, [C, D, E, F, G, H])
     with pool.allocate(2) or pytest.fail("nothing to evict"):
         assert gone(pool) == {G, H}
+
+
+def test_books_that_do_not_fit_are_noticed() -> None:
+    pool = full()
+    pool.doubt([C, D])
+    ranks = pool._ledger._ranks
+    assert ranks._doubts is not None
+    ranks._doubts.pop(0, 1)
+    with pytest.raises(AssertionError, match="doubted blocks can be evicted"):
+        pool.check()
+    ranks._doubted[:] = True
+    with pytest.raises(AssertionError, match=r"doubted (that holds no block|blocks can be evicted)"):
+        pool.check()
