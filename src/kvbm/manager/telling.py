@@ -100,7 +100,7 @@ class Telling:
         except Exception as error:
             log.exception("KVBM: the end of a move went wrong")
             self.turn_off(f"off until the engine is started anew: the end of a move raised {error!r}")
-            Telling._report(self, job, completion)  # as failed
+            self._report(job, completion)  # as failed
 
     def _start(self, job: int, plan: Plan, deadline_s: float, ended: Callable[[int, Completion], None]) -> None:
         """Has blocks copied between the engine and host memory, unless that was given up before."""
