@@ -29,7 +29,7 @@ from kvbm.core import config
 
 SHORT = "--short" in sys.argv
 ROUNDS, REQUESTS, ANSWER = (1, 16, 12) if SHORT else (3, 36, 11)
-"""Three rounds give each row 1,080 times between tokens; a processor without bfloat16 takes 4 ms for a prompt's token."""
+"""Three rounds give each row 1,080 times between tokens. A prompt token takes up to 4 ms."""
 CONCURRENCY = (1, 16) if SHORT else (1, 4, 16)
 PREFIXES, PREFIX, SUFFIX = (8, 128, 32) if SHORT else (12, 256, 32)
 MODEL_LEN = 2 * PREFIX
