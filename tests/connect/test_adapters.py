@@ -182,6 +182,7 @@ def test_files_are_known_by_all_that_changes_when_they_do(adapters: Any, tmp_pat
     os.utime(file, ns=times)  # its change is still seen in ctime
     assert adapters.files(str(tmp_path)) != before
     assert adapters.files("org/name") == ("org/name",)
+    assert adapters.files("no\0name") == ("no\0name",)
 
 
 @pytest.mark.parametrize(

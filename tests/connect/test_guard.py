@@ -391,6 +391,17 @@ def test_what_is_no_exception_passes(ranks: Ranks, error: BaseException) -> None
     assert ranks.upper.off is ranks.lower[0].off is None
 
 
+def test_an_exception_that_cannot_be_written_down(ranks: Ranks) -> None:
+    class Unspeakable(Exception):
+        def __repr__(self) -> str:
+            raise ValueError
+
+    ranks.upper.bad, ranks.upper.error = "match", Unspeakable()
+    assert ranks.scheduler.match(SimpleNamespace(request_id="x"), 0) == (0, False)
+    assert ranks.upper.off is not None
+    assert ranks.upper.off.endswith("match raised Unspeakable")
+
+
 def test_turning_off_and_the_end_may_raise(ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
     ranks.upper.bad = "turn_off"
     ranks.scheduler._end("something")

@@ -178,7 +178,7 @@ def test_every_value_of_a_models_configuration_counts(config: Any) -> None:
         ("VLLM_MOE_ROUTING_SIMULATION_STRATEGY", "uniform_random", True),
         ("VLLM_ROCM_QUICK_REDUCE_QUANTIZATION", "INT4", True),
         ("VLLM_BATCH_INVARIANT", "1", False),
-        ("VLLM_FLOAT32_MATMUL_PRECISION", "medium", False),
+        ("VLLM_FLOAT32_MATMUL_PRECISION", "medium", True),
         ("VLLM_API_KEY", "secret", False),
         ("VLLM_HOST_IP", "10.0.0.7", False),
     ],
@@ -281,6 +281,37 @@ def _layers(blocks: int = 64, *, caches: Any = None, kv: Any = None, **changed: 
     kv = kv or _kv(*names)
     kv.num_blocks = blocks
     return identity.layers(config, kv, caches or {name: torch.zeros(blocks, 2, BLOCK, 64) for name in names})
+
+
+def test_a_class_under_the_name_of_another(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts put their own in the place of vLLM's: by name, and by the file that they are in, wherever that is."""
+    from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.registry import _LazyRegisteredModel
+
+    def of(text: str, cls: str = "Mine") -> dict[str, Any]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        (folder / "kvbm_tried.py").write_text(text)
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(folder)
+            patch.setitem(ModelRegistry.models, "LlamaForCausalLM", _LazyRegisteredModel("kvbm_tried", cls))
+            return dict(_namespace(config).facts)
+
+    plain = _namespace(config).facts
+    assert "model.class" not in plain
+    seen = [of("a = 1"), of("a = 2"), of("a = 1", "Other")]
+    assert len({each["model.class"] for each in seen}) == 3
+    assert of("a = 1") == seen[0], "not where it lies"
+    assert {name: each for name, each in seen[0].items() if name != "model.class"} == plain
+
+    monkeypatch.setitem(op_registry_oot, "RMSNorm", _Other)
+    assert _namespace(config).facts["engine.layer.RMSNorm"].startswith(f"{__name__}._Other ")
+    typed = type("Typed", (), {"__module__": "nowhere"})
+    monkeypatch.setitem(op_registry_oot, "RMSNorm", typed)
+    assert len({_namespace(config).fingerprint for _ in range(2)}) == 2, "nobody knows what it does"
+    backend = type("Mine", (), {"get_name": staticmethod(lambda: "CPU_ATTN")})
+    assert _layers(l1={"attn_backend": backend})["kv.backend"] != _layers()["kv.backend"]
 
 
 def test_every_layer_counts() -> None:

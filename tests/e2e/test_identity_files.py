@@ -89,6 +89,17 @@ FOLDERS = {
 }
 
 
+def test_a_path_that_goes_up_behind_a_link(tmp_path: Path) -> None:
+    """It leads where the kernel says, and so vLLM: not to the folder of that name beside the link."""
+    read = fill(tmp_path / "disk" / "b", "model.safetensors", content="what vLLM reads")
+    fill(tmp_path / "b", "model.safetensors", content="beside it")
+    fill(tmp_path / "disk" / "a", "model.safetensors")
+    (tmp_path / "current").symlink_to("disk/a")
+    over, known = str(tmp_path / "current" / ".." / "b"), Contents(tmp_path / "digests")
+    one, other = (known.identify(lambda path=path: chosen(model_config(path)), FUTURE) for path in (over, read))
+    assert one == other
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("load_format", ["auto", "hf", "safetensors", "fastsafetensors", "mistral", "pt", "npcache"])
 def test_the_weights_are_those_that_vllm_reads(tmp_path: Path, folder: str, load_format: str) -> None:

@@ -150,6 +150,21 @@ def test_clients_do_not_fill_the_log(
     assert sum("is not understood: ignored" in sentence for sentence in sentences) == 2
 
 
+def test_parameters_that_are_none(engine: Engine) -> None:
+    """An engine without a connector never looks at them; with one, vLLM 0.32 does, and would end."""
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    params = SamplingParams(max_tokens=2, extra_args={"kv_transfer_params": "nothing"})
+    request = Request("odd", [5] * 40, params, None, block_hasher=engine.core.request_block_hasher)
+    engine.core.scheduler.add_request(request)
+    while engine.core.scheduler.has_unfinished_requests():
+        engine.core.step()
+    assert request.num_output_tokens == 2
+    assert engine.leader.off is None
+    assert engine.explain("odd")["why"][0].startswith("kv_transfer_params must be an object")
+
+
 def test_a_time_to_live_ends(engine: Engine, dice: random.Random) -> None:
     prompt = prompt_of(dice, 200)
     engine.run([prompt], 1, params={"ttl": 1.5})

@@ -189,10 +189,13 @@ def test_what_the_engine_found_in_its_own_cache(
 # ---------------------------------------------------------------------- when it counts
 
 
-def _config(*, transfer: object = None, extension: str = "", sleep: bool = False, loader: str = "auto") -> Any:
+def _config(
+    *, transfer: object = None, extension: str = "", worker: str = "vllm.v1.worker.cpu_worker.CPUWorker",
+    sleep: bool = False, loader: str = "auto",
+) -> Any:  # fmt: skip
     return SimpleNamespace(
         weight_transfer_config=transfer,
-        parallel_config=SimpleNamespace(worker_extension_cls=extension),
+        parallel_config=SimpleNamespace(worker_extension_cls=extension, worker_cls=worker),
         model_config=SimpleNamespace(enable_sleep_mode=sleep),
         load_config=SimpleNamespace(load_format=loader),
     )
@@ -205,6 +208,7 @@ def _config(*, transfer: object = None, extension: str = "", sleep: bool = False
         ({}, {"reset": "follow"}, "reset=follow"),
         ({"transfer": object()}, {}, "weight_transfer_config"),
         ({"extension": "a.B"}, {}, "worker_extension_cls"),
+        ({"worker": "a.B"}, {}, "worker_cls"),
         ({"sleep": True}, {}, "enable_sleep_mode"),
         ({"sleep": True}, {"reset": "own"}, None),
         ({"loader": "dummy"}, {}, "load_format=dummy"),

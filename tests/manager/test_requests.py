@@ -96,6 +96,13 @@ def test_what_is_worth_keeping(params: dict[str, Any], settings: dict[str, Any],
     assert min(RequestParams(**params).kept_tokens(Settings(**settings), 100), 10_000) == kept
 
 
+@pytest.mark.parametrize("value", [True, 1, "load", ["kvbm"]])
+def test_nothing_that_holds_parameters(value: Any) -> None:
+    params, (sentence,) = RequestParams.parse(value)
+    assert params == RequestParams()
+    assert sentence == f"kv_transfer_params must be an object, not {value!r}: ignored"
+
+
 @pytest.mark.parametrize("value", [True, 1, "load", [("load", False)]])
 def test_not_an_object(value: Any) -> None:
     params, (sentence,) = RequestParams.parse({"kvbm": value})

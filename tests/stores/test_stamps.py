@@ -154,6 +154,17 @@ def test_what_is_written_down_is_private_and_believed_only_if_it_is(root: Path) 
     assert recorded(root / "absent", 7) == recorded(None, 7) == Start(7)
 
 
+def test_a_folder_above_is_that_above_where_a_link_leads(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "current2").symlink_to("models/one")
+    (root / "two").write_bytes(b"not it")
+    (root / "models" / "two").write_bytes(b"weights")
+    path = str(root / "current2" / ".." / "two")
+    assert Path(path).read_bytes() == b"weights"
+    assert stamps.ends(path, survey([path])) == str(root / "models" / "two")
+    monkeypatch.chdir(root)
+    assert stamps.ends("current2/../two", survey(["current2/../two"])) == str(root / "models" / "two")
+
+
 def test_links_in_a_circle(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")

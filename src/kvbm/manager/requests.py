@@ -52,6 +52,8 @@ class RequestParams:
     @classmethod
     def parse(cls, params: Mapping[str, Any] | None) -> tuple[RequestParams, list[str]]:
         """The parameters, and a sentence for each that is wrong and therefore ignored (a request is never failed)."""
+        if params is not None and not isinstance(params, Mapping):
+            return cls(), [f"kv_transfer_params must be an object, not {_short(params)}: ignored"]
         ours = (params or {}).get(PARAMS_KEY)
         if ours is None:
             return cls(), []

@@ -85,6 +85,11 @@ class Stamp(NamedTuple):
         return self.ctime >= then
 
 
+def absolute(path: str) -> str:
+    """From the root on, and not shorter than it is: behind a link `..` leads where the link leads."""
+    return os.path.join(os.getcwd(), path)
+
+
 def survey(paths: Iterable[str]) -> dict[str, Stamp]:
     """The stamps of all that is on the way to these, themselves included: folders, links and where they lead. Raises
     OSError."""
@@ -100,7 +105,7 @@ def ends(path: str, found: Mapping[str, Stamp]) -> str:
 
 
 def _walk(path: str, found: dict[str, Stamp]) -> str:
-    at, left, followed = "/", deque(os.path.abspath(path).split("/")), 0
+    at, left, followed = "/", deque(absolute(path).split("/")), 0
     while left:
         part = left.popleft()
         if part in ("", "."):

@@ -49,7 +49,7 @@ def files(path: str) -> Hashable:
     try:
         with os.scandir(os.path.expanduser(path)) as entries:
             found = [(entry.name, entry.stat()) for entry in entries]
-    except OSError:
+    except (OSError, ValueError):  # also where no file can be called so
         return (path,)
     return path, *sorted(
         (name, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

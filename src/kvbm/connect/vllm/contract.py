@@ -33,7 +33,7 @@ READS = {
     "hf_overrides is_encoder_decoder is_prefix_caching_supported max_model_len model multimodal_config pooler_config "
     "quantization revision seed trust_remote_code",
     "vllm.config.ParallelConfig": "data_parallel_index data_parallel_size_local decode_context_parallel_size "
-    "distributed_executor_backend pipeline_parallel_size tensor_parallel_size worker_extension_cls",
+    "distributed_executor_backend pipeline_parallel_size tensor_parallel_size worker_cls worker_extension_cls",
     "vllm.config.SchedulerConfig": "async_scheduling enable_chunked_prefill",
     "vllm.config.VllmConfig": "cache_config compilation_config device_config kv_events_config kv_transfer_config "
     "load_config lora_config model_config parallel_config scheduler_config speculative_config "

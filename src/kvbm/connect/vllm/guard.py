@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -73,10 +74,12 @@ class Guard(Generic[Side]):
         try:
             return call(*args)
         except Exception as error:
-            name = getattr(call, "__name__", "a call")
-            log.exception("KVBM: %s went wrong", name)
+            name, said = getattr(call, "__name__", "a call"), type(error).__name__
+            with suppress(Exception):  # of one that cannot even be written down, or for want of memory
+                log.exception("KVBM: %s went wrong", name)
+                said = repr(error)
             if self.off is None:
-                self._end(f"off until the engine is started anew: {name} raised {error!r}")
+                self._end(f"off until the engine is started anew: {name} raised {said}")
         return otherwise
 
     def _end(self, why: str) -> None:

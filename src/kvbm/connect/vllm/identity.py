@@ -8,15 +8,19 @@ import hashlib
 import json
 import logging
 import secrets
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from functools import partial
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm import envs
+from vllm.model_executor import custom_op
+from vllm.model_executor.models import ModelRegistry
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core import kv_cache_utils
 
@@ -66,10 +70,12 @@ def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
         **_hashes(config.cache_config.prefix_caching_hash_algo),
         **dict(_settings("", config)),
         **_variables(),
+        **_not_its_own(config),
     }
     if geometry.replicated(config, kv):
         facts["parallel.replicated"] = "true"
-    if "Transformers" in str(getattr(model, "architecture", "")):  # its code for models is not vLLM's
+    if "Transformers" in str(getattr(model, "architecture", "")) or model.multimodal_config is not None:
+        # Its code for models is not vLLM's, and vLLM takes encoders of it.
         import transformers
 
         facts["model.transformers"] = transformers.__version__
@@ -83,6 +89,35 @@ def _plugins() -> list[str]:
     groups = ("vllm.general_plugins", "vllm.platform_plugins")
     points = [point for group in groups for point in entry_points(group=group)]
     return sorted(f"{each.name} {each.dist.name} {each.dist.version}" for each in points if each.dist is not None)
+
+
+def _not_its_own(config: VllmConfig) -> Facts:
+    """Classes that are not vLLM's under names of its, where scripts put them: they compute as they like."""
+    layers = getattr(custom_op, "op_registry_oot", {})
+    found = {f"engine.layer.{name}": (each.__module__, each.__qualname__) for name, each in layers.items()}
+    models = {"model": config.model_config}
+    if keeps_draft(config):
+        models["speculative.draft_model"] = config.speculative_config.draft_model_config
+    for name, model in models.items():
+        known = ModelRegistry.models.get(str(getattr(model, "architecture", "")))
+        if (each := getattr(known, "model_cls", None)) is not None:
+            found[f"{name}.class"] = each.__module__, each.__qualname__
+        elif known is not None:  # nothing is imported for this
+            found[f"{name}.class"] = str(known.module_name), str(known.class_name)
+    return {
+        name: f"{module}.{each} {_content(_file(module))}"
+        for name, (module, each) in found.items()
+        if not module.startswith("vllm.")
+    }
+
+
+def _file(module: str) -> Path:
+    """Where a module's code stands; nowhere where it was typed."""
+    try:
+        where = sys.modules.get(module) or find_spec(module)
+    except (ImportError, ValueError):
+        where = None
+    return Path(str(getattr(where, "__file__", None) or getattr(where, "origin", None) or module))
 
 
 def keeps_draft(config: VllmConfig) -> bool:
@@ -240,7 +275,8 @@ def _by_layer(values: Sequence[str]) -> str:
 def _backend(layer: Any) -> str:
     """What computes it and, on a CPU, with which instructions (with AMX it packs keys another way than without)."""
     backend = getattr(layer, "attn_backend", None) or layer.get_attn_backend()
-    return f"{backend.get_name()} {getattr(layer, 'isa', '')}".rstrip()
+    other = f" {_named(backend)}" if isinstance(backend, type) and not backend.__module__.startswith("vllm.") else ""
+    return f"{backend.get_name()} {getattr(layer, 'isa', '')}".rstrip() + other
 
 
 def _form(tensor: torch.Tensor, blocks: int) -> list[Any]:
@@ -290,6 +326,15 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def _named(cls: type) -> str:
+    """Remote code's modules are called by where they lie; it counts with the weights."""
+    return (
+        cls.__name__
+        if cls.__module__.startswith(("vllm.", "transformers_modules."))
+        else f"{cls.__module__}.{cls.__qualname__}"
+    )
+
+
 def _plain(value: Any, depth: int = 0) -> Any:
     """A value as JSON has it, without anything that is a process's own (addresses, orders of sets)."""
     deeper = partial(_plain, depth=depth + 1)
@@ -314,4 +359,4 @@ def _plain(value: Any, depth: int = 0) -> Any:
     names = [field.name for field in fields(value)] if is_dataclass(value) else sorted(getattr(value, "__dict__", {}))
     if not names and " at 0x" not in (text := repr(value)):  # a pattern, a number of numpy's, a part of a function
         return text
-    return {"": type(value).__name__, **{name: deeper(getattr(value, name, None)) for name in names}}
+    return {"": _named(type(value)), **{name: deeper(getattr(value, name, None)) for name in names}}

@@ -19,6 +19,8 @@ def changing_weights(config: VllmConfig, settings: Settings) -> str | None:
         return "the engine takes weights from a trainer: weight_transfer_config"
     if config.parallel_config.worker_extension_cls:
         return "a worker extension can replace them: worker_extension_cls"
+    if not str(config.parallel_config.worker_cls).startswith(("auto", "vllm.")):
+        return "a worker that is not vLLM's own can replace them: worker_cls"
     if config.model_config.enable_sleep_mode:
         return "they can be replaced while the engine sleeps: enable_sleep_mode"
     if config.load_config.load_format == "dummy" and not settings.dummy_weights_fixed:

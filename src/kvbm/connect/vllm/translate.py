@@ -165,6 +165,8 @@ class SchedulerSide:
             self._drain_s = 0.0
         self._heed_reset()
         params, wrong = RequestParams.parse(request.kv_transfer_params)
+        if not isinstance(request.kv_transfer_params, Mapping):
+            request.kv_transfer_params = None  # a client may send anything (`vllm_xargs`), and vLLM looks into it next
         if wrong:
             # What clients send must not fill the log; `kvbm explain` has it of each request.
             self._wrong.warning("KVBM: request %.100s: %s", request.request_id, wrong[0])

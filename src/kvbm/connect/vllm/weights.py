@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 from vllm import envs
 
 from kvbm.stores.content import Chosen
-from kvbm.stores.stamps import Changed
+from kvbm.stores.stamps import Changed, absolute
 
 if TYPE_CHECKING:
     from vllm.config import LoadConfig, ModelConfig, VllmConfig
@@ -144,7 +144,7 @@ def _facts(load: LoadConfig) -> tuple[str, ...]:
 def _folder(name: str, model: ModelConfig, load: LoadConfig, watched: list[str]) -> str:
     """Where a model's files are."""
     if os.path.isdir(name) or os.path.isfile(name):
-        return os.path.abspath(name)
+        return absolute(name)
     folder = _snapshot(name, model.revision, load.download_dir, watched)
     commit = getattr(model.hf_config, "_commit_hash", None)
     if commit is not None and os.path.basename(folder) != commit:
@@ -251,11 +251,11 @@ def _code(
     files, folders = [], []
     for name, revision in sources.items():
         # Only weights are in `download_dir`.
-        at = os.path.abspath(name) if os.path.isdir(name) else _snapshot(name, revision, None, watched)
+        at = absolute(name) if os.path.isdir(name) else _snapshot(name, revision, None, watched)
         if at == folder:
             continue
         folders.append(at)
-        label = name if at != os.path.abspath(name) else "code"
+        label = name if at != absolute(name) else "code"
         files += [(f"{label} {os.path.relpath(path, at)}", path) for path in _walk(at, folders) if path.endswith(".py")]
     return files, folders
 
@@ -278,7 +278,7 @@ def _tokenizer(model: ModelConfig, watched: list[str]) -> tuple[list[tuple[str, 
     if not ngrams and (model.multimodal_config is None or model.skip_tokenizer_init):
         return [], []
     name = str(model.tokenizer)
-    if not os.path.exists(at := os.path.abspath(name)):
+    if not os.path.exists(at := absolute(name)):
         at = _snapshot(name, model.revision if ngrams else model.tokenizer_revision, None, watched)
     if os.path.isfile(at):
         return [("tokenizer", at)], []
@@ -293,4 +293,4 @@ def _elsewhere(model: ModelConfig) -> list[tuple[str, str]]:
         "quantization config": overrides.get("quantization_config_file"),
         "encoder scales": getattr(model.multimodal_config, "mm_encoder_fp8_scale_path", None),
     }
-    return [(name, os.path.abspath(str(path))) for name, path in named.items() if path]
+    return [(name, absolute(str(path))) for name, path in named.items() if path]
