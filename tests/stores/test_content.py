@@ -125,6 +125,23 @@ def test_young_files_and_network_file_systems_are_not_remembered(
     assert set(made(contents, files).values()) == {"again"}, "what was remembered counts on local file systems only"
 
 
+def test_times_that_no_kernel_wrote_are_not_remembered(
+    files: list[str], contents: Contents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two images of a file system, made at one time: their files have the same inodes, sizes and times."""
+    old(monkeypatch)
+    of = Stamp.of
+
+    def whole(status: os.stat_result) -> Stamp:
+        return of(status)._replace(inode=7, ctime=5 * 10**9, mtime=5 * 10**9)
+
+    monkeypatch.setattr(Stamp, "of", staticmethod(whole))
+    before = made(contents, files[:1])
+    Path(files[0]).write_bytes(b"x" * 100)
+    assert made(contents, files[:1]) != before
+    assert contents._load() == {}
+
+
 def test_a_memory_that_is_damaged_or_not_ours(
     files: list[str], contents: Contents, monkeypatch: pytest.MonkeyPatch
 ) -> None:

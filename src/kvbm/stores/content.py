@@ -216,7 +216,7 @@ class Contents:
         return {
             path: known[_text(end)][5]
             for path, (end, mark) in wanted.items()
-            if _text(end) in known and known[_text(end)][:5] == mark[1:] and lasting(end)
+            if _text(end) in known and known[_text(end)][:5] == mark[1:] and mark.by_kernel and lasting(end)
         }
 
     def _load(self) -> dict[str, tuple[int, int, int, int, int, str]]:
@@ -235,7 +235,7 @@ class Contents:
         files = self._load()
         for (end, mark), said in made.items():
             files.pop(_text(end), None)
-            if mark.ctime < begun - _YOUNG_NS and lasting(end):
+            if mark.ctime < begun - _YOUNG_NS and mark.by_kernel and lasting(end):
                 files[_text(end)] = (*mark[1:], said)
         new = self._path.with_name(f"{self._path.name}.{os.getpid()}.{threading.get_native_id()}")
         try:

@@ -70,6 +70,12 @@ class Stamp(NamedTuple):
         size = 0 if kind == "d" else status.st_size
         return Stamp(kind, status.st_dev, status.st_ino, size, status.st_mtime_ns, status.st_ctime_ns)
 
+    @property
+    def by_kernel(self) -> bool:
+        """Whether its ctime seems to be a kernel's. What makes an image of a file system writes whole seconds, of its
+        choice, and gives files of one layout the same inodes: two images are alike."""
+        return self.ctime % 1_000_000_000 != 0
+
     def replaced_by(self, other: Stamp, *, entries: bool = True) -> bool:
         """Whether what is there now is something else. Of a folder on the way (not `entries`) what is in it does not
         matter, but what it is does: who is renamed has a ctime that is not its mtime."""
