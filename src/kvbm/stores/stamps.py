@@ -93,7 +93,7 @@ class Stamp(NamedTuple):
 
 def absolute(path: str) -> str:
     """From the root on, and not shorter than it is: behind a link `..` leads where the link leads."""
-    return os.path.join(os.getcwd(), path)
+    return path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
 
 
 def survey(paths: Iterable[str]) -> dict[str, Stamp]:
