@@ -289,27 +289,28 @@ def test_a_class_under_the_name_of_another(config: Any, tmp_path: Path, monkeypa
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.registry import _LazyRegisteredModel
 
-    def of(text: str, cls: str = "Mine") -> dict[str, Any]:
+    from kvbm.connect.vllm import identity
+
+    def of(text: str, cls: str = "Mine") -> dict[str, str]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         (folder / "kvbm_tried.py").write_text(text)
         with monkeypatch.context() as patch:
             patch.syspath_prepend(folder)
             patch.setitem(ModelRegistry.models, "LlamaForCausalLM", _LazyRegisteredModel("kvbm_tried", cls))
-            return dict(_namespace(config).facts)
+            return identity.others(config)
 
-    plain = _namespace(config).facts
-    assert "model.class" not in plain
+    assert identity.others(config) == {}
     seen = [of("a = 1"), of("a = 2"), of("a = 1", "Other")]
     assert len({each["model.class"] for each in seen}) == 3
     assert of("a = 1") == seen[0], "not where it lies"
-    assert {name: each for name, each in seen[0].items() if name != "model.class"} == plain
 
     monkeypatch.setitem(op_registry_oot, "RMSNorm", _Other)
-    assert _namespace(config).facts["engine.layer.RMSNorm"].startswith(f"{__name__}._Other ")
-    typed = type("Typed", (), {"__module__": "nowhere"})
-    monkeypatch.setitem(op_registry_oot, "RMSNorm", typed)
-    assert len({_namespace(config).fingerprint for _ in range(2)}) == 2, "nobody knows what it does"
+    facts = identity.others(config)
+    assert facts.keys() == {"engine.layer.RMSNorm"}
+    assert facts["engine.layer.RMSNorm"].startswith(f"{__name__}._Other ")
+    monkeypatch.setitem(op_registry_oot, "RMSNorm", type("Typed", (), {"__module__": "nowhere"}))
+    assert identity.others(config) != identity.others(config), "nobody knows what it does"
     backend = type("Mine", (), {"get_name": staticmethod(lambda: "CPU_ATTN")})
     assert _layers(l1={"attn_backend": backend})["kv.backend"] != _layers()["kv.backend"]
 

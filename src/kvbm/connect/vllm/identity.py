@@ -70,7 +70,6 @@ def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
         **_hashes(config.cache_config.prefix_caching_hash_algo),
         **dict(_settings("", config)),
         **_variables(),
-        **_not_its_own(config),
     }
     if geometry.replicated(config, kv):
         facts["parallel.replicated"] = "true"
@@ -89,35 +88,6 @@ def _plugins() -> list[str]:
     groups = ("vllm.general_plugins", "vllm.platform_plugins")
     points = [point for group in groups for point in entry_points(group=group)]
     return sorted(f"{each.name} {each.dist.name} {each.dist.version}" for each in points if each.dist is not None)
-
-
-def _not_its_own(config: VllmConfig) -> Facts:
-    """Classes that are not vLLM's under names of its, where scripts put them: they compute as they like."""
-    layers = getattr(custom_op, "op_registry_oot", {})
-    found = {f"engine.layer.{name}": (each.__module__, each.__qualname__) for name, each in layers.items()}
-    models = {"model": config.model_config}
-    if keeps_draft(config):
-        models["speculative.draft_model"] = config.speculative_config.draft_model_config
-    for name, model in models.items():
-        known = ModelRegistry.models.get(str(getattr(model, "architecture", "")))
-        if (each := getattr(known, "model_cls", None)) is not None:
-            found[f"{name}.class"] = each.__module__, each.__qualname__
-        elif known is not None:  # nothing is imported for this
-            found[f"{name}.class"] = str(known.module_name), str(known.class_name)
-    return {
-        name: f"{module}.{each} {_content(_file(module))}"
-        for name, (module, each) in found.items()
-        if not module.startswith("vllm.")
-    }
-
-
-def _file(module: str) -> Path:
-    """Where a module's code stands; nowhere where it was typed."""
-    try:
-        where = sys.modules.get(module) or find_spec(module)
-    except (ImportError, ValueError):
-        where = None
-    return Path(str(getattr(where, "__file__", None) or getattr(where, "origin", None) or module))
 
 
 def keeps_draft(config: VllmConfig) -> bool:
@@ -304,6 +274,36 @@ def _places(parts: Sequence[Sequence[torch.Tensor]]) -> list[Any]:
 def _numbers(scale: Any) -> Any:
     """A scale, one number or several."""
     return scale.flatten().tolist() if hasattr(scale, "tolist") else _plain(scale)
+
+
+def others(config: VllmConfig) -> Facts:
+    """Classes that are not vLLM's under names of its: they compute as they like. Scripts put them there, maybe not in
+    every process: a worker has to say it."""
+    layers = getattr(custom_op, "op_registry_oot", {})
+    found = {f"engine.layer.{name}": (each.__module__, each.__qualname__) for name, each in layers.items()}
+    models = {"model": config.model_config}
+    if keeps_draft(config):
+        models["speculative.draft_model"] = config.speculative_config.draft_model_config
+    for name, model in models.items():
+        known = ModelRegistry.models.get(str(getattr(model, "architecture", "")))
+        if (each := getattr(known, "model_cls", None)) is not None:
+            found[f"{name}.class"] = each.__module__, each.__qualname__
+        elif known is not None:  # nothing is imported for this
+            found[f"{name}.class"] = str(known.module_name), str(known.class_name)
+    return {
+        name: f"{module}.{each} {_content(_file(module))}"
+        for name, (module, each) in found.items()
+        if not module.startswith("vllm.")
+    }
+
+
+def _file(module: str) -> Path:
+    """Where a module's code stands; nowhere where it was typed."""
+    try:
+        where = sys.modules.get(module) or find_spec(module)
+    except (ImportError, ValueError):
+        where = None
+    return Path(str(getattr(where, "__file__", None) or getattr(where, "origin", None) or module))
 
 
 # ---------------------------------------------------------------------- words

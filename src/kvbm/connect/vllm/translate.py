@@ -368,7 +368,7 @@ class WorkerSide:
             identity.namespace(self._config, self._kv),
             geometry.g1_region(self._kv, caches, str(self._config.cache_config.cache_dtype)),
             get_tensor_model_parallel_rank(),
-            identity.layers(self._config, self._kv, caches),
+            identity.layers(self._config, self._kv, caches) | identity.others(self._config),
             configured.began(self._config),
             adapters.find(self._config),
         )
