@@ -109,6 +109,7 @@ def test_verify_finds_what_is_bad_and_drops_it_when_asked(kvbm: Kvbm, folder: Pa
         assert f"{A[:16]}, rank 0: 4 blocks are whole, 1 records are damaged (slots 2)" in found.stdout
         assert f"{A[:16]}, rank 1: 4 blocks are whole, 1 are not (slots 3)" in found.stdout
         assert ("Dropped 2 bad blocks and records." in found.stdout) == bool(options)
+        assert found.stderr == f"kvbm: {folder}: 2 blocks or records are bad or could not be read\n"
     assert kvbm("disk", "verify", str(folder)).exit_code == 0
     told = json.loads(kvbm("disk", "inspect", str(folder), "--namespace", "aaa", "--json").stdout)
     assert [(one["blocks"], one["bad"]) for one in told] == [(3, 1)]
@@ -151,7 +152,21 @@ def test_purge_asks(kvbm: Kvbm, folder: Path) -> None:
     asked = kvbm("disk", "purge", str(folder))
     assert asked.exit_code == 1
     assert "Delete these?" in asked.stdout
+    assert asked.stderr.splitlines()[-1] == "kvbm: stopped"
+    told = kvbm("disk", "purge", str(folder), "--json")
+    assert (told.exit_code, told.stdout) == (2, "")
+    assert told.stderr == "kvbm: --json does not ask before it deletes: it needs --yes\n"
     assert len([path for path in folder.iterdir() if path.is_dir()]) == 2
+
+
+def test_purge_for_programs(kvbm: Kvbm, folder: Path) -> None:
+    told = kvbm("disk", "purge", str(folder), "--yes", "--json", "--older-than", "99999")
+    assert (told.exit_code, json.loads(told.stdout), told.stderr) == (0, [], "")
+    told = kvbm("disk", "purge", str(folder), "--yes", "--json", "--namespace", "a")
+    (one,) = json.loads(told.stdout)
+    assert one.pop("bytes") > 5 * 2 * BLOCK
+    assert one == {"folder": A[:16], "model": "org/a", "outcome": "deleted"}
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == [B[:16]]
 
 
 def test_what_a_later_version_wrote_is_shown(kvbm: Kvbm, folder: Path) -> None:

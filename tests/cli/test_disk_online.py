@@ -74,6 +74,9 @@ def test_purge_goes_through_the_engine(kvbm: Kvbm, engine: Whole, options: tuple
     assert engine.disk.peek(keys) == left
     assert (f"{engine.own.name} is empty; its space stays" in shown.stdout) == (left == 0)
     assert "Deleted " in shown.stdout
+    if left == 0:
+        again = json.loads(kvbm("disk", "purge", str(engine.folder), "--yes", "--json").stdout)
+        assert [(one["folder"], one["outcome"]) for one in again] == [(engine.own.name, "emptied")]
 
 
 def test_an_engine_of_another_folder_is_not_asked(kvbm: Kvbm, engine: Whole, tmp_path: Path) -> None:

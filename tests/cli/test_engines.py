@@ -151,7 +151,8 @@ def test_engine_that_answers_with_an_error(kvbm: Kvbm, engine: Start, answer: An
     plain = kvbm("status", "--json")
     assert (plain.exit_code, json.loads(plain.stdout)) == (1, [{"engine": "one", "error": sentence}])
     paused = kvbm("pause")
-    assert (paused.exit_code, paused.stderr) == (1, f"engine one: {sentence}\n")
+    assert (paused.exit_code, paused.stderr) == (1, f"kvbm: engine one: {sentence}\n")
+    assert plain.stderr == shown.stderr == paused.stderr
 
 
 def test_engine_that_does_not_answer(kvbm: Kvbm, engine: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +161,7 @@ def test_engine_that_does_not_answer(kvbm: Kvbm, engine: Start, monkeypatch: pyt
     engine("one", lambda _: late.wait(10) and b"")
     result = kvbm("pause")
     late.set()
-    assert (result.exit_code, result.stderr) == (1, "engine one: it did not answer within 0.05 seconds\n")
+    assert (result.exit_code, result.stderr) == (1, "kvbm: engine one: it did not answer within 0.05 seconds\n")
 
 
 def test_pause_and_resume_reach_all(kvbm: Kvbm, engine: Start) -> None:
@@ -180,7 +181,23 @@ def test_one_of_two_cannot_be_paused(kvbm: Kvbm, engine: Start) -> None:
     result = kvbm("pause")
     assert result.exit_code == 1
     assert "one paused" in result.stdout
-    assert result.stderr.startswith("engine two: ")
+    assert result.stderr.startswith("kvbm: engine two: ")
+    engine("three", refused)
+    told = kvbm("resume", "--json")
+    assert json.loads(told.stdout) == [
+        {"engine": "one", "paused": False},
+        *({"engine": name, "error": refused({})["error"]} for name in ("three", "two")),
+    ]
+    assert (told.exit_code, [line[:13] for line in told.stderr.splitlines()]) == (1, ["engine three:", "kvbm: engine "])
+
+
+@pytest.mark.parametrize(("command", "paused"), [("pause", True), ("resume", False)])
+def test_pause_and_resume_for_programs(kvbm: Kvbm, engine: Start, command: str, paused: bool) -> None:
+    for name in ("one", "two"):
+        engine(name, healthy(name))
+    told = kvbm(command, "--json")
+    assert json.loads(told.stdout) == [{"engine": name, "paused": paused} for name in ("one", "two")]
+    assert (told.exit_code, told.stderr) == (0, "")
 
 
 def test_explain_asks_all_and_shows_who_knows(kvbm: Kvbm, engine: Start) -> None:
@@ -205,7 +222,7 @@ def test_explain_of_a_request_nobody_knows(kvbm: Kvbm, engine: Start) -> None:
     engine("one" * 20, refused)
     result = kvbm("explain", "cmpl-9")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == f"engine {'one' * 20}: no request 'cmpl-9' among the last 3 of [/this] engine\n"
+    assert result.stderr == f"kvbm: engine {'one' * 20}: no request 'cmpl-9' among the last 3 of [/this] engine\n"
 
 
 def checked(*problems: str, complete: bool = True) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -225,6 +242,7 @@ def test_check(kvbm: Kvbm, engine: Start) -> None:
     result = kvbm("check")
     assert result.exit_code == 1
     assert "three: g2: a key does not lead to its slot; 9 blocks count as held, 0 are" in result.stdout.splitlines()
+    assert result.stderr == "kvbm: the books do not agree with the blocks of three\n"
     assert json.loads(kvbm("check", "--json", "--engine", "three").stdout)[0]["violations"] == 2
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import metadata
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import Result
 
 from kvbm import __version__
+from kvbm.cli.main import app
 from kvbm.core.extras import installing
 
 
@@ -32,6 +35,25 @@ def test_wrong_usage_is_one_sentence_and_status_2(
     result = kvbm(*given)
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert result.stderr.startswith(f"kvbm: {sentence}")
+
+
+def _commands(group: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    found = {}
+    for name, command in group.commands.items():
+        found |= _commands(command, (*path, name)) if hasattr(command, "commands") else {(*path, name): command}
+    return found
+
+
+def test_json_is_the_same_everywhere() -> None:
+    commands = _commands(typer.main.get_command(app))
+    helps = {
+        path: [option.help for option in command.params if "--json" in option.opts]
+        for path, command in commands.items()
+    }
+    # Servers say where they listen, and a path is for programs as it is.
+    without = {("serve",), ("route",), ("model",)}
+    assert helps == {path: [] if path in without else ["For programs."] for path in commands}
+    assert len(commands) > 12
 
 
 def test_version(kvbm: Callable[..., Result]) -> None:

@@ -18,7 +18,7 @@ from rich.table import Table
 from kvbm.cli.engines import Json, RunDir, sockets
 from kvbm.cli.online import Owner, owner_of
 from kvbm.cli.render import duration, size
-from kvbm.core.errors import UsageError
+from kvbm.core.errors import KvbmError, UsageError
 from kvbm.stores.audit import audit
 from kvbm.stores.cipher import Cipher
 from kvbm.stores.files import reported
@@ -100,8 +100,8 @@ def verify(
         print(json.dumps(found, indent=2))
     elif dropped := sum(one["dropped"] for one in found if one["by"] is None):
         say.print(f"Dropped {dropped:,} bad blocks and records.")
-    if any(one["bad"] or one["unread"] for one in found):
-        raise typer.Exit(1)
+    if bad := sum(one["bad"] + one["unread"] for one in found):
+        raise KvbmError(f"{folder}: {bad:,} blocks or records are bad or could not be read")
 
 
 @app.command()
@@ -112,9 +112,12 @@ def purge(
         float | None, typer.Option("--older-than", metavar="DAYS", min=0, help="Only what was last used before then.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: Json = False,
     run_dir: RunDir = None,
 ) -> None:
     """Delete namespaces, all or some, with all their blocks. One that an engine uses is emptied."""
+    if as_json and not yes:
+        raise UsageError("--json does not ask before it deletes: it needs --yes")
     before = time.time() - older_than * 86400 if older_than is not None else float("inf")
     parts = _parts(folder, namespace)
     owners = {part.path: owner_of(part.path, sockets(run_dir)) for part in parts}
@@ -127,13 +130,19 @@ def purge(
         for part in parts
     ]
     doomed = [one for part in chosen for one in part.namespaces]
-    if not doomed:
-        _out.print("There is nothing to delete.")
-        return
-    for one in doomed:
-        _out.print(f"{one.path.relative_to(folder)}: {_model(one)}, {size(one.allocated)}", markup=False)
-    if not yes and not typer.confirm("Delete these?"):
-        raise typer.Exit(1)
+    found = [
+        {
+            "folder": str(one.path.relative_to(folder)),
+            "model": _model(one),
+            "bytes": one.allocated,
+            "outcome": "emptied" if one.path in used else "deleted",
+        }
+        for one in doomed
+    ]
+    for each in found if not as_json else []:
+        _out.print(f"{each['folder']}: {each['model']}, {size(each['bytes'])}", markup=False)
+    if found and not yes:
+        typer.confirm("Delete these?", abort=True)
     for part in chosen:
         if not part.namespaces:
             continue
@@ -143,10 +152,15 @@ def purge(
             with _locked(part.path, "kvbm disk purge"), reported(f"delete what is in {part.path}"):
                 for one in part.namespaces:
                     delete(one.path)
-    emptied = [one for one in doomed if one.path in used]
-    for one in emptied:
-        _out.print(f"{one.path.relative_to(folder)} is empty; its space stays with the engine that uses it.")
-    _out.print(f"Deleted {size(sum(one.allocated for one in doomed if one not in emptied))}.")
+    if as_json:
+        print(json.dumps(found, indent=2))
+    elif not found:
+        _out.print("There is nothing to delete.")
+    else:
+        for each in found:
+            if each["outcome"] == "emptied":
+                _out.print(f"{each['folder']} is empty; its space stays with the engine that uses it.")
+        _out.print(f"Deleted {size(sum(each['bytes'] for each in found if each['outcome'] == 'deleted'))}.")
 
 
 def _parts(folder: Path, namespace: str) -> list[Part]:

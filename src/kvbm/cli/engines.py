@@ -15,6 +15,7 @@ from rich.markup import escape
 from kvbm.cli import address, render
 from kvbm.cli.control import Answer, ask_all
 from kvbm.core import config
+from kvbm.core.errors import KvbmError
 
 Engine = Annotated[str, typer.Option("--engine", metavar="PREFIX", help="Only engines whose id starts so.")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the control sockets.")]
@@ -37,10 +38,10 @@ def status(
     if watch:
         _watch(folder, engine, as_json)
     elif as_json:
-        print(json.dumps([_plain(answer) for answer in answers], indent=2))
+        _print(answers)
     else:
         _out.print(_picture(answers))
-    _exit_if_any_failed(answers, silent=True)
+    _exit_if_any_failed(answers)
 
 
 def explain(request_id: str, engine: Engine = "", as_json: Json = False, run_dir: RunDir = None) -> None:
@@ -51,7 +52,7 @@ def explain(request_id: str, engine: Engine = "", as_json: Json = False, run_dir
         if answer.result is not None and not as_json:
             _out.print(render.explain(answer.engine, answer.result))
     if as_json and known:
-        print(json.dumps([_plain(answer) for answer in known], indent=2))
+        _print(known)
     if not known:
         _exit_if_any_failed(answers)
 
@@ -60,33 +61,35 @@ def check(engine: Engine = "", as_json: Json = False, run_dir: RunDir = None) ->
     """Have running engines look whether their books agree with their blocks. Ends with status 1 where they do not."""
     answers = ask_all(sockets(run_dir), "check", engine=engine)
     if as_json:
-        print(json.dumps([_plain(answer) for answer in answers], indent=2))
+        _print(answers)
     for answer in answers if not as_json else []:
         if (result := answer.result) is not None:
             part = "" if result["complete"] else " (not all blocks were looked at in the time: ask again)"
             said = "; ".join(result["problems"]) or f"nothing is wrong{part}"
             _out.print(f"{answer.engine}: {said}", markup=False, highlight=False, soft_wrap=True)
     _exit_if_any_failed(answers)
-    if any(answer.result is not None and answer.result["problems"] for answer in answers):
-        raise typer.Exit(1)
+    if wrong := [answer.engine for answer in answers if answer.result is not None and answer.result["problems"]]:
+        raise KvbmError(f"the books do not agree with the blocks of {', '.join(wrong)}")
 
 
-def pause(engine: Engine = "", run_dir: RunDir = None) -> None:
+def pause(engine: Engine = "", as_json: Json = False, run_dir: RunDir = None) -> None:
     """Switch KVBM off in running engines: they go on without it, until `kvbm resume`."""
-    _apply(sockets(run_dir), "pause", "paused: it goes on without KVBM", engine)
+    _apply(sockets(run_dir), "pause", "paused: it goes on without KVBM", engine, as_json)
 
 
-def resume(engine: Engine = "", run_dir: RunDir = None) -> None:
+def resume(engine: Engine = "", as_json: Json = False, run_dir: RunDir = None) -> None:
     """Switch KVBM on again after `kvbm pause`."""
-    _apply(sockets(run_dir), "resume", "resumed", engine)
+    _apply(sockets(run_dir), "resume", "resumed", engine, as_json)
 
 
-def _apply(folder: Path, command: str, done: str, engine: str) -> None:
+def _apply(folder: Path, command: str, done: str, engine: str, as_json: bool) -> None:
     answers = ask_all(folder, command, engine=engine)
-    for answer in answers:
+    if as_json:
+        _print(answers)
+    for answer in answers if not as_json else []:
         if answer.error is None:
             _out.print(f"{answer.engine} {done}", markup=False, highlight=False, soft_wrap=True)
-    if len(answers) > 1:
+    if len(answers) > 1 and not as_json:
         _out.print(f"{command} went to all {len(answers)} engines; --engine PREFIX chooses.", markup=False)
     _exit_if_any_failed(answers)
 
@@ -123,6 +126,11 @@ def _ask_status(folder: Path, engine: str) -> list[Answer]:
     return answers
 
 
+def _print(answers: list[Answer]) -> None:
+    """For programs."""
+    print(json.dumps([_plain(answer) for answer in answers], indent=2))
+
+
 def _plain(answer: Answer) -> dict[str, object]:
     return {"engine": answer.engine} | (answer.result if answer.result is not None else {"error": answer.error})
 
@@ -131,13 +139,13 @@ def _sentence(answer: Answer) -> str:
     return f"engine {answer.engine}: {answer.error}"
 
 
-def _exit_if_any_failed(answers: list[Answer], *, silent: bool = False) -> None:
-    failed = [answer for answer in answers if answer.error is not None]
-    for answer in failed:
-        if not silent:
-            _err.print(_sentence(answer), markup=False, highlight=False, soft_wrap=True)
+def _exit_if_any_failed(answers: list[Answer]) -> None:
+    """Raises KvbmError with what the last of them said; the others stand above it."""
+    failed = [_sentence(answer) for answer in answers if answer.error is not None]
+    for sentence in failed[:-1]:
+        _err.print(sentence, markup=False, highlight=False, soft_wrap=True)
     if failed:
-        raise typer.Exit(1)
+        raise KvbmError(failed[-1])
 
 
 def sockets(run_dir: Path | None) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import signal
 import statistics
@@ -34,12 +33,14 @@ from kvbm.cli.demo.run import (
     Users,
     play,
     progress,
+    show,
 )  # fmt: skip
+from kvbm.cli.engines import Json
 from kvbm.core import config
 from kvbm.core.errors import Broken, KvbmError
 from kvbm.core.extras import installing
 
-_out = Console(highlight=False)
+_err = Console(stderr=True, highlight=False)
 
 G2_GB = 1
 PREFILL, DECODE = "prefill", "decode"
@@ -108,18 +109,17 @@ def demo_disagg(
     document_tokens: DocumentTokens = 800,
     answer_tokens: AnswerTokens = 24,
     output: Output = Path("build/demo-disagg.json"),
+    as_json: Json = False,
 ) -> None:
     """Compare one engine with a prefill and a decode engine behind a router: the same conversations. A few minutes."""
     # As an exception, so that the engines are ended with the demo.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     output.parent.mkdir(parents=True, exist_ok=True)
     plan = Plan(users, turns, document_tokens, answer_tokens)
-    model = models.resolve("smollm2", config.load().settings.cache_dir, _out)
+    model = models.resolve("smollm2", config.load().settings.cache_dir, _err)
     with progress() as advance:
         result = measure(plan, model, output.parent, advance)
-    output.write_text(json.dumps(result.record(), indent=1) + "\n")
-    _out.print(result.table())
-    _out.print(f"Figures in {output}, the engines' logs beside it.", markup=False)
+    show(result.record(), result.table(), output, as_json)
     if problem := result.problem():
         raise KvbmError(f"the demo failed: {problem}")
 

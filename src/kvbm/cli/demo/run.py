@@ -18,16 +18,19 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from kvbm.cli import models, serve
 from kvbm.cli.demo import report
 from kvbm.cli.demo.client import Client, Message, Reply
 from kvbm.cli.demo.conversations import Conversation, conversations
 from kvbm.cli.demo.engine import Advance, Setup
+from kvbm.cli.engines import Json
 from kvbm.core import config
 from kvbm.core.errors import KvbmError
 
 _out = Console(highlight=False)
+_err = Console(stderr=True, highlight=False)
 
 BLOCK_TOKENS = 32
 G2_GB = 2
@@ -82,6 +85,7 @@ def demo(
     document_tokens: DocumentTokens = 1400,
     answer_tokens: AnswerTokens = 24,
     output: Output = Path("build/demo.json"),
+    as_json: Json = False,
 ) -> None:
     """Compare vLLM alone with vLLM and KVBM: the same conversations and settings, then a crash. A few minutes."""
     # As an exception, so that the engines are ended with the demo.
@@ -89,13 +93,22 @@ def demo(
     cache_dir = config.load().settings.cache_dir
     output.parent.mkdir(parents=True, exist_ok=True)
     plan = Plan(users, turns, document_tokens, answer_tokens)
-    model = models.resolve("smollm2", cache_dir, _out)
+    model = models.resolve("smollm2", cache_dir, _err)
     result = measure(plan, model, output.parent)
-    output.write_text(json.dumps(report.record(result), indent=1) + "\n")
-    _out.print(report.table(result))
-    _out.print(f"Figures in {output}, the engines' logs beside it.", markup=False)
+    show(report.record(result), report.table(result), output, as_json)
     if problem := result.problem():
         raise KvbmError(f"the demo failed: {problem}")
+
+
+def show(record: dict[str, Any], table: Table, output: Path, as_json: bool) -> None:
+    """What a demo measured: into its file, and for people or programs."""
+    text = json.dumps(record, indent=1)
+    output.write_text(text + "\n")
+    if as_json:
+        print(text)
+        return
+    _out.print(table)
+    _out.print(f"Figures in {output}, the engines' logs beside it.", markup=False)
 
 
 def measure(plan: Plan, model: str, logs: Path) -> report.Demo:
@@ -218,11 +231,11 @@ def _settings(plan: Plan, turns: list[report.Turn]) -> dict[str, Any]:
 @contextmanager
 def progress() -> Iterator[Advance]:
     """A line that moves on a terminal, a line for each step elsewhere."""
-    if not _out.is_terminal:
+    if not _err.is_terminal:
         start = time.monotonic()
-        yield lambda text: _out.print(f"[{time.monotonic() - start:5.0f} s] {text}", markup=False)
+        yield lambda text: _err.print(f"[{time.monotonic() - start:5.0f} s] {text}", markup=False)
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=_out, transient=True) as progress:
+    with Progress(*columns, console=_err, transient=True) as progress:
         task = progress.add_task("")
         yield lambda text: progress.update(task, description=text)

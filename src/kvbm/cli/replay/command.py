@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kvbm.cli.engines import Json
 from kvbm.cli.replay import report
 from kvbm.cli.replay.bounds import Advance, Min, everything_fits
 from kvbm.cli.replay.report import Bound, Report
@@ -90,7 +91,7 @@ def command(
         typer.Option("--block-size", metavar="TOKENS", min=1, show_default="inferred", help="Tokens in a block."),
     ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count broken lines and go on.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs: all figures.")] = False,
+    as_json: Json = False,
     plot_file: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw hit ratio over capacity (.png or .svg).")
     ] = None,
