@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +14,11 @@ import numpy as np
 import pytest
 from typer.testing import Result
 
+from kvbm.stores import audit
 from kvbm.stores.cipher import Cipher
 from kvbm.stores.folder import Folder
 from kvbm.stores.format import checksums
+from kvbm.stores.meta import listed, place_of
 from kvbm.stores.shard import Shard
 from kvbm.testing.store import HostBlocks, bytes_of, key_of, labels
 from tests.stores.test_disk import DiskRig
@@ -113,6 +118,39 @@ def test_verify_finds_what_is_bad_and_drops_it_when_asked(kvbm: Kvbm, folder: Pa
     assert kvbm("disk", "verify", str(folder)).exit_code == 0
     told = json.loads(kvbm("disk", "inspect", str(folder), "--namespace", "aaa", "--json").stdout)
     assert [(one["blocks"], one["bad"]) for one in told] == [(3, 1)]
+
+
+@pytest.mark.parametrize("command", [("disk", "verify"), ("disk", "verify", "--json"), ("replay", "--json")])
+def test_progress_is_for_terminals(folder: Path, tmp_path: Path, command: tuple[str, ...]) -> None:
+    arguments = [sys.executable, "-m", "kvbm.cli.main", *command, *([str(folder)] if command[0] == "disk" else ())]
+    # As in a run of tests that colours its output, which says nothing of where this goes.
+    environment = os.environ | {"FORCE_COLOR": "1", "KVBM_RUN_DIR": str(tmp_path / "run"), "TERM": "xterm"}
+    piped = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
+    assert piped.stderr == ""
+    ours, theirs = pty.openpty()
+    try:
+        shown = subprocess.run(arguments, env=environment, stdout=subprocess.PIPE, stderr=theirs, text=True, check=True)
+        os.set_blocking(ours, False)
+        seen = os.read(ours, 1 << 20).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert (f"{A[:16]}, rank 1" if command[0] == "disk" else "lru, g2=1,") in seen
+    if "--json" in command:
+        assert json.loads(shown.stdout)
+        assert json.loads(piped.stdout)
+    else:
+        assert shown.stdout == piped.stdout
+
+
+def test_large_blocks_are_told_of_as_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "_TOLD_BYTES", 2 * BLOCK)
+    fill(tmp_path, A, blocks=5, ranks=1)
+    (one,) = listed(tmp_path)
+    assert one.meta is not None
+    told: list[int] = []
+    audit.audit(place := place_of(one.path, one.meta), 0, None, progress=told.append)
+    assert told == [2, 2, place.num_slots - 4]
 
 
 def test_verify_of_encrypted_blocks_needs_the_key(kvbm: Kvbm, tmp_path: Path) -> None:

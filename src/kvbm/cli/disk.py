@@ -12,12 +12,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from kvbm.cli.engines import Json, RunDir, sockets
 from kvbm.cli.online import Owner, owner_of
-from kvbm.cli.render import duration, size
+from kvbm.cli.render import duration, progress, size
 from kvbm.core.errors import KvbmError, UsageError
 from kvbm.stores.audit import audit
 from kvbm.stores.cipher import Cipher
@@ -85,21 +84,22 @@ def verify(
     An engine that uses the folder reads its own blocks itself, while it serves, and drops what is bad.
     """
     cipher = Cipher.from_file(key_file) if key_file else None
-    say, found = (_err if as_json else _out), []
+    found = []
     for part in _parts(folder, namespace):
         owner = owner_of(part.path, sockets(run_dir))
         if owner is not None and repair:
-            say.print(f"Only what {owner.engine} uses is repaired while it runs.", markup=False, soft_wrap=True)
+            note = f"Only what {owner.engine} uses is repaired while it runs."
+            (_err if as_json else _out).print(note, markup=False, soft_wrap=True)
         with _locked(part.path, "kvbm disk verify", owner):
             for one in part.namespaces:
                 result = _verified(str(one.path.relative_to(folder)), one, owner, cipher, repair)
-                for sentence in _report(result):
-                    say.print(sentence, markup=False, soft_wrap=True)
+                for sentence in _report(result) if not as_json else ():
+                    _out.print(sentence, markup=False, soft_wrap=True)
                 found.append(result)
     if as_json:
         print(json.dumps(found, indent=2))
     elif dropped := sum(one["dropped"] for one in found if one["by"] is None):
-        say.print(f"Dropped {dropped:,} bad blocks and records.")
+        _out.print(f"Dropped {dropped:,} bad blocks and records.")
     if bad := sum(one["bad"] + one["unread"] for one in found):
         raise KvbmError(f"{folder}: {bad:,} blocks or records are bad or could not be read")
 
@@ -234,11 +234,10 @@ def _verified(
 ) -> dict[str, Any]:  # fmt: skip
     """What is whole in a namespace, and what is not. `unread` are blocks, or 1 where nothing can be read."""
     about: dict[str, Any] = {"folder": name, "model": _model(one), "by": None, "problem": None, "ranks": []}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
+    with progress() as bar:
         if owner is not None and owner.namespace == one.path.name:
-            task = progress.add_task(f"{name}, by {owner.engine}")
-            counts = owner.verify(lambda looked, slots: progress.update(task, completed=looked, total=slots))
+            task = bar.add_task(f"{name}, by {owner.engine}")
+            counts = owner.verify(lambda looked, slots: bar.update(task, completed=looked, total=slots))
             kept = {count: counts[count] for count in ("whole", "bad", "unread")}
             return about | kept | {"by": owner.engine, "dropped": counts["bad"]}
         if one.meta is None or (one.meta.encryption and one.meta.encryption != (cipher.id if cipher else "")):
@@ -246,10 +245,10 @@ def _verified(
             return about | {"whole": 0, "bad": 0, "unread": 1, "dropped": 0, "problem": why}
         place, repair = place_of(one.path, one.meta), repair and owner is None
         for rank in range(place.ranks):
-            task = progress.add_task(f"{name}, rank {rank}", total=place.num_slots)
+            task = bar.add_task(f"{name}, rank {rank}", total=place.num_slots)
             result = audit(
                 place, rank, cipher if one.meta.encryption else None, repair=repair,
-                progress=lambda count, at=task: progress.advance(at, count),  # type: ignore[misc]
+                progress=lambda count, at=task: bar.advance(at, count),  # type: ignore[misc]
             )  # fmt: skip
             about["ranks"].append(asdict(result))
     bad = sum(len(rank["bad"]) + len(rank["damaged"]) for rank in about["ranks"])

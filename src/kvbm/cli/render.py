@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import sys
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -29,6 +31,13 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes % 60} min"
     return f"{minutes} min" if minutes else f"{seconds:.0f} s"
+
+
+def progress() -> Progress:
+    """How far something is, for terminals: a bar on standard error; nothing where that is none, whatever FORCE_COLOR
+    says of colours."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
 def status(result: dict[str, Any]) -> RenderableType:

@@ -19,6 +19,8 @@ from kvbm.stores.meta import Place
 from kvbm.stores.recovery import open_index, read_records
 
 _STRETCH: Final = 1 << 14
+_TOLD_BYTES: Final = 32 << 20
+"""Bytes of blocks between two words about how far it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ def audit(
         Broken: a file cannot be read, or written for the repair.
     """
     seal, whole, bad, damaged = Seal(place.fingerprint), 0, list[int](), list[int]()
+    often = max(1, _TOLD_BYTES // place.block_bytes)
     with ExitStack() as stack, reported(f"read what rank {rank} has in {place.folder}"):
         index = open_index(place, rank, stack, os.O_RDWR if repair else os.O_RDONLY)
         if index is None:
@@ -59,13 +62,17 @@ def audit(
             read_records(index, first, records)
             parsed = parse(records, first, seal, place.generation, place.block_bytes)
             damaged += (first + np.flatnonzero(parsed.damaged)).tolist()
-            for at in np.flatnonzero(parsed.blocks).tolist():
+            told = 0
+            for count, at in enumerate(np.flatnonzero(parsed.blocks).tolist(), 1):
                 if _is_whole(place, data, records[at : at + 1], cipher):
                     whole += 1
                 else:
                     bad.append(first + at)
+                if progress is not None and count % often == 0:
+                    progress(at + 1 - told)
+                    told = at + 1
             if progress is not None:
-                progress(len(records))
+                progress(len(records) - told)
         if repair:
             _mark(place, seal, index, bad, damaged)
     return Audit(whole, tuple(bad), tuple(damaged))

@@ -14,8 +14,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kvbm.cli import render
 from kvbm.cli.engines import Json
 from kvbm.cli.replay import report
 from kvbm.cli.replay.bounds import Advance, Min, everything_fits
@@ -108,7 +108,11 @@ def command(
     if settings.traces is not None and not settings.traces.is_dir():
         raise UsageError(f"the folder of traces, {settings.traces}, is not there")
     paths = [find(name, settings.traces) for name in traces or [SAMPLE]]
-    workload = interleave([read(path, skip_bad=skip_bad, block_tokens=block_tokens) for path in paths])
+    traces_read = []
+    with render.progress() as bar:
+        for path in bar.track(paths, description="Reading"):
+            traces_read.append(read(path, skip_bad=skip_bad, block_tokens=block_tokens))
+    workload = interleave(traces_read)
     if not workload.unique:
         raise KvbmError("no request has a block: there is nothing to replay")
     result = _measure(workload, _resolved(asked, workload.unique), names, placed, admitted)
@@ -211,7 +215,6 @@ def _check_plot(path: Path | None) -> None:
 @contextmanager
 def _progress(total: int) -> Iterator[tuple[Advance, report.Say]]:
     """How far it is, on a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
-        task = progress.add_task("", total=total)
-        yield (lambda n: progress.advance(task, n)), (lambda text: progress.update(task, description=text))
+    with render.progress() as bar:
+        task = bar.add_task("", total=total)
+        yield (lambda n: bar.advance(task, n)), (lambda text: bar.update(task, description=text))
