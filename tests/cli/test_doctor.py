@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from kvbm.cli import serve
 from kvbm.cli.main import app
 from kvbm.transfer.nixl import agent
 from tests.cli.conftest import Engine
@@ -71,3 +72,17 @@ def test_engines_say_what_is_wrong_with_them(
     }
     assert found["engine alone"] == (True, "healthy")
     assert found["namespace of alone"] == (False, "on disk, x: hash.seed is 1 there, 0 here")
+
+
+def test_what_serve_would_be_given_is_looked_at(
+    kvbm: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "WHEEL", "no-such-wheel")
+    monkeypatch.setattr(serve, "installed_engine", lambda: ("0.32.0", "cpu"))
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (tmp_path / "model.safetensors").touch()
+    told = findings(str(tmp_path), "--block-size", "32")[f"model {tmp_path}"]
+    assert told == (True, "nothing that shows before the start is wrong")
+    wrong = kvbm("doctor", str(tmp_path), "--pipeline-parallel-size", "2")
+    assert (wrong.exit_code, wrong.stdout, wrong.stderr) == (1, "", kvbm("serve", str(tmp_path), "-pp", "2").stderr)
+    assert "KVBM does not serve pipeline parallelism" in wrong.stderr

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from kvbm.cli import launch, serve
+from kvbm.cli import launch, preflight, serve
 from kvbm.cli.demo.run import Plan
 from kvbm.core.errors import KvbmError
 from kvbm.observe import last_words
@@ -103,7 +103,40 @@ def test_a_connector_of_the_users_own_is_refused(kvbm: Callable[..., Result], gi
 
 def test_port_that_is_none(kvbm: Callable[..., Result]) -> None:
     result = kvbm("serve", "org/model", "--port", "http")
-    assert (result.exit_code, result.stderr) == (2, "kvbm: --port must be a number, not 'http'\n")
+    assert (result.exit_code, result.stderr) == (2, "kvbm: --port must be a number of 1 to 65535, not 'http'\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "sentence"),
+    [
+        ("--port 70000", 2, "--port must be a number of 1 to 65535, not '70000'"),
+        ("--port 0", 2, "--port must be a number of 1 to 65535, not '0'"),
+        ("--port TAKEN", 2, "--port TAKEN: somebody listens there on 127.0.0.1 already"),
+        ("--port 8000 --host 203.0.113.9", 2, "--host 203.0.113.9: nobody can listen there: Cannot assign requested"),
+        ("--block-size big", 2, "--block-size must be a number, not 'big'"),
+        ("--block-size", 2, "--block-size must be a number, not ''"),
+        ("-tp two", 2, "-tp must be a number, not 'two'"),
+        ("--config YAML", 2, "--config YAML cannot be read: while parsing a flow node expected the"),
+        ("--speculative-config {method", 2, "--speculative-config is not valid JSON: Expecting property name"),
+        ("--pipeline-parallel-size 2", 1, "KVBM does not serve pipeline parallelism. Start the engine without `kvbm"),
+        ("--pipeline-parallel-size=1 -dcp 2", 1, "KVBM does not serve decode context parallelism."),
+    ],
+)
+def test_what_the_engines_options_show_ends_before_anything_is_started(
+    kvbm: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    given: str, status: int, sentence: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(serve, "run", lambda _: pytest.fail("it was started"))
+    (tmp_path / "vllm.yaml").write_text("[")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        places = {"TAKEN": str(other.getsockname()[1]), "YAML": str(tmp_path / "vllm.yaml")}
+        for name, place in places.items():
+            given, sentence = given.replace(name, place), sentence.replace(name, place)
+        for command in ("serve", "doctor"):
+            result = kvbm(command, "org/model", *given.split())
+            assert result.exit_code == status
+            assert result.stderr.startswith(f"kvbm: {sentence}")
+            assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -111,12 +144,23 @@ def test_port_that_is_none(kvbm: Callable[..., Result]) -> None:
     [
         ({"KVBM_G2_GB": "-1"}, "setting g2_gb (from environment KVBM_G2_GB): '-1' is not allowed"),
         ({"KVBM_G2_GB": "99999"}, "setting g2_gb (from environment KVBM_G2_GB): G2 of 99999 GB does not fit: only"),
-        ({"KVBM_G2_ORDER": "best"}, "setting g2_order: there is no 'best'; there are fifo, lru,"),
-        ({"KVBM_G3_GB": "1", "KVBM_G3_ORDER": "best"}, "setting g3_order: there is no 'best'"),
-        ({"KVBM_G3_GB": "1", "KVBM_PLACEMENT": "best"}, "setting placement: there is no 'best'"),
-        ({"KVBM_G3_GB": "1", "KVBM_G3_DIR": "/dev/null/g3"}, "setting g3_dir: /dev/null is not a folder."),
-        ({"KVBM_G3_GB": "1", "KVBM_G3_KEY_FILE": "/no/key"}, "setting g3_key_file: /no/key cannot be read"),
+        ({"KVBM_G2_ORDER": "best"}, "setting g2_order (from environment KVBM_G2_ORDER): there is no 'best'; there are"),
+        ({"KVBM_G3_ORDER": "best"}, "setting g3_order (from environment KVBM_G3_ORDER): there is no 'best'"),
+        ({"KVBM_PLACEMENT": "best"}, "setting placement (from environment KVBM_PLACEMENT): there is no 'best'"),
+        ({"KVBM_G3_ADMISSION": "best"}, "setting g3_admission (from environment KVBM_G3_ADMISSION): there is no"),
+        ({"KVBM_G3_DIR": "/dev/null/g3"}, "setting g3_dir (from environment KVBM_G3_DIR): /dev/null is not a folder."),
+        ({"KVBM_RUN_DIR": "/dev/null"}, "setting run_dir (from environment KVBM_RUN_DIR): /dev/null is not a folder."),
+        ({"KVBM_CACHE_DIR": "/dev/null"}, "setting cache_dir (from environment KVBM_CACHE_DIR): /dev/null is not a"),
+        ({"KVBM_RUN_DIR": f"/tmp/{'d' * 90}"}, "setting run_dir (from environment KVBM_RUN_DIR): /tmp/ddd"),
+        (
+            {"KVBM_G3_GB": "1", "KVBM_G3_KEY_FILE": "/no/key"},
+            "setting g3_key_file (from environment KVBM_G3_KEY_FILE): /no/key cannot be read",
+        ),
         ({"KVBM_DIRECTORY": "valkey://h:1/0"}, "setting peer_secret_file: instances that share blocks need a secret"),
+        (
+            {"KVBM_DIRECTORY": "valkey://u:p@h:99999/0"},
+            "setting directory (from environment KVBM_DIRECTORY): its port must be a number of 1 to 65,535",
+        ),
     ],
 )
 def test_wrong_setting_ends_before_anything_is_started(
@@ -125,10 +169,11 @@ def test_wrong_setting_ends_before_anything_is_started(
     monkeypatch.setattr(serve, "run", lambda _: pytest.fail("it was started"))
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    result = kvbm("serve", "org/model")
-    assert result.exit_code == 2
-    assert result.stderr.startswith(f"kvbm: {sentence}")
-    assert result.stderr.count("\n") == 1
+    for command in (("serve", "org/model"), ("doctor",)):
+        result = kvbm(*command)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"kvbm: {sentence}")
+        assert result.stderr.count("\n") == 1
 
 
 CAUSAL = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 2048}
@@ -140,6 +185,7 @@ CAUSAL = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 2048
         (None, (), 2, "has no config.json"),
         ("{", (), 2, "config.json cannot be read: Expecting property name"),
         ("[]", (), 2, "it is no JSON object"),
+        ({}, (), 2, "config.json is not a model's configuration: it has neither architectures nor a model_type"),
         ({"architectures": ["BertModel"]}, (), 1, "KVBM does not serve encoder models"),
         (
             {"architectures": ["T5ForAnything"], "is_encoder_decoder": True},
@@ -159,11 +205,152 @@ def test_what_a_models_files_show_ends_before_anything_is_started(
     content: object, options: tuple[str, ...], status: int, sentence: str,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(serve, "run", lambda _: 0 if status == 0 else pytest.fail("it was started"))
+    (tmp_path / "model.safetensors").touch()
     if content is not None:
         (tmp_path / "config.json").write_text(content if isinstance(content, str) else json.dumps(content))
     result = kvbm("serve", str(tmp_path), *options)
     assert result.exit_code == status, result.stderr
     assert sentence in result.stderr.splitlines()[-1]
+
+
+def test_weights_that_are_not_there(
+    kvbm: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(serve, "run", lambda _: 0)
+    (tmp_path / "config.json").write_text(json.dumps(CAUSAL))
+    assert f"kvbm: there are no weights in {tmp_path}: no file ends in" in kvbm("serve", str(tmp_path)).stderr
+    assert kvbm("serve", str(tmp_path), "--load-format", "dummy").exit_code == 0
+    names = [f"model-0000{at}-of-00003.safetensors" for at in (1, 2, 3)]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(enumerate(names))}))
+    (tmp_path / names[0]).touch()
+    result = kvbm("serve", str(tmp_path))
+    assert result.stderr.endswith(f"kvbm: the weights in {tmp_path} are not whole: {names[1]} and 1 more is missing\n")
+    assert result.exit_code == 2
+    for name in names[1:]:
+        (tmp_path / name).touch()
+    assert kvbm("serve", str(tmp_path)).exit_code == 0
+
+
+def test_an_architecture_that_nobody_knows(
+    kvbm: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers", reason="needs vLLM's sources")
+    monkeypatch.setattr(serve, "run", lambda _: 0)
+    (tmp_path / "model.safetensors").touch()
+
+    def status(content: dict[str, object], *options: str) -> int:
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        return kvbm("serve", str(tmp_path), *options).exit_code
+
+    odd = {"architectures": ["NobodysForCausalLM"], "model_type": "nobodys"}
+    assert status(odd) == 1
+    assert status(odd | {"auto_map": {"AutoModelForCausalLM": "own.Model"}}) == 0
+    assert status(odd, "--hf-overrides", '{"architectures": ["LlamaForCausalLM"]}') == 0
+    assert status({"architectures": ["Qwen2ForCausalLM"]}) == 0
+    assert status({"architectures": ["BartForCausalLM"]}) == 0  # transformers alone has it
+
+
+@pytest.mark.parametrize(
+    ("model", "variables", "sentence"),
+    [
+        ("models/mine/llama", {}, "there is no model models/mine/llama: neither a folder nor a file has that path"),
+        (
+            "org/none",
+            {"HF_HUB_OFFLINE": "1"},
+            "there is no model org/none: it is neither a path nor in the hub's cache",
+        ),
+        ("org/none", {"HF_HUB_OFFLINE": "0"}, ""),
+        ("org/none", {"HF_HUB_OFFLINE": "1", "VLLM_USE_MODELSCOPE": "true"}, ""),
+        ("s3://bucket/a/model", {}, ""),
+    ],
+)
+def test_a_model_that_cannot_be_had(
+    kvbm: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, model: str, variables: dict[str, str], sentence: str
+) -> None:
+    monkeypatch.setattr(serve, "run", lambda _: 0)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    result = kvbm("serve", model)
+    assert (result.exit_code, sentence in result.stderr) == (2 if sentence else 0, True)
+
+
+LLAMA = CAUSAL | {
+    "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 2, "hidden_size": 1024,
+    "sliding_window": None, "layer_types": ["full_attention"] * 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "expected"),
+    [
+        ({}, "--block-size 32 --dtype float32", 2 * 4 * 2 * 64 * 32 * 4),
+        ({}, "--block-size 16", 2 * 4 * 2 * 64 * 16 * 2),
+        ({"head_dim": 128, "num_key_value_heads": None}, "--block-size 16", 2 * 4 * 16 * 128 * 16 * 2),
+        ({}, "--block-size 16 --dtype float32 --kv-cache-dtype fp8_e4m3", 2 * 4 * 2 * 64 * 16),
+        ({"sliding_window": 128, "use_sliding_window": False}, "--block-size 16", 2 * 4 * 2 * 64 * 16 * 2),
+        ({}, "", None),
+        ({}, "--block-size 16 --kv-cache-dtype int4", None),
+        ({}, "--block-size 16 --hf-overrides {}", None),
+        ({"sliding_window": 128}, "--block-size 16", None),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "--block-size 16", None),
+        ({"architectures": ["DeepseekV3ForCausalLM"]}, "--block-size 16", None),
+        ({"quantization_config": {"kv_cache_scheme": {"num_bits": 8}}}, "--block-size 16", None),
+        ({"num_hidden_layers": None}, "--block-size 16", None),
+    ],
+)
+def test_how_large_a_block_is_where_that_is_plain(
+    changes: dict[str, object], options: str, expected: int | None
+) -> None:
+    assert preflight.least_block_bytes(LLAMA | changes, serve.options(options.split())) == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        (
+            {"KVBM_G2_BLOCKS": "100000000"},
+            "g2_blocks (from environment KVBM_G2_BLOCKS): G2 of 100,000,000 blocks",
+        ),
+        (
+            {"KVBM_G2_GB": "0.0001"},
+            "g2_gb (from environment KVBM_G2_GB): G2 would be smaller than one block of",
+        ),
+        ({"KVBM_G2_BLOCKS": "10"}, ""),
+    ],
+)
+def test_a_g2_that_cannot_be_with_this_model_ends_before_anything_is_started(
+    kvbm: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    variables: dict[str, str], sentence: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(serve, "run", lambda _: pytest.fail("it was started") if sentence else 0)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "model.safetensors").touch()
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    for command in ("serve", "doctor") if sentence else ("serve",):
+        result = kvbm(command, str(tmp_path))
+        assert result.exit_code == (2 if sentence else 0), result.stderr
+        assert result.stderr.startswith(f"kvbm: setting {sentence}" if sentence else "")
+
+
+def test_a_disk_tier_that_cannot_be_is_said_and_ends_nothing(
+    kvbm: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(serve, "run", lambda _: 0)
+    monkeypatch.setenv("KVBM_G3_GB", "900000")
+    monkeypatch.setenv("KVBM_G3_DIR", str(tmp_path / "disk"))
+    monkeypatch.setenv("KVBM_G2_BLOCKS", "5")
+    monkeypatch.setenv("KVBM_G2_GB", "1")
+    result = kvbm("serve", "org/model")
+    assert result.exit_code == 0
+    assert f"Warning: there is no disk tier: {tmp_path / 'disk'}: " in result.stderr
+    assert "and g3_gb asks for 900 TB" in result.stderr
+    monkeypatch.setenv("KVBM_STRICT", "true")
+    strict = kvbm("serve", "org/model")
+    assert (strict.exit_code, strict.stderr.count("\n")) == (2, 1)
+    assert strict.stderr.startswith(f"kvbm: there is no disk tier, and strict is set: {tmp_path / 'disk'}: ")
+    assert "Warning: g2_gb from environment KVBM_G2_GB has no effect: g2_blocks is set and wins." in result.stderr
 
 
 def test_a_path_without_a_model_ends_at_once_and_imports_no_engine(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_blocks_win(tmp_path: Path) -> None:
 
 def test_the_order_of_g2_by_name(tmp_path: Path) -> None:
     assert start(tmp_path, g2_blocks=3, g2_order="arc").leader.problems == []
-    with pytest.raises(ConfigError, match=r"setting g2_order: there is no 'lruu'; there are fifo, lru"):
+    with pytest.raises(ConfigError, match=r"setting g2_order \(from extra config\): there is no 'lruu'; there are"):
         start(tmp_path, g2_blocks=3, g2_order="lruu")
 
 
@@ -81,7 +81,7 @@ def test_a_share_of_what_is_available(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("settings", "free", "problem"),
     [
-        ({"g2_gb": 1e-6}, 1 << 40, r"g2_gb \(from extra config\): G2 would be smaller than one block of 8192 bytes"),
+        ({"g2_gb": 1e-6}, 1 << 40, r"g2_gb \(from extra config\): G2 would be smaller than one block of 8,192 bytes"),
         ({"g2_blocks": 3}, (1 << 30) + 8192, r"g2_blocks \(from extra config\): G2 of 3 blocks, .* does not fit: only"),
     ],
 )
@@ -91,6 +91,13 @@ def test_sizes_that_cannot_be(
     monkeypatch.setattr(build, "available_memory", lambda: free)
     with pytest.raises(ConfigError, match=problem):
         start(tmp_path, **settings)
+    with pytest.raises(ConfigError, match=problem):
+        build.check_size(load(environ={}, extra=settings), 8192)
+
+
+def test_a_size_that_nobody_gave_is_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "available_memory", lambda: 0)
+    build.check_size(load(environ={}), 8192)
 
 
 @pytest.mark.parametrize(("free", "disk"), [(1 << 30, {}), ((1 << 30) + 8192 * 3, {"g3_blocks": 2})])

@@ -18,16 +18,14 @@ from rich.table import Table
 from rich.text import Text
 
 from kvbm import __version__
+from kvbm.cli import preflight, serve
 from kvbm.cli.control import ask_all
 from kvbm.cli.engines import Json
 from kvbm.cli.render import size
-from kvbm.cli.serve import RESERVED, installed_engine
 from kvbm.core import config, cpus, identity
 from kvbm.core.errors import Broken, KvbmError
-from kvbm.core.folders import NO_HOME
-from kvbm.manager import build, build_disk
+from kvbm.manager import build
 from kvbm.native import Ring
-from kvbm.stores.meta import listed
 from kvbm.transfer.file import REFUSALS
 from kvbm.transfer.nixl import BACKENDS, probe
 from kvbm.transfer.nixl.agent import installed
@@ -52,6 +50,11 @@ class Finding:
 
 
 def doctor(
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="What `kvbm serve` would be given, with all that follows: it is looked at, too."),
+    ] = None,
     as_json: Json = False,
     bucket: Annotated[str, typer.Option(help="A bucket to try object storage in: small objects stay there.")] = "",
     endpoint: Annotated[str, typer.Option(metavar="URL", help="Where it is, if not at AWS.")] = "",
@@ -59,12 +62,14 @@ def doctor(
     """Ask the engines that run here what is wrong with them, and try what KVBM can use on this machine.
 
     Nothing here has to work: without it KVBM does without, as each line says. Ends with status 0 unless a setting is
-    wrong. Object storage is tried where a bucket is given; credentials are found where AWS's tools find them.
+    wrong, or MODEL could not be served: then with the sentence that `kvbm serve` would end with. Object storage is
+    tried where a bucket is given; credentials are found where AWS's tools find them.
     """
     resolved = config.load()
     settings = resolved.settings
     build.check(resolved)
-    disk = settings.g3_dir if settings.g3_dir is not None else settings.cache_dir and settings.cache_dir / "g3"
+    launch = serve.prepare(model, context.args, resolved) if model is not None else None
+    disk = preflight.disk_folder(settings)
     folder = disk if disk is not None and disk.is_dir() else None
     findings = []
     table = Table("", "what", "finding", header_style="bold", title=f"KVBM {__version__}", title_justify="left")
@@ -73,7 +78,8 @@ def doctor(
     for finding in (
         *_engines(settings.run_dir),
         *_installation(resolved),
-        *_disk(settings, disk),
+        *([] if launch is None else [Finding(f"model {model}", True, "nothing that shows before the start is wrong")]),
+        Finding("disk tier (G3)", *preflight.disk(settings)),
         *_findings(folder, objects),
     ):
         findings.append(finding)
@@ -106,15 +112,15 @@ def _installation(resolved: config.Resolved) -> Iterator[Finding]:
     given = [f"{name} ({source})" for name, source in resolved.sources.items() if source != "default"]
     yield Finding("settings", True, "; ".join([", ".join(given) or "none is set", *resolved.notes]))
     try:
-        version, kind = installed_engine()
+        version, kind = serve.installed_engine()
         served = version.startswith(tuple(f"{each}." for each in identity.VLLM))
         says = f"{version} for {'CPUs' if kind == 'cpu' else 'GPUs, which KVBM does not serve yet'}"
         says += "" if served else f": KVBM serves {', '.join(identity.VLLM)}"
         yield Finding("vLLM", served and kind == "cpu", says)
     except KvbmError as error:
         yield Finding("vLLM", False, str(error))
-    if (kept := config.child_environment().get(RESERVED)) is not None:
-        yield Finding("cores", True, f"vLLM keeps {kept} free for its scheduler: environment {RESERVED}")
+    if (kept := config.child_environment().get(serve.RESERVED)) is not None:
+        yield Finding("cores", True, f"vLLM keeps {kept} free for its scheduler: environment {serve.RESERVED}")
     else:
         yield Finding("cores", True, "`kvbm serve` has vLLM keep one free for each rank, as it does without KVBM")
     if resolved.settings.g2_blocks is not None:
@@ -127,28 +133,6 @@ def _installation(resolved: config.Resolved) -> Iterator[Finding]:
         yield Finding("host memory (G2)", True, f"an engine would take {size(megabytes * 1e6)}: {why}")
     except KvbmError as error:
         yield Finding("host memory (G2)", False, str(error))
-
-
-def _disk(settings: config.Settings, folder: Path | None) -> Iterator[Finding]:
-    """The disk tier's folder."""
-    if not build_disk.wanted(settings):
-        yield Finding("disk tier (G3)", True, "none: it has no size (g3_gb)")
-        return
-    if folder is None:
-        yield Finding("disk tier (G3)", False, f"{NO_HOME}: g3_dir says where it is to be")
-        return
-    there = next(place for place in (folder, *folder.parents) if place.is_dir())
-    free = os.statvfs(there)
-    room = free.f_bavail * free.f_frsize + (sum(one.allocated for one in listed(folder)) if folder.is_dir() else 0)
-    wanted = (settings.g3_gb or 0) * 1e9
-    says = f"{folder}: {size(room)} can be used there"
-    says += "" if folder.is_dir() else ", the folder is made at the start"
-    if not os.access(there, os.W_OK | os.X_OK):
-        yield Finding("disk tier (G3)", False, f"{there} may not be written by this user")
-    elif wanted > room:
-        yield Finding("disk tier (G3)", False, f"{says}, and g3_gb asks for {size(wanted)}")
-    else:
-        yield Finding("disk tier (G3)", True, says)
 
 
 def _findings(folder: Path | None, objects: dict[str, str]) -> Iterator[Finding]:

@@ -48,7 +48,8 @@ _Usage: Any = typer.BadParameter.__base__
 
 
 def _end(sentence: str, status: int) -> NoReturn:
-    print(f"kvbm: {sentence}", file=sys.stderr)
+    # What libraries say of files that do not parse has several lines.
+    print(f"kvbm: {' '.join(line.strip() for line in sentence.splitlines())}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -77,8 +78,9 @@ def model(
     print(models.resolve(name, config.load().settings.cache_dir, Console(stderr=True)))
 
 
-# Options before MODEL would be ours, all after it is the engine's, --help included.
-app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(serve.serve)
+# Options before MODEL are ours, all after it is the engine's, --help included.
+_FOR_ENGINE = {"allow_extra_args": True, "allow_interspersed_args": False}
+app.command(context_settings=_FOR_ENGINE)(serve.serve)
 app.command()(demo.demo)
 app.command("demo-disagg")(disagg.demo_disagg)
 app.command("replay")(replay.command)
@@ -90,7 +92,7 @@ app.command()(engines.explain)
 app.command()(engines.check)
 app.command()(engines.pause)
 app.command()(engines.resume)
-app.command()(doctor.doctor)
+app.command(context_settings=_FOR_ENGINE)(doctor.doctor)
 app.add_typer(disk.app, name="disk")
 
 if __name__ == "__main__":

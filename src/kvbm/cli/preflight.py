@@ -5,12 +5,20 @@ Neither vLLM nor transformers is imported: that takes longer than all of this.""
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from kvbm.cli.render import size
+from kvbm.core.config import Settings
 from kvbm.core.errors import Unsupported, UsageError
+from kvbm.core.folders import NO_HOME
+from kvbm.manager import build_disk
+from kvbm.stores.meta import listed
 
 _ENCODERS: Final = r"(Bert|Roberta|XLMRoberta|DistilBert|Electra|Deberta|DebertaV2|ModernBert|Albert|NomicBert|Gte\w*)"
 _ONE_PASS: Final = {
@@ -24,17 +32,161 @@ _ONE_PASS: Final = {
 """Names of classes that vLLM has for models of which it reuses no prefixes. Others are refused when it knows them."""
 
 
-def check(model: str, place: Path | None, max_model_len: str | None) -> None:
-    """Raises UsageError for a model that is not there or has fewer positions than asked for, Unsupported for one that
-    KVBM does not serve. `place` is its folder or file, if it is here; `max_model_len` None: not given."""
+_PLAIN: Final = "(Llama|Mistral|Mixtral|Phi3|Granite|Olmo2|(Qwen2|Qwen3)(Moe)?)ForCausalLM"
+"""Every layer keeps keys and values of each of its KV heads, unless something else of the configuration says no."""
+_DTYPE_BYTES: Final = {"float32": 4, "float": 4, "auto": 2, "half": 2, "float16": 2, "bfloat16": 2}
+"""By vLLM's --dtype; it serves float32 as such only where it is told to."""
+_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_REFUSED: Final = {
+    ("--pipeline-parallel-size", "-pp"): "pipeline parallelism",
+    ("--decode-context-parallel-size", "-dcp"): "decode context parallelism",
+    ("--prefill-context-parallel-size", "-pcp"): "prefill context parallelism",
+    ("--nnodes", "-n"): "tensor parallelism over several nodes",
+}
+_NUMBERS: Final = ("--tensor-parallel-size", "-tp", "--block-size", *(name for names in _REFUSED for name in names))
+_OBJECTS: Final = ("--speculative-config", "--hf-overrides", "--compilation-config", "--kv-events-config")
+
+Option = Callable[..., str | None]
+"""What was given for an option of vLLM's, which has one name or several; None where it was not."""
+
+
+def check_options(option: Option) -> None:
+    """Raises UsageError for what no engine takes, Unsupported for what KVBM does not serve."""
+    for name in _NUMBERS:
+        if (text := option(name)) is not None and not text.isdecimal():
+            raise UsageError(f"{name} must be a number, not {text!r}")
+    for name in _OBJECTS:
+        if (text := option(name) or "").lstrip().startswith("{"):
+            try:
+                json.loads(text)
+            except ValueError as error:
+                raise UsageError(f"{name} is not valid JSON: {error}") from None
+    for names, sentence in _REFUSED.items():
+        if int(option(*names) or 1) > 1:
+            raise Unsupported(_not_served(sentence))
+
+
+def check_model(
+    model: str, place: Path | None, option: Option, *, offline: bool, stretched: bool
+) -> dict[str, Any] | None:
+    """The model's configuration, where it can be read. `place` is its folder or file, if it is here; `offline`: none is
+    fetched; `stretched`: it may have more positions than it was made for.
+
+    Raises UsageError for a model that is not there or not whole, or has fewer positions than asked for, Unsupported for
+    one that KVBM or vLLM does not serve."""
     if place is None:
-        if model.startswith(("/", "./", "../", "~")):
+        if model.startswith(("/", "./", "../", "~")) or (model.count("/") > 1 and ":" not in model):
             raise UsageError(f"there is no model {model}: neither a folder nor a file has that path")
+        if offline and ":" not in model:
+            raise UsageError(
+                f"there is no model {model}: it is neither a path nor in the hub's cache, and HF_HUB_OFFLINE (or"
+                " TRANSFORMERS_OFFLINE) is set"
+            )
+        return None
+    if not place.is_dir() or (configuration := _configuration(place)) is None:
+        return None
+    if (wrong := _refused(configuration)) is not None:
+        raise Unsupported(_not_served(wrong))
+    if option("--hf-overrides") is None:
+        _check_known(configuration, place)
+    if not stretched:
+        _check_length(configuration, option("--max-model-len"))
+    if option("--load-format") in (None, "auto") and (place / "config.json").is_file():
+        _check_weights(place)
+    return configuration
+
+
+def disk(settings: Settings) -> tuple[bool, str]:
+    """Whether the disk tier can have its folder, or none is wanted, and a sentence about it."""
+    if not build_disk.wanted(settings):
+        return True, "none: it has no size (g3_gb)"
+    folder = disk_folder(settings)
+    if folder is None:
+        return False, f"{NO_HOME}: g3_dir says where it is to be"
+    there = next(place for place in (folder, *folder.parents) if place.is_dir())
+    free = os.statvfs(there)
+    room = free.f_bavail * free.f_frsize + (sum(one.allocated for one in listed(folder)) if folder.is_dir() else 0)
+    wanted = (settings.g3_gb or 0) * 1e9
+    says = f"{folder}: {size(room)} can be used there"
+    says += "" if folder.is_dir() else ", the folder is made at the start"
+    if not os.access(there, os.R_OK | os.W_OK | os.X_OK):
+        return False, f"{there} may not be read and written by this user"
+    if wanted > room:
+        return False, f"{says}, and g3_gb asks for {size(wanted)}"
+    return True, says
+
+
+def disk_folder(settings: Settings) -> Path | None:
+    """None where this user has no home folder."""
+    return settings.g3_dir if settings.g3_dir is not None else settings.cache_dir and settings.cache_dir / "g3"
+
+
+def least_block_bytes(configuration: Mapping[str, Any], option: Option) -> int | None:
+    """Bytes of a block over all ranks, or somewhat less (copies of heads that ranks share are not counted); None where
+    only the engine knows."""
+    dtype, kv_dtype = option("--dtype") or "auto", option("--kv-cache-dtype") or "auto"
+    of_element = 1 if kv_dtype.startswith("fp8") else _DTYPE_BYTES.get(dtype if kv_dtype == "auto" else kv_dtype)
+    tokens = option("--block-size") or ""
+    special = (
+        not any(re.fullmatch(_PLAIN, name) for name in _names(configuration.get("architectures")))
+        or option("--hf-overrides") is not None
+        or (configuration.get("sliding_window") and configuration.get("use_sliding_window", True))
+        or set(configuration.get("layer_types") or ()) - {"full_attention"}
+        or "kv_cache" in json.dumps(configuration.get("quantization_config"))
+    )
+    if special or of_element is None or not tokens.isdecimal():
+        return None
+    try:
+        heads = configuration["num_attention_heads"]
+        kv_heads = configuration.get("num_key_value_heads") or heads
+        head_elements = configuration.get("head_dim") or configuration["hidden_size"] // heads
+        return int(2 * configuration["num_hidden_layers"] * kv_heads * head_elements * of_element * int(tokens))
+    except (KeyError, TypeError, ZeroDivisionError):
+        return None
+
+
+def _not_served(what: str) -> str:
+    return f"KVBM does not serve {what}. Start the engine without `kvbm serve`."
+
+
+def _check_known(configuration: Mapping[str, Any], place: Path) -> None:
+    """Whether vLLM or transformers have a class for it, as far as their sources say, or the model brings one."""
+    names, kind = _names(configuration.get("architectures")), configuration.get("model_type")
+    if not names and not isinstance(kind, str):
+        raise UsageError(
+            f"{place / 'config.json'} is not a model's configuration: it has neither architectures nor a model_type"
+        )
+    others = [each for each in entry_points(group="vllm.general_plugins") if not each.value.startswith("vllm.")]
+    tables = [
+        text
+        for package, file in (("vllm", "model_executor/models/registry.py"), ("transformers", "models/auto"))
+        for text in _sources(package, file)
+    ]
+    known = any(f'"{name}"' in text for name in names for text in tables)
+    if names and len(tables) > 1 and not known and not others and "auto_map" not in configuration:
+        unknown = f"{', '.join(names)} ({place / 'config.json'})"
+        raise Unsupported(f"neither vLLM nor transformers knows a model of the architecture {unknown}")
+
+
+def _sources(package: str, name: str) -> list[str]:
+    """Python files of a package that is not imported, as text."""
+    spec = find_spec(package)
+    places = [Path(folder, name) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
+    files = [file for place in places for file in ([place] if place.is_file() else sorted(place.glob("*auto.py")))]
+    return [file.read_text(encoding="utf-8", errors="replace") for file in files]
+
+
+def _check_weights(place: Path) -> None:
+    """Raises UsageError where there are none, or not all that their index names."""
+    if not any(path.suffix in _WEIGHTS for path in place.iterdir()):
+        raise UsageError(f"there are no weights in {place}: no file ends in {', '.join(_WEIGHTS)}")
+    try:
+        named = set(json.loads((place / "model.safetensors.index.json").read_bytes())["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return
-    if place.is_dir() and (configuration := _configuration(place)) is not None:
-        if (wrong := _refused(configuration)) is not None:
-            raise Unsupported(f"KVBM does not serve {wrong}. Start the engine without `kvbm serve`.")
-        _check_length(configuration, max_model_len)
+    if missing := sorted(name for name in named if not (place / name).exists()):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UsageError(f"the weights in {place} are not whole: {missing[0]}{more} is missing")
 
 
 def _configuration(place: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import importlib
 import json
@@ -35,6 +36,7 @@ _err = Console(stderr=True, highlight=False)
 _ENDING_S = 5
 """Seconds that vLLM may take to end after KVBM has written to disk what it had to."""
 RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+_YES = ("1", "true", "yes", "on")
 _UNLOADABLE = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -48,14 +50,9 @@ def serve(
     """
     resolved = config.load()
     settings = resolved.settings
-    build.check(resolved)
-    for warning in warnings():
+    launch = prepare(model, context.args, resolved)
+    for warning in warnings(resolved):
         _err.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
-    path = models.resolve(model, settings.cache_dir, _err)
-    stretched = "VLLM_ALLOW_LONG_MAX_MODEL_LEN" in config.child_environment()
-    length = None if stretched else value(context.args, "--max-model-len")
-    preflight.check(path, _place(path, context.args), length)
-    launch = plan(model, context.args, path)
     if RESERVED in launch.environment.keys() - config.child_environment().keys():
         set_to = f"{RESERVED}={launch.environment[RESERVED]}"
         _err.print(f"{set_to}: as many compute threads as without KVBM; with a KV connector vLLM keeps more cores free")
@@ -74,6 +71,31 @@ def serve(
     raise typer.Exit(code)
 
 
+def prepare(model: str, arguments: Sequence[str], resolved: config.Resolved) -> Launch:
+    """What `kvbm serve` starts for `model`, fetched if need be. Raises KvbmError for all that can be known to be wrong
+    before an engine is started."""
+    build.check(resolved)
+    ready, says = preflight.disk(resolved.settings)
+    if resolved.settings.strict and not ready:
+        raise UsageError(f"there is no disk tier, and strict is set: {says}")
+    option = options(arguments)
+    preflight.check_options(option)
+    path = models.resolve(model, resolved.settings.cache_dir, _err)
+    environ = config.child_environment()
+    offline = any(environ.get(name, "").lower() in _YES for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    if environ.get("VLLM_USE_MODELSCOPE", "").lower() in _YES:
+        offline = False  # it has a cache of its own
+    stretched = "VLLM_ALLOW_LONG_MAX_MODEL_LEN" in environ
+    place = _place(path, arguments)
+    configuration = preflight.check_model(path, place, option, offline=offline, stretched=stretched)
+    launch = plan(model, arguments, path)
+    if option("--port") is not None and option("--uds") is None and not _listenable(launch.host, launch.port):
+        raise UsageError(f"--port {launch.port}: somebody listens there on {launch.host} already")
+    if (block_bytes := preflight.least_block_bytes(configuration or {}, options(launch.arguments))) is not None:
+        build.check_size(resolved, block_bytes)
+    return launch
+
+
 def plan(
     name: str,
     arguments: Sequence[str],
@@ -88,7 +110,7 @@ def plan(
 
     Raises KvbmError when vLLM is not installed or `arguments` bring a connector of their own.
     """
-    given = [*_file_arguments(value(arguments, "--config")), *arguments]
+    given = _given(arguments)
     if value(given, CONNECTOR_FLAG) is not None:
         raise UsageError(
             f"{CONNECTOR_FLAG} is what `kvbm serve` sets itself. Leave it out, or start the engine without"
@@ -97,8 +119,8 @@ def plan(
     on_cpu = engine_build() == "cpu"
     host = value(given, "--host") or "127.0.0.1"
     port = value(given, "--port") or str(free_port(host, 8000))
-    if not port.isdecimal():
-        raise UsageError(f"--port must be a number, not {port!r}")
+    if not port.isdecimal() or not 1 <= int(port) <= 65_535:
+        raise UsageError(f"--port must be a number of 1 to 65535, not {port!r}")
     defaults = {"--host": host, "--port": port}
     if name != model:
         defaults["--served-model-name"] = name
@@ -179,6 +201,16 @@ def drain_s(environ: Mapping[str, str]) -> float:
     return settings.g3_drain_s if (settings.g3_gb or settings.g3_blocks) is not None else 0.0
 
 
+def _given(arguments: Sequence[str]) -> list[str]:
+    return [*_file_arguments(value(arguments, "--config")), *arguments]
+
+
+def options(arguments: Sequence[str]) -> preflight.Option:
+    """What `arguments`, and the file that they name, give for an option."""
+    given = _given(arguments)
+    return lambda *names: next((text for name in names if (text := value(given, name)) is not None), None)
+
+
 def _file_arguments(path: str | None) -> list[str]:
     """What vLLM reads from its own --config FILE, as arguments."""
     if path is None:
@@ -229,8 +261,8 @@ def fast_dtype() -> str:
     return "bfloat16" if flags & {"avx512bw", "avx512_bf16", "amx_bf16", "bf16"} else "float32"
 
 
-def warnings() -> list[str]:
-    """What is wrong with this installation, in sentences."""
+def warnings(resolved: config.Resolved) -> list[str]:
+    """What is wrong with this installation, in sentences, and what of the settings has no effect or cannot."""
     found = [sentence] if (sentence := identity.clash()) else []
     present = {name for name in _UNLOADABLE for _ in metadata.Distribution.discover(name=name)}
     if present and engine_build() == "cpu":
@@ -238,20 +270,29 @@ def warnings() -> list[str]:
         found.append(
             f"{names}: these do not load beside a CPU-only torch and can stop vLLM from starting: pip uninstall {names}"
         )
-    return found
+    ready, says = preflight.disk(resolved.settings)
+    return [*found, *resolved.notes, *([] if ready else [f"there is no disk tier: {says}"])]
 
 
 def free_port(host: str, first: int, tries: int = 100) -> int:
     """`first`, or the next port that is free on `host`."""
     for port in range(first, first + tries):
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError:
-                continue
+        if _listenable(host, port):
             return port
     raise UsageError(f"no free port on {host} from {first} to {first + tries - 1}: give one with --port")
+
+
+def _listenable(host: str, port: int) -> bool:
+    """Whether a server can listen there now. Raises UsageError where none can on any port."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                return False
+            raise UsageError(f"--host {host}: nobody can listen there: {error.strerror}") from None
+    return True
 
 
 def run(launch: Launch) -> int:

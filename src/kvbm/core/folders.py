@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from kvbm.core.errors import ConfigError
+
 NO_HOME = "this user has no home folder (HOME is not set, and the system does not know the user)"
 
 
@@ -17,6 +19,13 @@ def expanded(path: Path) -> Path:
         return path.expanduser().absolute()
     except RuntimeError:  # as in containers that are given any user id
         raise ValueError(f"{path} cannot be found, because {NO_HOME}") from None
+
+
+def check_folder(setting: str, path: Path) -> None:
+    """Raises ConfigError where what `setting` names cannot be a folder. Makes nothing."""
+    first = next((place for place in (path, *path.parents) if os.path.exists(place)), path)
+    if os.path.exists(first) and not os.path.isdir(first):
+        raise ConfigError(setting, f"{first} is not a folder", remedy="Name a folder, or one that can be made.")
 
 
 def default_run_dir(environ: Mapping[str, str]) -> Path:

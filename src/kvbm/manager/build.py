@@ -9,11 +9,12 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
+from uuid import uuid4
 
 from kvbm import __version__
 from kvbm.abc.transport import Transport
@@ -21,6 +22,7 @@ from kvbm.blocks import LayerGroup, Pool
 from kvbm.core import cpus
 from kvbm.core.config import Resolved, Settings
 from kvbm.core.errors import Broken, ConfigError
+from kvbm.core.folders import check_folder
 from kvbm.core.keys import Namespace
 from kvbm.core.region import Region
 from kvbm.manager import build_disk, build_peers
@@ -160,7 +162,21 @@ def _wrap(spec: str, transport: Transport, rank: int) -> Transport:
 def check(resolved: Resolved) -> None:
     """Raises ConfigError for what cannot be used: names of policies, folders, keys, secrets, more memory than there is.
     Waits for nothing, and touches nothing."""
+    try:
+        _check(resolved)
+    except ConfigError as error:
+        given = {name: source for name, source in resolved.sources.items() if source != "default"}
+        raise ConfigError(
+            error.setting, error.problem, source=error.source or given.get(error.setting, ""), remedy=error.remedy
+        ) from None
+
+
+def _check(resolved: Resolved) -> None:
     settings = resolved.settings
+    for name in ("run_dir", "cache_dir", "g3_dir", "traces"):
+        if resolved.sources[name] != "default":
+            check_folder(name, getattr(settings, name))
+    channel_path(settings, f"{uuid4()}_dp0")
     eviction_order(settings.g2_order, 1, "g2_order")
     if settings.g2_gb is not None and settings.g2_blocks is None:
         free = available_memory() - _RESERVE
@@ -168,6 +184,12 @@ def check(resolved: Resolved) -> None:
             raise _too_large("g2_gb", f"{settings.g2_gb:g} GB", free, resolved)
     build_disk.check(settings)
     build_peers.check(settings)
+
+
+def check_size(resolved: Resolved, block_bytes: int) -> None:
+    """Raises ConfigError for a G2 that somebody gave a size which cannot be, with blocks of `block_bytes` or more."""
+    with suppress(Broken):  # a size that nobody gave
+        size(resolved, Place("", 1), block_bytes)
 
 
 def build_leader(
@@ -323,11 +345,11 @@ def size(resolved: Resolved, place: Place, block_bytes: int) -> tuple[int, str]:
         raise Broken(f"only {max(0, free) / 1e9:.2f} GB of memory are available for G2 ({name} says how much to take)")
     if slots < 1:
         raise ConfigError(
-            name, f"G2 would be smaller than one block of {block_bytes} bytes", source=sources[name],
+            name, f"G2 would be smaller than one block of {block_bytes:,} bytes", source=sources[name],
             remedy=f"Give it at least {block_bytes / 1e9:.3g} GB.",
         )  # fmt: skip
     if slots * block_bytes > free:
-        raise _too_large(name, f"{slots} blocks, {slots * block_bytes / 1e9:.2f} GB,", free, resolved)
+        raise _too_large(name, f"{slots:,} blocks, {slots * block_bytes / 1e9:.2f} GB,", free, resolved)
     return slots, why
 
 

@@ -67,13 +67,13 @@ def wanted(settings: Settings) -> bool:
 def check(settings: Settings) -> None:
     """Raises ConfigError for a policy, a folder or a key that cannot be used, before anything is waited for or
     touched."""
+    eviction_order(settings.g3_order, 1, "g3_order")
+    admission(settings.g3_admission, 1, "g3_admission")
+    placement(settings.placement)
     if wanted(settings):
-        eviction_order(settings.g3_order, 1, "g3_order")
-        admission(settings.g3_admission, 1, "g3_admission")
-        placement(settings.placement)
         _cipher(settings)
-        if settings.g3_dir is not None:
-            Folder.check(settings.g3_dir)
+        if settings.g3_engine == "io_uring":
+            transport(settings).close()
 
 
 def transport(settings: Settings) -> FileTransport:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from ipaddress import ip_address
 from typing import Final
+from urllib.parse import urlsplit
 
 from kvbm import __version__
 from kvbm.abc.transport import Transport
@@ -50,6 +51,12 @@ def wanted(settings: Settings) -> bool:
 def check(settings: Settings) -> None:
     """Raises ConfigError for what cannot be used, before anything is waited for or touched."""
     if wanted(settings):
+        try:
+            port = urlsplit(settings.directory or "").port
+        except ValueError:
+            port = 0
+        if port == 0:
+            raise ConfigError("directory", "its port must be a number of 1 to 65,535")
         _secret(settings)
         if settings.peer_host in ("0.0.0.0", "::"):
             raise ConfigError(

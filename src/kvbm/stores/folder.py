@@ -12,6 +12,7 @@ from typing import final
 import msgspec
 
 from kvbm.core.errors import Broken, ConfigError, Misuse, Newer
+from kvbm.core.folders import check_folder
 from kvbm.stores.files import allocated, reported
 from kvbm.stores.format import FORMAT, padded
 from kvbm.stores.lock import Lock
@@ -43,13 +44,6 @@ class Folder:
         """Not for callers: use `claim`."""
         self.path, self._lock, self._clock = path, lock, clock
 
-    @staticmethod
-    def check(path: Path) -> None:
-        """Raises ConfigError where this cannot be a folder. Makes nothing."""
-        first = next((place for place in (path, *path.parents) if os.path.exists(place)), path)
-        if os.path.exists(first) and not os.path.isdir(first):
-            raise ConfigError("g3_dir", f"{first} is not a folder", remedy="Name a folder for the disk tier's files")
-
     @classmethod
     def claim(cls, path: Path, engine: str, *, clock: Callable[[], float] = time.time) -> Folder:
         """Make `path` where it is missing and take its lock for `engine`, until `close` or the process's end.
@@ -59,7 +53,7 @@ class Folder:
             Busy: another process has it.
             Broken: it cannot be made or written.
         """
-        cls.check(path)
+        check_folder("g3_dir", path)
         with reported(f"make the folder {path}"):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         return cls(path, Lock(path, engine), clock)
