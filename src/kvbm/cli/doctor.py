@@ -67,7 +67,7 @@ def doctor(
     """
     resolved = config.load()
     settings = resolved.settings
-    build.check(resolved)
+    build.check(resolved, serve.ENGINE)
     launch = serve.prepare(model, context.args, resolved) if model is not None else None
     disk = preflight.disk_folder(settings)
     folder = disk if disk is not None and disk.is_dir() else None

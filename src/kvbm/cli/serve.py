@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
+from uuid import uuid4
 
 import typer
 from rich.console import Console
@@ -37,6 +38,8 @@ _ENDING_S = 5
 """Seconds that vLLM may take to end after KVBM has written to disk what it had to."""
 RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 _YES = ("1", "true", "yes", "on")
+ENGINE = f"{uuid4()}_dp0"
+"""An id like that of the engine that is started."""
 _UNLOADABLE = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -74,7 +77,7 @@ def serve(
 def prepare(model: str, arguments: Sequence[str], resolved: config.Resolved) -> Launch:
     """What `kvbm serve` starts for `model`, fetched if need be. Raises KvbmError for all that can be known to be wrong
     before an engine is started."""
-    build.check(resolved)
+    build.check(resolved, ENGINE)
     ready, says = preflight.disk(resolved.settings)
     if resolved.settings.strict and not ready:
         raise UsageError(f"there is no disk tier, and strict is set: {says}")

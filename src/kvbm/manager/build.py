@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
-from uuid import uuid4
 
 from kvbm import __version__
 from kvbm.abc.transport import Transport
@@ -159,11 +158,12 @@ def _wrap(spec: str, transport: Transport, rank: int) -> Transport:
         raise ConfigError("transport_wrapper", f"{spec!r} cannot be used: {error}") from error
 
 
-def check(resolved: Resolved) -> None:
+def check(resolved: Resolved, engine: str = "") -> None:
     """Raises ConfigError for what cannot be used: names of policies, folders, keys, secrets, more memory than there is.
-    Waits for nothing, and touches nothing."""
+    Waits for nothing, and touches nothing. `engine` is an id like that of the engine that will be."""
     try:
         _check(resolved)
+        channel_path(resolved.settings, engine)
     except ConfigError as error:
         given = {name: source for name, source in resolved.sources.items() if source != "default"}
         raise ConfigError(
@@ -176,7 +176,6 @@ def _check(resolved: Resolved) -> None:
     for name in ("run_dir", "cache_dir", "g3_dir", "traces"):
         if resolved.sources[name] != "default":
             check_folder(name, getattr(settings, name))
-    channel_path(settings, f"{uuid4()}_dp0")
     eviction_order(settings.g2_order, 1, "g2_order")
     if settings.g2_gb is not None and settings.g2_blocks is None:
         free = available_memory() - _RESERVE
