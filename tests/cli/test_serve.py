@@ -297,6 +297,7 @@ LLAMA = CAUSAL | {
         ({"architectures": ["DeepseekV3ForCausalLM"]}, "--block-size 16", None),
         ({"quantization_config": {"kv_cache_scheme": {"num_bits": 8}}}, "--block-size 16", None),
         ({"num_hidden_layers": None}, "--block-size 16", None),
+        ({"num_hidden_layers": "4", "layer_types": 5}, "--block-size 16", None),
     ],
 )
 def test_how_large_a_block_is_where_that_is_plain(

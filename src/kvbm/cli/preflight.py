@@ -1,4 +1,4 @@
-"""What a model's own files show to be wrong, in a moment, before an engine is started.
+"""What a model's files, settings and the engine's options show to be wrong, in a moment, before one is started.
 
 Neither vLLM nor transformers is imported: that takes longer than all of this."""
 
@@ -104,13 +104,13 @@ def disk(settings: Settings) -> tuple[bool, str]:
     if folder is None:
         return False, f"{NO_HOME}: g3_dir says where it is to be"
     there = next(place for place in (folder, *folder.parents) if place.is_dir())
+    if not os.access(there, os.R_OK | os.W_OK | os.X_OK):
+        return False, f"{there} may not be read and written by this user"
     free = os.statvfs(there)
     room = free.f_bavail * free.f_frsize + (sum(one.allocated for one in listed(folder)) if folder.is_dir() else 0)
     wanted = (settings.g3_gb or 0) * 1e9
     says = f"{folder}: {size(room)} can be used there"
     says += "" if folder.is_dir() else ", the folder is made at the start"
-    if not os.access(there, os.R_OK | os.W_OK | os.X_OK):
-        return False, f"{there} may not be read and written by this user"
     if wanted > room:
         return False, f"{says}, and g3_gb asks for {size(wanted)}"
     return True, says
@@ -131,18 +131,17 @@ def least_block_bytes(configuration: Mapping[str, Any], option: Option) -> int |
         not any(re.fullmatch(_PLAIN, name) for name in _names(configuration.get("architectures")))
         or option("--hf-overrides") is not None
         or (configuration.get("sliding_window") and configuration.get("use_sliding_window", True))
-        or set(configuration.get("layer_types") or ()) - {"full_attention"}
+        or any(kind != "full_attention" for kind in _names(configuration.get("layer_types")))
         or "kv_cache" in json.dumps(configuration.get("quantization_config"))
     )
     if special or of_element is None or not tokens.isdecimal():
         return None
-    try:
-        heads = configuration["num_attention_heads"]
-        kv_heads = configuration.get("num_key_value_heads") or heads
-        head_elements = configuration.get("head_dim") or configuration["hidden_size"] // heads
-        return int(2 * configuration["num_hidden_layers"] * kv_heads * head_elements * of_element * int(tokens))
-    except (KeyError, TypeError, ZeroDivisionError):
-        return None
+    names = ("num_hidden_layers", "num_attention_heads", "hidden_size", "num_key_value_heads", "head_dim")
+    layers, heads, hidden, kv_heads, head_elements = (
+        number if isinstance(number := configuration.get(name), int) else 0 for name in names
+    )
+    kv_heads, head_elements = kv_heads or heads, head_elements or hidden // max(1, heads)
+    return 2 * layers * kv_heads * head_elements * of_element * int(tokens) or None
 
 
 def _not_served(what: str) -> str:
