@@ -135,7 +135,7 @@ def test_progress_is_for_terminals(folder: Path, tmp_path: Path, command: tuple[
     finally:
         os.close(ours)
         os.close(theirs)
-    assert (f"{A[:16]}, rank 1" if command[0] == "disk" else "lru, g2=1,") in seen
+    assert (f"{A[:16]}, rank 1" if command[0] == "disk" else "Reading") in seen
     if "--json" in command:
         assert json.loads(shown.stdout)
         assert json.loads(piped.stdout)

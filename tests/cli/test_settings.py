@@ -87,9 +87,9 @@ def test_bad_extra(kvbm: Kvbm, extra: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["config", "status", "doctor"])
-def test_where_there_are_no_letters_for_a_path(tmp_path: Path, command: str) -> None:
+def test_where_there_are_no_letters_for_a_path(run_dir: Path, command: str) -> None:
     """The output is ASCII, and the paths are not."""
-    folder = tmp_path / "donn\xe9es-\u65e5\u672c"
+    folder = run_dir / "donn\xe9es-\u65e5\u672c"
     folder.mkdir()
     environment = {name: value for name, value in os.environ.items() if "KVBM_" not in name}
     environment |= {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "COLUMNS": "60"}
