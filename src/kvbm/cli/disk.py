@@ -130,7 +130,7 @@ def purge(
         for part in parts
     ]
     doomed = [one for part in chosen for one in part.namespaces]
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "folder": str(one.path.relative_to(folder)),
             "model": _model(one),
