@@ -615,6 +615,47 @@ def test_killed_outright_it_takes_everything_along(tmp_path: Path) -> None:
     assert _gone(stubborn)
 
 
+KILLED = """
+import os, random, signal, sys, time
+from kvbm.cli import launch, serve
+serve.engine_build = lambda: "cpu"
+launch.Launch.command = property(lambda _: ["/bin/sh", "-c", 'echo >> "$STARTED"; exec sleep 60'])
+planned, dice = serve.plan("m", [], "m", environment={"STARTED": sys.argv[1]}), random.Random(5)
+for _ in range(int(sys.argv[2])):
+    if not (owner := os.fork()):
+        if sys.argv[3] == "begun":
+            launch.Tail.follow = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        launch.Server(planned, patience_s=0.5)
+        signal.pause()
+    if sys.argv[3] == "random":
+        time.sleep(dice.random() ** 2 / 5)
+        os.kill(owner, signal.SIGKILL)
+    os.waitpid(owner, 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "times"), [("begun", 3), pytest.param("random", 60, marks=pytest.mark.e2e)], ids=["begun", "random"]
+)
+def test_killed_while_it_starts_its_server_it_leaves_none(tmp_path: Path, moment: str, times: int) -> None:
+    """In its first 200 ms, sooner rather than later; and in the instant in which the server has begun."""
+    started = tmp_path / "started"
+    started.touch()
+    subprocess.run([sys.executable, "-c", KILLED, str(started), str(times), moment], timeout=60, check=True)
+    deadline = time.monotonic() + 10
+    while left := [pid for pid in os.listdir("/proc") if pid.isdigit() and str(started) in _environment(pid)]:
+        assert time.monotonic() < deadline, f"left: {left}"
+        time.sleep(0.05)
+    assert moment == "begun" or times / 4 < len(started.read_text()) < times
+
+
+def _environment(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/environ").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
 def _children(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
@@ -673,7 +714,7 @@ def test_a_group_whose_leader_is_gone_ends_with_its_owner() -> None:
     left = int(shell.stdout.readline())
     shell.wait(10)
     shell.stdout.close()
-    watcher = [sys.executable, str(Path(launch.__file__).parent / "watcher.py"), "0.2"]
+    watcher = [sys.executable, str(Path(launch.__file__).parent / "watcher.py"), "watch", "0.2"]
     subprocess.run(watcher, input=f"{shell.pid}\n", text=True, timeout=20, check=True)
     deadline = time.monotonic() + 5
     while (state := Path(f"/proc/{left}/stat")).exists() and " Z " not in state.read_text():

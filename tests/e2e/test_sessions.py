@@ -125,8 +125,8 @@ def test_what_another_connector_loaded_is_no_session() -> None:
     side.match, side.place, side.step, side._placed = (
         partial(getattr(SchedulerSide, name), side) for name in ("match", "place", "step", "_placed")
     )
-    side._leader.match.return_value, side._leader.place.return_value = 0, Admitted(0, 0, 0)
-    side._leader.seal.return_value = Step()
+    side.leader.match.return_value, side.leader.place.return_value = 0, Admitted(0, 0, 0)
+    side.leader.seal.return_value = Step()
     request = SimpleNamespace(
         request_id="r", num_computed_tokens=0, num_tokens=100, skip_reading_prefix_cache=False
     )  # fmt: skip
@@ -147,13 +147,13 @@ def test_what_another_connector_loaded_is_no_session() -> None:
     side.match(request, 0)
     side.place(request, blocks, 0)
     scheduled(99)
-    side._leader.go_on.assert_not_called()
-    side._leader.grow.assert_called_once_with("r", [1, 2, 3, 4], replace=True, found=4, others=())
+    side.leader.go_on.assert_not_called()
+    side.leader.grow.assert_called_once_with("r", [1, 2, 3, 4], replace=True, found=4, others=())
     scheduled(102)
-    side._leader.go_on.assert_called_once_with("r", [1, 2, 3, 4], 3, ())
+    side.leader.go_on.assert_called_once_with("r", [1, 2, 3, 4], 3, ())
     side.match(request, 0)  # it was preempted
     scheduled(99)
-    assert side._leader.grow.call_count == 2
+    assert side.leader.grow.call_count == 2
 
 
 @pytest.fixture(

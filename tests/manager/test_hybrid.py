@@ -362,6 +362,26 @@ def test_windows_are_kept_where_hits_end(make_stage: Make) -> None:
     assert windows == [[6, 7, 12, 13, 14, 15, 18, 19]] * 2
 
 
+def test_what_another_request_stores_and_loses_is_stored_of_a_full_group(make_stage: Make) -> None:
+    """What only a window needed is given up."""
+    stage, keys = make_stage(200, groups=GEMMA), keys_of("a", 6)
+    assert isinstance(stage.leader, HybridLeader)
+    for name, first in (("a", 10), ("b", 40)):
+        stage.leader.begin(name, keys, RequestParams(), 6 * BLOCK)
+        assert stage.leader.match(name, 0, 5) == 0
+        full, *windows = [list(range(first + more, first + more + 6)) for more in (0, 10, 20)]
+        stage.leader.place(name, full, 0, Admitted(6 * BLOCK, 0, 0), windows)
+        stage.leader.reach(name, 6, 0)
+    (copy,) = stage.step().stores
+    sources = copy.g1_slots().tolist()
+    assert {*range(10, 16)} < {*sources} <= {*range(10, 40)}
+    stage.answer(copy, *(DONE if block in (10, 11, 14, 15) else FAILED for block in sources))
+    stage.step()
+    stage.leader.reach("b", 6, 6 * BLOCK)
+    (again,) = stage.step().stores
+    assert again.g1_slots().tolist() == [42, 43]
+
+
 def test_a_hit_needs_only_the_windows_of_its_end(make_stage: Make) -> None:
     stage = make_stage(200, groups=GEMMA, checkpoint_tokens=32)
     solo, tokens = Solo(stage, GEMMA), tokens_of("a", 60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -49,8 +50,9 @@ def test_what_was_computed_is_there_after_a_restart(start: Start, ranks: int, tm
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("moves", ["reads", "writes"])
+@pytest.mark.parametrize("of", ["the transport", "the store"])
 def test_a_thread_that_copies_to_disk_and_dies_costs_the_disk_tier_alone(
-    start: Start, ranks: int, moves: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    start: Start, ranks: int, moves: str, of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     """That of the last rank."""
     keys, more = keys_of("a", 4), keys_of("b", 4)
@@ -67,15 +69,19 @@ def test_a_thread_that_copies_to_disk_and_dies_costs_the_disk_tier_alone(
         engine.settle()
         if moves == "reads":
             engine.leader.pool.discard(keys)
-        monkeypatch.setattr(file, "run_io", dies)
+        if of == "the transport":
+            monkeypatch.setattr(file, "run_io", dies)
+        else:
+            shard = engine.workers[-1]._disk.disk.shard  # type: ignore[union-attr]
+            monkeypatch.setattr(shard, "expect" if moves == "reads" else "commit", lambda *_: sys.exit("injected"))
         assert engine.serve(keys if moves == "reads" else more) == 0
         engine.until(engine.leader.degraded)
-        monkeypatch.setattr(file, "run_io", original)
+        monkeypatch.undo()
         health = engine.side.control.health()
         assert (health["healthy"], health["degraded"]) == (True, {"g3": problem})
         assert caplog.text.count(problem) == 1
         assert engine.disk.peek(more) == 0
-        engine.serve(keys)  # while they were being read, they counted as there, and were not stored
+        engine.serve(keys)  # the first may have ended while they were still on their way
         engine.until(lambda: engine.leader.in_flight() == (0, 0))
         assert engine.serve(keys) == 4, "host memory goes on"
         assert engine.serve(keys_of("c", 3)) == 0

@@ -556,3 +556,69 @@ def test_exclusive_gives_up_on_disk_what_has_come_up_and_writes_it_again(make_st
     assert match(stage, "again", gone) == 1
     assert not bad or stage.leader.records["again"].gated
     assert stage.disk.statistics().active == 0
+
+
+# ---------------------------------------------------------------------- computed meanwhile
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("came", [(), (0,), (0, 1, 2, 3)])
+def test_what_does_not_arrive_while_it_is_computed_is_stored(
+    make_stage: Make, came: tuple[int, ...], ends: bool
+) -> None:
+    """The request did not wait, and its reads are cancelled."""
+    stage, keys = make_stage().add_disk(batch=2), keys_of("a", 4)
+    stage.on_disk("first", keys)
+    reads = start(stage, "a", keys)
+    stage.measure(computed=BLOCK_TOKENS * 1000, read=1)
+    assert match(stage, "a", keys) == 0
+    assert [read.keys for read in reads] == [keys[:2], keys[2:]]
+    stage.place("a", g1 := [11, 12, 13, 14, 15])
+    assert stage.step({"a": 3}, reuse=g1).stores == []
+    assert stage.step({"a": 4}).stores == [], "all of it may still arrive"
+    for first, read in zip((0, 2), reads, strict=True):
+        stage.moved(read, *(DONE if first + at in came else FAILED for at in range(2)), error="cancelled")
+    if ends:
+        stage.leader.finish("a", g1, 4)
+        step = stage.step()
+    else:
+        stage.step()  # hears of it
+        step = stage.step({"a": 4})
+    rest = [at for at in range(4) if at not in came]
+    assert [block for copy in step.stores for block in copy.g1_slots().tolist()] == [g1[at] for at in rest]
+    for copy in step.stores:
+        stage.answer(copy)
+    assert stage.matchable(keys) == 4
+    assert [stage.pool.look(key).parent for key in keys] == [None, *keys[:3]]  # type: ignore[union-attr]
+    if not ends:
+        assert stage.step({"a": 4}).stores == []
+        assert stage.leader.requests["a"].awaited == []
+
+
+def test_what_another_request_stores_and_loses_is_stored(make_stage: Make) -> None:
+    stage, keys = make_stage(), keys_of("a", 4)
+    (copy,) = stage.compute("a", keys, [1, 2, 3, 4]).stores
+    assert stage.compute("b", [*keys, LAST], [5, 6, 7, 8, 9]).stores[0].g1_slots().tolist() == [9]
+    stage.answer(copy, DONE, FAILED, DONE, FAILED)
+    stage.step()
+    (again,) = stage.step({"a": 4, "b": 5}).stores
+    assert again.g1_slots().tolist() == [6, 8]
+    stage.answer(again)
+    assert stage.matchable(keys) == 4
+
+
+def test_what_is_no_more_its_own_is_not_stored(make_stage: Make) -> None:
+    """It was preempted, and computes only its first block again."""
+    stage, keys = make_stage().add_disk(batch=4), keys_of("a", 4)
+    stage.on_disk("first", keys)
+    (read,) = start(stage, "a", keys)
+    stage.measure(computed=BLOCK_TOKENS * 1000, read=1)
+    assert match(stage, "a", keys) == 0
+    stage.place("a", g1 := [11, 12, 13, 14, 15])
+    assert stage.step({"a": 4}, reuse=g1).stores == []
+    stage.moved(read, *[FAILED] * 4, error="cancelled")
+    assert match(stage, "a", keys) == 0
+    stage.place("a", g1 := [21, 22, 23, 24, 25])
+    assert [copy.g1_slots().tolist() for copy in stage.step({"a": 1}, reuse=g1).stores] == [[21]]
+    stage.leader.finish("a", g1, 1)
+    assert stage.step().stores == []

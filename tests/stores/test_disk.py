@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import random
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from kvbm.stores.meta import OVERHEAD_BYTES
 from kvbm.stores.shard import Shard, Sync
 from kvbm.testing.faults import FaultTransport
 from kvbm.testing.store import (
+    CORRUPT,
     DONE,
     FAILED,
     MISSING,
@@ -161,6 +164,68 @@ def test_a_done_that_raises_is_logged(tmp_path: Path, caplog: pytest.LogCaptureF
     assert rig.disk.wait([5], 30)
     assert "completion of job 5 was not processed" in caplog.text
     assert rig.write([1], [0]) == [DONE]
+    rig.close()
+
+
+class Gone(BaseException):
+    """What no step of a job catches."""
+
+
+@pytest.mark.parametrize("cipher", [None, Cipher(bytes(32))])
+@pytest.mark.parametrize("where", ["expect", "quarantine", "submit", "done"])
+def test_a_thread_that_dies_ends_all_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str, cipher: Cipher | None
+) -> None:
+    """One job is being moved, others wait for it to end or have not begun; then come more."""
+    rig = DiskRig(tmp_path, cipher=cipher)
+    assert rig.write([1, 2], [0, 1]) == [DONE] * 2
+    rig.damage(1)
+    rig.restart(load_delay=0.2)
+    moving = [Result() for _ in range(4)]
+    for job, result in enumerate(moving):
+        rig.disk.read(job, slots(0), slots(job), [key_of(1)], 30, result)
+    assert rig.disk.alive()
+
+    def dies(*_: object, **__: object) -> None:
+        raise Gone("injected")
+
+    fatal = Result()
+    if where == "submit":
+        monkeypatch.setattr(rig.disk, "_submit", dies)
+    elif where != "done":
+        monkeypatch.setattr(rig.shard, where, dies)
+    rig.disk.read(10, slots(1), slots(10), [key_of(2)], 30, dies if where == "done" else fatal)
+    assert rig.disk.wait([*range(4), 10], 10), "nothing waits for ever"
+    _until_dead(rig.disk)
+    if where != "done":
+        assert fatal.outcomes == [CORRUPT if where == "quarantine" else FAILED]
+        assert "died: Gone('injected')" in str(fatal.wait().error)
+    for result in moving:
+        assert result.outcomes == [FAILED] or (result.outcomes, result.wait().error) == ([DONE], None)
+    monkeypatch.undo()
+    assert rig.start_write([1], [0]).outcomes == rig.read([1], [0]) == [FAILED]
+    rig.close()
+    assert caplog.text.count("a thread of the disk tier died") == 1
+    assert rig.disk.pending() == 0
+
+
+def _until_dead(disk: Disk) -> None:
+    deadline = time.monotonic() + 10
+    while disk.alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_thread_that_is_not_there_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even its death could be noted."""
+    rig, died = DiskRig(tmp_path), threading.Event()
+    monkeypatch.setattr(threading, "excepthook", lambda _: died.set())
+    monkeypatch.setattr(rig.disk, "_die", lambda _: 1 / 0)
+    monkeypatch.setattr(rig.shard, "expect", lambda *_: sys.exit(1))
+    rig.disk.read(5, slots(0), slots(0), [key_of(1)], 10, Result())
+    assert died.wait(10)
+    _until_dead(rig.disk)
+    rig.disk.cancel([5])
     rig.close()
 
 

@@ -68,16 +68,20 @@ class Server:
         self._launch, self._patience_s = launch, patience_s
         self.tail = Tail()
         self._signals = 0
-        # Before the server, so that no instant is left in which nobody would end it.
+        # Before the server, which tells it who it is: no instant is left in which nobody would end it.
+        beside = [sys.executable, "-I", "-S", str(Path(watcher.__file__))]
         self._watcher = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(Path(watcher.__file__)), str(patience_s)],
+            [*beside, "watch", str(patience_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        assert self._watcher.stdin is not None
+        pipe = self._watcher.stdin.fileno()
         self._process = subprocess.Popen(
-            launch.command,
+            [*beside, "start", str(pipe), *launch.command],
+            pass_fds=[pipe],
             env=launch.environment | {"PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if log is None else log,
@@ -87,7 +91,6 @@ class Server:
         for source, target in ((self._process.stdout, sys.stdout), (self._process.stderr, sys.stderr)):
             if source is not None:
                 self.tail.follow(source, target)
-        self._tell_watcher(f"{self._process.pid}\n")
 
     def __enter__(self) -> Self:
         return self
@@ -134,15 +137,11 @@ class Server:
         while self._group_lives() and time.monotonic() < deadline:
             time.sleep(0.05)
         self.kill()
-        self._tell_watcher("over\n")
-        self._watcher.communicate()
-
-    def _tell_watcher(self, line: str) -> None:
-        pipe = self._watcher.stdin
         with suppress(OSError, ValueError):  # somebody killed it, or it was told before
-            assert pipe is not None
-            pipe.write(line.encode())
-            pipe.flush()
+            assert self._watcher.stdin is not None
+            self._watcher.stdin.write(b"over\n")
+            self._watcher.stdin.flush()
+        self._watcher.communicate()
 
     def _group_lives(self) -> bool:
         self._process.poll()

@@ -285,7 +285,7 @@ class Leader(Offloading):
         self.detour.computes(request_id)
         if request.variant is not None:
             self._with_adapter(request, complete)
-        if request.loading is None and complete <= request.settled:
+        if request.loading is None and complete <= request.settled and not request.awaited:
             return
         with self._lock:
             self._end_loading(request)
@@ -378,6 +378,7 @@ class Leader(Offloading):
                 if not request.stale:
                     complete = min(complete, request.proven)
                 self._compare(request, complete)
+                self._look_again(request)
                 self._offer_last(request, complete)
             if self.shadow is not None:
                 self.shadow.finished(request)

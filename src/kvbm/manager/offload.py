@@ -15,6 +15,7 @@ from kvbm.abc.observer import Observer
 from kvbm.blocks import Pool, Writable
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken
+from kvbm.core.keys import group_of
 from kvbm.core.region import Slots
 from kvbm.manager.channel import Link
 from kvbm.manager.gate import Gate
@@ -54,6 +55,7 @@ class Offloading(Housekeeping):
         self.provenance.computed(request, complete)
         known = complete if request.stale else min(complete, request.proven)
         self._compare(request, known)
+        self._look_again(request)
         if known > request.offered:
             self._offer(request, known)
         if known < complete and known <= request.offered:
@@ -96,6 +98,17 @@ class Offloading(Housekeeping):
         if request.offered >= request.worth:
             request.offered = max(request.offered, complete)
 
+    def _look_again(self, request: Request) -> None:
+        """Has blocks offered again that others were bringing to G2 when they were offered, and that did not arrive."""
+        if not (keys := request.awaited):
+            return
+        there, lost = self.pool.present(keys), self.pool.absent(keys)
+        request.awaited = [keys[at] for at in np.flatnonzero(~there).tolist()]
+        if lost:
+            left = {group_of(key)[0] for key in request.awaited}
+            places = (place for place, key in enumerate(request.keys[: request.offered]) if key in left)
+            request.offered, request.awaited = next(places, request.offered), []
+
     def _wanted(self, request: Request, complete: int, keys: Sequence[bytes]) -> None:
         """Of its blocks [offered, complete) G2 may have `keys`, which are its prompt's: others' answers may be among
         them, that the engine itself has found."""
@@ -124,6 +137,9 @@ class Offloading(Housekeeping):
         absent = self.pool.absent(keys)
         if len(absent) < len(keys):
             self.pool.touch(keys)
+            there = self.pool.present(keys)
+            there[absent] = True
+            request.awaited += [keys[at] for at in np.flatnonzero(~there).tolist()]
         most = max(1, self._settings.store_inflight_mb * 1_000_000 // self._slot_bytes)
         pool = self.pool.statistics()
         count = min(len(absent), max(0, min(most - self._copies.blocks_read, pool.free + pool.inactive)))

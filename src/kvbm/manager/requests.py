@@ -133,6 +133,8 @@ class Request:
     g1: list[int] = field(default_factory=list)
     others: list[list[int]] = field(default_factory=list)
     offered: int = 0
+    awaited: list[bytes] = field(default_factory=list)
+    """Keys of blocks that were on their way to G2 when they were offered: somebody else brings them."""
     # Of its table (`manager/provenance.py`):
     placement: int = 0
     """The number of its table: each new one has another."""

@@ -69,11 +69,10 @@ class Telling:
 
     def _look(self) -> None:
         """Whether the threads that copy live. Without those of the disk, the rest goes on."""
-        if self._executor.alive():
-            return
-        if self._disk is not None:
+        copies = self._executor.alive()
+        if self._disk is not None and not (copies and self._disk.disk.alive()):
             self._disk.look()
-        if self._g2 is not None and not self._sick and self._executor.lost(self._g1, self._g2):
+        if not copies and self._g2 is not None and not self._sick and self._executor.lost(self._g1, self._g2):
             self._sick = True
             self._tell(Sick(self._rank, "a copy thread died"))
 

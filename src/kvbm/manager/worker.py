@@ -351,7 +351,7 @@ class Worker(Telling):
         self._disk = DiskWorker(
             disk, self._rank, self._sums, self._settings.g3_deadline_s,
             report=self._report, read=self._read_ended, tell=self._tell, safely=self._safely,
-            lost=lambda: self._executor.lost(disk.shard.region, disk.memory),
+            lost=lambda: not disk.alive() or self._executor.lost(disk.shard.region, disk.memory),
         )  # fmt: skip
         return None
 

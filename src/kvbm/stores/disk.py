@@ -44,7 +44,8 @@ class Disk:
 
     With a `cipher`, blocks are encrypted on their way, through `bounce_bytes` of memory. Jobs that wait for a turn are
     begun in order, reads before writes. Threads: any; `done` runs on a thread of the disk's or of the transport's, and
-    must not wait for other jobs. Nothing here waits for the disk on the caller's thread but `close`.
+    must not wait for other jobs. Nothing here waits for the disk on the caller's thread but `close`. A thread in which
+    something was raised that nobody caught has died: all jobs end as `FAILED`, pending ones and those to come.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Disk:
         self._bounces = [Bounce(memory.slot_bytes, slots) for _ in range(2)] if cipher else []
         self._waiting: list[tuple[int, int, Job]] = []
         self._closed = False
+        self._dead: str | None = None
         names = [f"kvbm-disk-{i}" for i in range(threads)]
         self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for name in names]
         for thread in self._threads:
@@ -137,6 +139,10 @@ class Disk:
         with self._lock:
             return self._lock.wait_for(lambda: self._jobs.keys().isdisjoint(jobs), timeout_s)
 
+    def alive(self) -> bool:
+        """Whether no thread has died. Else nothing is read or written any more."""
+        return self._dead is None and (self._closed or all(thread.is_alive() for thread in self._threads))
+
     def close(self, timeout_s: float) -> None:
         """Take no more jobs, give the pending ones `timeout_s` seconds, cancel the rest and stop; then close the shard.
 
@@ -164,18 +170,43 @@ class Disk:
             if job.number in self._jobs:
                 raise Misuse(f"job {job.number} is still pending")
             self._jobs[job.number] = job
+            job.error = self._dead
         self._later(job, lambda: self._start(job))
 
     def _later(self, job: Job, step: Callable[[], None]) -> None:
         self._work.put((job.rank, next(self._order), lambda: self._step(job, step)))
 
     def _run(self) -> None:
-        while (step := self._work.get()[2]) is not None:
-            step()
+        """A thread's life. What nobody caught stops all jobs, but somebody has to say that they failed."""
+        while True:
+            try:
+                while (step := self._work.get()[2]) is not None:
+                    step()
+                return
+            except BaseException as error:
+                if self._die(f"a thread of the disk tier died: {error!r}"):
+                    logger.exception("a thread of the disk tier died: nothing is read or written any more")
+
+    def _die(self, why: str) -> bool:
+        """Stop all jobs. Whether that is new."""
+        with self._lock:
+            first, self._dead = self._dead is None, self._dead or why
+            jobs = list(self._jobs.values())
+            for job in jobs:
+                job.error = job.error or why
+            moving = [job.moving for job in jobs if job.moving is not None]
+            # The others end with the step that they are in, or that comes when they are not moved any more.
+            idle = [job for job in jobs if job.moving is None and not job.busy]
+        self._cancel(moving)
+        for job in idle:
+            self._end(job, job.error)
+        return first
 
     def _step(self, job: Job, step: Callable[[], None]) -> None:
         """One step of a job; whatever it raises ends the job, with the blocks it has not done `FAILED`."""
         with self._lock:
+            if job.over:
+                return
             job.busy += 1
             error = job.error
         try:
@@ -213,7 +244,12 @@ class Disk:
         with self._lock:
             # A job's own number where it is one transfer, so that others can follow it.
             job.moving = moving = next(self._ids) if self._sides.cipher else job.number
-        self._submit(moving, plan, job.deadline - self._clock(), lambda _, completion: self._moved(job, completion))
+        try:
+            self._submit(moving, plan, job.deadline - self._clock(), lambda _, completion: self._moved(job, completion))
+        except BaseException:  # nothing was started
+            with self._lock:
+                job.moving = None
+            raise
         with self._lock:
             cancelled = job.error is not None
         if cancelled:  # in between, when there was nothing to cancel yet
@@ -237,20 +273,25 @@ class Disk:
         self._next(job)
 
     def _end(self, job: Job, error: str | None) -> None:
-        waiting = None
+        waiting: Job | None = None
         with self._lock:
+            if job.over:
+                return
+            job.over = True
             if job.bounce is not None:
                 self._bounces.append(job.bounce)
                 job.bounce = None
-                waiting = heapq.heappop(self._waiting)[2] if self._waiting else None
-        if waiting is not None:
-            self._later(waiting, lambda: self._next(waiting))
-        all_done = bool((job.outcomes == Outcome.DONE).all())
-        why = None if all_done else error or job.why or "some blocks are not there or damaged"
+                while self._waiting and (waiting is None or waiting.over):
+                    waiting = heapq.heappop(self._waiting)[2]
         try:
+            if waiting is not None:
+                self._later(waiting, lambda: self._next(waiting))
+            all_done = bool((job.outcomes == Outcome.DONE).all())
+            why = None if all_done else error or job.why or "some blocks are not there or damaged"
             job.done(job.number, Completion(0, job.outcomes, why, job.seconds, job.nbytes), job.sums)
         except Exception:
             logger.exception("disk tier: the completion of job %d was not processed", job.number)
-        with self._lock:
-            del self._jobs[job.number]
-            self._lock.notify_all()
+        finally:
+            with self._lock:
+                del self._jobs[job.number]
+                self._lock.notify_all()

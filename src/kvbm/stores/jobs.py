@@ -36,7 +36,8 @@ class Sides:
 class Job(ABC):
     """One call of `read` or `write`.
 
-    One thread at a time has it; `error`, `moving` and `busy` (steps that somebody is in) are under the disk's lock.
+    One thread at a time has it; `error`, `moving`, `busy` (steps that somebody is in) and `over` (its end is told by
+    somebody) are under the disk's lock.
     """
 
     rank: int
@@ -53,7 +54,7 @@ class Job(ABC):
         """Which blocks of the job are still to be moved; `piece`: which are moved now."""
         self.piece = self.left[:0]
         self.bounce: Bounce | None = None
-        self.busy = 0
+        self.busy, self.over = 0, False
         self.moving: int | None = None
         self.error: str | None = None
         self.why: str | None = None

@@ -104,17 +104,7 @@ def command(
     admission(admitted, 1)
     asked = _tierings(capacities, tierings)
     _check_plot(plot_file)
-    settings = config.load(options={"traces": folder}).settings
-    if settings.traces is not None and not settings.traces.is_dir():
-        raise UsageError(f"the folder of traces, {settings.traces}, is not there")
-    paths = [find(name, settings.traces) for name in traces or [SAMPLE]]
-    traces_read = []
-    with render.progress() as bar:
-        for path in bar.track(paths, description="Reading"):
-            traces_read.append(read(path, skip_bad=skip_bad, block_tokens=block_tokens))
-    workload = interleave(traces_read)
-    if not workload.unique:
-        raise KvbmError("no request has a block: there is nothing to replay")
+    workload = _workload(traces or [SAMPLE], folder, skip_bad=skip_bad, block_tokens=block_tokens)
     result = _measure(workload, _resolved(asked, workload.unique), names, placed, admitted)
     if as_json:
         print(json.dumps(report.record(result), indent=2))
@@ -126,6 +116,22 @@ def command(
 
         draw(result, plot_file)
         (_err if as_json else _out).print(f"Plot in {plot_file}.", markup=False, soft_wrap=True)
+
+
+def _workload(traces: Sequence[str], folder: Path | None, *, skip_bad: bool, block_tokens: int | None) -> Workload:
+    """What is in these traces. Raises KvbmError: one is not there or not readable, or there is nothing to replay."""
+    settings = config.load(options={"traces": folder}).settings
+    if settings.traces is not None and not settings.traces.is_dir():
+        raise UsageError(f"the folder of traces, {settings.traces}, is not there")
+    paths = [find(name, settings.traces) for name in traces]
+    found = []
+    with render.progress() as bar:
+        for path in bar.track(paths, description="Reading"):
+            found.append(read(path, skip_bad=skip_bad, block_tokens=block_tokens))
+    workload = interleave(found)
+    if not workload.unique:
+        raise KvbmError("no request has a block: there is nothing to replay")
+    return workload
 
 
 def _measure(

@@ -142,7 +142,7 @@ class SchedulerSide:
             groups=geometry.layer_groups(kv),
             choose=weights.chooser(config, fixed_dummies=resolved.settings.dummy_weights_fixed),
         )
-        self._leader = self.leader = self.side.leader  # the public names are for who looks in from outside
+        self.leader = self.side.leader
         self.control = self.side.control
         self._drain_s = resolved.settings.g3_drain_s if build_disk.wanted(resolved.settings) else 0.0
         """How long to write before the end, until that has been arranged."""
@@ -150,7 +150,7 @@ class SchedulerSide:
         self._resets = Resets(changing_weights(config, resolved.settings))
         self._events: list[Event] = []
         if config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events:
-            self._leader.pool.add_observer(self)
+            self.leader.pool.add_observer(self)
         self._stats = KvbmStats.since(self.side.totals)
         self._wrong = Seldom(log)
 
@@ -175,7 +175,7 @@ class SchedulerSide:
         embeds = embedded(request)
         items = self._images.begin(request)
         for spoiled in items.spoiled:
-            self._leader.bar(spoiled, "an image, video or sound in it has a name that was given to another one")
+            self.leader.bar(spoiled, "an image, video or sound in it has a name that was given to another one")
         keys: Sequence[bytes] = request.block_hashes
         variant = None
         if request.lora_request is not None:
@@ -183,7 +183,7 @@ class SchedulerSide:
             variant = adapters.variant(request, keys, towers=self._towers)
         elif self._per_block > 1 or embeds or items.known:
             keys = Keys(request.block_hashes, self._per_block, embeds, items, self._block)
-        self._leader.begin(request.request_id, keys, params, request.num_prompt_tokens, variant, items.problem, wrong)
+        self.leader.begin(request.request_id, keys, params, request.num_prompt_tokens, variant, items.problem, wrong)
 
     def match(self, request: Request, computed_tokens: int) -> tuple[int | None, bool]:
         """vLLM's get_num_new_matched_tokens. The block of the last token is always left to the engine."""
@@ -192,7 +192,7 @@ class SchedulerSide:
         self._sessions.forget(request.request_id)
         if request.skip_reading_prefix_cache or computed_tokens % self._block:
             return 0, False
-        blocks = self._leader.match(
+        blocks = self.leader.match(
             request.request_id, computed_tokens // self._block, (request.num_tokens - 1) // self._block
         )
         if blocks is None:
@@ -205,7 +205,7 @@ class SchedulerSide:
             return False
         device = self._computed.get(request.request_id, 0)
         first, *others = blocks.get_block_ids()
-        tokens = self._leader.place(
+        tokens = self.leader.place(
             request.request_id,
             first,
             external_tokens // self._block,
@@ -214,12 +214,12 @@ class SchedulerSide:
         )
         if tokens.pulled_tokens:
             _not_cached(request, tokens.pulled_tokens)
-        return external_tokens > 0 and self._leader.loads(request.request_id)
+        return external_tokens > 0 and self.leader.loads(request.request_id)
 
     def step(self, output: SchedulerOutput) -> bytes:
         """vLLM's build_connector_meta."""
         self._heed_reset()
-        leader = self._leader
+        leader = self.leader
         computed = dict[str, int]()
         for new in output.scheduled_new_reqs:
             computed[new.req_id] = tokens = new.num_computed_tokens
@@ -244,33 +244,33 @@ class SchedulerSide:
     def _placed(self, request_id: str, groups: Sequence[Sequence[int]], computed: int) -> None:
         found, first = -(-computed // self._block), computed // self._block
         if request_id not in self._sessions.resumed:
-            self._leader.grow(request_id, groups[0], replace=True, found=found, others=groups[1:])
+            self.leader.grow(request_id, groups[0], replace=True, found=found, others=groups[1:])
         elif self._sessions.certain:
-            self._leader.go_on(request_id, groups[0], first, groups[1:])
+            self.leader.go_on(request_id, groups[0], first, groups[1:])
         else:  # what it has of the next block counts as found: by nobody that KVBM knows
-            self._leader.grow(request_id, groups[0], replace=True, found=first + 1, others=groups[1:])
+            self.leader.grow(request_id, groups[0], replace=True, found=first + 1, others=groups[1:])
         for table in groups:
-            self._leader.reuse(table[first:])
+            self.leader.reuse(table[first:])
 
     def _advance(self, request_id: str, computed: int, scheduled: int) -> None:
         request = self.tables.requests.get(request_id)
         if request is not None:
             tokens = min(computed + scheduled, request.num_tokens)
             complete = min(tokens // self._block, len(request.block_hashes) // self._per_block)
-            if isinstance(self._leader, HybridLeader):
-                self._leader.reach(request_id, complete, computed)
+            if isinstance(self.leader, HybridLeader):
+                self.leader.reach(request_id, complete, computed)
             else:
-                self._leader.advance(request_id, complete)
+                self.leader.advance(request_id, complete)
 
     def not_loaded(self, stale: Iterable[int], again: Mapping[str, int]) -> None:
         """These device blocks hold nothing that counts, and these requests compute `again` from such a block on."""
         for name, first in again.items():
-            self._leader.redo(name, first)
-        self._leader.forget(stale)
+            self.leader.redo(name, first)
+        self.leader.forget(stale)
 
     def stepped(self) -> None:
         """vLLM's update_connector_output."""
-        self._leader.stepped()
+        self.leader.stepped()
 
     def finish(self, request: Request, blocks: Sequence[int], others: Sequence[Sequence[int]] = ()) -> None:
         """vLLM's request_finished, and request_finished_all_groups."""
@@ -279,7 +279,7 @@ class SchedulerSide:
         self._sessions.forget(request.request_id)
         tokens = min(request.num_computed_tokens, request.num_tokens)
         complete = min(tokens // self._block, len(request.block_hashes) // self._per_block, len(blocks))
-        self._leader.finish(request.request_id, blocks, complete, others)
+        self.leader.finish(request.request_id, blocks, complete, others)
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         events, self._events = self._events, []
@@ -311,31 +311,31 @@ class SchedulerSide:
             self._new_generation("the engine's prefix cache was reset")
 
     def _new_generation(self, what: str) -> None:
-        self._leader.reset()
+        self.leader.reset()
         if self._resets.why is not None:
-            self._leader.isolate(f"{what}, and its weights may be others now ({self._resets.why})")
+            self.leader.isolate(f"{what}, and its weights may be others now ({self._resets.why})")
 
     def reset(self) -> bool:
         """vLLM's reset_cache: an explicit reset, a pause or a sleep that clears. Returns when the copies that began
         before are over or given up; vLLM may give their memory away next."""
         self._resets.noticed()
         self._new_generation("the engine's caches were reset")
-        self._leader.quiesce(self._quiet_s)
+        self.leader.quiesce(self._quiet_s)
         return True
 
     def forget(self) -> None:
         """Of a reset what is left to do where this side is off."""
-        self._leader.reset()
-        self._leader.quiesce(self._quiet_s)
+        self.leader.reset()
+        self.leader.quiesce(self._quiet_s)
 
     @property
     def off(self) -> str | None:
         """Why it does nothing any more, if so."""
-        return self._leader.off
+        return self.leader.off
 
     def turn_off(self, why: str) -> None:
         """From now on nothing is done, and nothing that is being copied is published."""
-        self._leader.turn_off(why)
+        self.leader.turn_off(why)
 
     def close(self) -> None:
         self.side.close()
