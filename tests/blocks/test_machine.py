@@ -99,7 +99,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.model = Model()
         self.heard: set[bytes] = set()
         self.states: dict[int, str] = {}
-        self.total = SLOTS
+        self.total = self.capacity = SLOTS
         self.live: list[Held] = []
 
     @initialize(
@@ -321,7 +321,7 @@ class PoolMachine(RuleBasedStateMachine):
         total = self.pool.resize(num_slots)
         gone = inactive - self.heard
         self.settle()
-        self.total = total
+        self.total, self.capacity = total, max(total, self.capacity)
         if total != num_slots:
             assert num_slots < total
             assert self.pool.statistics().free == 0
@@ -413,7 +413,8 @@ class PoolMachine(RuleBasedStateMachine):
         seen, model = self.pool.statistics(), self.model
         self.pool.check()
         self.settle()
-        assert seen.total == self.total
+        assert seen.total == self.pool.total == self.total
+        assert seen.capacity == self.pool.capacity == self.capacity >= self.total
         assert seen.pinned == model.pinned
         assert seen.free + seen.writable + seen.staged + seen.registered + seen.orphaned == seen.total
         assert self.heard == set(model.blocks)

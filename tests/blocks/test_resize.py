@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 
 from kvbm.blocks import Pool
 from kvbm.policy import EVICTION_ORDERS, LRU, eviction_order
@@ -205,3 +207,29 @@ def test_an_order_that_gives_too_few_keeps_the_size() -> None:
     assert pool.peek(KEYS[:3]) == 3
     assert pool.statistics().free == 0
     pool.check()
+
+
+@given(
+    name=st.sampled_from(sorted(EVICTION_ORDERS)),
+    steps=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 12)), max_size=30),
+)
+def test_a_pool_that_only_grows_hands_out_only_what_it_has(name: str, steps: list[tuple[int, int]]) -> None:
+    """Memory comes slot by slot: none is handed out above the present size, and each below is."""
+    capacity, have = 40, 3
+    pool = Pool(capacity, order=eviction_order(name, capacity))
+    assert pool.resize(have) == pool.total == have
+    numbers = iter(range(1000))
+    for more, n in steps:
+        have = min(capacity, have + more)
+        assert pool.resize(have) == have
+        assert (pool.total, pool.capacity) == (have, capacity)
+        raw = pool.allocate(n)
+        assert (raw is None) == (n > have)
+        if raw is not None:
+            assert raw.slots.max() < have
+            raw.stage([next(numbers).to_bytes(32, "big") for _ in range(n)]).register().drop()
+        pool.check()
+    raw = pool.allocate(have)
+    assert raw is not None
+    assert sorted(raw.slots.tolist()) == list(range(have))
+    raw.drop()

@@ -58,16 +58,18 @@ def test_engines_say_what_is_wrong_with_them(
         "paused": health | {"paused": True},
         "ill": health | {"healthy": False, "problems": ["rank 0: a copy thread died"]},
         "poor": health | {"degraded": {"g3": "disk full"}},
+        "small": health | {"smaller": {"g2": "G2 stays at 1.00 GB of 6.00 GB"}},
         "alone": health | {"namesakes": ["on disk, x: hash.seed is 1 there, 0 here"]},
     }.items():
         engine(name, lambda _, said=said: {"ok": True, "result": said})
     engine("odd", lambda _: {"ok": False, "error": "it is busy"})
     found = findings()
-    assert {name: found[f"engine {name}"] for name in ("good", "paused", "ill", "poor", "odd")} == {
+    assert {name: found[f"engine {name}"] for name in ("good", "paused", "ill", "poor", "small", "odd")} == {
         "good": (True, "healthy"),
         "paused": (True, "paused"),
         "ill": (False, "rank 0: a copy thread died"),
         "poor": (False, "G3 is not used: disk full"),
+        "small": (False, "G2 stays at 1.00 GB of 6.00 GB"),
         "odd": (False, "it is busy"),
     }
     assert found["engine alone"] == (True, "healthy")

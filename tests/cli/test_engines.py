@@ -83,6 +83,15 @@ def test_status_of_a_disk_tier(kvbm: Kvbm, engine: Start, monkeypatch: pytest.Mo
     assert "not used" not in shown
 
 
+def test_status_while_host_memory_is_touched(kvbm: Kvbm, engine: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    tier = STATUS["tiers"][0] | {"capacity": 4068}
+    engine("one", healthy("one", tiers=[tier], smaller={"g2": "G2 stays at 1 of 6 GB: [/red] no memory"}))
+    shown = kvbm("status").stdout
+    assert "678 of 4,068" in shown
+    assert "- G2 stays at 1 of 6 GB: [/red] no memory" in shown
+
+
 def test_status_of_a_tier_that_is_left_alone(kvbm: Kvbm, engine: Start) -> None:
     rates = {"computed_tokens_per_s": None, "read_blocks_per_s": 10.0}
     engine("one", healthy("one", **DISK | {"rates": rates}, degraded={"g3": "cannot write in [/red]: no space"}))

@@ -214,11 +214,11 @@ class Stage:
             self.tier, self.pool,
             admission=admission(admit, slots), hot=Frequency(slots), exclusive=exclusive,
             budget=Budget(write_bytes, 3600, self.clock),
-            block_bytes=BLOCK_BYTES, most=in_flight, batch=batch, emit=leader.emit,
+            block_bytes=BLOCK_BYTES, most=lambda: in_flight, batch=batch, emit=leader.emit,
         )  # fmt: skip
         self.promotion = Promotion(
             DiskSource(self.tier, exclusive=exclusive), self.pool,
-            most=most, in_flight=in_flight, batch=batch, unmeasured=batch,
+            most=lambda: most, in_flight=in_flight, batch=batch, unmeasured=batch,
             emit=leader.emit, clock=self.clock,
         )  # fmt: skip
         self.promotion.shadow = leader.shadow

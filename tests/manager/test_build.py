@@ -22,6 +22,11 @@ ROWS = (4096, 4096)
 NAMESPACE = Namespace({"model": "m"}, "w")
 
 
+@pytest.fixture(autouse=True)
+def _nobody_else_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "promised", lambda: 0)
+
+
 def start(
     run_dir: Path, *, ranks: int = 1, other: int | None = None, layers: Sequence[str] = ("", ""), **settings: Any
 ) -> LeaderSide:
@@ -76,6 +81,14 @@ def test_the_order_of_g2_by_name(tmp_path: Path) -> None:
 def test_a_share_of_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "available_memory", lambda: (1 << 30) + 819_200)
     assert start(tmp_path, g2_share=0.5).leader.pool.statistics().total == 50
+
+
+def test_what_another_engine_still_touches_is_not_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "available_memory", lambda: (1 << 30) + 819_200)
+    monkeypatch.setattr(build, "promised", lambda: 409_600)
+    assert start(tmp_path, g2_share=0.5).leader.pool.statistics().total == 25
+    with pytest.raises(ConfigError, match="G2 of 51 blocks"):
+        start(tmp_path, g2_blocks=51)
 
 
 @pytest.mark.parametrize(

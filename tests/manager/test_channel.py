@@ -35,24 +35,24 @@ def frame(message: object) -> bytes:
 
 def test_frames_over_split_reads(pair: Pair) -> None:
     link, there = pair
-    data = frame(Ready(1)) + frame(Bye()) + frame(Sick(2, "x" * 1000))
+    data = frame(Ready(1, 9)) + frame(Bye()) + frame(Sick(2, "x" * 1000))
     taken = []
     for at in range(0, len(data), 3):
         there.sendall(data[at : at + 3])
         taken += link.take()
-    assert taken == [Ready(1), Bye(), Sick(2, "x" * 1000)]
+    assert taken == [Ready(1, 9), Bye(), Sick(2, "x" * 1000)]
     assert link.take() == []
     assert link.open
 
 
 def test_one_message_at_a_time(pair: Pair) -> None:
     link, there = pair
-    there.sendall(frame(Ready(1)) + frame(Ready(2)) + frame(Ready(3))[:5])
-    assert link.wait(10) == Ready(1)
-    assert link.wait(0) == Ready(2)
+    there.sendall(frame(Ready(1, 9)) + frame(Ready(2, 9)) + frame(Ready(3, 9))[:5])
+    assert link.wait(10) == Ready(1, 9)
+    assert link.wait(0) == Ready(2, 9)
     assert link.wait(0) is None
-    there.sendall(frame(Ready(3))[5:])
-    assert link.take() == [Ready(3)]
+    there.sendall(frame(Ready(3, 9))[5:])
+    assert link.take() == [Ready(3, 9)]
 
 
 def test_a_file_goes_with_its_message(tmp_path: Path) -> None:
@@ -63,13 +63,13 @@ def test_a_file_goes_with_its_message(tmp_path: Path) -> None:
     with (tmp_path / "file").open() as file:
         here.send(Bye())
         here.send(Refused(1, "x" * 200_000), file.fileno())
-        here.send(Ready(2), file.fileno())
+        here.send(Ready(2, 9), file.fileno())
     assert there.wait(10) == Bye()
     assert there.wait(10) == Refused(1, "x" * 200_000)
     with os.fdopen(got := there.take_file()) as same:
         assert same.read() == "what is in it"
         assert not os.get_inheritable(got)
-    assert there.wait(10) == Ready(2)
+    assert there.wait(10) == Ready(2, 9)
     open_before = len(os.listdir("/proc/self/fd"))
     there.close()  # with what nobody took
     assert len(os.listdir("/proc/self/fd")) == open_before - 2
@@ -92,7 +92,7 @@ def test_both_ways_and_larger_than_a_read() -> None:
 
 def test_many_threads_send(pair: Pair) -> None:
     link, there = pair
-    threads = [threading.Thread(target=lambda i=i: [link.send(Ready(i)) for _ in range(50)]) for i in range(4)]
+    threads = [threading.Thread(target=lambda i=i: [link.send(Ready(i, 9)) for _ in range(50)]) for i in range(4)]
     other = Link(there)
     for thread in threads:
         thread.start()

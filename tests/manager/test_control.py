@@ -63,6 +63,7 @@ def test_status(control: Control, stage: Stage) -> None:
         "healthy": True,
         "problems": [],
         "degraded": {},
+        "smaller": {},
         "namesakes": [],
         "version": "0.0",
         "pid": os.getpid(),
@@ -73,7 +74,16 @@ def test_status(control: Control, stage: Stage) -> None:
         "block_bytes": BLOCK_BYTES,
         "block_tokens": BLOCK_TOKENS,
         "tiers": [
-            {"name": "g2", "total": 64, "free": 59, "active": 3, "inactive": 0, "staged": 2, "bytes": 64 * BLOCK_BYTES}
+            {
+                "name": "g2",
+                "total": 64,
+                "capacity": 64,
+                "free": 59,
+                "active": 3,
+                "inactive": 0,
+                "staged": 2,
+                "bytes": 64 * BLOCK_BYTES,
+            }
         ],
         "requests": 3,
         "living_requests": 2,
@@ -100,7 +110,7 @@ def test_pause_and_resume(control: Control, stage: Stage) -> None:
 
 
 def test_health(control: Control, stage: Stage) -> None:
-    rest = {"degraded": {}, "namesakes": [], "paused": False, "quarantined": None}
+    rest = {"degraded": {}, "smaller": {}, "namesakes": [], "paused": False, "quarantined": None}
     health = ask(control, "health")
     assert health.pop("last_check") is None or time.time() - stage.leader.audit.last < 60
     assert health == {"engine": "engine-1", "model": "", "healthy": True, "problems": [], **rest}

@@ -10,9 +10,10 @@ import pytest
 
 from kvbm.core.events import Admitted, Event, Offloaded, Onboarded, Unread
 from kvbm.manager import offload
+from kvbm.manager.growing import Growing
 from kvbm.manager.requests import RequestParams
 from kvbm.manager.watch import Answers
-from kvbm.manager.wire import Allot, Bye, GiveUp, Result, Sick
+from kvbm.manager.wire import Allot, Bye, GiveUp, Result, Sick, Touched
 from tests.manager.roles import BLOCK_BYTES, BLOCK_TOKENS, DONE, FAILED, Stage, keys_of
 
 Make = Callable[..., Stage]
@@ -792,6 +793,77 @@ def test_a_worker_that_leaves_in_good_order(stage: Stage, caplog: pytest.LogCapt
     assert stage.leader.match("b", 0, 2) == 0
     assert stage.leader.problems == []
     assert "unexpected Allot" in caplog.text
+
+
+def growing(stage: Stage, *usable: int) -> None:
+    """So many slots of each rank are there."""
+    stage.leader.growing = Growing(stage.pool, dict(enumerate(usable)), BLOCK_BYTES, time.monotonic())
+
+
+def test_slots_are_used_once_every_rank_has_touched_them(make_stage: Make, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    stage, keys = make_stage(10, ranks=2), keys_of("a", 6)
+    growing(stage, 2, 4)
+    assert "serving with 0.00 GB of G2" in caplog.text
+    (store,) = stage.compute("a", keys, list(range(6))).stores
+    assert store.g2_slots().tolist() == [0, 1]
+    stage.answer(store)
+    stage.say(Touched(0, 9), 0)
+    assert stage.matchable(keys) == 2
+    assert stage.pool.total == 4
+    stage.say(Touched(1, 6), 1)
+    stage.leader.tick()
+    (store,) = stage.step({"a": 6}).stores
+    assert sorted(store.g2_slots().tolist()) == [2, 3, 4, 5]
+    stage.answer(store)
+    stage.say(Touched(0, 10), 0)
+    stage.say(Touched(1, 10), 1)
+    assert stage.matchable(keys) == 6  # nothing was evicted for what came later
+    assert (stage.pool.total, stage.pool.statistics().evictions) == (10, 0)
+    assert caplog.text.count("ready after") == 1
+    assert stage.leader.smaller() == {}
+    stage.pool.check()
+
+
+def test_host_memory_that_ends_on_the_way_costs_nothing_that_is_there(
+    make_stage: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage, keys = make_stage(10, ranks=2), keys_of("a", 4)
+    growing(stage, 4, 4)
+    stage.keep("a", keys)
+    stage.say(Touched(0, 6, "no memory"), 0)
+    stage.say(Touched(1, 5, "nor here"), 1)
+    assert stage.matchable(keys) == 4
+    assert stage.pool.total == 5
+    assert stage.leader.problems == []
+    assert "of 0.01 GB until the engine is started anew: no memory" in stage.leader.smaller()["g2"]
+    assert caplog.text.count("G2 stays at") == 1
+    stage.keep("b", keys_of("b", 5))
+    assert stage.matchable(keys_of("b", 5)) == 5
+    stage.pool.check()
+
+
+def test_a_reset_while_host_memory_is_touched(stage: Stage) -> None:
+    growing(stage, 3)
+    stage.keep("a", keys_of("a", 3))
+    stage.leader.reset()
+    assert stage.pool.total == 3
+    stage.say(Touched(0, stage.pool.capacity))
+    stage.leader.tick()
+    assert stage.pool.statistics().free == stage.pool.capacity
+    stage.keep("b", keys_of("b", 9))
+    assert stage.matchable(keys_of("b", 9)) == 9
+
+
+def test_holds_are_a_share_of_what_is_there(make_stage: Make) -> None:
+    stage, keys = make_stage(40, held_share=0.5), keys_of("a", 8)
+    growing(stage, 8)
+    stage.keep("a", keys)
+    stage.begin("b", keys)
+    assert stage.leader.match("b", 0, 8) == 4
+    stage.say(Touched(0, 40))
+    stage.leader.tick()
+    assert stage.leader.match("b", 0, 8) == 8
 
 
 def test_the_leader_says_goodbye(stage: Stage) -> None:

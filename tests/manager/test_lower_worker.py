@@ -80,7 +80,7 @@ class Rank:
             self.link = Link(sock.accept()[0])
         assert isinstance(self.hear(), Hello)
         self.link.send(Allot(G2, stride=place.slot_bytes))
-        assert self.hear() == Ready(rank)
+        assert self.hear() == Ready(rank, G2)
         self.link.send(Open(place))
         assert self.hear() == Opened(rank)
 

@@ -19,6 +19,7 @@ from kvbm.manager.wire import (
     Result,
     Sick,
     Step,
+    Touched,
     decode_message,
     decode_step,
     encode,
@@ -31,7 +32,9 @@ from kvbm.stores.meta import Place
     [
         Hello(1, 2, "f" * 64, 4096, {"kv.backend": "k"}, 1 << 60),
         Allot(1 << 30, shared=True, stride=4096),
-        Ready(0),
+        Ready(0, 1 << 30),
+        Touched(1, 1 << 29),
+        Touched(1, 7, "no memory"),
         GiveUp([7, 9]),
         Open(Place("/a", "f", 2, 4096, 7, 1)),
         Opened(1, "read-only"),

@@ -16,8 +16,9 @@ from kvbm.abc.transport import Completion, Plan, Quiet
 from kvbm.core.config import Settings
 from kvbm.core.outcome import Outcome
 from kvbm.manager.channel import Link, listen
-from kvbm.manager.wire import Allot, Bye, Copy, GiveUp, Hello, Message, Ready, Refused, Result, Sick, Step
+from kvbm.manager.wire import Allot, Bye, Copy, GiveUp, Hello, Message, Ready, Refused, Result, Sick, Step, Touched
 from kvbm.manager.worker import Collected, Worker
+from kvbm.stores import memory
 from kvbm.testing.faults import FaultTransport
 from kvbm.testing.transport import HostMemory
 from kvbm.transfer.executor import Executor
@@ -106,7 +107,7 @@ def make_rank(tmp_path: Path) -> Iterator[Callable[..., Rank]]:
         assert rank.hear() == Hello(3, 4, "f", sum(ROWS))
         if allot:
             rank.link.send(Allot(allot))
-            assert rank.hear() == Ready(3)
+            assert rank.hear() == Ready(3, allot)
         return rank
 
     yield make
@@ -127,7 +128,64 @@ def test_an_arena_that_cannot_be_had(make_rank: Make) -> None:
     assert refused.rank == 3
     assert refused.problem
     rank.link.send(Allot(2))
-    assert rank.hear() == Ready(3)
+    assert rank.hear() == Ready(3, 2)
+
+
+@pytest.fixture
+def slices(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes that are touched in one go: of four blocks, but for a bit of the last."""
+    monkeypatch.setattr(memory, "SLICE_BYTES", 4 * sum(ROWS) - 1)
+    return 4 * sum(ROWS) - 1
+
+
+def test_slots_can_be_used_as_they_are_touched(make_rank: Make, slices: int) -> None:
+    rank = make_rank(allot=0)
+    rank.link.send(Allot(SLOTS))
+    assert rank.hear() == Ready(3, 3)
+    rank.store(1, [0, 1, 2], [0, 1, 2])
+    heard = [rank.hear()]
+    while heard[-1] != Touched(3, SLOTS):
+        assert isinstance(heard[-1], Touched)
+        assert heard[-1].problem is None
+        heard.append(rank.hear())
+    rank.store(2, [6, 7], [6, 7])
+    assert rank.g2(7) == rank.before[7]
+
+
+def test_with_strict_all_is_touched_at_once(make_rank: Make, slices: int) -> None:
+    assert make_rank(strict=True).link.wait(0.1) is None
+
+
+def test_memory_that_ends_on_the_way(make_rank: Make, slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = iter([1 << 40, 0])
+    monkeypatch.setattr(memory, "available_memory", lambda: next(left))
+    rank = make_rank(allot=0)
+    rank.link.send(Allot(SLOTS))
+    assert rank.hear() == Ready(3, 3)
+    said = rank.hear()
+    assert isinstance(said, Touched)
+    assert (said.slots, "are still to be allocated" in str(said.problem)) == (3, True)
+    rank.store(1, [0, 1, 2], [0, 1, 2])
+
+
+def test_memory_that_is_not_there_at_the_start(make_rank: Make, slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 2 * slices - 10)
+    rank = make_rank(allot=0)
+    rank.link.send(Allot(SLOTS))
+    assert isinstance(rank.hear(), Refused)
+
+
+def test_the_end_does_not_wait_for_what_is_touched(make_rank: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 1 << 60)
+    rank = make_rank(allot=0)
+    many = (1 << 36) // sum(ROWS)
+    rank.link.send(Allot(many))
+    ready = rank.hear()
+    assert isinstance(ready, Ready)
+    assert 1 <= ready.slots < many
+    begun = time.monotonic()
+    rank.worker.close()
+    assert time.monotonic() - begun < 1
 
 
 def test_a_leader_that_never_comes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -156,7 +214,7 @@ def test_a_leader_that_goes_does_not_stop_the_engine(make_rank: Make, caplog: py
 
 def test_goodbye(make_rank: Make) -> None:
     rank = make_rank()
-    rank.link.send(Ready(0))
+    rank.link.send(Ready(0, 1))
     rank.link.send(Bye())
     rank.worker._thread.join(PATIENCE)
     assert not rank.worker._thread.is_alive()

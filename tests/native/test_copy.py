@@ -1,7 +1,11 @@
 import builtins
+import errno
 import importlib
+import mmap
+import os
 import sys
 import threading
+import time
 from array import array
 
 import hypothesis.strategies as st
@@ -11,7 +15,7 @@ import xxhash
 from hypothesis import given, settings
 
 import kvbm.native
-from kvbm.native import XXH3_FROM, checksums, copy_rows, touch
+from kvbm.native import XXH3_FROM, checksums, copy_rows, fill
 
 Layout = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -200,14 +204,59 @@ def test_checksums_of_too_little_or_for_other_blocks_are_refused() -> None:
         copy_rows(*small, control, 1, np.zeros(3, np.int64))
 
 
-def test_touch_keeps_what_is_there() -> None:
-    memory = np.arange(20_000, dtype=np.uint32).view(np.uint8)
-    before = memory.copy()
-    touch(memory.ctypes.data + 5, len(memory) - 5)
-    touch(memory.ctypes.data, 0)
-    assert (memory == before).all()
-    with pytest.raises(ValueError, match="negative"):
-        touch(memory.ctypes.data, -1)
+GRANTED, DONE, OVER = range(3)
+
+
+def test_fill_goes_as_far_as_it_is_granted_and_keeps_what_is_there() -> None:
+    fd, size = os.memfd_create("test"), (5 << 20) - 7
+    os.ftruncate(fd, size)
+    os.pwrite(fd, b"kept", 100)
+    with mmap.mmap(fd, size) as mapped:
+        memory = np.frombuffer(mapped, np.uint8)
+        control = np.array([3 << 20, 0, 0])
+        assert fill(fd, memory.ctypes.data, control, False) == 0
+        assert control.tolist() == [3 << 20, 3 << 20, 0]
+        assert os.fstat(fd).st_blocks * 512 == 3 << 20
+        control[GRANTED] = size
+        assert fill(fd, memory.ctypes.data, control, False) == 0
+        assert control[DONE] == size
+        assert os.fstat(fd).st_blocks * 512 == 5 << 20
+        assert memory[100:104].tobytes() == b"kept"
+        assert np.count_nonzero(memory) == 4
+        del memory
+    os.close(fd)
+
+
+def test_fill_waits_for_more_until_it_is_over() -> None:
+    fd, size = os.memfd_create("test"), 4 << 20
+    os.ftruncate(fd, size)
+    mapped = mmap.mmap(fd, size)
+    memory = np.frombuffer(mapped, np.uint8)
+    control, ended = np.array([0, 0, 0]), list[int]()
+    thread = threading.Thread(target=lambda: ended.append(fill(fd, memory.ctypes.data, control, True)))
+    thread.start()
+    for granted in (1 << 20, 3 << 20):
+        control[GRANTED] = granted
+        deadline = time.monotonic() + 30
+        while control[DONE] < granted:
+            assert time.monotonic() < deadline
+        assert thread.is_alive()
+    control[OVER] = 1
+    control[GRANTED] = size
+    thread.join(30)
+    assert (ended, control[DONE]) == ([0], 3 << 20)
+    os.close(fd)
+
+
+def test_fill_says_what_the_kernel_refused() -> None:
+    memory = np.zeros(4096, np.uint8)
+    read_only = os.open("/dev/zero", os.O_RDONLY)
+    control = np.array([4096, 0, 0])
+    assert fill(read_only, memory.ctypes.data, control, True) == errno.EBADF
+    assert control[DONE] == 0
+    os.close(read_only)
+    with pytest.raises(ValueError, match="three int64"):
+        fill(read_only, memory.ctypes.data, np.zeros(2, np.int64), False)
 
 
 def test_a_missing_extension_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:

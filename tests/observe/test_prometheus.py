@@ -86,6 +86,7 @@ def test_every_metric() -> None:
         "kvbm_match_hashes_requested_total|pool=g2": 3,
         "kvbm_match_blocks_returned_total|pool=g2": 2,
         "kvbm_pool_size|pool=g2": 10,
+        "kvbm_pool_capacity|pool=g2": 10,
         "kvbm_reset_pool_size|pool=g2": 8,
         "kvbm_inactive_pool_size|pool=g2": 2,
         "kvbm_inflight_immutable|pool=g2": 0,

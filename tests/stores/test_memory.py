@@ -1,12 +1,17 @@
 import errno
 import mmap
 import os
+import subprocess
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kvbm.core.errors import Broken, Misuse
+from kvbm.native import fill
 from kvbm.stores import memory
 from kvbm.stores.memory import Arena
 
@@ -23,7 +28,7 @@ def test_touch_allocates_everything_in_slices_and_keeps_what_is_there(slices: in
     arena, seen = Arena(10 * PAGE - 7), []
     os.pwrite(arena.fd, b"kept", 100)
     assert os.fstat(arena.fd).st_blocks * 512 <= PAGE
-    arena.touch(lambda done, total: seen.append((done, total)))
+    arena.touch(progress=lambda done, total: seen.append((done, total)))
     size = arena.size
     assert seen == [(slices, size), (2 * slices, size), (size, size)]
     assert os.fstat(arena.fd).st_blocks * 512 == 10 * PAGE
@@ -89,24 +94,109 @@ def test_memory_that_is_not_there_is_said_before_it_is_taken(monkeypatch: pytest
 
 
 def test_what_is_allocated_already_needs_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    arena = Arena(10 * PAGE)
-    arena.touch()
+    first = Arena(10 * PAGE)
+    first.touch()
     monkeypatch.setattr(memory, "available_memory", lambda: 0)
-    seen: list[int] = []
-    arena.touch(lambda done, total: seen.append(done))
-    assert seen == [arena.size]
-    arena.close()
+    second = Arena(10 * PAGE, os.dup(first.fd))
+    second.touch()
+    assert second.touched == second.size
+    first.close()
+    second.close()
 
 
 def test_a_refusal_of_the_kernel_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    monkeypatch.setattr(memory, "fill", lambda *_: errno.ENOSPC)
     arena = Arena(PAGE)
     with pytest.raises(Broken, match="No space left"):
         arena.touch()
     arena.close()
+
+
+def test_the_first_part_is_whole_slices(slices: int) -> None:
+    arena = Arena(10 * PAGE)
+    arena.touch(slices + 1)
+    assert arena.touched == os.fstat(arena.fd).st_blocks * 512 == 2 * slices
+    arena.touch(20 * PAGE)
+    assert arena.touched == arena.size
+    arena.close()
+
+
+def test_the_rest_beside_what_else_goes_on(slices: int) -> None:
+    arena, seen = Arena(10 * PAGE - 7), list[int]()
+    arena.touch(1)
+    os.pwrite(arena.fd, b"kept", 9 * PAGE)
+    arena.touch_beside(threading.Event(), seen.append)
+    assert arena.touched == seen[-1] == arena.size
+    assert os.fstat(arena.fd).st_blocks * 512 == 10 * PAGE
+    assert os.pread(arena.fd, 4, 9 * PAGE) == b"kept"
+    arena.close()
+
+
+def test_it_runs_where_nobody_else_wants_the_processor(monkeypatch: pytest.MonkeyPatch, slices: int) -> None:
+    classes: list[int] = []
+
+    def filled(fd: int, address: int, control: Any, wait: bool) -> int:
+        classes.append(os.sched_getscheduler(0))
+        return int(fill(fd, address, control, wait))
+
+    monkeypatch.setattr(memory, "fill", filled)
+    arena = Arena(10 * PAGE)
+    arena.touch(1)
+    arena.touch_beside(threading.Event(), lambda _: None)
+    assert classes == [os.SCHED_OTHER, os.SCHED_IDLE]
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+    arena.close()
+
+
+def test_memory_that_ends_on_the_way_leaves_what_is_there(monkeypatch: pytest.MonkeyPatch, slices: int) -> None:
+    left = iter([20 * PAGE, 20 * PAGE, 3 * PAGE])
+    monkeypatch.setattr(memory, "available_memory", lambda: next(left))
+    arena = Arena(20 * PAGE)
+    arena.touch(1)
+    with pytest.raises(Broken, match=r"still to be allocated, 0.00 GiB are available"):
+        arena.touch_beside(threading.Event(), lambda _: None)
+    assert slices <= arena.touched <= 2 * slices
+    assert os.fstat(arena.fd).st_blocks * 512 == arena.touched
+    assert memory.promised() == 0
+    arena.close()
+
+
+def test_what_the_kernel_refuses_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "fill", lambda *_: errno.ENOMEM)
+    arena = Arena(10 * PAGE)
+    with pytest.raises(Broken, match="Cannot allocate memory"):
+        arena.touch_beside(threading.Event(), lambda _: None)
+    arena.close()
+
+
+def test_it_ends_soon_after_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 1 << 60)
+    arena, over = Arena(8 << 30), threading.Event()
+    thread = threading.Thread(target=arena.touch_beside, args=(over, lambda _: None))
+    thread.start()
+    while not arena.touched:
+        time.sleep(0.001)
+    begun = time.monotonic()
+    over.set()
+    thread.join(30)
+    arena.close()
+    assert time.monotonic() - begun < 1
+    assert arena.touched < arena.size
+
+
+def test_what_is_promised_is_what_somebody_still_touches(monkeypatch: pytest.MonkeyPatch, slices: int) -> None:
+    """Whoever sizes an arena meanwhile must not count on it."""
+    size = 1 << 40
+    monkeypatch.setattr(memory, "available_memory", lambda: size)
+    before = memory.promised()
+    arena = Arena(size)
+    assert memory.promised() == before  # nobody touches it
+    arena.touch(1)
+    with subprocess.Popen(["sleep", "60"], pass_fds=[arena.fd]) as other:
+        assert memory.promised() - before == size - slices  # once, though two processes have it open
+        other.kill()
+    arena.close()
+    assert memory.promised() == before
 
 
 @pytest.mark.parametrize("size", [1 << 62, 1 << 80])

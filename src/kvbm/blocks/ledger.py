@@ -133,7 +133,7 @@ class Ledger(Transitions):
         with self._lock:
             self._settle_debts()
             self._expire_among(keys)
-            most = int(self._max_pinned * self._total()) - self._pins.blocks
+            most = int(self._max_pinned * self.total) - self._pins.blocks
             slots, idle = self._table.match(keys[: max(0, most)], 0)
             self._ranks.discard(idle)
             self._moved(idle, "inactive", "active")
@@ -247,7 +247,7 @@ class Ledger(Transitions):
         with self._lock:
             self._settle_debts()
             self._resize(num_slots)
-            total = self._total()
+            total = self.total
         if self._queue:
             self._feed.deliver()
         return total
@@ -348,7 +348,8 @@ class Ledger(Transitions):
             self._end_pins()
             table = self._table
             statistics = PoolStatistics(
-                total=self._total(),
+                total=self.total,
+                capacity=self.capacity,
                 free=table.free,
                 writable=table.writable,
                 staged=table.staged,

@@ -191,6 +191,16 @@ class Pool:
         _check_size(num_slots)
         return self._ledger.resize(num_slots)
 
+    @property
+    def total(self) -> int:
+        """Slots that there are now."""
+        return self._ledger.total
+
+    @property
+    def capacity(self) -> int:
+        """The most slots that there ever were: numbers of slots are below it, and arrays by slot need so many."""
+        return self._ledger.capacity
+
     def keys(self, first: int, last: int) -> tuple[bytes, ...]:
         """The keys of the registered blocks in slots `first` to `last - 1`, by slot. Holds nothing."""
         if first < 0:

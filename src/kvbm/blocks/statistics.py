@@ -10,6 +10,8 @@ class PoolStatistics:
     """Numbers of blocks. The first group are gauges, the second count since the pool was made."""
 
     total: int
+    capacity: int
+    """What `total` was at most."""
     free: int
     writable: int
     staged: int

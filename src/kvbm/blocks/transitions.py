@@ -89,8 +89,15 @@ class Transitions:
         self._counted = dict.fromkeys(_COUNTERS, 0)
         self._abandoned: deque[tuple[int, bytes]] = deque()
 
-    def _total(self) -> int:
+    @property
+    def total(self) -> int:
+        """Slots that are not retired."""
         return self._table.capacity - self._table.retired
+
+    @property
+    def capacity(self) -> int:
+        """Slots, retired ones too."""
+        return self._table.capacity
 
     def _evict(self, n: int) -> bytes | None:
         """`n` writable slots from the eviction order, a prompt's in its order; or None and nothing changed."""
@@ -283,7 +290,7 @@ class Transitions:
         return sum(len(hold.slots) for hold in ended) // SLOT_BYTES
 
     def _resize(self, num_slots: int) -> None:
-        table, total = self._table, self._total()
+        table, total = self._table, self.total
         if num_slots > total:
             back = min(table.retired, num_slots - total)
             self._moved(table.restore(back), "retired", "free")

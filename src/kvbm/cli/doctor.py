@@ -101,6 +101,7 @@ def _engines(run_dir: Path) -> Iterator[Finding]:
         said = answer.result or {}
         wrong = [str(answer.error)] if answer.result is None else list(said["problems"])
         wrong += [f"{tier.upper()} is not used: {why}" for tier, why in said.get("degraded", {}).items()]
+        wrong += said.get("smaller", {}).values()
         paused = "paused" if said.get("paused") else "healthy"
         yield Finding(f"engine {answer.engine}", not wrong, "; ".join(wrong) or paused)
         for sentence in said.get("namesakes", ()):

@@ -48,6 +48,7 @@ def status(result: dict[str, Any]) -> RenderableType:
     lines = [f"{health}, up {duration(result['uptime_s'])}, generation {result['generation']}, {_shape(result)}"]
     lines += [f"[red]- {escape(problem)}[/]" for problem in result["problems"]]
     lines += [f"[yellow]- {tier.upper()} is not used: {escape(why)}[/]" for tier, why in _degraded(result).items()]
+    lines += [f"[yellow]- {escape(why)}[/]" for why in result.get("smaller", {}).values()]
     model, address = result.get("model") or "a model", result.get("address")
     title = f"[bold]{escape(model)}[/]{f' at {address}' if address else ''}, engine {escape(result['engine'])}, KVBM "
     title += escape(result["version"])
@@ -69,9 +70,11 @@ def _tiers(result: dict[str, Any]) -> Table:
     for column in ("size", "blocks", "held", "cached", "in copy", "free", "used"):
         table.add_column(column, justify="right")
     for tier in result["tiers"]:
-        counts = [tier["total"], tier["active"], tier["inactive"], tier["staged"], tier["free"]]
+        counts = [f"{tier[name]:,}" for name in ("active", "inactive", "staged", "free")]
+        capacity = tier.get("capacity", tier["total"])
+        blocks = f"{tier['total']:,}" + (f" of {capacity:,}" if capacity > tier["total"] else "")
         used = (tier["total"] - tier["free"]) / tier["total"] if tier["total"] else 0.0
-        table.add_row(tier["name"].upper(), size(tier["bytes"]), *(f"{count:,}" for count in counts), f"{used:.0%}")
+        table.add_row(tier["name"].upper(), size(tier["bytes"]), blocks, *counts, f"{used:.0%}")
     return table
 
 

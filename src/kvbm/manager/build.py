@@ -29,6 +29,7 @@ from kvbm.manager.build_lower import Below, Choose, Look
 from kvbm.manager.channel import Link, listen, readable, socket_path
 from kvbm.manager.control import About, Control
 from kvbm.manager.gate import Gate
+from kvbm.manager.growing import Growing
 from kvbm.manager.hybrid import HybridLeader
 from kvbm.manager.leader import Leader
 from kvbm.manager.reports import Reports
@@ -40,6 +41,7 @@ from kvbm.observe.totals import Totals
 from kvbm.policy import eviction_order
 from kvbm.stores.available import available_memory
 from kvbm.stores.format import padded
+from kvbm.stores.memory import promised
 from kvbm.transfer.executor import Executor
 from kvbm.transfer.memcpy import MemcpyTransport
 
@@ -178,7 +180,7 @@ def _check(resolved: Resolved) -> None:
             check_folder(name, getattr(settings, name))
     eviction_order(settings.g2_order, 1, "g2_order")
     if settings.g2_gb is not None and settings.g2_blocks is None:
-        free = available_memory() - _RESERVE
+        free = _free()
         if settings.g2_gb * 1e9 > free:
             raise _too_large("g2_gb", f"{settings.g2_gb:g} GB", free, resolved)
     build_disk.check(settings)
@@ -219,7 +221,8 @@ def build_leader(
                 slots, block_tokens, slots * block_bytes / 1e9, parts, why,
             )  # fmt: skip
             # Direct I/O wants whole pages.
-            _allot(settings, place, links, slots, padded(slot_bytes) if wants_disk else 0)
+            begun = time.monotonic()
+            usable = _allot(settings, place, links, slots, padded(slot_bytes) if wants_disk else 0)
         totals = Totals()
         order = eviction_order(settings.g2_order, slots)
         pool = Pool(slots, order=order, tier="g2", most_doubted=settings.answers_share)
@@ -233,6 +236,7 @@ def build_leader(
             shares_device_blocks=shares_device_blocks,
             observers=[totals],
         )
+        leader.growing = Growing(pool, usable, block_bytes, begun)
         leader.reports = Reports((settings.cache_dir or settings.run_dir) / "reports", place.engine)
         known = choose is None or shared
         below = Below(settings, place, namespace if known else namespace.private(), leader, slot_bytes, block_tokens)
@@ -306,8 +310,9 @@ def _over_ranks(facts: Mapping[int, Mapping[str, str]]) -> dict[str, str]:
 
 @contextmanager
 def _one_at_a_time(settings: Settings) -> Iterator[None]:
-    """Engines that start together size and touch their memory one after the other: the second sees what the first took.
-    (A data-parallel engine of a dense model is not even told how many there are.) The lock dies with its holder."""
+    """Engines that start together size their memory one after the other: the second sees what the first took, and will
+    take (`promised`). (A data-parallel engine of a dense model is not even told how many there are.) The lock dies with
+    its holder."""
     folder = os.open(settings.run_dir, os.O_RDONLY | os.O_CLOEXEC)
     try:
         deadline = time.monotonic() + settings.init_timeout_s
@@ -328,7 +333,7 @@ def size(resolved: Resolved, place: Place, block_bytes: int) -> tuple[int, str]:
     """How many blocks G2 gets, and why. Raises ConfigError for a size that somebody set and that cannot be, Broken
     where nobody did: then this machine has too little memory."""
     settings, sources = resolved.settings, resolved.sources
-    free = available_memory() - _RESERVE
+    free = _free()
     bounce = build_disk.wanted(settings) and sources["g2_share"] == "default"
     if settings.g2_blocks is not None:
         name, slots, why = "g2_blocks", settings.g2_blocks, f"{sources['g2_blocks']}"
@@ -352,6 +357,11 @@ def size(resolved: Resolved, place: Place, block_bytes: int) -> tuple[int, str]:
     return slots, why
 
 
+def _free() -> int:
+    """What G2 can have: not what the arenas of other engines are being touched for."""
+    return available_memory() - promised() - _RESERVE
+
+
 def _too_large(name: str, asked: str, free: int, resolved: Resolved) -> ConfigError:
     return ConfigError(
         name,
@@ -361,13 +371,13 @@ def _too_large(name: str, asked: str, free: int, resolved: Resolved) -> ConfigEr
     )  # fmt: skip
 
 
-def _allot(settings: Settings, place: Place, links: dict[int, Link], slots: int, stride: int) -> None:
-    """Has every rank that stores make its arena, then the others map that."""
+def _allot(settings: Settings, place: Place, links: dict[int, Link], slots: int, stride: int) -> dict[int, int]:
+    """Has every rank that stores make its arena, then the others map that. Returns how many slots each of the
+    former can use at once."""
     deadline = time.monotonic() + settings.init_timeout_s
     for rank in place.storing:
         links[rank].send(Allot(slots, shared=place.replicated, stride=stride))
-    for rank in place.storing:
-        _ready(rank, links[rank], deadline)
+    usable = {rank: _ready(rank, links[rank], deadline) for rank in place.storing}
     if others := [rank for rank in links if rank not in place.storing]:
         arena = links[0].take_file()
         try:
@@ -377,13 +387,14 @@ def _allot(settings: Settings, place: Place, links: dict[int, Link], slots: int,
             os.close(arena)
         for rank in others:
             _ready(rank, links[rank], deadline)
+    return usable
 
 
-def _ready(rank: int, link: Link, deadline: float) -> None:
-    """Waits for one rank's memory."""
+def _ready(rank: int, link: Link, deadline: float) -> int:
+    """Waits for one rank's memory; returns how many slots it can use at once."""
     match link.wait(max(0.0, deadline - time.monotonic())):
-        case Ready():
-            pass
+        case Ready(slots=usable):
+            return usable
         case Refused(problem=refusal):
             raise Broken(f"rank {rank} cannot get its host memory: {refusal}")
         case message:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -136,15 +137,20 @@ def _namesakes(path: Path, mine: NamespaceFolder, facts: Mapping[str, object]) -
 
 def promotion(settings: Settings, leader: Leader, disk: DiskSide | None, block_bytes: int) -> Promotion:
     """What brings blocks up to host memory. `block_bytes` are those of a block over all ranks."""
-    slots, batch = leader.pool.statistics().total, max(1, _MOVE_BYTES // block_bytes)
+    batch = max(1, _MOVE_BYTES // block_bytes)
     in_flight = max(1, settings.g3_inflight_mb * 1_000_000 // block_bytes)
     exclusive = isinstance(placement(settings.placement).promote("g3", _TIERS), Drop)
     return Promotion(
         None if disk is None else DiskSource(disk.tier, exclusive=exclusive), leader.pool,
-        most=max(1, int(slots * settings.held_share)),
+        most=partial(held, settings, leader.pool),
         in_flight=in_flight, batch=batch, unmeasured=min(batch, in_flight) // _UNMEASURED,
         emit=leader.emit, clock=time.monotonic,
     )  # fmt: skip
+
+
+def held(settings: Settings, g2: Pool) -> int:
+    """Blocks that waiting requests, or other instances, may hold of those that G2 has now."""
+    return max(1, int(g2.total * settings.held_share))
 
 
 def disk_side(
@@ -152,7 +158,6 @@ def disk_side(
 ) -> DiskSide:
     """What the leader has of the tier. `block_bytes` are those of a block over all ranks."""
     slots, below = found.folder.num_slots, placement(settings.placement)
-    g2_slots = leader.pool.statistics().total
     pool = Pool(slots, order=eviction_order(settings.g3_order, slots), tier="g3")
     adopt(pool, found.blocks)
     tier = DiskTier(
@@ -169,7 +174,7 @@ def disk_side(
         exclusive=isinstance(below.evict("g2", _TIERS), Move),
         budget=_budget(settings),
         block_bytes=block_bytes,
-        most=min(in_flight, g2_slots // 4),  # what is being written is held
+        most=lambda: min(in_flight, leader.pool.total // 4),  # what is being written is held
         batch=batch, emit=leader.emit,
     )  # fmt: skip
     return DiskSide(tier, demotion)

@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from ipaddress import ip_address
 from typing import Final
 from urllib.parse import urlsplit
@@ -17,6 +18,7 @@ from kvbm.core.config import Settings, set_for_library
 from kvbm.core.errors import ConfigError
 from kvbm.core.keys import Namespace
 from kvbm.core.region import Region
+from kvbm.manager import build_disk
 from kvbm.manager.channel import Link
 from kvbm.manager.leader import Leader
 from kvbm.manager.lower import DiskSide
@@ -115,12 +117,11 @@ def peers(
     cannot be had now."""
     installed()
     secret, incarnation = _secret(settings), random.SystemRandom().getrandbits(63)
-    slots = leader.pool.statistics().total
-    sums = leader.earlier.sums if leader.earlier is not None else Sums(len(links), slots)
+    sums = leader.earlier.sums if leader.earlier is not None else Sums(len(links), leader.pool.capacity)
     serving = Serving(
         leader.pool, promotion, sums, leader.requests,
-        most=max(1, int(slots * settings.held_share)), seconds=settings.peer_lease_s, aside=leader.standing_aside,
-        clock=time.monotonic,
+        most=partial(build_disk.held, settings, leader.pool), seconds=settings.peer_lease_s,
+        aside=leader.standing_aside, clock=time.monotonic,
     )  # fmt: skip
     pools = [leader.pool] if disk is None else [leader.pool, disk.tier.pool]
     published = Published(lambda key: any(pool.peek([key]) for pool in pools))

@@ -146,6 +146,7 @@ class Control:
             "healthy": not problems,
             "problems": problems,
             "degraded": leader.degraded(),
+            "smaller": leader.smaller(),
             "paused": leader.paused,
             "namesakes": [*self.about.namesakes, *self._shared_namesakes()],
             "quarantined": leader.quarantined,
@@ -280,7 +281,7 @@ class Control:
 
 
 def _tier(name: str, pool: PoolStatistics, slot_bytes: int) -> dict[str, Any]:
-    counts = {count: getattr(pool, count) for count in ("total", "free", "active", "inactive", "staged")}
+    counts = {count: getattr(pool, count) for count in ("total", "capacity", "free", "active", "inactive", "staged")}
     return {"name": name, **counts, "bytes": pool.total * slot_bytes}
 
 

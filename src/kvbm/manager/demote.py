@@ -52,16 +52,14 @@ class Demotion:
         exclusive: bool,
         budget: Budget,
         block_bytes: int,
-        most: int,
+        most: Callable[[], int],
         batch: int,
         emit: Callable[[Demoted], None],
     ) -> None:
         self._tier, self._g2 = tier, g2
         self._admission, self._hot, self._budget = admission, hot, budget
         self._exclusive, self._block_bytes = exclusive, block_bytes
-        self._most, self._batch = max(1, most), max(1, min(batch, most))
-        self._reserve = max(1, min(g2.statistics().total // 8, 2 * self._most))
-        """Slots of G2 that exclusive demotion keeps free, so that what has to go was written before."""
+        self._in_flight_most, self._batch = most, max(1, batch)
         self._emit = emit
         self._queue: deque[Sequence[bytes]] = deque()
         self._queued: set[bytes] = set()
@@ -70,6 +68,15 @@ class Demotion:
         self.cancelled = self.refused = 0
         """Blocks that were gone before their write began; that admission, the budget or a full disk did not let pass,
         each time."""
+
+    @property
+    def _most(self) -> int:
+        return max(1, self._in_flight_most())
+
+    @property
+    def _reserve(self) -> int:
+        """Slots of G2 that exclusive demotion keeps free, so that what has to go was written before."""
+        return max(1, min(self._g2.total // 8, 2 * self._most))
 
     @property
     def idle(self) -> bool:
@@ -94,7 +101,7 @@ class Demotion:
             return
         self._queue.append(new)
         self._queued.update(new)
-        while len(self._queued) > self._g2.statistics().total:
+        while len(self._queued) > self._g2.total:
             oldest = self._queue.popleft()
             self._queued.difference_update(oldest)
             self.cancelled += len(oldest)
@@ -108,7 +115,7 @@ class Demotion:
         """From now on write all that G2 has and the disk does not, the hottest first, whatever admission says."""
         self.clear()
         self._draining = True
-        with self._g2.candidates(self._g2.statistics().total) as hold:
+        with self._g2.candidates(self._g2.total) as hold:
             self._queue.extend(hold.keys[at : at + self._batch] for at in range(0, len(hold), self._batch))
             self._queued.update(hold.keys)
 

@@ -20,7 +20,7 @@ class Earlier:
     it to. Under the leader's lock."""
 
     def __init__(self, pool: Pool, ranks: int) -> None:
-        slots = pool.statistics().total
+        slots = pool.capacity
         self.sums = Sums(ranks, slots)
         """For other instances."""
         self._pool, self._next = pool, 0

@@ -26,6 +26,7 @@ from kvbm.core.region import Slots
 from kvbm.manager.channel import Link
 from kvbm.manager.earlier import Earlier
 from kvbm.manager.gate import Gate
+from kvbm.manager.growing import Growing
 from kvbm.manager.jobs import InFlight
 from kvbm.manager.lower import DiskSide, Lower
 from kvbm.manager.provenance import Provenance
@@ -34,7 +35,7 @@ from kvbm.manager.requests import Record, Request
 from kvbm.manager.shadow import Shadow
 from kvbm.manager.variants import Variants
 from kvbm.manager.watch import Answers, Audit, Pace, Recent
-from kvbm.manager.wire import Bye, Foreseen, Mine, Opened, Probed, Result, Sick, Unlike, Used
+from kvbm.manager.wire import Bye, Foreseen, Mine, Opened, Probed, Result, Sick, Touched, Unlike, Used
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,8 @@ class Housekeeping:
         """What ranks said about their memory or files before there was anybody who uses them."""
         self.lower: Lower | None = None
         """What is below host memory, if there is anything."""
+        self.growing: Growing | None = None
+        """What of host memory is still to come."""
         self.earlier: Earlier | None = None
         """What is to be said to it of what was here before it."""
         self.gate = gate
@@ -143,6 +146,8 @@ class Housekeeping:
                         self._answer(message)
                     case Opened():
                         self.opened[message.rank] = message
+                    case Touched() if self.growing is not None:
+                        self.growing.take(message)
                     case Mine() | Sick(tier="g3"):
                         self._early.append(message)
                     case Used() | Foreseen() | Unlike():
@@ -466,6 +471,11 @@ class Housekeeping:
         if self.isolated is not None:
             return dict.fromkeys(self.shared, self.isolated)
         return self.absent | (self.lower.problems() if self.lower is not None else {})
+
+    def smaller(self) -> dict[str, str]:
+        """Tiers that are used and stay smaller than they were to be, and why."""
+        shortage = self.growing.shortage() if self.growing is not None else None
+        return {} if shortage is None else {"g2": shortage}
 
     def drain(self, seconds: float) -> None:
         """Writes to disk what only host memory has, for so long at most, while the engine may go on."""

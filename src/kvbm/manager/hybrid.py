@@ -85,7 +85,7 @@ class HybridLeader(Leader):
     def _hold(self, request: Request, keys: Sequence[bytes], computed: int) -> int | None:
         if self._comes(request, keys, computed):
             return None
-        room = max(1, int(self._total * self._settings.held_share))
+        room = max(1, int(self.pool.total * self._settings.held_share))
         hit = match_groups(self.pool, self._groups, self._views(keys), computed, max(0, room - self._held))
         record = request.record
         record.matched = max(0, hit.longest - computed)

@@ -55,7 +55,6 @@ class Leader(Offloading):
         self.detour = Detour(settings, gate, self.requests, self.emit, clock)
         self._observers.append(self.detour)
         self._loading: dict[bytes, str] = {}
-        self._total = pool.statistics().total
         self._waiting: list[Request] = []
         """Requests that hold a match made in this step and may not get their blocks."""
 
@@ -136,7 +135,7 @@ class Leader(Offloading):
         return keys, Wanted(keys)
 
     def _hold(self, request: Request, keys: Sequence[bytes], computed: int) -> int | None:
-        room = max(1, int(self._total * self._settings.held_share))
+        room = max(1, int(self.pool.total * self._settings.held_share))
         hold = self.pool.match(keys, computed)
         found = request.record.matched = len(hold)
         rest = keys[computed + found : computed + room]

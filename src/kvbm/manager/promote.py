@@ -70,7 +70,7 @@ class Promotion:
         disk: DiskSource | None,
         g2: Pool,
         *,
-        most: int,
+        most: Callable[[], int],
         in_flight: int,
         batch: int,
         unmeasured: int,
@@ -129,7 +129,7 @@ class Promotion:
     def room_for(self, request: str) -> int:
         """Blocks of G2 that may be held for this one, with those that are."""
         others = (staging.held for staging in self._stagings if request not in staging.requests)
-        return max(0, self._most - sum(others))
+        return max(0, self._most() - sum(others))
 
     def reachable(self, record: Record) -> Where:
         """What could be in G2 when this request is scheduled."""

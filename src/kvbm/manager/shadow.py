@@ -61,11 +61,9 @@ class Shadow:
     ) -> None:
         self._every, self._pool, self._patience, self._clock = every, pool, patience + _PATIENCE, clock
         self._seed = random.SystemRandom().getrandbits(64)
-        total = pool.statistics().total
-        self._most = max(1, min(_MOST, total // _SHARE))
         self._prove, self._proven = prove, set[bytes]()
-        self._since = np.full(total, np.nan)
-        self._from = np.zeros(total, np.uint8)
+        self._since = np.full(pool.capacity, np.nan)
+        self._from = np.zeros(pool.capacity, np.uint8)
         self._declined: dict[str, tuple[int, tuple[bytes, ...]]] = {}
         self._samples: dict[str, _Sample] = {}
         self._jobs: dict[int, _Sample] = {}
@@ -73,6 +71,10 @@ class Shadow:
         """Blocks of host memory that comparisons hold."""
         self.sampled = self.compared = self.wrong = self.skipped = 0
         """Requests; blocks that were compared; of these, those that differ; blocks that could not be compared."""
+
+    @property
+    def _most(self) -> int:
+        return max(1, min(_MOST, self._pool.total // _SHARE))
 
     # ------------------------------------------------------------------ where blocks come from
 

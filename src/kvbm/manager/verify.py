@@ -26,13 +26,13 @@ class Verification:
     """
 
     def __init__(self, tier: DiskTier, g2: Pool) -> None:
-        self.slots = tier.pool.statistics().total
+        self.slots = tier.pool.total
         self.looked = self.whole = self.bad = self.unread = 0
         """Slots that were passed; blocks in them."""
         self.problem: str | None = None
         """Why it ended too early."""
         self._tier, self._g2 = tier, g2
-        self._most = max(1, min(_SLICE, g2.statistics().total // 8))
+        self._most = max(1, min(_SLICE, g2.total // 8))
         self._job: int | None = None
         self._next = 0
 

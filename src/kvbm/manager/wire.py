@@ -131,9 +131,19 @@ class Allot(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The arena is there."""
+    """The arena is there, and so is the memory of its first `slots` slots. Where others are missing, `Touched` says
+    when they can be used."""
 
     rank: int
+    slots: int
+
+
+class Touched(msgspec.Struct, frozen=True, tag=True):
+    """The memory of the first `slots` slots is there; `problem` says why there will be no more."""
+
+    rank: int
+    slots: int
+    problem: str | None = None
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -322,6 +332,7 @@ Message = (
     Hello
     | Allot
     | Ready
+    | Touched
     | Refused
     | Open
     | Opened

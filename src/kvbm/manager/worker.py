@@ -51,6 +51,7 @@ from kvbm.manager.wire import (
     Ready,
     Refused,
     Step,
+    Touched,
     Write,
     unpack,
 )  # fmt: skip
@@ -62,7 +63,10 @@ from kvbm.transfer.executor import Executor
 
 log = logging.getLogger(__name__)
 
-_TOUCH_REPORT = 2.0
+_TOUCH_LOG = 2.0
+_TOUCH_REPORT = 0.2
+"""Seconds from one word on slots that can be used to the next: the leader stops for each."""
+_TOUCH_END = 0.8
 _LOOK_S = 0.5
 """Seconds from one look at late copies to the next, where the engine does not step."""
 
@@ -101,6 +105,7 @@ class Worker(Telling):
         self._open_disk, self._open_peers = open_disk, open_peers
         self._peers: PeerMemory | None = None
         self._arena: Arena | None = None
+        self._toucher: threading.Thread | None = None
         self._extents: Region | None = None
         """The same slots as the disk sees them: one extent of whole pages each."""
         self._loads: dict[str, int] = {}
@@ -307,20 +312,23 @@ class Worker(Telling):
                 link.close()
 
     def _allot(self, link: Link, allot: Allot) -> None:
-        """Makes the arena, or maps that of the rank that stores, and touches all of it, so that first copies are not
-        slower than later ones and a lack of memory shows now."""
+        """Makes the arena, or maps that of the rank that stores. With `strict` all of it is touched here; else a first
+        part, and the rest while the engine serves. A rank that stores nothing uses what the other has touched."""
         slots, last = allot.num_slots, time.monotonic()
 
         def progress(done: int, total: int) -> None:
             nonlocal last
-            if time.monotonic() - last > _TOUCH_REPORT:
+            if time.monotonic() - last > _TOUCH_LOG:
                 last = time.monotonic()
                 log.info("KVBM: rank %d prepared %.1f of %.1f GB of host memory", self._rank, done / 1e9, total / 1e9)
 
         try:
             stride = allot.stride or self._g1.slot_bytes
             arena = Arena(slots * stride, None if self._stores else link.take_file())
-            arena.touch(progress)
+            if self._settings.strict:
+                arena.touch(progress=progress)
+            elif self._stores:
+                arena.touch(stride)
         except Broken as error:
             link.send(Refused(self._rank, str(error)))
             return
@@ -330,7 +338,41 @@ class Worker(Telling):
         if (allot.stride and self._open_disk) or self._open_peers or self._settings.g2_verify:
             self._sums = np.zeros(slots, np.uint64)
             self._extents = arena.region([stride], slots, name="G2 for the disk")
-        link.send(Ready(self._rank), arena.fd if allot.shared else None)
+        usable = arena.touched // stride if self._stores else slots
+        link.send(Ready(self._rank, usable), arena.fd if allot.shared else None)
+        if usable == slots:
+            self._share(arena, slots, stride)
+        else:
+            self._toucher = threading.Thread(
+                target=self._touch, args=(arena, slots, stride), name="kvbm-memory", daemon=True
+            )  # fmt: skip
+            self._toucher.start()
+
+    def _touch(self, arena: Arena, slots: int, stride: int) -> None:
+        """What of the arena is missing, while the engine serves. Other instances read it once that is over: to register
+        memory may pin it, so that it would be allocated there and then."""
+        told, last, problem = 0, time.monotonic(), None
+
+        def progress(done: int) -> None:
+            nonlocal told, last
+            if done // stride > told and time.monotonic() - last > _TOUCH_REPORT:
+                told, last = done // stride, time.monotonic()
+                self._tell(Touched(self._rank, told))
+
+        try:
+            arena.touch_beside(self._closing, progress)
+        except Broken as error:
+            problem = str(error)
+        except Exception as error:
+            log.exception("KVBM: host memory cannot be touched")
+            problem = repr(error)
+        if not self._closing.is_set():
+            usable = arena.touched // stride
+            self._tell(Touched(self._rank, usable, problem))
+            self._share(arena, usable, stride)
+
+    def _share(self, arena: Arena, slots: int, stride: int) -> None:
+        """Opens the arena's first slots to other instances."""
         if self._open_peers is not None:
             mine = arena.region([self._g1.slot_bytes], slots, stride=stride, name="G2 for peers")
             try:
@@ -389,6 +431,8 @@ class Worker(Telling):
     def close(self) -> None:
         """Waits briefly for copies in flight and gives the memory back. The engine must not step any more."""
         self._closing.set()
+        if self._toucher is not None:
+            self._toucher.join(_TOUCH_END)
         if self._peers is not None:
             self._peers.close()
         if self._disk is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 try:
-    from kvbm.native._copy import XXH3_FROM, checksums, copy_rows, touch
+    from kvbm.native._copy import XXH3_FROM, checksums, copy_rows, fill
     from kvbm.native._io import Ring, run_io
     from kvbm.native._keys import chain
     from kvbm.native._lists import Lists
@@ -30,6 +30,6 @@ __all__ = [
     "chain",
     "checksums",
     "copy_rows",
+    "fill",
     "run_io",
-    "touch",
 ]

@@ -1,10 +1,16 @@
-/* Copies many rows in one call, without the GIL, and makes checksums of what it copies.
+/* Copies many rows in one call, without the GIL, and makes checksums of what it copies; makes the memory there that it
+ * copies to.
  *
  * A Python loop over rows costs microseconds a row, and each of its steps waits for the GIL beside a busy thread; this
  * is one call per batch. Addresses are trusted: the caller (kvbm.transfer.plan) has checked slots against regions. */
 
 #include "int64s.h"
 #include "xxh3.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <time.h>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAVE_STREAMING 1
@@ -221,31 +227,79 @@ static PyObject *checksums(PyObject *Py_UNUSED(self), PyObject *args) {
     return good ? Py_NewRef(Py_None) : NULL;
 }
 
-static PyObject *touch(PyObject *Py_UNUSED(self), PyObject *args) {
+/* -- making memory there -- */
+
+enum { HUGE_PAGE = 2 << 20, LOOK_NS = 1000000 };
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25 /* Linux 6.1: make huge pages now, whatever transparent_hugepage says about shared memory */
+#endif
+
+static int reserve(int fd, off_t at, off_t length) {
+    int error;
+    do {
+        error = posix_fallocate(fd, at, length);
+    } while (error == EINTR);
+    return error;
+}
+
+/* A part of a huge page, or one: reserved first, for a page that is refused there is an error, and one that is refused to
+ * a write is SIGBUS. */
+static int fill_part(int fd, char *memory, off_t at, off_t length) {
+    int error;
+    if (at % HUGE_PAGE == 0 && length == HUGE_PAGE) {
+        if ((error = reserve(fd, at, PAGE))) { /* it collapses what has at least a page */
+            return error;
+        }
+        madvise(memory + at, HUGE_PAGE, MADV_COLLAPSE); /* what the kernel refuses stays in small pages */
+    }
+    if ((error = reserve(fd, at, length))) {
+        return error;
+    }
+    volatile char *page = memory + at;
+    for (off_t i = 0; i < length; i += PAGE) {
+        page[i] = page[i];
+    }
+    page[length - 1] = page[length - 1]; /* an unaligned range ends in a page the stride can miss */
+    return 0;
+}
+
+static PyObject *fill(PyObject *Py_UNUSED(self), PyObject *args) {
+    int fd, wait, error = 0;
     unsigned long long address;
-    Py_ssize_t nbytes;
-    if (!PyArg_ParseTuple(args, "Kn:touch", &address, &nbytes)) {
+    Py_buffer shared;
+    if (!PyArg_ParseTuple(args, "iKw*p:fill", &fd, &address, &shared, &wait)) {
         return NULL;
     }
-    if (nbytes < 0) {
-        return PyErr_Format(PyExc_ValueError, "nbytes is negative: %zd", nbytes);
+    if (shared.len != 3 * (Py_ssize_t)sizeof(int64_t) || (uintptr_t)shared.buf % sizeof(int64_t)) {
+        PyBuffer_Release(&shared);
+        return PyErr_Format(PyExc_ValueError, "granted, done and over are three int64");
     }
+    int64_t *granted = shared.buf, *done = granted + 1, *over = granted + 2;
     Py_BEGIN_ALLOW_THREADS;
-    volatile char *page = (volatile char *)(uintptr_t)address;
-    for (Py_ssize_t at = 0; at < nbytes; at += 4096) {
-        page[at] = page[at];
-    }
-    if (nbytes > 0) {
-        page[nbytes - 1] = page[nbytes - 1]; /* an unaligned range ends in a page the stride can miss */
+    int64_t at = __atomic_load_n(done, __ATOMIC_ACQUIRE);
+    while (!error && !__atomic_load_n(over, __ATOMIC_ACQUIRE)) {
+        int64_t left = __atomic_load_n(granted, __ATOMIC_ACQUIRE) - at;
+        int64_t part = HUGE_PAGE - at % HUGE_PAGE;
+        if (left > 0) {
+            part = left < part ? left : part;
+            if (!(error = fill_part(fd, (char *)(uintptr_t)address, at, part))) {
+                __atomic_store_n(done, at += part, __ATOMIC_RELEASE);
+            }
+        } else if (wait) {
+            nanosleep(&(struct timespec){.tv_nsec = LOOK_NS}, NULL);
+        } else {
+            break;
+        }
     }
     Py_END_ALLOW_THREADS;
-    Py_RETURN_NONE;
+    PyBuffer_Release(&shared);
+    return PyLong_FromLong(error);
 }
 
 static PyMethodDef METHODS[] = {
     {"copy_rows", (PyCFunction)(void (*)(void))copy_rows, METH_FASTCALL, PyDoc_STR("See _copy.pyi.")},
     {"checksums", checksums, METH_VARARGS, PyDoc_STR("See _copy.pyi.")},
-    {"touch", touch, METH_VARARGS, PyDoc_STR("See _copy.pyi.")},
+    {"fill", fill, METH_VARARGS, PyDoc_STR("See _copy.pyi.")},
     {NULL, NULL, 0, NULL},
 };
 

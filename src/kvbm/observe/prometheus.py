@@ -32,7 +32,8 @@ POOL_COUNTERS = {
     "returned": ("kvbm_match_blocks_returned", "blocks found by matches"),
 }
 POOL_GAUGES = {
-    "total": ("kvbm_pool_size", "slots of the tier"),
+    "total": ("kvbm_pool_size", "slots of the tier that can be used now"),
+    "capacity": ("kvbm_pool_capacity", "slots of the tier once all of its memory is there"),
     "free": ("kvbm_reset_pool_size", "slots that hold nothing"),
     "inactive": ("kvbm_inactive_pool_size", "blocks that can be matched and that nobody holds"),
     "active": ("kvbm_inflight_immutable", "blocks that are held"),

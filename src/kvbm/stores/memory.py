@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import array
 import ctypes
+import fcntl
 import mmap
 import os
+import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 from kvbm.core.errors import Broken, Misuse
 from kvbm.core.region import Region, packed
-from kvbm.native import touch
+from kvbm.native import fill
 from kvbm.stores.available import available_memory
 
 SLICE_BYTES: Final = 64 << 20
-"""What `Arena.touch` faults in between two looks at what is left."""
+"""What is allocated in between two looks at what is left."""
+_LOOK_S: Final = 0.005
+_END_S: Final = 0.5
 _HUGE: Final = 2 << 20
 """Huge pages: a disk may take each page of memory by itself, and an address in them is found faster."""
-_MADV_COLLAPSE: Final = 25
-"""Linux 6.1: make huge pages now, whatever `/sys/kernel/mm/transparent_hugepage` says about shared memory."""
+_NAME: Final = "kvbm-arena"
+_GRANTED, _DONE, _OVER = range(3)
 _PROT_NONE: Final = 0
 _MAP_FIXED: Final = 0x10
 _FAILED: Final = ctypes.c_void_p(-1).value
@@ -28,7 +35,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [*(ctypes.c_void_p, ctypes.c_size_t), *(ctypes.c_int,) * 3, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Arena:
@@ -43,8 +49,10 @@ class Arena:
         if size < 1:
             raise ValueError(f"an arena needs at least one byte, not {size}")
         self.size = size
-        self.fd = os.memfd_create("kvbm-arena", os.MFD_CLOEXEC) if fd is None else fd
+        self.fd = os.memfd_create(_NAME, os.MFD_CLOEXEC) if fd is None else fd
         self._close_fd = weakref.finalize(self, os.close, self.fd)
+        self._control = array.array("q", (0, 0, 0))
+        self._filler: threading.Thread | None = None
         try:
             if fd is None:
                 os.ftruncate(self.fd, size)
@@ -60,8 +68,14 @@ class Arena:
             self._close_fd()
             raise Broken(f"cannot map {_gib(size)} of shared memory: {error}") from error
 
-    def touch(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Allocate every page now, so that no copy waits for the kernel, or dies, later. Keeps what is written.
+    @property
+    def touched(self) -> int:
+        """Bytes, from the start, whose memory is there."""
+        return self._control[_DONE]
+
+    def touch(self, end: int | None = None, progress: Callable[[int, int], None] | None = None) -> None:
+        """Allocate every page up to the end of the slice with byte `end - 1` now (None: all), so that no copy waits for
+        the kernel, or dies, later. Keeps what is written.
 
         Runs without the GIL, in slices; `progress(bytes done, total)` after each. What other processes take meanwhile
         is seen, as far as that is possible without a lock on the machine.
@@ -69,35 +83,70 @@ class Arena:
         Raises:
             Broken: the memory is not there. What was allocated stays so until `close`.
         """
-        for start in range(0, self.size, SLICE_BYTES):
-            length = min(SLICE_BYTES, self.size - start)
-            missing = self.size - os.fstat(self.fd).st_blocks * 512
-            available = available_memory()
-            if missing > available:
-                raise Broken(
-                    f"host memory for the KV arena: {_gib(missing)} of {_gib(self.size)} are still to be allocated, "
-                    f"{_gib(available)} are available to this process. Use a smaller arena or give it more memory."
-                )
-            self._make_huge(start, length)
-            try:
-                # Reserved first: a page that is refused here is an error, one refused to a write is SIGBUS.
-                os.posix_fallocate(self.fd, start, length)
-            except OSError as error:
-                raise Broken(f"host memory for the KV arena: the kernel refused {_gib(self.size)}: {error}") from error
-            touch(self.address + start, length)
+        end = self.size if end is None else min(-(-end // SLICE_BYTES) * SLICE_BYTES, self.size)
+        self._claim()
+        while self.touched < end:
+            self._grant(min(self.touched + SLICE_BYTES, end))
+            self._heed(fill(self.fd, self.address, self._control, False))
             if progress is not None:
-                progress(start + length, self.size)
+                progress(self.touched, self.size)
+        self._unclaim()
 
-    def _make_huge(self, start: int, length: int) -> None:
-        """Have whole huge pages there, as far as there are any; what the kernel refuses stays in small ones."""
-        end = (start + length) // _HUGE * _HUGE
+    def touch_beside(self, over: threading.Event, progress: Callable[[int], None]) -> None:
+        """`touch` what is left, on a thread that gets a processor only where nobody else wants it. Returns when all is
+        there, or soon after `over` is set; `progress(bytes done)` every now and then.
+
+        Raises:
+            Broken: the memory is not there. What is `touched` stays so.
+        """
+        ended: list[int] = []
+        filler = self._filler = threading.Thread(
+            target=lambda: ended.append(self._fill_idly()), name="kvbm-touch", daemon=True
+        )  # fmt: skip
+        self._claim()
+        filler.start()
         try:
-            for at in range(start, end, _HUGE):
-                os.posix_fallocate(self.fd, at, mmap.PAGESIZE)  # it collapses what has at least a page
-        except OSError:
-            return  # what comes next says why
-        if end > start:
-            _libc.madvise(self.address + start, end - start, _MADV_COLLAPSE)
+            while not over.is_set() and self.touched < self.size and filler.is_alive():
+                if (granted := self._control[_GRANTED]) - self.touched < SLICE_BYTES and granted < self.size:
+                    self._grant(min(max(granted, self.touched) + SLICE_BYTES, self.size))
+                over.wait(_LOOK_S)
+                progress(self.touched)
+            if ended:
+                self._heed(ended[0])
+        finally:
+            self._control[_OVER] = 1
+            filler.join(_END_S)
+            self._unclaim(done=True)
+
+    def _fill_idly(self) -> int:
+        with suppress(OSError):  # it is a courtesy
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        return fill(self.fd, self.address, self._control, True)
+
+    def _grant(self, end: int) -> None:
+        """Have it allocated up to there, if all that is missing can be had. Raises Broken."""
+        missing = self.size - os.fstat(self.fd).st_blocks * 512
+        available = available_memory()
+        if missing > available:
+            raise Broken(
+                f"host memory for the KV arena: {_gib(missing)} of {_gib(self.size)} are still to be allocated, "
+                f"{_gib(available)} are available to this process. Use a smaller arena or give it more memory."
+            )
+        self._control[_GRANTED] = end
+
+    def _heed(self, error: int) -> None:
+        if error:
+            raise Broken(
+                f"host memory for the KV arena: the kernel refused {_gib(self.size)}: {os.strerror(error)}"
+            )  # fmt: skip
+
+    def _claim(self) -> None:
+        """Others see from now on that what is missing is going to be allocated (`promised`)."""
+        fcntl.flock(self.fd, fcntl.LOCK_EX)
+
+    def _unclaim(self, *, done: bool = False) -> None:
+        if done or self.touched == self.size:
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
 
     def region(
         self, row_bytes: Sequence[int], num_slots: int, *, stride: int = 0, name: str = "G2", offset: int = 0
@@ -114,7 +163,12 @@ class Arena:
         return packed(name, self.address + offset, row_bytes, num_slots, stride=stride, owner=self)
 
     def close(self) -> None:
-        """Unmap and give the memory back, unless another process maps it too. May be called again."""
+        """Unmap and give the memory back, unless another process maps it too. May be called again. What is being
+        touched this very moment stays mapped until the process ends."""
+        if self._filler is not None and self._filler.is_alive():
+            self._unmap.detach()
+            self._close_fd.detach()
+            return
         self._unmap()
         self._close_fd()
 
@@ -125,6 +179,22 @@ def _mapped(address: int | None, size: int, access: int, flags: int, fd: int) ->
     if mapped == _FAILED:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return int(mapped)
+
+
+def promised() -> int:
+    """Bytes that arenas of this user's processes are being touched for, and that are not allocated yet: who takes them
+    now takes them from those. Of processes that this one cannot see nothing is known."""
+    missing: dict[tuple[int, int], int] = {}
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):  # it is gone, or another user's
+            if os.readlink(descriptor).startswith(f"/memfd:{_NAME}"):
+                with descriptor.open("rb") as file:
+                    seen = os.fstat(file.fileno())
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        missing[seen.st_dev, seen.st_ino] = max(0, seen.st_size - seen.st_blocks * 512)
+    return sum(missing.values())
 
 
 def _gib(nbytes: int) -> str:

@@ -30,7 +30,7 @@ class Serving:
         sums: Sums,
         requests: Mapping[str, Request],
         *,
-        most: int,
+        most: Callable[[], int],
         seconds: float,
         aside: Callable[[], str | None],
         clock: Callable[[], float],
@@ -49,7 +49,7 @@ class Serving:
     def reserve(self, asked: Reserve, memory: int) -> Promise:
         """Hold what is there of the first of the keys; nothing while this instance stands aside."""
         hold = self._pool.match(asked.keys)
-        room = 0 if self.closed or self._aside() else max(0, self._most - self.held)
+        room = 0 if self.closed or self._aside() else max(0, self._most() - self.held)
         hold.narrow(self.sums.known(hold.slots))
         if len(hold) > room:
             hold.narrow(room)
