@@ -17,7 +17,7 @@ demo-disagg: $(VENV)/engine
 	$(BIN)/kvbm demo-disagg
 
 # Small, so that it starts fast: compiling (what --enforce-eager leaves out) would take longer than it saves a model of
-# this size, the device cache holds two conversations of full length, and 2 GB of host memory are touched at once.
+# this size, and the device cache holds two conversations of full length.
 serve: $(VENV)/engine
 	KVBM_G2_GB=$${KVBM_G2_GB:-2} $(BIN)/kvbm serve smollm2 --max-model-len 4096 --num-gpu-blocks-override 257 \
 	  --enforce-eager $(ARGS)

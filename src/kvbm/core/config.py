@@ -123,7 +123,8 @@ class Settings(BaseSettings):
     without_prefix_caching: bool = False
     """Whether KVBM serves an engine whose own prefix caching is switched off; false: it stands aside there."""
     strict: bool = False
-    """Whether trouble at start (memory refused, a worker does not come) ends the engine, or it runs without KVBM."""
+    """Whether trouble at start (memory refused, a worker does not come) ends the engine, or it runs without KVBM; and
+    whether the engine waits until all memory of G2 was touched, or that is done while it serves."""
     metrics: bool = False
     """Whether to serve Prometheus metrics over HTTP."""
     metrics_port: Port = 6880

@@ -359,7 +359,8 @@ def size(resolved: Resolved, place: Place, block_bytes: int) -> tuple[int, str]:
 
 def _free() -> int:
     """What G2 can have: not what the arenas of other engines are being touched for."""
-    return available_memory() - promised() - _RESERVE
+    taken = promised()  # first: what is touched in between counts twice, not never
+    return available_memory() - taken - _RESERVE
 
 
 def _too_large(name: str, asked: str, free: int, resolved: Resolved) -> ConfigError:

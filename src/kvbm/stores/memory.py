@@ -21,7 +21,7 @@ from kvbm.stores.available import available_memory
 
 SLICE_BYTES: Final = 64 << 20
 """What is allocated in between two looks at what is left."""
-_LOOK_S: Final = 0.005
+_LOOK_S: Final = 0.02
 _END_S: Final = 0.5
 _HUGE: Final = 2 << 20
 """Huge pages: a disk may take each page of memory by itself, and an address in them is found faster."""
