@@ -149,11 +149,12 @@ def test_it_runs_where_nobody_else_wants_the_processor(monkeypatch: pytest.Monke
 
 
 def test_memory_that_ends_on_the_way_leaves_what_is_there(monkeypatch: pytest.MonkeyPatch, slices: int) -> None:
-    left = iter([20 * PAGE, 20 * PAGE, 3 * PAGE])
+    enough = memory.RESERVE_BYTES + slices
+    left = iter([20 * PAGE, enough, enough - 1])
     monkeypatch.setattr(memory, "available_memory", lambda: next(left))
     arena = Arena(20 * PAGE)
     arena.touch(1)
-    with pytest.raises(Broken, match=r"still to be allocated, 0.00 GiB are available"):
+    with pytest.raises(Broken, match=r"1.00 GiB are available to this process, 1.00 GiB of which are left to the eng"):
         arena.touch_beside(threading.Event(), lambda _: None)
     assert slices <= arena.touched <= 2 * slices
     assert os.fstat(arena.fd).st_blocks * 512 == arena.touched

@@ -41,7 +41,7 @@ from kvbm.observe.totals import Totals
 from kvbm.policy import eviction_order
 from kvbm.stores.available import available_memory
 from kvbm.stores.format import padded
-from kvbm.stores.memory import promised
+from kvbm.stores.memory import RESERVE_BYTES, promised
 from kvbm.transfer.executor import Executor
 from kvbm.transfer.memcpy import MemcpyTransport
 
@@ -49,8 +49,6 @@ log = logging.getLogger(__name__)
 
 _BOUNCE_BYTES = 1 << 30
 """Size of G2 where there is a disk tier and nothing says how large G2 is."""
-_RESERVE = 1 << 30
-"""Bytes of available memory that G2 never takes: the engine itself still grows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,7 +358,7 @@ def size(resolved: Resolved, place: Place, block_bytes: int) -> tuple[int, str]:
 def _free() -> int:
     """What G2 can have: not what the arenas of other engines are being touched for."""
     taken = promised()  # first: what is touched in between counts twice, not never
-    return available_memory() - taken - _RESERVE
+    return available_memory() - taken - RESERVE_BYTES
 
 
 def _too_large(name: str, asked: str, free: int, resolved: Resolved) -> ConfigError:

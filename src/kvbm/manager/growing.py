@@ -55,5 +55,5 @@ class Growing:
         return f"{slots * self._block_bytes / 1e9:.2f} GB"
 
     def _resize(self) -> None:
-        if (slots := min(self._usable.values())) != self._pool.total:
+        if (slots := min(self._usable.values())) != self._pool.total:  # less at first only
             self._pool.resize(slots)

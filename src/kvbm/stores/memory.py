@@ -21,6 +21,8 @@ from kvbm.stores.available import available_memory
 
 SLICE_BYTES: Final = 64 << 20
 """What is allocated in between two looks at what is left."""
+RESERVE_BYTES: Final = 1 << 30
+"""Of available memory, what G2 never takes: the engine itself still grows."""
 _LOOK_S: Final = 0.02
 _END_S: Final = 0.5
 _HUGE: Final = 2 << 20
@@ -97,7 +99,7 @@ class Arena:
         there, or soon after `over` is set; `progress(bytes done)` every now and then.
 
         Raises:
-            Broken: the memory is not there. What is `touched` stays so.
+            Broken: no more memory is there. What is `touched` stays so.
         """
         ended: list[int] = []
         filler = self._filler = threading.Thread(
@@ -124,13 +126,15 @@ class Arena:
         return fill(self.fd, self.address, self._control, True)
 
     def _grant(self, end: int) -> None:
-        """Have it allocated up to there, if all that is missing can be had. Raises Broken."""
-        missing = self.size - os.fstat(self.fd).st_blocks * 512
+        """Have it allocated up to there, if that can be had: beside an engine with what is left to it, else with all
+        that is missing. Raises Broken."""
+        missing = self.size - (allocated := os.fstat(self.fd).st_blocks * 512)
         available = available_memory()
-        if missing > available:
+        if available < (missing if self._filler is None else end - allocated + RESERVE_BYTES):
+            kept = "" if self._filler is None else f", {_gib(RESERVE_BYTES)} of which are left to the engine"
             raise Broken(
                 f"host memory for the KV arena: {_gib(missing)} of {_gib(self.size)} are still to be allocated, "
-                f"{_gib(available)} are available to this process. Use a smaller arena or give it more memory."
+                f"{_gib(available)} are available to this process{kept}. Use a smaller arena or give it more memory."
             )
         self._control[_GRANTED] = end
 
