@@ -14,6 +14,8 @@ from tests.e2e.engine import Engine
 
 
 def engine(kvbm: Mapping[str, Any] | None, **options: Any) -> Engine:
-    """`kvbm` None: vLLM alone. In the dtype that this processor is fast in."""
+    """`kvbm` None: vLLM alone. In the dtype that this processor is fast in, and with all of G2 there from the start."""
     folder = Path(models.resolve("smollm2", config.load().settings.cache_dir, Console(stderr=True)))
-    return Engine(folder, kvbm, dtype=serve.fast_dtype(), max_num_batched_tokens=4096, **options)
+    return Engine(
+        folder, kvbm and {"strict": True, **kvbm}, dtype=serve.fast_dtype(), max_num_batched_tokens=4096, **options
+    )

@@ -135,7 +135,7 @@ def main() -> int:
     model = models.resolve("smollm2", config.load().settings.cache_dir, Console(stderr=True))
     bench.info("each run", f"{REQUESTS} prompts of {PREFIX} + {SUFFIX} tokens, answers of {ANSWER}; {ROUNDS} rounds")
     bench.info("G2, GB", G2_GB)
-    settings = {"KVBM_G2_GB": str(G2_GB), "KVBM_ENABLED": "true"}
+    settings = {"KVBM_G2_GB": str(G2_GB), "KVBM_STRICT": "true", "KVBM_ENABLED": "true"}
     for size, blocks in G1.items():
         given = f"--max-model-len {MODEL_LEN} --num-gpu-blocks-override {blocks} --enforce-eager".split()
         setups = {

@@ -69,7 +69,7 @@ def stored(engine: Engine) -> dict[bytes, tuple[int, Any]]:
     """What host memory has under each key: after how many others, and what."""
     engine.settle()
     pool = engine.leader.pool
-    slots = np.fromfile(engine.arena(), np.float32).reshape(pool.statistics().total, -1)
+    slots = np.fromfile(engine.arena(), np.float32).reshape(pool.capacity, -1)
     found = {block.key: block for key in pool.keys(0, len(slots)) if (block := pool.look(key)) is not None}
 
     def after(key: bytes) -> int:

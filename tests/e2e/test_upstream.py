@@ -87,7 +87,7 @@ def words(start: int, count: int) -> str:
 
 
 def test_offload_and_onboard(deployment: Deployment) -> None:
-    assert deployment.server.status()["tiers"][0]["total"] == HOST
+    assert deployment.server.status()["tiers"][0]["capacity"] == HOST
     prompt = words(1_000, 100)[:400]
     before = deployment.counts()
     first = deployment.ask(prompt)
