@@ -14,10 +14,27 @@ import pytest
 
 from kvbm.abc.transport import Completion, Plan, Quiet
 from kvbm.core.config import Settings
+from kvbm.core.errors import Broken
 from kvbm.core.outcome import Outcome
+from kvbm.core.region import Region
 from kvbm.manager.channel import Link, listen
-from kvbm.manager.wire import Allot, Bye, Copy, GiveUp, Hello, Message, Ready, Refused, Result, Sick, Step, Touched
-from kvbm.manager.worker import Collected, Worker
+from kvbm.manager.peers.memory import PeerMemory
+from kvbm.manager.wire import (
+    Allot,
+    Bye,
+    Copy,
+    GiveUp,
+    Hello,
+    Message,
+    Mine,
+    Ready,
+    Refused,
+    Result,
+    Sick,
+    Step,
+    Touched,
+)
+from kvbm.manager.worker import Collected, OpenPeers, Worker
 from kvbm.stores import memory
 from kvbm.testing.faults import FaultTransport
 from kvbm.testing.transport import HostMemory
@@ -33,7 +50,9 @@ PATIENCE = 30.0
 class Rank:
     """A worker over numpy memory, and its leader's end of the channel."""
 
-    def __init__(self, run_dir: Path, faults: dict[str, float], **settings: float) -> None:
+    def __init__(
+        self, run_dir: Path, faults: dict[str, float], open_peers: OpenPeers | None = None, **settings: float
+    ) -> None:
         self.g1 = HostMemory(ROWS, SLOTS, name="g1")
         random = np.random.default_rng(1)
         for slot in range(SLOTS):
@@ -49,6 +68,7 @@ class Rank:
                 fingerprint="f",
                 address=path,
                 make_executor=lambda: Executor([FaultTransport(MemcpyTransport(2), **faults)]),
+                open_peers=open_peers,
             )
             sock.settimeout(PATIENCE)
             self.link = Link(sock.accept()[0])
@@ -166,6 +186,28 @@ def test_memory_that_ends_on_the_way(make_rank: Make, slices: int, monkeypatch: 
     assert isinstance(said, Touched)
     assert (said.slots, "are still to be allocated" in str(said.problem)) == (3, True)
     rank.store(1, [0, 1, 2], [0, 1, 2])
+
+
+@pytest.mark.parametrize(("available", "slots"), [(1 << 40, SLOTS), (0, 3)])
+def test_others_read_it_once_all_is_touched(
+    make_rank: Make, slices: int, monkeypatch: pytest.MonkeyPatch, available: int, slots: int
+) -> None:
+    """Or as much as there will be: to register memory may allocate it."""
+    left, opened = iter([1 << 40]), list[int]()
+    monkeypatch.setattr(memory, "available_memory", lambda: next(left, available))
+
+    def open_peers(rank: int, region: Region, tell: Callable[[Mine], None]) -> PeerMemory:
+        opened.append(region.num_slots)
+        raise Broken("no NIXL")
+
+    rank = make_rank(allot=0, open_peers=open_peers)
+    rank.link.send(Allot(SLOTS))
+    heard = [rank.hear()]
+    while not isinstance(heard[-1], Mine):
+        heard.append(rank.hear())
+    assert heard[0] == Ready(3, 3)
+    assert isinstance(heard[-2], Touched)
+    assert (heard[-2].slots, heard[-1], opened) == (slots, Mine(3, problem="no NIXL"), [slots])
 
 
 def test_memory_that_is_not_there_at_the_start(make_rank: Make, slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
