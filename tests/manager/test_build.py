@@ -87,7 +87,7 @@ def test_what_another_engine_still_touches_is_not_available(tmp_path: Path, monk
     monkeypatch.setattr(build, "available_memory", lambda: (1 << 30) + 819_200)
     monkeypatch.setattr(build, "promised", lambda: 409_600)
     assert start(tmp_path, g2_share=0.5).leader.pool.statistics().total == 25
-    with pytest.raises(ConfigError, match="G2 of 51 blocks"):
+    with pytest.raises(ConfigError, match=r"G2 of 51 blocks.* 0\.00 GB for engines that are starting"):
         start(tmp_path, g2_blocks=51)
 
 

@@ -172,7 +172,8 @@ def test_what_the_kernel_refuses_on_the_way(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_it_ends_soon_after_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 1 << 60)
-    arena, over = Arena(8 << 30), threading.Event()
+    monkeypatch.setattr(memory, "SLICE_BYTES", 1 << 30)
+    arena, over = Arena(1 << 30), threading.Event()
     thread = threading.Thread(target=arena.touch_beside, args=(over, lambda _: None))
     thread.start()
     while not arena.touched:
@@ -187,8 +188,9 @@ def test_it_ends_soon_after_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_promised_is_what_somebody_still_touches(monkeypatch: pytest.MonkeyPatch, slices: int) -> None:
     """Whoever sizes an arena meanwhile must not count on it."""
-    size = 1 << 40
+    size = 1 << 30
     monkeypatch.setattr(memory, "available_memory", lambda: size)
+    # Not more: tests that run beside this one believe it.
     before = memory.promised()
     arena = Arena(size)
     assert memory.promised() == before  # nobody touches it

@@ -362,10 +362,11 @@ def _free() -> int:
 
 
 def _too_large(name: str, asked: str, free: int, resolved: Resolved) -> ConfigError:
+    others = f", {taken / 1e9:.2f} GB for engines that are starting" if (taken := promised()) else ""
     return ConfigError(
         name,
         f"G2 of {asked} does not fit: only {max(0, free) / 1e9:.2f} GB of memory are available (1.07 GB kept for the "
-        "engine)",
+        f"engine{others})",
         source=resolved.sources[name], remedy="Make it smaller.",
     )  # fmt: skip
 
