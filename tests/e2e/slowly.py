@@ -11,7 +11,7 @@ from kvbm.stores import memory
 def build(inner: Transport, rank: int, query: str) -> Transport:
     """One slice in so many seconds (`wait`); nothing more is available after so many of them (`slices`)."""
     options = {name: float(value) for name, value in parse_qsl(query)}
-    memory._LOOK_S = options["wait"]  # type: ignore[misc]
+    memory._LOOK_S, memory._MOST_AHEAD = options["wait"], memory.SLICE_BYTES  # type: ignore[misc]
     available, left = memory.available_memory, options.get("slices", float("inf"))
 
     def fewer() -> int:

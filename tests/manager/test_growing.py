@@ -28,6 +28,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
     monkeypatch.setattr(memory, "SLICE_BYTES", 4 * 12288)
     monkeypatch.setattr(memory, "fill", later)
+    monkeypatch.setattr(memory, "_LOOK_S", 0.01)
     return event
 
 

@@ -155,6 +155,7 @@ def test_an_arena_that_cannot_be_had(make_rank: Make) -> None:
 def slices(monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes that are touched in one go: of four blocks, but for a bit of the last."""
     monkeypatch.setattr(memory, "SLICE_BYTES", 4 * sum(ROWS) - 1)
+    monkeypatch.setattr(memory, "_LOOK_S", 0.01)
     return 4 * sum(ROWS) - 1
 
 

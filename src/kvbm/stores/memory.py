@@ -23,7 +23,10 @@ SLICE_BYTES: Final = 64 << 20
 """What is allocated in between two looks at what is left."""
 RESERVE_BYTES: Final = 1 << 30
 """Of available memory, what G2 never takes: the engine itself still grows."""
-_LOOK_S: Final = 0.02
+_LOOK_S: Final = 0.25
+"""Seconds from one look at what is left to the next, beside an engine: each takes the GIL from it for a moment."""
+_MOST_AHEAD: Final = 1 << 30
+"""What may be allocated in between."""
 _END_S: Final = 0.5
 _HUGE: Final = 2 << 20
 """Huge pages: a disk may take each page of memory by itself, and an address in them is found faster."""
@@ -105,12 +108,14 @@ class Arena:
         filler = self._filler = threading.Thread(
             target=lambda: ended.append(self._fill_idly()), name="kvbm-touch", daemon=True
         )  # fmt: skip
+        ahead = SLICE_BYTES
         self._claim()
         filler.start()
         try:
             while not over.is_set() and self.touched < self.size and filler.is_alive():
-                if (granted := self._control[_GRANTED]) - self.touched < SLICE_BYTES and granted < self.size:
-                    self._grant(min(max(granted, self.touched) + SLICE_BYTES, self.size))
+                if self.touched == self._control[_GRANTED]:
+                    ahead = min(2 * ahead, _MOST_AHEAD)
+                self._grant(min(self.touched + ahead, self.size))
                 over.wait(_LOOK_S)
                 progress(self.touched)
             if ended:
