@@ -45,7 +45,7 @@ def checksums(address: int, stride: int, nbytes: int, slots: Int64s, sums: Int64
 def fill(fd: int, address: int, control: Int64s, wait: bool, /) -> int:
     """Allocate the memory of a file that is mapped at `address`, from its start, in huge pages as far as there are any.
 
-    `control` is int64 ``[granted, done, over]``: goes on from `done` to `granted` bytes, two megabytes at a time, says
+    `control` is int64 ``[granted, done, over]``: goes on from `done` to `granted` bytes, 16 MiB at a time, says
     in it how far that is, and ends where `over` is set. With `wait` only then: it waits for more to be granted, so that
     a thread that hardly ever gets a processor never holds the GIL, which is not held here. Returns 0, or the `errno` of
     what the kernel refused: what is done is there all the same. Keeps what is written.

@@ -229,7 +229,8 @@ static PyObject *checksums(PyObject *Py_UNUSED(self), PyObject *args) {
 
 /* -- making memory there -- */
 
-enum { HUGE_PAGE = 2 << 20, LOOK_NS = 1000000 };
+/* A part at a time: the kernel drains lists of every processor for each MADV_COLLAPSE. */
+enum { HUGE_PAGE = 2 << 20, PART = 8 * HUGE_PAGE, LOOK_NS = 1000000 };
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25 /* Linux 6.1: make huge pages now, whatever transparent_hugepage says about shared memory */
 #endif
@@ -242,15 +243,17 @@ static int reserve(int fd, off_t at, off_t length) {
     return error;
 }
 
-/* A part of a huge page, or one: reserved first, for a page that is refused there is an error, and one that is refused to
- * a write is SIGBUS. */
+/* Reserved first: a page that is refused there is an error, one that is refused to a write is SIGBUS. */
 static int fill_part(int fd, char *memory, off_t at, off_t length) {
     int error;
-    if (at % HUGE_PAGE == 0 && length == HUGE_PAGE) {
-        if ((error = reserve(fd, at, PAGE))) { /* it collapses what has at least a page */
+    off_t first = (at + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, end = (at + length) / HUGE_PAGE * HUGE_PAGE;
+    for (off_t huge = first; huge < end; huge += HUGE_PAGE) {
+        if ((error = reserve(fd, huge, PAGE))) { /* it collapses what has at least a page */
             return error;
         }
-        madvise(memory + at, HUGE_PAGE, MADV_COLLAPSE); /* what the kernel refuses stays in small pages */
+    }
+    if (first < end) {
+        madvise(memory + first, (size_t)(end - first), MADV_COLLAPSE); /* what it refuses stays in small pages */
     }
     if ((error = reserve(fd, at, length))) {
         return error;
@@ -279,7 +282,7 @@ static PyObject *fill(PyObject *Py_UNUSED(self), PyObject *args) {
     int64_t at = __atomic_load_n(done, __ATOMIC_ACQUIRE);
     while (!error && !__atomic_load_n(over, __ATOMIC_ACQUIRE)) {
         int64_t left = __atomic_load_n(granted, __ATOMIC_ACQUIRE) - at;
-        int64_t part = HUGE_PAGE - at % HUGE_PAGE;
+        int64_t part = PART - at % PART;
         if (left > 0) {
             part = left < part ? left : part;
             if (!(error = fill_part(fd, (char *)(uintptr_t)address, at, part))) {
