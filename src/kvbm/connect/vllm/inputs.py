@@ -41,7 +41,8 @@ CONFIGS: Final = {
         "model model_weights tokenizer tokenizer_mode trust_remote_code seed hf_text_config is_submodel_config "
         "word_embeddings_untied_by_checkpoint hf_config_path allowed_local_media_path allowed_media_domains revision "
         "code_revision tokenizer_revision spec_target_max_model_len allow_deprecated_quantization enforce_eager "
-        "return_sampling_mask max_logprobs logprobs_mode use_fp64_gumbel enable_trace_replay disable_cascade_attn "
+        "return_sampling_mask enable_return_routed_experts max_logprobs logprobs_mode use_fp64_gumbel "
+        "enable_trace_replay disable_cascade_attn "
         "skip_tokenizer_init enable_prompt_embeds served_model_name config_format hf_token generation_config "
         "override_generation_config enable_sleep_mode sleep_preserve_parameter_names sleep_mode_backend "
         "sleep_mode_offload_cudagraph enable_nccl_comm_suspend enable_cumem_allocator logits_processors "
@@ -65,15 +66,17 @@ CONFIGS: Final = {
         "skip_page_size_padded mamba_block_size mamba_cache_dtype mamba_ssm_cache_dtype mamba_cache_mode "
         "replayssm_buffer_len use_replayssm use_kda_recoverssm kv_sharing_fast_prefill swa_bounded_replay",
         "prefix_caching_hash_algo hash_block_size prefix_match_unit kv_cache_layout "  # taken from where they are used
-        "user_specified_block_size gpu_memory_utilization is_attention_free num_gpu_blocks_override "
-        "enable_prefix_caching prefix_cache_retention_interval enable_mamba_shared_prefix_checkpoint num_gpu_blocks "
+        "user_specified_block_size user_specified_mamba_block_size gpu_memory_utilization is_attention_free "
+        "num_gpu_blocks_override "
+        "enable_prefix_caching prefix_cache_retention_interval enable_mamba_shared_prefix_checkpoint "
+        "enable_mamba_fine_grained_prefix_cache num_gpu_blocks "
         "num_cpu_blocks effective_attention_block_size kv_cache_size_tokens kv_cache_max_concurrency "
         "cache_hit_alignment_tokens kv_cache_memory_bytes kv_offloading_size kv_offloading_backend "
         "_block_size_resolved simple_cpu_offload_num_blocks",
     ),
     "ParallelConfig": _inputs(
         "tensor_parallel_size pipeline_parallel_size prefill_context_parallel_size decode_context_parallel_size "
-        "dcp_kv_cache_interleave_size cp_kv_cache_interleave_size worker_cls worker_extension_cls",
+        "dcp_kv_cache_interleave_size cp_kv_cache_interleave_size worker_cls sd_worker_cls worker_extension_cls",
         "data_parallel_size data_parallel_size_local data_parallel_rank data_parallel_rank_local "
         "data_parallel_master_ip data_parallel_rpc_port dp_sync_interval data_parallel_master_port "
         "data_parallel_backend data_parallel_external_lb data_parallel_hybrid_lb is_moe_model enable_hc_sp "
@@ -131,7 +134,8 @@ VARIABLES: Final = _names(
     "VLLM_MARLIN_INPUT_DTYPE VLLM_CPU_INT4_W4A8 VLLM_HUMMING_ONLINE_QUANT_CONFIG VLLM_HUMMING_INPUT_QUANT_CONFIG "
     "VLLM_HUMMING_USE_F16_ACCUM VLLM_DEEPEPLL_NVFP4_DISPATCH VLLM_USE_DEEP_GEMM_E8M0 VLLM_B12X_MOE_FP4_FORCE_A16 "
     "VLLM_USE_FLASHINFER_MOE_INT4 VLLM_ROCM_USE_AITER_FP8BMM VLLM_ROCM_USE_AITER_FP4BMM "
-    "VLLM_ROCM_USE_AITER_FP4_ASM_GEMM VLLM_ROCM_USE_AITER_MOE_SITUV2 VLLM_ROCM_USE_AITER_MOE_A4W4_DSV4 "
+    "VLLM_ROCM_USE_AITER_FP4_ASM_GEMM VLLM_ROCM_USE_AITER_MOE_SITUV2 VLLM_ROCM_USE_AITER_MOE_SITUV2_A8W4 "
+    "VLLM_ROCM_USE_AITER_MOE_A4W4_DSV4 "
     "VLLM_ROCM_FP8_MFMA_PAGE_ATTN VLLM_ROCM_MUSE_MOE_ONLINE_QUANT VLLM_XPU_INC_WNA16_BACKEND "
     "VLLM_MXFP4_EMULATION_DEQUANT_AT_LOAD VLLM_MXFP8_EMULATION_DEQUANT_AT_LOAD VLLM_DISABLED_KERNELS "
     # Less precise sums and products on purpose.
@@ -151,7 +155,8 @@ OTHER_VARIABLES: Final = _names(
     "VLLM_BUILD_URL VLLM_IMAGE_TAG CMAKE_BUILD_TYPE VERBOSE VLLM_CONFIG_ROOT VLLM_CACHE_ROOT VLLM_HOST_IP VLLM_PORT "
     "VLLM_RPC_BASE_PATH VLLM_USE_FASTOKENS VLLM_RINGBUFFER_WARNING_INTERVAL CUDA_HOME VLLM_NCCL_SO_PATH "
     "LD_LIBRARY_PATH VLLM_ROCM_SLEEP_MEM_CHUNK_SIZE VLLM_PATTERN_MATCH_DEBUG VLLM_DEBUG_DUMP_PATH LOCAL_RANK "
-    "CUDA_VISIBLE_DEVICES VLLM_ENGINE_READY_TIMEOUT_S VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT VLLM_CHAT_TEMPLATE_FUEL "
+    "CUDA_VISIBLE_DEVICES VLLM_ENGINE_READY_TIMEOUT_S VLLM_ENGINE_ITERATION_TIMEOUT_S "
+    "VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT VLLM_CHAT_TEMPLATE_FUEL "
     "VLLM_API_KEY VLLM_DEBUG_LOG_API_SERVER_RESPONSE VLLM_REQUEST_BODY_LOG_LEVEL S3_ACCESS_KEY_ID "
     "S3_SECRET_ACCESS_KEY S3_ENDPOINT_URL VLLM_USAGE_STATS_SERVER VLLM_NO_USAGE_STATS VLLM_DO_NOT_TRACK "
     "VLLM_USAGE_SOURCE VLLM_CONFIGURE_LOGGING VLLM_LOGGING_CONFIG_PATH VLLM_LOGGING_LEVEL VLLM_LOGGING_STREAM "
@@ -179,7 +184,7 @@ OTHER_VARIABLES: Final = _names(
     "VLLM_CUSTOM_SCOPES_FOR_PROFILING VLLM_NVTX_SCOPES_FOR_PROFILING VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES "
     "VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME VLLM_DEEPEP_BUFFER_SIZE_MB VLLM_DBO_COMM_SMS VLLM_NCCL_INCLUDE_PATH "
     "VLLM_GC_DEBUG VLLM_DEBUG_WORKSPACE VLLM_LOG_MODEL_INSPECTION VLLM_DEBUG_MFU_METRICS "
-    "VLLM_WEIGHT_OFFLOADING_DISABLE_PIN_MEMORY VLLM_WEIGHT_OFFLOADING_DISABLE_UVA "
+    "VLLM_WEIGHT_OFFLOADING_DISABLE_PIN_MEMORY VLLM_WEIGHT_OFFLOADING_DISABLE_UVA VLLM_PLE_CPU_OFFLOAD "
     "VLLM_KV_OFFLOAD_MAX_BATCH_DESCRIPTORS VLLM_WSL2_ENABLE_PIN_MEMORY VLLM_DISABLE_LOG_LOGO "
     "VLLM_ENABLE_CUDA_COMPATIBILITY VLLM_CUDA_COMPATIBILITY_PATH VLLM_SKIP_MODEL_NAME_VALIDATION "
     "VLLM_ELASTIC_EP_SCALE_UP_LAUNCH VLLM_ELASTIC_EP_DRAIN_REQUESTS VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS "
@@ -203,7 +208,8 @@ OTHER_VARIABLES: Final = _names(
     "VLLM_BEAM_ALWAYS_CONSTRAIN_OUTPUT "
     # Kernels of one layout, graphs, the order of sums: rounding. (The layers say which groups of KV there are.)
     "VLLM_BATCH_INVARIANT VLLM_REPLICATE_EMBED VLLM_TRITON_USE_TD "
-    "VLLM_USE_STANDALONE_COMPILE VLLM_ENABLE_PREGRAD_PASSES VLLM_USE_BREAKABLE_CUDAGRAPH VLLM_USE_AOT_COMPILE "
+    "VLLM_USE_STANDALONE_COMPILE VLLM_ENABLE_PREGRAD_PASSES VLLM_USE_BREAKABLE_CUDAGRAPH VLLM_XPU_ENABLE_XPU_GRAPH "
+    "VLLM_USE_AOT_COMPILE "
     "VLLM_USE_BYTECODE_HOOK VLLM_FORCE_AOT_LOAD VLLM_USE_MEGA_AOT_ARTIFACT VLLM_CPU_ATTN_SPLIT_KV "
     "VLLM_ZENTORCH_WEIGHT_PREPACK VLLM_SPARSE_INDEXER_MAX_LOGITS_MB VLLM_USE_TRITON_AWQ VLLM_TRITON_FORCE_FIRST_CONFIG "
     "VLLM_TRITON_JIT_WARMUP_NUM_THREADS VLLM_USE_HW_AGNOSTIC VLLM_ENABLE_FLA_PACKED_RECURRENT_DECODE "
@@ -220,6 +226,7 @@ OTHER_VARIABLES: Final = _names(
     "VLLM_USE_DEEP_GEMM_TMA_ALIGNED_SCALES VLLM_DCP_Q_REPLICATE VLLM_DEEP_GEMM_WARMUP VLLM_USE_FUSED_MOE_GROUPED_TOPK "
     "VLLM_MOE_SKIP_PADDING VLLM_KIMI_K3_SHARD_SP_SHARED_EXPERT VLLM_KIMI_K3_AUX_ATTN_RES_STREAM VLLM_KIMI_K3_GEMM_AR "
     "VLLM_STEP5_SHARD_SP_SHARED_EXPERT VLLM_COHERE2_ATTN_MOE_DUAL_STREAM_TOKEN_THRESHOLD VLLM_ENABLE_GEMM_RS "
+    "VLLM_KIMI_K3_GEMM_RS "
     "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER VLLM_FLASHINFER_AUTOTUNE_CACHE_DIR VLLM_FLASHINFER_AUTOTUNE_SKIP_OPS "
     "VLLM_FLASHINFER_ALLREDUCE_BACKEND VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE VLLM_MAX_TOKENS_PER_EXPERT_FP4_MOE "
     "VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE VLLM_ALLREDUCE_USE_SYMM_MEM VLLM_ALLREDUCE_USE_FLASHINFER "
