@@ -9,15 +9,15 @@ from kvbm.stores import memory
 
 
 def build(inner: Transport, rank: int, query: str) -> Transport:
-    """One slice in so many seconds (`wait`); nothing more is available after so many of them (`slices`)."""
+    """One slice in so many seconds (`wait`); nothing is available for more than so many of them (`slices`)."""
     options = {name: float(value) for name, value in parse_qsl(query)}
     memory._LOOK_S, memory._MOST_AHEAD = options["wait"], memory.SLICE_BYTES  # type: ignore[misc]
-    available, left = memory.available_memory, options.get("slices", float("inf"))
+    available, grant = memory.available_memory, memory.Arena._grant
+    most = options.get("slices", float("inf")) * memory.SLICE_BYTES
 
-    def fewer() -> int:
-        nonlocal left
-        left -= 1
-        return available() if left >= 0 else 0
+    def up_to_there(arena: memory.Arena, end: int) -> None:
+        memory.available_memory = available if end <= most else lambda: 0  # type: ignore[assignment]
+        grant(arena, end)
 
-    memory.available_memory = fewer  # type: ignore[assignment]
+    memory.Arena._grant = up_to_there  # type: ignore[method-assign]
     return inner
