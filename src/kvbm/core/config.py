@@ -123,8 +123,7 @@ class Settings(BaseSettings):
     without_prefix_caching: bool = False
     """Whether KVBM serves an engine whose own prefix caching is switched off; false: it stands aside there."""
     strict: bool = False
-    """Whether trouble at start (memory refused, a worker does not come) ends the engine, or it runs without KVBM; and
-    whether the engine waits until all memory of G2 was touched, or that is done while it serves."""
+    """Whether trouble at start ends the engine, which then waits for all memory of G2, or it runs without KVBM."""
     metrics: bool = False
     """Whether to serve Prometheus metrics over HTTP."""
     metrics_port: Port = 6880

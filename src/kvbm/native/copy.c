@@ -252,8 +252,10 @@ static int fill_part(int fd, char *memory, off_t at, off_t length) {
             return error;
         }
     }
-    if (first < end) {
-        madvise(memory + first, (size_t)(end - first), MADV_COLLAPSE); /* what it refuses stays in small pages */
+    if (first < end) { /* what is refused stays in small pages; EAGAIN says that somebody had one of them just then */
+        for (int tries = 3; tries && madvise(memory + first, (size_t)(end - first), MADV_COLLAPSE) && errno == EAGAIN;) {
+            tries--;
+        }
     }
     if ((error = reserve(fd, at, length))) {
         return error;
