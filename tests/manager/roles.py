@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import socket
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,18 +19,27 @@ from kvbm.blocks import LayerGroup, Pool
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken
 from kvbm.core.events import Admitted, Event
+from kvbm.core.keys import variant_keys
 from kvbm.core.outcome import Outcome
 from kvbm.manager.channel import Link
 from kvbm.manager.demote import Budget, Demotion
-from kvbm.manager.disk import DiskTier
+from kvbm.manager.disk import DiskTier, adopt
+from kvbm.manager.earlier import Earlier
 from kvbm.manager.gate import Gate
 from kvbm.manager.hybrid import HybridLeader
 from kvbm.manager.leader import Leader
 from kvbm.manager.lower import DiskSide, Lower
+from kvbm.manager.peers.fetch import Peers
+from kvbm.manager.peers.messages import Memory, Promise, Reserve, Slab
+from kvbm.manager.peers.published import Published
+from kvbm.manager.peers.serving import Serving
+from kvbm.manager.peers.sums import Sums
 from kvbm.manager.promote import Promotion
 from kvbm.manager.requests import RequestParams
 from kvbm.manager.sources import DiskSource
-from kvbm.manager.wire import Copy, Message, Probe, Probed, Read, Result, Step, Write
+from kvbm.manager.upkeep import Upkeep
+from kvbm.manager.variants import Variant
+from kvbm.manager.wire import Adapter, Copy, Message, Probe, Probed, Read, Result, Step, Write, pack
 from kvbm.policy import admission
 from kvbm.policy.admissions import Frequency
 from kvbm.policy.lru import LRU
@@ -94,6 +108,89 @@ class FakeFolder:
         self.calls.append("close")
 
 
+class Chores(Executor):
+    """A tier's thread, played by the test: what it is given waits for `run`."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+
+    def submit(self, call: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._waiting.append((future, partial(call, *args, **kwargs)))
+        return future
+
+    def run(self) -> bool:
+        """Does the oldest; False where nothing waits. The leader hears of it at its next tick."""
+        if not self._waiting:
+            return False
+        future, call = self._waiting.popleft()
+        try:
+            future.set_result(call())
+        except Broken as error:
+            future.set_exception(error)
+        return True
+
+
+class Others:
+    """The other instances and their directory, played by the test. `searches` are what they are asked for; `told` is
+    what else they heard, in words."""
+
+    def __init__(self) -> None:
+        self.asker: Any = None
+        self.peers: tuple[str, ...] = ()
+        self.problem: str | None = None
+        self.namesakes: tuple[str, ...] = ()
+        self.server = SimpleNamespace(slabs=(0, []))
+        self.searches: list[Any] = []
+        self.told: list[str] = []
+        self._clients: dict[str, Any] = {}
+
+    def client(self, name: str) -> Any:
+        """An instance that was connected to. What goes wrong with it connects it anew."""
+        new = SimpleNamespace(name=name, instance=SimpleNamespace(incarnation=7), connections=1)
+        return self._clients.setdefault(name, new)
+
+    def search(self, search: Any) -> None:
+        self.searches.append(search)
+
+    def release(self, client: Any, lease: int) -> None:
+        self.told.append(f"release {client.name} {lease}")
+
+    def failed(self, client: Any, problem: str) -> None:
+        client.connections += 1
+        self.told.append(f"failed {client.name}: {problem}")
+
+    def slow(self, client: Any, problem: str) -> None:
+        self.told.append(f"slow {client.name}: {problem}")
+
+    def works(self, client: Any) -> None:
+        self.told.append(f"works {client.name}")
+
+    def leave(self) -> None:
+        self.peers = ()
+        self.told.append("leave")
+
+    def usable(self) -> dict[str, bool]:
+        return dict.fromkeys(self.peers, True)
+
+
+class Keys(list[bytes]):
+    """Of a request with an adapter, whose digest is not known yet."""
+
+    def __init__(self, plain: Sequence[bytes]) -> None:
+        super().__init__()
+        self.plain, self.digest = list(plain), b""
+
+    def under(self, digest: bytes) -> None:
+        self.digest = digest
+        self[:] = variant_keys(self.plain, digest)
+
+    def append(self, key: bytes) -> None:
+        self.plain.append(key)
+        if self.digest:
+            super().append(*variant_keys([key], self.digest))
+
+
 class Stage:
     """`workers` are the other ends of the leader's links. G1 blocks are whatever numbers the test gives."""
 
@@ -132,8 +229,16 @@ class Stage:
 
     # ------------------------------------------------------------------ the engine
 
-    def begin(self, name: str, keys: Sequence[bytes], **params: Any) -> None:
-        self.leader.begin(name, keys, RequestParams(**params), len(keys) * BLOCK_TOKENS)
+    def begin(self, name: str, keys: Sequence[bytes], *, tokens: int | None = None, **params: Any) -> None:
+        tokens = len(keys) * BLOCK_TOKENS if tokens is None else tokens
+        self.leader.begin(name, keys, RequestParams(**params), tokens)
+
+    def begin_with(
+        self, name: str, keys: Keys, tokens: int, number: int, files: str, *, unsteady: bool = False, **params: Any
+    ) -> None:
+        """A request with an adapter arrives."""
+        variant = Variant(Adapter(number, f"name{number}", b""), files, keys, unsteady=unsteady)
+        self.leader.begin(name, keys, RequestParams(**params), tokens, variant)
 
     def place(self, name: str, g1: Sequence[int], count: int = 0) -> None:
         """The engine gives a request its blocks and has the first `count` of its match loaded."""
@@ -183,6 +288,12 @@ class Stage:
     def say(self, message: Message, rank: int = 0) -> None:
         self.workers[rank].send(message)
 
+    def reply(self, job: int, rank: int, outcomes: Sequence[Outcome], seconds: float, **more: Any) -> None:
+        """One rank's answer about a copy or a move."""
+        nbytes = list(outcomes).count(DONE) * BLOCK_BYTES
+        error = more.pop("error", "injected") if any(outcomes) else None
+        self.say(Result(job, rank, bytes(outcomes), nbytes, seconds, error, **more), rank)
+
     def matchable(self, keys: Sequence[bytes]) -> int:
         self.leader.tick()
         return self.pool.peek(keys)
@@ -201,15 +312,22 @@ class Stage:
         most: int = 32,
         patience: float = 10.0,
         block_tokens: int = BLOCK_TOKENS,
+        found: Recovered | None = None,
+        chores: Chores | None = None,
     ) -> Stage:
-        """Puts a disk tier below; sizes in blocks."""
+        """Puts a disk tier below, with what was `found` there; sizes in blocks. `chores` are its thread's."""
         leader = self.leader
         self.folder = FakeFolder()
         self.disk = Pool(slots, order=LRU(slots), tier="g3", clock=self.clock)
         self.tier = DiskTier(
             self.disk, leader.links, self.folder, leader.gate,
-            generation=0, sequence=0, patience=patience, next_id=leader.next_job, clock=self.clock,
+            generation=0, sequence=found.next_sequence if found is not None else 0, patience=patience,
+            next_id=leader.next_job, clock=self.clock,
         )  # fmt: skip
+        if found is not None:
+            adopt(self.disk, found)
+        if chores is not None:
+            self.tier._chores = chores  # type: ignore[assignment]
         self.demotion = Demotion(
             self.tier, self.pool,
             admission=admission(admit, slots), hot=Frequency(slots), exclusive=exclusive,
@@ -278,6 +396,105 @@ class Stage:
         self.write_all()
         self.pool.discard(keys)
         assert self.disk.peek(keys) == len(keys)
+
+    def disk_commands(self) -> Upkeep:
+        """What operators ask of the disk tier."""
+        return Upkeep(self.leader, lambda: Path("nowhere"))
+
+    # ------------------------------------------------------------------ other instances
+
+    def add_peers(
+        self, *, keep: bool = True, held: int = 8, lease_s: float = 10.0, deadline_s: float = 2.0,
+        patience_s: float = 60.0, most: int = 32, in_flight: int = 64, batch: int = 4,
+    ) -> Stage:  # fmt: skip
+        """Shares blocks with other instances; sizes in blocks. Below there is the disk tier, if that was added."""
+        leader, disk = self.leader, self.leader.disk
+        if leader.lower is None:
+            self.promotion = Promotion(
+                None, self.pool, most=most, in_flight=in_flight, batch=batch, unmeasured=batch, emit=leader.emit,
+                clock=self.clock,
+            )  # fmt: skip
+            self.promotion.shadow = leader.shadow
+        total = self.pool.statistics().total
+        sums = leader.earlier.sums if leader.earlier is not None else Sums(len(self.workers), total)
+        serving = Serving(
+            self.pool, self.promotion, sums, leader.requests, most=held, seconds=lease_s,
+            aside=leader.standing_aside, clock=self.clock,
+        )  # fmt: skip
+        pools = [self.pool] if disk is None else [self.pool, self.disk]
+        published = Published(lambda key: any(pool.peek([key]) for pool in pools))
+        for pool in pools:
+            pool.add_observer(published)
+        self.promotion.sums = sums
+        self.network: Any = Others()
+        self.peers = Peers(
+            self.network, serving, published, self.promotion, self.pool, leader.gate, leader.links,
+            deadline_s=deadline_s, patience_s=patience_s, keep=keep, next_id=leader.next_job, lock=leader.below,
+            clock=self.clock,
+        )  # fmt: skip
+        leader.lower = Lower(self.promotion, BLOCK_TOKENS, disk, self.peers)
+        self._numbers = itertools.count(1)
+        return self
+
+    def promise(self, search: Any, count: int, *, at: int = 0, peer: str = "other", **changes: Any) -> bool:
+        """Another instance promises `count` of the blocks that are looked for, from their `at`-th on. Whether anybody
+        wants them."""
+        number = next(self._numbers)
+        said = {
+            "slots": pack(range(100 + at, 100 + at + count)),
+            "sums": [np.arange(count, dtype=np.uint64).tobytes() for _ in self.workers],
+            "priorities": bytes(count), "ttls": np.full(count, np.inf).tobytes(), "seconds": 10.0,
+        } | changes  # fmt: skip
+        promise = Promise(id=number, lease=number, coming=False, memory=1, **said)
+        memory = Memory(number, 1, [Slab(b"there", 4096, BLOCK_BYTES, 1000) for _ in self.workers])
+        client, start = self.network.client(peer), search.start + at
+        return bool(self.network.asker.promised(search, client, promise, memory, start))
+
+    def reserve(self, keys: Sequence[bytes]) -> Promise:
+        """Another instance asks for these."""
+        return self.peers.serving.reserve(Reserve(1, 1, list(keys), 0, 0.0), 1)
+
+    def comes(self, search: str, keys: Sequence[bytes], at: int, *, expected: bool) -> bool:
+        """It asks whether the first of them is on its way."""
+        return self.peers.serving.comes(search, keys, at, expected)
+
+    def release(self, lease: int) -> None:
+        """It has what it was promised."""
+        self.peers.serving.release(lease)
+
+    def searched(self, search: str) -> None:
+        """It asks for nothing more of what it searched."""
+        self.peers.serving.done(search)
+
+    def publish(self, *, heard: bool = True) -> tuple[Collection[bytes], Collection[bytes], bool]:
+        """The directory is told what was published and withdrawn; `heard`: it takes that."""
+        said = self.peers.published.take()
+        (self.peers.published.told if heard else self.peers.published.again)()
+        return said
+
+    def known(self, keys: Sequence[bytes]) -> int:
+        """Of how many of the first of these checksums are known for others."""
+        blocks = [block for key in keys if (block := self.pool.look(key)) is not None]
+        return self.peers.serving.sums.known(np.array([block.slot for block in blocks], np.int64))
+
+    # ------------------------------------------------------------------ what is below comes late
+
+    def expect(self) -> None:
+        """Nobody knows yet what may be below host memory."""
+        self.leader.earlier = Earlier(self.pool, len(self.workers))
+
+    def attach(self) -> bool:
+        """What `add_disk` and `add_peers` made is there only now."""
+        lower, self.leader.lower = self.leader.lower, None
+        assert lower is not None
+        return self.leader.attach(lower)
+
+    def counts(self) -> dict[str, int]:
+        """What is counted, and is no copy."""
+        leader = self.leader
+        counts = {name: getattr(leader, name) for name in ("dropped", "deferred", "corrupt")}
+        counts |= leader.shadow.counts() if leader.shadow is not None else {}
+        return counts | (leader.lower.counts() if leader.lower is not None else {})
 
     def measure(self, *, computed: float | None = None, read: float | None = None) -> None:
         """Has the gate know tokens computed and blocks read per second."""

@@ -298,7 +298,7 @@ class Peers:
         """A few times a second: promises end, and the dead are forgotten."""
         self.serving.tick()
         if self.network.problem is None:
-            for name in self._peers.keys() - set(self.network.peers):
+            for name in sorted(self._peers.keys() - set(self.network.peers)):
                 self._forget(name)
 
     def _forget(self, name: str) -> None:

@@ -1,0 +1,1 @@
+"""The decision log: what the leader decides in thousands of seeded random histories. See README.md."""

@@ -1,0 +1,99 @@
+"""`python -m tests.manager.decisions`: runs histories and compares them with what is recorded. See README.md."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from tests.manager.decisions.history import History, digest
+
+RECORDED = Path(__file__).with_name("recorded.txt")
+RUN = 100
+"""Histories that share a line of it."""
+
+
+def each(number: int) -> str:
+    """The hash of one history. Raises AssertionError where it did not come to its end."""
+    lines = History(number).run()
+    assert not lines[-1].startswith("raised"), f"history {number}: {lines[-1]}"
+    return digest(lines)
+
+
+def run(first: int) -> str:
+    """The hash of the `RUN` histories from this one on."""
+    return digest([each(number) for number in range(first, first + RUN)])
+
+
+def recorded() -> list[str]:
+    """What `run` gave for each `RUN` histories when it was recorded."""
+    return RECORDED.read_text().split()
+
+
+def compare(histories: int, jobs: int, *, record: bool) -> int:
+    """Runs so many, on so many processes; how many runs are not as recorded."""
+    begun, expected = time.monotonic(), [] if record else recorded()
+    firsts = range(0, histories, RUN)
+    found: list[str] = []
+    with ProcessPoolExecutor(jobs) as pool:
+        for first, hashed in zip(firsts, pool.map(run, firsts), strict=True):
+            found.append(hashed)
+            if not record and expected[len(found) - 1 : len(found)] != [hashed]:
+                print(f"histories {first} to {first + RUN - 1} are not as recorded", flush=True)
+    print(f"{len(found) * RUN} histories in {time.monotonic() - begun:.0f} s", flush=True)
+    if record:
+        RECORDED.write_text("".join(f"{line}\n" for line in found))
+        return 0
+    return sum(one != other for one, other in zip(found, expected[: len(found)], strict=True))
+
+
+def against(other: Path, first: int, last: int) -> int:
+    """The first history from `first` to `last - 1` that is another one in another checkout, and how."""
+    here = Path(__file__).parents[3]
+    hashes = [_ask(where, "--each", f"{first}:{last}") for where in (here, other)]
+    for number, (ours, theirs) in enumerate(zip(*hashes, strict=True), first):
+        if ours != theirs:
+            before, after = (_ask(where, "--show", str(number)) for where in (other, here))
+            print(f"history {number}")
+            print("\n".join(difflib.unified_diff(before, after, str(other), str(here), lineterm="", n=10)))
+            return 1
+    print(f"histories {first} to {last - 1} are the same in {other}")
+    return 0
+
+
+def _ask(where: Path, *arguments: str) -> list[str]:
+    environment = os.environ | {"PYTHONPATH": f"{where / 'src'}:{where}"}
+    command = [sys.executable, "-m", "tests.manager.decisions", *arguments]
+    done = subprocess.run(command, cwd=where, env=environment, check=True, capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+def main() -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(prog="python -m tests.manager.decisions", description=__doc__)
+    parser.add_argument("--histories", type=int, default=10_000, help="how many, from the first on")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--record", action="store_true", help="write their hashes down")
+    parser.add_argument("--show", type=int, metavar="NUMBER", help="print one history")
+    parser.add_argument("--each", metavar="FIRST:LAST", help="print the hash of each of these")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="show the first of --each that differs there")
+    given = parser.parse_args()
+    first, last = map(int, (given.each or f"0:{given.histories}").split(":"))
+    if given.show is not None:
+        print("\n".join(History(given.show).run()))
+        return 0
+    if given.against is not None:
+        return against(given.against.resolve(), first, last)
+    if given.each is not None:
+        print("\n".join(digest(History(number).run()) for number in range(first, last)))
+        return 0
+    return 1 if compare(given.histories, given.jobs, record=given.record) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
