@@ -13,10 +13,11 @@ from kvbm.manager import verify
 from kvbm.manager.gate import Gate
 from kvbm.manager.lower import DiskSide
 from kvbm.manager.verify import Verification
+from kvbm.manager.wire import Read
 from kvbm.stores import meta
 from tests.cli.test_disk import A
 from tests.cli.test_disk import fill as fill_other
-from tests.manager.roles import keys_of
+from tests.manager.roles import Stage, keys_of
 from tests.manager.test_control import ask
 from tests.manager.test_lower_whole import start
 from tests.manager.whole import Engine
@@ -129,6 +130,23 @@ def test_what_ends_it_early(start: Start, what: Callable[[Engine], object], prob
     state = ask(engine.side.control, "disk.verify")
     held.drop()
     assert (state["running"], state["problem"]) == (False, problem)
+
+
+def test_blocks_whose_time_is_over_are_passed_over(make_stage: Callable[..., Stage]) -> None:
+    """All of the next slice may have expired since they were written."""
+    stage = make_stage().add_disk()
+    short, keys = keys_of("short", 8), keys_of("a", 2)
+    stage.on_disk("short", short, ttl=5.0)
+    stage.on_disk("a", keys)
+    stage.tick(6.0)
+    stage.disk_commands().verify("begin")
+    (read,) = stage.hear(Read)
+    assert read.keys == keys
+    stage.moved(read)
+    stage.tick()
+    assert stage.leader.off is None
+    state = stage.disk_commands().verify(None)
+    assert (state["whole"], state["problem"], state["running"]) == (2, None, False)
 
 
 def test_a_new_generation_while_a_slice_is_read_counts_nothing_as_bad(start: Start) -> None:

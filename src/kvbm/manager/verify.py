@@ -57,9 +57,12 @@ class Verification:
             keys = self._tier.pool.keys(self._next, self._next + _STRETCH)
             count = min(self._most, self._tier.gate.soon(_SOON) or _FIRST)
             hold, _ = self._tier.pool.scan(keys[:count])
+            slots = hold.slots
             if not self._read(hold):
                 return
-            end = self._next + _STRETCH if len(keys) <= count else int(hold.slots[-1]) + 1
+            end = self._next + _STRETCH
+            if len(keys) > count:
+                end = int(slots[-1]) + 1 if len(slots) else self._next  # their time was over: others come now
             self._next = min(self.slots, end)
             if self._job is None:
                 self.looked = self._next

@@ -17,10 +17,8 @@ from tests.manager.decisions.words import Words
 from tests.manager.roles import BLOCK_TOKENS, DONE, Keys, Stage, keys_of
 
 ROOTS = {name: keys_of(f"root {name}", 2) for name in "ab"}
-TEXTS = {
-    name: [*ROOTS[root], *keys_of(name, 12)] for root, name in (("a", "p"), ("a", "q"), ("b", "r"), ("b", "s"))
-}
-ASIDE = {name: keys_of(f"{name} aside", 14) for name in TEXTS}
+TEXTS = {name: [*ROOTS[root], *keys_of(name, 12)] for root, name in (("a", "p"), ("a", "q"), ("b", "r"), ("b", "s"))}
+ASIDE = {name: keys_of(f"{name} aside", 10) for name in TEXTS}
 NAMES = {key: f"{name}{at}" for name, text in TEXTS.items() for at, key in enumerate(text)}
 NAMES |= {key: f"{root}{at}" for root, text in ROOTS.items() for at, key in enumerate(text)}
 NAMES |= {key: f"{name}'{at}" for name, text in ASIDE.items() for at, key in enumerate(text)}
@@ -76,12 +74,12 @@ class Engine:
 
     # ------------------------------------------------------------------ requests
 
-    def arrive(self) -> None:
-        """A new one."""
-        dice, name = self._dice, self._dice.choice([*TEXTS])
-        blocks, self._born = dice.randrange(1, 10), self._born + 1
+    def arrive(self, name: str = "") -> None:
+        """A new one, with this text or any."""
+        dice, name = self._dice, name or self._dice.choice([*TEXTS])
+        blocks, self._born = dice.choice([1, 2, 3, 4, 5, 6, 6, 7, 7, 8, 8]), self._born + 1
         prompt = blocks * BLOCK_TOKENS + dice.choice([0, 1, 5, 31])
-        whole = TEXTS[name] if dice.random() < 0.7 else TEXTS[name][:blocks] + ASIDE[name][blocks:]
+        whole = TEXTS[name] if dice.random() < 0.85 else TEXTS[name][:blocks] + ASIDE[name][blocks:]
         total = min(prompt + dice.choice([0, 0, 40, 70]), len(whole) * BLOCK_TOKENS)
         adapter = dice.choice([0, 1, 2]) if self._adapters else 0
         keys = Keys(whole[:blocks]) if adapter else whole[:blocks]
@@ -117,7 +115,8 @@ class Engine:
         taken = dice.randrange(found + 1) if found and not self._several and dice.random() < 0.1 else found
         firsts = [group.first(device + taken) if taken or self._several else device for group in self._groups]
         needed = [device + taken - max(first, device) for first in firsts]
-        if sum(needed) > len(self._free):
+        idle = sum(not self._users[block] for block in shared)
+        if sum(needed) > len(self._free) - idle:
             return
         for block in shared:
             self._use(block)
@@ -180,11 +179,11 @@ class Engine:
         for request in list(self.requests.values()):
             if request.state == "waiting" and dice.random() < 0.7:
                 self._admit(request)
-        counts = {
-            request.name: count
-            for request in list(self.requests.values())
-            if request.state == "running" and (request.fresh or dice.random() < 0.85) and (count := self._schedule(request))
-        }
+        counts = dict[str, int]()
+        for request in list(self.requests.values()):
+            ready = request.state == "running" and (request.fresh or dice.random() < 0.85)
+            if ready and (count := self._schedule(request)):
+                counts[request.name] = count
         tokens = sum(counts.values())
         step = self.leader.seal(tokens=tokens)
         self._log(f"seal {counts}: {self.words.step(step)}")
@@ -198,11 +197,7 @@ class Engine:
             self._compute(self.requests[name], count)
 
     def _begin(self, step: Any) -> None:
-        expected = step.adapters.loads if step.adapters is not None else {}
         self.ranks.step(step)
-        for at, each in enumerate(self.ranks.pending):
-            if (one := expected.get(each.told.fields.get("job"))) is not None:
-                self.ranks.pending[at] = each._replace(told=each.told._replace(fields=each.told.fields | {"expected": one}))
         for copy in step.loads:
             self._loads[copy.job] = (self.requests[copy.request], copy.g1_slots().tolist(), [])
             if self._sync:
@@ -213,7 +208,7 @@ class Engine:
 
     def _schedule(self, request: Asked) -> int:
         dice, remaining = self._dice, request.total - request.computed
-        count = min(dice.randrange(1, 120), remaining)
+        count = min(dice.randrange(1, 200), remaining)
         if not count:
             return 0
         end = request.computed + count
@@ -295,7 +290,8 @@ class Engine:
 
     def goes_on(self) -> None:
         """A request of a session goes on with other tokens than before."""
-        running = [each for each in self.requests.values() if each.state == "running" and each.computed and not each.fresh]
+        running = [each for each in self.requests.values() if each.state == "running" and each.computed]
+        running = [each for each in running if not each.fresh]
         if self._several or self._adapters or not running:
             return
         request = self._dice.choice(running)

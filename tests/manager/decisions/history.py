@@ -93,12 +93,13 @@ class History:
             "held_share": dice.choice([0.3, 0.5, 1.0]), "store_inflight_mb": dice.choice([3, 6, 512]),
             "onboard": dice.choice(["async", "async", "sync"]), "enabled": dice.random() < 0.98,
             "explain_requests": dice.choice([1000, 1000, 4]), "save_answers": dice.random() < 0.8,
+            "store_deadline_s": dice.choice([30.0, 9e3]), "load_deadline_s": dice.choice([10.0, 9e3]),
             "load_min_tokens": dice.choice([None, None, 0, 96]), "checkpoint_tokens": dice.choice([None, 4 * TOKENS]),
             "shadow_every": 0 if plan.groups else dice.choice([0, 0, 0, 1]),
             "prove_first": not plan.groups and dice.random() < 0.15, "slow_step_ms": 100.0,
         }  # fmt: skip
         self._late = (plan.disk is not None or plan.peers) and dice.random() < 0.1
-        self._caches = dice.random() < 0.7
+        self._caches = dice.random() < 0.4
         self._fate = dice.choice([None] * 9 + ["off", "sick", "gone", "bye", "isolate", "disk"])
         parts = (plan, self._ranks, self._settings, self._disk, self._peers, self._late)
         self._log(" ".join(map(str, parts)))
@@ -115,9 +116,10 @@ class History:
         self.chores = Chores()
         self.stage.pool.add_observer(self.stage)
         self.stage.pool.add_observer(self)
+        blocks = dice.choice([16, 24]) * (1 + len(self._models))
         self.engine = Engine(
             self.stage, self.words, self._log, dice, self._models, adapters=plan.adapters, peers=plan.peers,
-            sync=self._settings["onboard"] == "sync", caches=self._caches, blocks=dice.choice([24, 40]) * (1 + len(self._models)),
+            sync=self._settings["onboard"] == "sync", caches=self._caches, blocks=blocks,
             block_s=self._block_s,
         )  # fmt: skip
         self.ranks = Ranks(
@@ -135,7 +137,9 @@ class History:
             stage.add_disk(exclusive=plan.disk == "exclusive", found=found, chores=self.chores, **self._disk)
             stage.disk.add_observer(stage)
         if plan.peers:
-            stage.add_peers(most=self._disk["most"], in_flight=self._disk["in_flight"], batch=self._disk["batch"], **self._peers)
+            stage.add_peers(
+                most=self._disk["most"], in_flight=self._disk["in_flight"], batch=self._disk["batch"], **self._peers
+            )
             stage.network.peers = ("other",)
             for rank in stage.workers:
                 self.ranks.say(rank, "mine", b"memory", 4096, 1_000_000, 64)
@@ -178,7 +182,7 @@ class History:
         with self._frozen():
             try:
                 self._live()
-            except Exception as error:  # of what is tried out, a mutant say: it is another history, too
+            except Exception as error:  # noqa: BLE001  # of what is tried out, a mutant say: it is another history, too
                 self._log(f"raised {error!r}")
             finally:
                 self._leave()
@@ -187,6 +191,8 @@ class History:
     def _live(self) -> None:
         self._start(None)
         self._effects()
+        for name in self.dice.sample([*TEXTS], 2):
+            self._serve(name)
         self._operate(OPERATIONS)
         if self.plan.disk is not None and self.dice.random() < 0.25:
             self._restart()
@@ -200,7 +206,7 @@ class History:
         logging.disable(logging.CRITICAL)
         try:
             with (
-                mock.patch.object(time, "time", lambda: EPOCH + self._now()),
+                mock.patch.object(time, "time", self._unix),
                 mock.patch.object(time, "monotonic", self._now),
                 mock.patch.object(time, "perf_counter", self._slow),
                 mock.patch.object(time, "sleep", self._sleep),
@@ -211,6 +217,9 @@ class History:
 
     def _now(self) -> float:
         return self.stage.clock() if hasattr(self, "stage") else 0.0
+
+    def _unix(self) -> float:
+        return EPOCH + self._now()
 
     def _sleep(self, seconds: float) -> None:
         """Somebody waits: meanwhile the ranks go on."""
@@ -234,24 +243,26 @@ class History:
 
     def _chances(self) -> list[tuple[float, Callable[[], object]]]:
         """What may happen, and how often."""
-        dice, stage, engine, ranks, leader = self.dice, self.stage, self.engine, self.ranks, self.stage.leader
+        dice, engine, ranks, leader = self.dice, self.engine, self.ranks, self.stage.leader
         chances: list[tuple[float, Callable[[], object]]] = [
             (8, engine.step),
             (4, lambda: engine.arrive() if len(engine.requests) < 6 else engine.step()),
-            (3, lambda: ranks.some(dice.randrange(1, 6))),
+            (4, lambda: ranks.some(dice.randrange(1, 8))),
             (3, lambda: self._named("all answer", ranks.all)),
-            (3, self._time),
+            (2.5, self._time),
             (0.6, lambda: engine.finish(dice.choice([*engine.requests.values()])) if engine.requests else None),
-            (1, self._lose),
+            (0.5, self._lose),
+            (2, self._returns),
+            (0.7, self._serve),
             (0.2, engine.goes_on),
-            (0.25, lambda: self._named("pause", leader.pause)),
-            (0.5, lambda: self._named("resume", leader.resume)),
-            (0.2, lambda: self._named("reset", leader.reset)),
+            (0.12, lambda: self._named("pause", leader.pause)),
+            (0.6, lambda: self._named("resume", leader.resume)),
+            (0.1, lambda: self._named("reset", leader.reset)),
             (0.1, lambda: self._named("check", lambda: leader.check(1.0))),
             (0.1, self._bar),
-            (0.1, lambda: self._named("reset and quiesce", lambda: (leader.reset(), leader.quiesce(1.0)))),
+            (0.06, lambda: self._named("reset and quiesce", lambda: (leader.reset(), leader.quiesce(1.0)))),
             (0.1, lambda: self._named("quiesce", lambda: leader.quiesce(0.3))),
-            (0.05, self._drag),
+            (0.03, self._drag),
             (0.05, lambda: ranks.say(0, "ready")),
         ]
         if self._late:
@@ -259,11 +270,11 @@ class History:
         if self.plan.disk is not None:
             chances += [
                 (2, self._chore),
-                (0.4, self._breaks),
+                (0.3, self._breaks),
                 (0.3, lambda: self._command("begin")),
                 (0.2, lambda: self._command(dice.choice(["stop", None]))),
                 (0.1, lambda: self._named("drain", lambda: leader.drain(1.0))),
-                (0.1, self._purge),
+                (0.06, self._purge),
             ]
         if self.plan.peers:
             chances += [
@@ -286,9 +297,27 @@ class History:
             self._log(f"  -> {result}")
 
     def _time(self) -> None:
-        seconds = self.dice.choice([0.0, 0.0, 0.001, 0.01, 0.1, 0.3, 1.0, 6.0, 12.0, 40.0])
+        seconds = self.dice.choice([0.0, 0.0, 0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 1.0, 6.0, 12.0, 40.0])
         self._log(f"tick {seconds}")
         self.stage.tick(seconds)
+
+    def _serve(self, name: str = "") -> None:
+        """A request comes and goes as fast as it can, while all goes well."""
+        mood, self.ranks.mood = self.ranks.mood, 0
+        self.engine.arrive(name)
+        for _ in range(6):
+            self.engine.step()
+            self.ranks.all()
+            self._effects()
+        self.ranks.mood = mood
+
+    def _returns(self) -> None:
+        """A prompt comes again after host memory was needed for others."""
+        name = self.dice.choice([*TEXTS])
+        self._log(f"lose {name}")
+        self.stage.pool.discard(TEXTS[name])
+        if len(self.engine.requests) < 8:
+            self.engine.arrive(name)
 
     def _lose(self) -> None:
         """Host memory was needed for others."""
@@ -420,7 +449,9 @@ class History:
     def _search_ends(self) -> None:
         if self._shares and (open_ := [each for each in self.stage.network.searches if not each.ended]):
             search = self.dice.choice(open_)
-            self._log(f"no more of {self.words.keys(search.keys)} {search.start} {search.peer} {plain(search.seconds)} s")
+            self._log(
+                f"no more of {self.words.keys(search.keys)} {search.start} {search.peer} {plain(search.seconds)} s"
+            )
             search.ended = True
 
     def _some_keys(self) -> tuple[Sequence[bytes], int]:

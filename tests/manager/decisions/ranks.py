@@ -25,8 +25,8 @@ class Pending(NamedTuple):
 
 
 class Ranks:
-    """`mood` is how many of a hundred blocks end badly. `ended` hears of a copy that the last rank has answered, and the
-    worst outcome of each of its blocks. `held` are the digests of the adapters that each rank has."""
+    """`mood` is how many of a hundred blocks end badly. `ended` hears of a copy that the last rank has answered, and
+    the worst outcome of each of its blocks. `held` are the digests of the adapters that each rank has."""
 
     def __init__(
         self, stage: Stage, words: Words, log: Callable[[str], None], dice: Random, mood: int,
@@ -46,8 +46,11 @@ class Ranks:
 
     def step(self, step: Any) -> None:
         """What a step has for them. A load or store begins with it."""
+        expected = step.adapters.loads if step.adapters is not None else {}
         for each in [*step.loads, *step.stores, *step.compares]:
-            self._put(told(each))
+            one = told(each)
+            one.fields["expected"] = expected.get(each.job)
+            self._put(one)
             self._open[each.job] = (len(self.stage.workers), [DONE] * len(each.g1_slots()))
         if step.adapters is not None and step.adapters.used:
             self._put(Told("used", {"step": step.adapters.step, "used": step.adapters.used}))
@@ -91,7 +94,9 @@ class Ranks:
         """This one ends."""
         each = self.pending[at]
         if each.told.kind == "used":  # a rank speaks of its steps in order
-            at = next(at for at, other in enumerate(self.pending) if other.rank == each.rank and other.told.kind == "used")
+            at = next(
+                at for at, other in enumerate(self.pending) if other.rank == each.rank and other.told.kind == "used"
+            )
         rank, (kind, fields) = self.pending.pop(at)
         match kind:
             case "used":

@@ -145,7 +145,9 @@ class Words:
     def event(self, event: Any) -> str:
         """What observers heard."""
         if (way := COPIED.get(type(event))) is not None:
-            return f"copied {'>'.join(way)} {event.blocks} failed {event.failed} {event.nbytes} B {plain(event.seconds)} s"
+            return (
+                f"copied {'>'.join(way)} {event.blocks} failed {event.failed} {event.nbytes} B {plain(event.seconds)} s"
+            )
         match event:
             case events.Stored():
                 return f"stored {event.tier} {self.keys(event.keys)} after {self.key(event.parent)}"
