@@ -35,27 +35,30 @@ def recorded() -> list[str]:
     return RECORDED.read_text().split()
 
 
-def compare(histories: int, jobs: int, *, record: bool) -> int:
-    """Runs so many, on so many processes; how many runs are not as recorded."""
-    begun, expected = time.monotonic(), [] if record else recorded()
-    firsts = range(0, histories, RUN)
-    found: list[str] = []
+def compare(first: int, histories: int, jobs: int, *, record: bool, stop: bool) -> int:
+    """Runs so many from `first` on, on so many processes; how many runs are not as recorded. With `stop` the first of
+    them is the last that is looked at."""
+    begun, firsts, wrong = time.monotonic(), range(first, first + histories, RUN), 0
+    expected, found = recorded() if RECORDED.exists() else [], list[str]()
     with ProcessPoolExecutor(jobs) as pool:
-        for first, hashed in zip(firsts, pool.map(run, firsts), strict=True):
+        for at, hashed in zip(firsts, pool.map(run, firsts), strict=True):
             found.append(hashed)
-            if not record and expected[len(found) - 1 : len(found)] != [hashed]:
-                print(f"histories {first} to {first + RUN - 1} are not as recorded", flush=True)
+            if not record and expected[at // RUN] != hashed:
+                wrong += 1
+                print(f"histories {at} to {at + RUN - 1} are not as recorded", flush=True)
+                if stop:
+                    pool.shutdown(cancel_futures=True)
+                    return wrong
     print(f"{len(found) * RUN} histories in {time.monotonic() - begun:.0f} s", flush=True)
     if record:
-        RECORDED.write_text("".join(f"{line}\n" for line in found))
-        return 0
-    return sum(one != other for one, other in zip(found, expected[: len(found)], strict=True))
+        RECORDED.write_text("".join(f"{line}\n" for line in [*expected[: first // RUN], *found]))
+    return wrong
 
 
 def against(other: Path, first: int, last: int) -> int:
     """The first history from `first` to `last - 1` that is another one in another checkout, and how."""
     here = Path(__file__).parents[3]
-    hashes = [_ask(where, "--each", f"{first}:{last}") for where in (here, other)]
+    hashes = [_ask(where, "--each", "--first", str(first), "--histories", str(last - first)) for where in (here, other)]
     for number, (ours, theirs) in enumerate(zip(*hashes, strict=True), first):
         if ours != theirs:
             before, after = (_ask(where, "--show", str(number)) for where in (other, here))
@@ -76,23 +79,25 @@ def _ask(where: Path, *arguments: str) -> list[str]:
 def main() -> int:
     """See the module."""
     parser = argparse.ArgumentParser(prog="python -m tests.manager.decisions", description=__doc__)
-    parser.add_argument("--histories", type=int, default=10_000, help="how many, from the first on")
+    parser.add_argument("--first", type=int, default=0, help="the first of them")
+    parser.add_argument("--histories", type=int, default=10_000, help="how many")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--record", action="store_true", help="write their hashes down")
+    parser.add_argument("--stop", action="store_true", help="at the first that are not as recorded")
+    parser.add_argument("--record", action="store_true", help="write their hashes down, in place of what was recorded")
+    parser.add_argument("--each", action="store_true", help="print the hash of each")
     parser.add_argument("--show", type=int, metavar="NUMBER", help="print one history")
-    parser.add_argument("--each", metavar="FIRST:LAST", help="print the hash of each of these")
-    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="show the first of --each that differs there")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="show the first that is another one there")
     given = parser.parse_args()
-    first, last = map(int, (given.each or f"0:{given.histories}").split(":"))
+    first, last = given.first, given.first + given.histories
     if given.show is not None:
         print("\n".join(History(given.show).run()))
         return 0
     if given.against is not None:
         return against(given.against.resolve(), first, last)
-    if given.each is not None:
+    if given.each:
         print("\n".join(digest(History(number).run()) for number in range(first, last)))
         return 0
-    return 1 if compare(given.histories, given.jobs, record=given.record) else 0
+    return 1 if compare(first, given.histories, given.jobs, record=given.record, stop=given.stop) else 0
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -71,6 +71,8 @@ class Engine:
         self._loads: dict[int, tuple[Asked, list[int], list[int]]] = {}
         """Loads on their way: for whom, into which blocks, and blocks that are free only after it."""
         self._born = self._unstepped = 0
+        self._soon = dice.random() < 0.4
+        """Whether the block that was freed last is the first to be handed out."""
 
     # ------------------------------------------------------------------ requests
 
@@ -164,7 +166,7 @@ class Engine:
             if block:
                 self._users[block] -= 1
                 if not self._users[block]:
-                    self._free.append(block)
+                    (self._free.appendleft if self._soon else self._free.append)(block)
 
     def _let_go(self, request: Asked) -> None:
         for table in request.tables:
@@ -184,17 +186,21 @@ class Engine:
             ready = request.state == "running" and (request.fresh or dice.random() < 0.85)
             if ready and (count := self._schedule(request)):
                 counts[request.name] = count
+        self.seal(counts)
+        for name, count in counts.items():
+            self._compute(self.requests[name], count)
+
+    def seal(self, counts: Mapping[str, int]) -> None:
+        """A step is described, in which these requests compute so many tokens, and begins."""
         tokens = sum(counts.values())
         step = self.leader.seal(tokens=tokens)
         self._log(f"seal {counts}: {self.words.step(step)}")
         self.stage.clock.advance(0.001 + tokens / BLOCK_TOKENS * self._block_s)
         self._unstepped += bool(tokens)
-        while self._unstepped and dice.random() < 0.85:
+        while self._unstepped and self._dice.random() < 0.85:
             self._unstepped -= 1
             self.leader.stepped()
         self._begin(step)
-        for name, count in counts.items():
-            self._compute(self.requests[name], count)
 
     def _begin(self, step: Any) -> None:
         self.ranks.step(step)

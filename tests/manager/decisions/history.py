@@ -14,7 +14,7 @@ from unittest import mock
 
 import numpy as np
 
-from kvbm.blocks import LayerGroup
+from kvbm.blocks import LayerGroup, Pool
 from kvbm.core.events import Event, Stored
 from tests.manager.decisions.engine import ASIDE, FULL, NAMES, TEXTS, Engine
 from tests.manager.decisions.ranks import DIGESTS, Ranks
@@ -77,6 +77,8 @@ class History:
         self._said: dict[str, int] = {}
         self._state = ""
         self._leases: list[int] = []
+        self._gone = False
+        """A worker is, and will answer nothing more."""
         dice, plan = self.dice, self.plan
         self._ranks = dice.choice([1, 1, 2])
         self._mood = dice.choice([0, 2, 15])
@@ -270,7 +272,7 @@ class History:
         if self.plan.disk is not None:
             chances += [
                 (2, self._chore),
-                (0.3, self._breaks),
+                (0.5, self._breaks),
                 (0.3, lambda: self._command("begin")),
                 (0.2, lambda: self._command(dice.choice(["stop", None]))),
                 (0.1, lambda: self._named("drain", lambda: leader.drain(1.0))),
@@ -334,7 +336,7 @@ class History:
         """KVBM keeps the engine for too long, step after step."""
         self._slow.cost = 0.5
         for _ in range(33):
-            self.stage.leader.seal(tokens=0)
+            self.engine.seal({})
         self._slow.cost = 0.0
         self._log("33 slow steps")
 
@@ -348,6 +350,7 @@ class History:
             case "sick":
                 self.ranks.say(rank, "sick", "a copy thread died")
             case "gone":
+                self._gone = True
                 self.stage.workers[rank].close()
             case "bye":
                 self.ranks.say_only("bye")
@@ -384,17 +387,23 @@ class History:
         if not self._disk_there:
             return
         stage, dice = self.stage, self.dice
-        match dice.choice(["folder", "probes", "told", "well", "well"]):
+        match dice.choice(["folder", "probes", "told", "reads", "writes", "well", "well", "well"]):
             case "folder":
                 stage.folder.problem = "the folder is gone"
             case "probes":
                 self.ranks.probes = "no space left"
             case "told":
                 stage.tier.fail("looked at by an operator")
+            case "reads":
+                self.ranks.broken.add("read")
+            case "writes":
+                self.ranks.broken.add("write")
             case "well":
                 stage.folder.problem = self.ranks.probes = None
+                self.ranks.broken -= {"read", "write"}
         stage.folder.found = self._on_disk(dice.choice([0.0, 0.6, 1.0]))
-        self._log(f"disk: folder {stage.folder.problem}, probes {self.ranks.probes}, {stage.tier.problem}")
+        broken = sorted(self.ranks.broken)
+        self._log(f"disk: folder {stage.folder.problem}, probes {self.ranks.probes}, {broken}, {stage.tier.problem}")
 
     def _on_disk(self, share: float) -> Any:
         """What a look into the folder would find: some of what is there."""
@@ -445,6 +454,9 @@ class History:
         peer = dice.choice(self.stage.network.peers or ("other",))
         wanted = self.stage.promise(search, count, at=at, peer=peer, **changes)
         self._log(f"promise of {peer} {self.words.keys(search.keys[at : at + count])} {sorted(changes)} -> {wanted}")
+        if dice.random() < 0.1:
+            self._effects()
+            self._time()
 
     def _search_ends(self) -> None:
         if self._shares and (open_ := [each for each in self.stage.network.searches if not each.ended]):
@@ -491,7 +503,8 @@ class History:
             network, dice = self.stage.network, self.dice
             network.peers = dice.choice([(), ("other",), ("other", "third")])
             network.problem = dice.choice([None, None, "the directory is gone"])
-            self._log(f"neighbours {network.peers} {network.problem}")
+            (self.ranks.broken.add if dice.random() < 0.3 else self.ranks.broken.discard)("pull")
+            self._log(f"neighbours {network.peers} {network.problem} {sorted(self.ranks.broken)}")
 
     def _other_adapter(self) -> None:
         """Other weights under an adapter's number; mostly on every rank."""
@@ -521,6 +534,7 @@ class History:
         stage, engine = self.stage, self.engine
         stage.leader.resume()
         self.ranks.mood, self.ranks.probes = 0, None
+        self.ranks.broken.clear()
         if self._disk_there:
             stage.folder.problem = None
         for _ in range(6):
@@ -529,7 +543,7 @@ class History:
                 stage.tick()
             for request in list(engine.requests.values()):
                 engine.finish(request)
-            self.stage.leader.seal(tokens=0)
+            engine.seal({})
             for lease in self._leases:
                 stage.release(lease)
             self._leases.clear()
@@ -541,10 +555,17 @@ class History:
         for name, each in stage.leader.records.items():
             self._log(f"{name}: {record(each)}")
         self._log(f"counts {stage.counts()}, {plain(stage.leader.gate.rates())}")
+        for pool in self._pools():
+            now = pool.statistics()
+            left = (now.active, now.staged, now.writable, now.orphaned)
+            assert self._gone or left == (0, 0, 0, 0), f"something holds blocks at the end: {now}"
         self._close()
 
+    def _pools(self) -> list[Pool]:
+        return [self.stage.pool, *([self.stage.disk] if self._disk_there else [])]
+
     def _close(self) -> None:
-        for pool in [self.stage.pool, *([self.stage.disk] if self._disk_there else [])]:
+        for pool in self._pools():
             self._log(f"pool {asdict(pool.statistics())}")
         self._leave()
 

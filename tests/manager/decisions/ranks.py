@@ -38,6 +38,8 @@ class Ranks:
         self.held = [{1: DIGESTS[0], 2: DIGESTS[1]} for _ in stage.workers]
         self.probes: str | None = None
         """What probes find wrong."""
+        self.broken: set[str] = set()
+        """Kinds of moves that fail, whatever the mood is."""
         self._given_up: set[int] = set()
         self._open: dict[int, tuple[int, list[Outcome]]] = {}
         """Of each copy, how many ranks have to answer, and what those said that have."""
@@ -157,6 +159,8 @@ class Ranks:
         return True
 
     def _outcome(self, kind: str) -> Outcome:
+        if kind in self.broken:
+            return FAILED
         if self._dice.randrange(100) >= self.mood:
             return DONE
         if kind in ("write", "copy") and self._dice.random() < 0.8:

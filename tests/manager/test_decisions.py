@@ -1,0 +1,46 @@
+"""The decision log: see decisions/README.md. What changes it on purpose is recorded anew, in a commit of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from msgspec.structs import fields
+
+from kvbm.blocks import Pool
+from kvbm.manager.wire import Step
+from tests.manager.decisions.__main__ import each, recorded, run
+from tests.manager.decisions.history import PLANS, History, digest
+from tests.manager.decisions.words import MESSAGES, STEP, names
+
+
+def test_the_first_histories_are_as_recorded() -> None:
+    assert run(0) == recorded()[0], "see tests/manager/decisions/README.md: --against CHECKOUT shows what is new"
+
+
+def test_a_history_is_the_same_in_every_process() -> None:
+    """Whatever order its sets and dicts have."""
+    command = [sys.executable, "-m", "tests.manager.decisions", "--each", "--histories", str(len(PLANS))]
+    done = subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": "1"}, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == [each(number) for number in range(len(PLANS))]
+
+
+def test_another_order_is_another_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: roots go before leaves."""
+    touch, before = Pool.touch, [each(number) for number in range(20)]
+
+    def turned(pool: Pool, keys: Any) -> None:
+        touch(pool, [*reversed(keys)])
+
+    monkeypatch.setattr(Pool, "touch", turned)
+    assert [digest(History(number).run()) for number in range(20)] != before
+
+
+@pytest.mark.parametrize("message", [*MESSAGES, Step])
+def test_all_of_a_message_is_written(message: type) -> None:
+    """A field that is not in its table would change unnoticed."""
+    told = STEP if message is Step else MESSAGES[message][1]
+    assert sorted(names(told)) == sorted(field.name for field in fields(message))
