@@ -401,6 +401,15 @@ class Stage:
         """What operators ask of the disk tier."""
         return Upkeep(self.leader, lambda: Path("nowhere"))
 
+    def purge(self) -> None:
+        """They empty the engine's part of the folder."""
+        assert self.leader.lower is not None
+        self.leader.lower.clear_disk()
+
+    def fail_disk(self, why: str) -> None:
+        """The disk tier is left alone until it answers a probe."""
+        self.tier.fail(why)
+
     # ------------------------------------------------------------------ other instances
 
     def add_peers(
@@ -488,6 +497,10 @@ class Stage:
         lower, self.leader.lower = self.leader.lower, None
         assert lower is not None
         return self.leader.attach(lower)
+
+    def rates(self) -> dict[str, float | None]:
+        """What the gate has measured."""
+        return self.leader.gate.rates()
 
     def counts(self) -> dict[str, int]:
         """What is counted, and is no copy."""

@@ -114,7 +114,7 @@ class Words:
         return self._jobs.setdefault(number, f"j{len(self._jobs) + 1}")
 
     def jobs(self, numbers: Sequence[int]) -> str:
-        return f"[{' '.join(map(self.job, numbers))}]"
+        return f"[{' '.join(sorted(map(self.job, numbers), key=lambda job: int(job[1:])))}]"
 
     def slots(self, slots: bytes) -> str:
         return plain(unpack(slots).tolist())
@@ -174,7 +174,7 @@ def record(record: Any) -> dict[str, str]:
         "prompt": plain(record.prompt_tokens),
         "device": plain(record.device_blocks),
         "matched": plain(record.matched),
-        "staged": plain(dict(sorted(record.staged.items()))),
+        "staged": plain(record.staged),
         "gated": plain(record.gated),
         "loaded": plain(record.loaded),
         "load": f"{record.load} {plain(record.load_ms)}",
@@ -190,5 +190,5 @@ def plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{' '.join(map(plain, value))}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{name}: {plain(each)}' for name, each in value.items())}}}"
+        return f"{{{', '.join(f'{name}: {plain(value[name])}' for name in sorted(value))}}}"
     return str(value)
