@@ -27,8 +27,10 @@ test: check $(VENV)/engine test-fast
 	$(BIN)/python -m pytest -m untimed --numprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest -m "e2e and not untimed"
 
-# What takes hours: the lines of what decides, thousands of random requests, and every version of vLLM that is served.
+# What takes hours: the lines of what decides, ten thousand histories of the leader, thousands of random requests, and
+# every version of vLLM that is served.
 test-all: test coverage
+	$(BIN)/python -m tests.manager.decisions
 	$(BIN)/python -m tests.e2e.compare --requests 5000
 	$(BIN)/python -m tests.versions
 
