@@ -14,7 +14,8 @@ from kvbm.core.keys import variant_keys
 from kvbm.core.outcome import Outcome
 from tests.manager.decisions.ranks import DIGESTS, Ranks
 from tests.manager.decisions.words import Words
-from tests.manager.roles import BLOCK_TOKENS, DONE, Keys, Stage, keys_of
+from tests.manager.played import Keys
+from tests.manager.roles import BLOCK_TOKENS, DONE, Stage, keys_of
 
 ROOTS = {name: keys_of(f"root {name}", 2) for name in "ab"}
 TEXTS = {name: [*ROOTS[root], *keys_of(name, 12)] for root, name in (("a", "p"), ("a", "q"), ("b", "r"), ("b", "s"))}

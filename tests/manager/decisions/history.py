@@ -19,7 +19,8 @@ from kvbm.core.events import Event, Stored
 from tests.manager.decisions.engine import ASIDE, FULL, NAMES, TEXTS, Engine
 from tests.manager.decisions.ranks import DIGESTS, Ranks
 from tests.manager.decisions.words import Words, plain, record
-from tests.manager.roles import BLOCK_TOKENS, Chores, Stage, recovered
+from tests.manager.played import Chores
+from tests.manager.roles import BLOCK_TOKENS, Stage, recovered
 
 TOKENS, EPOCH = BLOCK_TOKENS, 1_800_000_000.0
 OPERATIONS = 45
