@@ -13,7 +13,8 @@ from msgspec.structs import fields
 from kvbm.blocks import Pool
 from kvbm.manager.wire import Step
 from tests.manager.decisions.__main__ import each, recorded, run
-from tests.manager.decisions.history import PLANS, History, digest
+from tests.manager.decisions.history import History, digest
+from tests.manager.decisions.scene import PLANS
 from tests.manager.decisions.words import MESSAGES, STEP, names
 
 
