@@ -156,7 +156,8 @@ class Demotion:
         keys, (priorities, left) = hold.keys, hold.terms
         changed = evict and len(wanted) < len(hold)
         if changed:
-            self._g2.discard(set(keys) - {keys[at] for at in wanted})
+            kept = set(wanted)
+            self._g2.discard([key for at, key in enumerate(keys) if at not in kept])
         runs: dict[tuple[int, float], list[bytes]] = {}  # each is staged on one set of terms
         for at in wanted:
             runs.setdefault((int(priorities[at]), float(left[at])), []).append(keys[at])

@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 from unittest import mock
 
+from kvbm.abc import policy
 from kvbm.blocks import LayerGroup
 from kvbm.core.events import Event, Stored
 from tests.manager.decisions.engine import FULL, NAMES, Engine
@@ -59,6 +60,11 @@ class _Slow:
     def __call__(self) -> float:
         self._now += self.cost
         return self._now
+
+
+def _tag(key: bytes) -> int:
+    """`hash`, without this process's seed."""
+    return int.from_bytes(key[:6], "little") * 256 + sum(key[32:])
 
 
 class Scene:
@@ -199,7 +205,7 @@ class Scene:
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        """Every clock is the history's."""
+        """Every clock is the history's, and tags of blocks are the same in every process."""
         level = logging.root.manager.disable
         logging.disable(logging.CRITICAL)
         try:
@@ -208,6 +214,7 @@ class Scene:
                 mock.patch.object(time, "monotonic", self._now),
                 mock.patch.object(time, "perf_counter", self._slow),
                 mock.patch.object(time, "sleep", self._sleep),
+                mock.patch.object(policy, "hash", _tag, create=True),
             ):
                 yield
         finally:
