@@ -122,7 +122,7 @@ MUTANTS = (
     ),
     Mutant(
         "holds are not bounded", "leader.py",
-        "        room = max(1, int(self._total * self._settings.held_share))\n", "        room = self._total\n",
+        "        room = max(1, int(self.pool.total * self._settings.held_share))\n", "        room = self.pool.total\n",
         "test_leader test_promote",
     ),
     Mutant(

@@ -334,14 +334,14 @@ class Stage:
         leader, disk = self.leader, self.leader.disk
         if leader.lower is None:
             self.promotion = Promotion(
-                None, self.pool, most=most, in_flight=in_flight, batch=batch, unmeasured=batch, emit=leader.emit,
-                clock=self.clock,
+                None, self.pool, most=lambda: most, in_flight=in_flight, batch=batch, unmeasured=batch,
+                emit=leader.emit, clock=self.clock,
             )  # fmt: skip
             self.promotion.shadow = leader.shadow
         total = self.pool.statistics().total
         sums = leader.earlier.sums if leader.earlier is not None else Sums(len(self.workers), total)
         serving = Serving(
-            self.pool, self.promotion, sums, leader.requests, most=held, seconds=lease_s,
+            self.pool, self.promotion, sums, leader.requests, most=lambda: held, seconds=lease_s,
             aside=leader.standing_aside, clock=self.clock,
         )  # fmt: skip
         pools = [self.pool] if disk is None else [self.pool, self.disk]

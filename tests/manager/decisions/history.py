@@ -75,7 +75,7 @@ class History(Below):
             (0.06, lambda: self._named("reset and quiesce", lambda: (leader.reset(), leader.quiesce(1.0)))),
             (0.1, lambda: self._named("quiesce", lambda: leader.quiesce(0.3))),
             (0.03, self._drag),
-            (0.05, lambda: ranks.say(0, "ready")),
+            (0.05, lambda: ranks.say(0, "refused", "nobody asked")),
         ]
         if self._late:
             chances.append((1, self._attach))

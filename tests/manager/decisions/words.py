@@ -38,7 +38,7 @@ STEP = "loads stores compares fence:jobs idle waiting sync adapters:adapters"
 
 ANSWERS: Mapping[str, type] = {
     "probed": wire.Probed, "foreseen": wire.Foreseen, "used": wire.Used, "unlike": wire.Unlike, "mine": wire.Mine,
-    "sick": wire.Sick, "bye": wire.Bye, "ready": wire.Ready,
+    "sick": wire.Sick, "bye": wire.Bye, "refused": wire.Refused,
 }  # fmt: skip
 """What ranks say, but for the ends of copies."""
 
