@@ -47,6 +47,29 @@ def test_hits_before_and_after(tmp_path: Path, gate: threading.Event, ranks: int
         pool.check()
 
 
+def test_once_it_is_full_it_hurries(tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, start, stop = list[bool](), memory.Arena._start_filling, memory.Arena._stop_filling
+
+    def started(arena: memory.Arena, ended: list[int], *, idle: bool) -> threading.Thread:
+        begun.append(idle)
+        return start(arena, ended, idle=idle)
+
+    monkeypatch.setattr(memory.Arena, "_start_filling", started)
+
+    def stopped(arena: memory.Arena, seconds: float | None = None) -> None:
+        gate.set()
+        stop(arena, seconds)
+
+    monkeypatch.setattr(memory.Arena, "_stop_filling", stopped)
+    with closing(Engine(tmp_path, 2, strict=False)) as engine:
+        assert [engine.serve(FIRST), engine.serve(FIRST)] == [0, 2]
+        assert begun == [True, True]  # three of four slots are in use
+        engine.serve(MANY[:4])
+        engine.until(lambda: engine.leader.pool.total == 16)
+        assert begun == [True, True, False, False]
+        engine.settle()
+
+
 def test_a_start_with_more_on_disk_than_host_memory_has_yet(tmp_path: Path, gate: threading.Event) -> None:
     with closing(Engine(tmp_path, strict=True)) as engine:
         assert engine.serve(MANY) == 0

@@ -126,7 +126,7 @@ def test_the_rest_beside_what_else_goes_on(slices: int) -> None:
     arena, seen = Arena(10 * PAGE - 7), list[int]()
     arena.touch(1)
     os.pwrite(arena.fd, b"kept", 9 * PAGE)
-    arena.touch_beside(threading.Event(), seen.append)
+    arena.touch_beside(threading.Event(), threading.Event(), seen.append)
     assert arena.touched == seen[-1] == arena.size
     assert os.fstat(arena.fd).st_blocks * 512 == 10 * PAGE
     assert os.pread(arena.fd, 4, 9 * PAGE) == b"kept"
@@ -143,9 +143,36 @@ def test_it_runs_where_nobody_else_wants_the_processor(monkeypatch: pytest.Monke
     monkeypatch.setattr(memory, "fill", filled)
     arena = Arena(10 * PAGE)
     arena.touch(1)
-    arena.touch_beside(threading.Event(), lambda _: None)
+    arena.touch_beside(threading.Event(), threading.Event(), lambda _: None)
     assert classes == [os.SCHED_OTHER, os.SCHED_IDLE]
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
+    arena.close()
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_in_a_hurry_it_runs_like_everything_else(monkeypatch: pytest.MonkeyPatch, slices: int, late: bool) -> None:
+    classes, hurry = list[int](), threading.Event()
+
+    def filled(fd: int, address: int, control: Any, wait: bool) -> int:
+        classes.append(os.sched_getscheduler(0))
+        return int(fill(fd, address, control, wait))
+
+    monkeypatch.setattr(memory, "fill", filled)
+    monkeypatch.setattr(memory, "_MOST_AHEAD", slices)
+    arena, seen = Arena(10 * PAGE), list[int]()
+    os.pwrite(arena.fd, b"kept", 9 * PAGE)
+
+    def progress(done: int) -> None:
+        seen.append(done)
+        hurry.set()
+
+    if not late:
+        hurry.set()
+    arena.touch_beside(threading.Event(), hurry, progress)
+    assert classes == [os.SCHED_IDLE, os.SCHED_OTHER][not late :]
+    assert arena.touched == seen[-1] == arena.size
+    assert os.fstat(arena.fd).st_blocks * 512 == 10 * PAGE
+    assert os.pread(arena.fd, 4, 9 * PAGE) == b"kept"
     arena.close()
 
 
@@ -156,7 +183,7 @@ def test_memory_that_ends_on_the_way_leaves_what_is_there(monkeypatch: pytest.Mo
     arena = Arena(20 * PAGE)
     arena.touch(1)
     with pytest.raises(Broken, match=r"1.00 GiB are available to this process, 1.00 GiB of which are left to the eng"):
-        arena.touch_beside(threading.Event(), lambda _: None)
+        arena.touch_beside(threading.Event(), threading.Event(), lambda _: None)
     assert slices <= arena.touched <= 3 * slices
     assert os.fstat(arena.fd).st_blocks * 512 == arena.touched
     assert memory.promised() == 0
@@ -167,7 +194,7 @@ def test_what_the_kernel_refuses_on_the_way(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(memory, "fill", lambda *_: errno.ENOMEM)
     arena = Arena(10 * PAGE)
     with pytest.raises(Broken, match="Cannot allocate memory"):
-        arena.touch_beside(threading.Event(), lambda _: None)
+        arena.touch_beside(threading.Event(), threading.Event(), lambda _: None)
     arena.close()
 
 
@@ -175,7 +202,7 @@ def test_it_ends_soon_after_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 1 << 60)
     monkeypatch.setattr(memory, "SLICE_BYTES", 1 << 29)
     arena, over = Arena(1 << 30), threading.Event()
-    thread = threading.Thread(target=arena.touch_beside, args=(over, lambda _: None))
+    thread = threading.Thread(target=arena.touch_beside, args=(over, threading.Event(), lambda _: None))
     thread.start()
     while not arena.touched:
         time.sleep(0.001)

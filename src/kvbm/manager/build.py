@@ -234,7 +234,7 @@ def build_leader(
             shares_device_blocks=shares_device_blocks,
             observers=[totals],
         )
-        leader.growing = Growing(pool, usable, block_bytes, begun)
+        leader.growing = Growing(pool, usable, links.values(), block_bytes, begun)
         leader.reports = Reports((settings.cache_dir or settings.run_dir) / "reports", place.engine)
         known = choose is None or shared
         below = Below(settings, place, namespace if known else namespace.private(), leader, slot_bytes, block_tokens)

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 from kvbm.blocks import Pool
-from kvbm.manager.wire import Touched
+from kvbm.core.errors import Broken
+from kvbm.core.events import Event, Removed
+from kvbm.manager.channel import Link
+from kvbm.manager.wire import Hurry, Touched
 
 log = logging.getLogger(__name__)
 
 
 class Growing:
     """`usable` says how many slots each rank that stores has now; `pool` has those that all have, and more as they say
-    so. Under the leader's lock."""
+    so; `links` lead to them. An observer of the pool: once what there is of it is full, they hurry. Under the leader's
+    lock."""
 
-    def __init__(self, pool: Pool, usable: Mapping[int, int], block_bytes: int, begun: float) -> None:
-        self._pool, self._usable = pool, dict(usable)
+    def __init__(
+        self, pool: Pool, usable: Mapping[int, int], links: Iterable[Link], block_bytes: int, begun: float
+    ) -> None:
+        self._pool, self._usable, self._idle = pool, dict(usable), list(links)
         self._block_bytes, self._begun = block_bytes, begun
         self.problem: str | None = None
         """Why the pool stays smaller than it was to be."""
@@ -27,6 +34,14 @@ class Growing:
                 "KVBM: serving with %s of G2; the rest is touched meanwhile, when nobody else wants the processor",
                 self._gb(pool.total),
             )  # fmt: skip
+            pool.add_observer(self)
+
+    def on_event(self, event: Event) -> None:
+        """Told once: a block was evicted for want of slots that are still to come."""
+        if isinstance(event, Removed) and self._pool.total < self._pool.capacity:
+            while self._idle:
+                with suppress(Broken):  # whoever reads from it notices, too
+                    self._idle.pop().send(Hurry())
 
     def take(self, message: Touched) -> None:
         """A rank has more, or will have no more."""

@@ -146,6 +146,10 @@ class Touched(msgspec.Struct, frozen=True, tag=True):
     problem: str | None = None
 
 
+class Hurry(msgspec.Struct, frozen=True, tag=True):
+    """What there is of G2 is full: its memory is not to wait any longer until nobody else wants the processor."""
+
+
 class Refused(msgspec.Struct, frozen=True, tag=True):
     """The arena could not be made."""
 
@@ -333,6 +337,7 @@ Message = (
     | Allot
     | Ready
     | Touched
+    | Hurry
     | Refused
     | Open
     | Opened

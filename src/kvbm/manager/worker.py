@@ -42,6 +42,7 @@ from kvbm.manager.wire import (
     Generation,
     GiveUp,
     Hello,
+    Hurry,
     Mine,
     Open,
     Opened,
@@ -106,6 +107,10 @@ class Worker(Telling):
         self._peers: PeerMemory | None = None
         self._arena: Arena | None = None
         self._toucher: threading.Thread | None = None
+        self._hurry = threading.Event()
+        """Whether touching takes its share of the processors. Other instances read nothing before it is over."""
+        if open_peers is not None:
+            self._hurry.set()
         self._extents: Region | None = None
         """The same slots as the disk sees them: one extent of whole pages each."""
         self._loads: dict[str, int] = {}
@@ -276,6 +281,8 @@ class Worker(Telling):
                 match link.wait(_LOOK_S):
                     case Allot() as message:
                         self._allot(link, message)
+                    case Hurry():
+                        self._hurry.set()
                     case Open(disk=place):
                         self._tell(Opened(self._rank, self._open(place)))
                     case Cancel(jobs=jobs):
@@ -360,7 +367,7 @@ class Worker(Telling):
                 self._tell(Touched(self._rank, told))
 
         try:
-            arena.touch_beside(self._closing, progress)
+            arena.touch_beside(self._closing, self._hurry, progress)
         except Broken as error:
             problem = str(error)
         except Exception as error:

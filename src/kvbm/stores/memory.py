@@ -97,22 +97,24 @@ class Arena:
                 progress(self.touched, self.size)
         self._unclaim()
 
-    def touch_beside(self, over: threading.Event, progress: Callable[[int], None]) -> None:
-        """`touch` what is left, on a thread that gets a processor only where nobody else wants it. Returns when all is
-        there, or soon after `over` is set; `progress(bytes done)` every now and then.
+    def touch_beside(self, over: threading.Event, hurry: threading.Event, progress: Callable[[int], None]) -> None:
+        """`touch` what is left, on a thread that gets a processor only where nobody else wants it, until `hurry` is
+        set. Returns when all is there, or soon after `over` is set; `progress(bytes done)` every now and then.
 
         Raises:
             Broken: no more memory is there. What is `touched` stays so.
         """
         ended: list[int] = []
-        filler = self._filler = threading.Thread(
-            target=lambda: ended.append(self._fill_idly()), name="kvbm-touch", daemon=True
-        )  # fmt: skip
-        ahead = SLICE_BYTES
+        idle, ahead = not hurry.is_set(), SLICE_BYTES
         self._claim()
-        filler.start()
+        self._filler = self._start_filling(ended, idle=idle)
         try:
-            while not over.is_set() and self.touched < self.size and filler.is_alive():
+            while not over.is_set() and self.touched < self.size and self._filler.is_alive():
+                if idle and hurry.is_set():
+                    idle = False
+                    self._stop_filling()  # only root may take it out of its class: another goes on
+                    self._heed(ended.pop())
+                    self._filler = self._start_filling(ended, idle=idle)
                 if self.touched == self._control[_GRANTED]:
                     ahead = min(2 * ahead, _MOST_AHEAD)
                 self._grant(min(self.touched + ahead, self.size))
@@ -121,14 +123,25 @@ class Arena:
             if ended:
                 self._heed(ended[0])
         finally:
-            self._control[_OVER] = 1
-            filler.join(_END_S)
+            self._stop_filling(_END_S)
             self._unclaim(done=True)
 
-    def _fill_idly(self) -> int:
-        with suppress(OSError):  # it is a courtesy
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        return fill(self.fd, self.address, self._control, True)
+    def _start_filling(self, ended: list[int], *, idle: bool) -> threading.Thread:
+        def fill_on() -> None:
+            if idle:
+                with suppress(OSError):  # it is a courtesy
+                    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+            ended.append(fill(self.fd, self.address, self._control, True))
+
+        self._control[_OVER] = 0
+        thread = threading.Thread(target=fill_on, name="kvbm-touch", daemon=True)
+        thread.start()
+        return thread
+
+    def _stop_filling(self, seconds: float | None = None) -> None:
+        assert self._filler is not None
+        self._control[_OVER] = 1
+        self._filler.join(seconds)
 
     def _grant(self, end: int) -> None:
         """Have it allocated up to there, if that can be had: beside an engine with what is left to it, else with all
