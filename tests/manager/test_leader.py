@@ -797,7 +797,8 @@ def test_a_worker_that_leaves_in_good_order(stage: Stage, caplog: pytest.LogCapt
 
 def growing(stage: Stage, *usable: int) -> None:
     """So many slots of each rank are there."""
-    stage.leader.growing = Growing(stage.pool, dict(enumerate(usable)), BLOCK_BYTES, time.monotonic())
+    links, there = stage.leader.links.values(), dict(enumerate(usable))
+    stage.leader.growing = Growing(stage.pool, there, links, BLOCK_BYTES, time.monotonic())
 
 
 def test_slots_are_used_once_every_rank_has_touched_them(make_stage: Make, caplog: pytest.LogCaptureFixture) -> None:
