@@ -81,13 +81,14 @@ def test_a_thread_that_copies_to_disk_and_dies_costs_the_disk_tier_alone(
         assert (health["healthy"], health["degraded"]) == (True, {"g3": problem})
         assert caplog.text.count(problem) == 1
         assert engine.disk.peek(more) == 0
+        disk = engine.leader.disk
+        assert disk is not None
+        engine.until(lambda: disk.tier.in_flight() == engine.leader.in_flight() == (0, 0))
         engine.serve(keys)  # the first may have ended while they were still on their way
         engine.until(lambda: engine.leader.in_flight() == (0, 0))
         assert engine.serve(keys) == 4, "host memory goes on"
         assert engine.serve(keys_of("c", 3)) == 0
         assert engine.serve(keys_of("c", 3)) == 3
-        disk = engine.leader.disk
-        assert disk is not None
         assert disk.tier.in_flight() == (0, 0)
     engine = start(ranks)
     assert engine.serve(keys) == 4, "what was on disk before still is"

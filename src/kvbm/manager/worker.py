@@ -350,10 +350,9 @@ class Worker(Telling):
         if usable == slots:
             self._share(arena, slots, stride)
         else:
-            self._toucher = threading.Thread(
-                target=self._touch, args=(arena, slots, stride), name="kvbm-memory", daemon=True
-            )  # fmt: skip
-            self._toucher.start()
+            toucher = threading.Thread(target=self._touch, args=(arena, slots, stride), name="kvbm-memory", daemon=True)
+            toucher.start()
+            self._toucher = toucher  # `close` may look at any moment
 
     def _touch(self, arena: Arena, slots: int, stride: int) -> None:
         """What of the arena is missing, while the engine serves. Other instances read it once that is over: to register
