@@ -19,6 +19,8 @@ from tests.e2e.conftest import prompt_of
 from tests.e2e.engine import Done, Engine
 from tests.e2e.test_disk import eventually, on_disk, settled
 
+pytestmark = pytest.mark.usefixtures("always_load")
+
 Plain = Callable[..., list[Done]]
 FOUND = [288] * 3
 
