@@ -31,7 +31,7 @@ class Growing:
         self._resize()
         if pool.total < pool.capacity:
             log.info(
-                "KVBM: serving with %s of G2; the rest is touched meanwhile, when nobody else wants the processor",
+                "KVBM: serving with %s of G2; the rest is touched meanwhile",
                 self._gb(pool.total),
             )  # fmt: skip
             pool.add_observer(self)
