@@ -107,7 +107,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         engine = Engine(
             model(Path(folder)),
-            {"g2_blocks": BLOCKS + 40_000, "metrics": True, "metrics_port": port},
+            {"strict": True, "g2_blocks": BLOCKS + 40_000, "metrics": True, "metrics_port": port},
             num_gpu_blocks_override=200,
         )
     with scraping(port):
