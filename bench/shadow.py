@@ -47,7 +47,7 @@ def dump(model: str, dtype: str, kv: str, chunk: int, path: Path) -> None:
     from tests.e2e.engine import Engine
 
     vllm = Engine(
-        Path(model), {"g2_blocks": 400}, dtype=dtype, kv_cache_dtype=kv, max_num_batched_tokens=chunk,
+        Path(model), {"g2_blocks": 400, "strict": True}, dtype=dtype, kv_cache_dtype=kv, max_num_batched_tokens=chunk,
         max_num_seqs=16, max_model_len=1024, num_gpu_blocks_override=400, distributed_executor_backend="uni",
     )  # fmt: skip
     texts = [[token % 900 + 50 for token in prompt] if "tiny" in model else prompt for prompt in prompts()]
