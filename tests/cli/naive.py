@@ -16,6 +16,8 @@ class Tier:
         self.capacity, self.policy = capacity, policy
         self.order: list[int] = []
         self.held: set[int] = set()
+        self.runs: list[list[int]] = []
+        """What is held, as it will be let go: run by run."""
         self.passed: set[int] = set()
         self.hits = self.written = self.evictions = 0
 
@@ -43,14 +45,23 @@ class Tier:
         self.order += reversed(run)
         self.written += len(run)
 
+    def hold(self, run: Sequence[int]) -> None:
+        self.held.update(run)
+        if run:
+            self.runs.append(list(run))
+
     def release(self, prompt: Sequence[int]) -> None:
         used = [block for block in reversed(prompt) if block in self.held]
         if self.policy == "lru":
             self.order = [block for block in self.order if block not in self.held] + used
-        else:  # those whose turn had come are first now, the leaf before all
-            first = [block for block in used if block in self.passed]
-            self.order = first + [block for block in self.order if block not in first]
+        else:  # one whose turn had come is first once it is let go; the run of the root is let go last
+            for run in sorted(self.runs, key=lambda run: prompt.index(run[0]), reverse=True):
+                for block in run:
+                    if block in self.passed and block in self.order:
+                        self.order.remove(block)
+                        self.order.insert(0, block)
         self.held.clear()
+        self.runs.clear()
         self.passed.clear()
 
 
@@ -72,6 +83,8 @@ class Cache:
         self.parents.update(zip(prompt, [None, *prompt], strict=False))
         prefix = self.prefix(prompt)
         runs = [(tier, [block for block, _ in run]) for tier, run in groupby(prefix, key=lambda pair: pair[1])]
+        for tier, run in runs:
+            tier.hold(run)
         for run in [run for tier, run in runs if tier is not self.top]:
             if not self.promote(run):
                 break
@@ -98,20 +111,22 @@ class Cache:
     def promote(self, run: list[int]) -> bool:
         there = run[: self.room(self.top, len(run))]
         self.top.add(there)
-        self.top.held.update(there)
+        self.top.hold(there)
         if self.exclusive:
             self.bottom.remove(there)
         return bool(there)
 
     def store(self, tier: Tier, rest: Sequence[int]) -> None:
-        tier.held.update(block for block in rest if block in tier.order)
+        for there, group in groupby(rest, key=lambda block: block in tier.order):
+            if there:
+                tier.hold([*group])
         for present, group in groupby(rest, key=lambda block: block in tier.held):
             if present:
                 continue
             run = list(group)
             there = run[: self.room(tier, len(run))]
             tier.add(there)
-            tier.held.update(there)
+            tier.hold(there)
             if len(there) < len(run):
                 return
 

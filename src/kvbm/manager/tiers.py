@@ -52,7 +52,8 @@ class Held:
         return self.prefix[-1].first + self.prefix[-1].length if self.prefix else 0
 
     def drop(self) -> None:
-        """Let go of everything, so that in every tier the prompt's leaf goes before its root."""
+        """Let go of everything, so that in every tier the prompt's leaf goes before its root. FIFO alone takes what was
+        held when its turn came as it is let go: stretch by stretch, that of the root first."""
         # Each lease is added to an eviction order when it is dropped, and what is added later goes later.
         self._leases.sort(key=lambda entry: entry[0])
         while self._leases:
