@@ -28,10 +28,10 @@ from kvbm.cli.demo.engine import Engine, Setup
 from kvbm.core import config
 
 SHORT = "--short" in sys.argv
-ROUNDS, REQUESTS, ANSWER = (1, 16, 12) if SHORT else (3, 36, 11)
-"""Three rounds give each row 1,080 times between tokens. A prompt token takes up to 4 ms."""
+ROUNDS, REQUESTS, ANSWER = (1, 16, 12) if SHORT else (3, 18, 21)
+"""Three rounds give each row 1,080 times between tokens. A prompt token takes up to 7 ms."""
 CONCURRENCY = (1, 16) if SHORT else (1, 4, 16)
-PREFIXES, PREFIX, SUFFIX = (8, 128, 32) if SHORT else (12, 256, 32)
+PREFIXES, PREFIX, SUFFIX = (8, 128, 32) if SHORT else (6, 192, 32)
 MODEL_LEN = 2 * PREFIX
 G1 = {"large": PREFIXES * PREFIX // 16 + 1, "small": PREFIXES * PREFIX // 64 + 1}
 """Blocks of 32 tokens: all that a run computes of prefixes and conversations, or half of the ones and a third of the
