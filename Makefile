@@ -30,7 +30,7 @@ test: check $(VENV)/engine test-fast
 # What takes hours: the lines of what decides, ten thousand histories of the leader, thousands of random requests, and
 # every version of vLLM that is served.
 test-all: test coverage
-	$(BIN)/python -m tests.manager.decisions
+	$(BIN)/python -m tests.decisions
 	$(BIN)/python -m tests.e2e.compare --requests 5000
 	$(BIN)/python -m tests.versions
 

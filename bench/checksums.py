@@ -22,8 +22,8 @@ from bench.model import engine
 from bench.ttft import first_token
 from kvbm.abc.transport import Completion, Plan, Transport
 from kvbm.core.region import Region, Slots
-from kvbm.manager.gate import Gate
-from kvbm.stores.format import Words, checksums
+from kvbm.stores.checksum import Words, checksums
+from kvbm.tiers.gate import Gate
 from tests.checksums import nothing
 from tests.checksums import replace as replace_checksums
 from tests.e2e.engine import Engine

@@ -34,16 +34,16 @@ import numpy as np
 from bench.copy import buffer
 from bench.harness import Bench, medians_of
 from kvbm.abc.transport import Completion
+from kvbm.build.disk import transport
 from kvbm.core.config import Settings
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Slots, packed
-from kvbm.manager.build_disk import transport
 from kvbm.native import Ring
-from kvbm.stores.cipher import Cipher
-from kvbm.stores.disk import Disk
-from kvbm.stores.folder import Folder
-from kvbm.stores.format import Words, checksums
-from kvbm.stores.shard import Shard, Sync
+from kvbm.stores.checksum import Words, checksums
+from kvbm.stores.disk.cipher import Cipher
+from kvbm.stores.disk.disk import Disk
+from kvbm.stores.disk.folder import Folder
+from kvbm.stores.disk.shard import Shard, Sync
 from kvbm.testing.store import key_of, labels
 from kvbm.transfer.executor import Executor
 

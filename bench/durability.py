@@ -12,8 +12,8 @@ from functools import partial
 
 from bench.disk import FOLDER, IO_URING, MOVED_BYTES, Store
 from bench.harness import Bench, medians_of
-from kvbm.stores.cipher import Cipher
-from kvbm.stores.shard import Sync
+from kvbm.stores.disk.cipher import Cipher
+from kvbm.stores.disk.shard import Sync
 
 BLOCK, ROUNDS = 1 << 20, 7
 

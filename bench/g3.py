@@ -22,8 +22,8 @@ from bench.model import engine
 from bench.throughput import OPTIONS, against, run
 from bench.ttft import first_token
 from kvbm.blocks import Pinned, Staged
-from kvbm.manager.gate import Gate
-from kvbm.manager.jobs import Move
+from kvbm.tiers.gate import Gate
+from kvbm.tiers.moves import Move
 from tests.e2e.engine import Engine
 
 LENGTH, SHORT = 2000, 1000

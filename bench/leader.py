@@ -17,8 +17,8 @@ from typing import Any
 from bench.harness import Bench
 from kvbm.blocks import LayerGroup
 from kvbm.core.events import Admitted
-from kvbm.manager.wire import Read
-from tests.manager.roles import BLOCK_TOKENS, Stage, keys_of
+from kvbm.link.messages import Read
+from tests.leader.roles import BLOCK_TOKENS, Stage, keys_of
 
 BLOCKS, SLOTS, ROUNDS = 500, 4096, 40
 WINDOW = LayerGroup("window", BLOCK_TOKENS, 32 * BLOCK_TOKENS + 1)

@@ -30,7 +30,7 @@ from bench.harness import Bench, medians
 from kvbm.abc.transport import Completion, Plan
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Slots, packed
-from kvbm.stores.format import checksums
+from kvbm.stores.checksum import checksums
 from kvbm.transfer.nixl import Agent, NixlTransport, RemoteMemory
 
 BLOCK, SLOTS = 16 * 46_080, 512

@@ -28,7 +28,7 @@ from bench.harness import Bench, medians_of
 from bench.model import engine
 from bench.ttft import first_token
 from kvbm.cli.demo.conversations import conversations
-from kvbm.stores.directory import Directory, indexed
+from kvbm.tiers.peers.directory import Directory, indexed
 from tests.e2e.engine import Engine
 from tests.valkey import Server
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from bench.harness import Bench, medians
-from kvbm.stores.format import RECORD, Seal
-from kvbm.stores.meta import Place
-from kvbm.stores.recovery import recover
+from kvbm.stores.disk.format import RECORD, Seal
+from kvbm.stores.disk.meta import Place
+from kvbm.stores.disk.recovery import recover
 
 BLOCKS, BLOCK, ROUNDS = 1_000_000, 2 << 20, 5
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from bench.harness import Bench
 from kvbm.core.region import packed
-from kvbm.manager.compare import BOUNDS, distances
+from kvbm.worker.compare import BOUNDS, distances
 
 PROMPTS, TOKENS = 6, 600
 RUNS = {256: ("chunks of 256",), 2048: ("one chunk", "one batch")}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from kvbm.core.region import Region, Slots
-from kvbm.stores.format import Words, checksums
+from kvbm.stores.checksum import Words, checksums
 from kvbm.transfer import memcpy
 
 Making = Callable[[Region, Slots, int], Words]

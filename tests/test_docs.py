@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 from kvbm.blocks import Pool
 from kvbm.cli.main import app
 from kvbm.core.config import UPSTREAM, Settings
-from kvbm.observe.prometheus import Sources, _Collector
+from kvbm.observe.prometheus import KvbmCollector, Sources
 from kvbm.observe.totals import Totals
 from kvbm.policy.lru import LRU
 
@@ -69,7 +69,7 @@ def test_every_metric_has_its_row() -> None:
     sources = Sources(
         totals=Totals(), block_tokens=32, healthy=bool, tiers=dict, pools=lambda: pools, lower=dict[str, int]
     )
-    registry.register(_Collector(sources))
+    registry.register(KvbmCollector(sources))
     for family in registry.collect():
         name = f"{family.name}_total" if family.type == "counter" else family.name
         kind = {"unknown": "untyped"}.get(family.type, family.type)

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from typer.testing import Result
 
-from kvbm.stores import audit
-from kvbm.stores.cipher import Cipher
-from kvbm.stores.folder import Folder
-from kvbm.stores.format import checksums
-from kvbm.stores.meta import listed, place_of
-from kvbm.stores.shard import Shard
+from kvbm.stores.checksum import checksums
+from kvbm.stores.disk import audit
+from kvbm.stores.disk.cipher import Cipher
+from kvbm.stores.disk.folder import Folder
+from kvbm.stores.disk.meta import listed, place_of
+from kvbm.stores.disk.shard import Shard
 from kvbm.testing.store import HostBlocks, bytes_of, key_of, labels
 from tests.stores.test_disk import DiskRig
 

@@ -13,11 +13,11 @@ from typer.testing import Result
 
 from kvbm.cli import online
 from kvbm.core.errors import KvbmError
-from kvbm.stores.folder import Folder
+from kvbm.stores.disk.folder import Folder
+from tests.build.whole import Engine as Whole
 from tests.cli.conftest import Engine, good
 from tests.cli.test_disk import A, fill, spoil
-from tests.manager.test_upkeep import stored
-from tests.manager.whole import Engine as Whole
+from tests.control.test_disk import stored
 
 Kvbm = Callable[..., Result]
 

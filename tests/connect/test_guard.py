@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import kvbm
-from kvbm.manager.jobs import Collected
+from kvbm.worker.worker import Collected
 
 BLOCK = 32
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvbm.manager.gate import Gate
+from kvbm.tiers.gate import Gate
 from tests.e2e.engine import Done, Engine, minor, write_tiny
 
 _UNTIMED = (

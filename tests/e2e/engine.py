@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 from kvbm.cli import serve
-from kvbm.manager.leader import Leader
+from kvbm.leader.leader import Leader
 from tests.e2e.start.imported import Imported
 
 CONNECTOR = {

@@ -132,7 +132,7 @@ def off_worker(_: Any) -> str | None:
 def lie_worker(_: Any) -> None:
     """The guard answers as if loads had been made."""
     from kvbm.connect.vllm.guard import WorkerGuard
-    from kvbm.manager.jobs import Collected
+    from kvbm.worker.worker import Collected
 
     def results(guard: WorkerGuard) -> Collected:
         waiting, guard._waiting = guard._waiting, set()

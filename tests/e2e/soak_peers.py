@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kvbm.manager.gate import Gate
+from kvbm.tiers.gate import Gate
 from tests.e2e.engine import Engine, write_tiny
 from tests.valkey import Server
 

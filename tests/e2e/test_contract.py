@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kvbm.core.errors import Unsupported
-from kvbm.manager.wire import Step, encode
+from kvbm.link.messages import Step, encode
 from tests.versions import ROOT, SERVED
 
 BASE = "vllm.distributed.kv_transfer.kv_connector.v1.base"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvbm.manager.wire import Step
+from kvbm.link.messages import Step
 from tests.e2e.conftest import prompt_of
 from tests.e2e.engine import BLOCK, Done, Engine
 

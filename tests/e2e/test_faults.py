@@ -11,8 +11,8 @@ from unittest import mock
 
 import pytest
 
-from kvbm.manager.requests import Record
 from kvbm.testing.faults import inject
+from kvbm.tiers.tier import Record
 from tests.e2e.conftest import prompt_of
 from tests.e2e.engine import Done, Engine, asynchronous_scheduling
 from tests.e2e.soak_peers import left

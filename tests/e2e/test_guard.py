@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 
-from kvbm.manager.gate import Gate
+from kvbm.tiers.gate import Gate
 from tests.e2e import raising
 from tests.e2e.conftest import prompt_of
 from tests.e2e.engine import Engine, asynchronous_scheduling, write_gemma, write_tiny

@@ -60,8 +60,8 @@ def test_layers_that_keep_their_dtype(
         assert _ask(engine, prompts) == (expected, [384, 384, 384])
 
     # The control: were these facts left out, the other engine's blocks would be served, and answers be wrong.
+    from kvbm.build import leader as build
     from kvbm.connect.vllm import identity
-    from kvbm.manager import build
 
     known = identity.CONFIGS["CacheConfig"]
     without = known._replace(left_out=known.left_out | {"kv_cache_dtype_skip_layers"})

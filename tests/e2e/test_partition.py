@@ -51,7 +51,7 @@ class Instance:
     def __init__(self, namespace: str, address: str, path: Path, secret: Path, blocks: int) -> None:
         path.mkdir()
         command = [
-            "ip", "netns", "exec", namespace, sys.executable, "-m", "tests.manager.peers.holder", path, path.name,
+            "ip", "netns", "exec", namespace, sys.executable, "-m", "tests.tiers.peers.holder", path, path.name,
             f"valkey://{ADDRESSES[0]}:6379/0", secret, address, "p", blocks,
         ]  # fmt: skip
         self.process = subprocess.Popen(

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from kvbm.core.config import Settings
-from kvbm.manager.jobs import InFlight
-from kvbm.manager.provenance import Provenance
+from kvbm.leader.copies import InFlight
+from kvbm.leader.provenance import Provenance
 from tests.e2e.conftest import prompt_of
 from tests.e2e.engine import Done, Engine, asynchronous_scheduling, write_tiny
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from kvbm.core.events import Admitted
-from kvbm.manager.wire import Step
+from kvbm.link.messages import Step
 from tests.e2e.conftest import prompt_of
 from tests.e2e.engine import BLOCK, Done, Engine, asynchronous_scheduling, write_gemma
 from tests.e2e.test_requests import adapter

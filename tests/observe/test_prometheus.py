@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvbm.blocks import Pool
+from kvbm.control import http
 from kvbm.core.events import Admitted, Demoted, Gated, Offloaded, Onboarded, Promoted
 from kvbm.observe import prometheus
 from kvbm.observe.totals import Totals
@@ -30,7 +31,7 @@ def serve(port: int, totals: Totals, *pools: Pool, healthy: bool = True) -> Call
         pools=lambda: {name: asdict(pool.statistics()) for name, pool in zip(names, pools, strict=True)},
         lower=lambda: dict(zip(prometheus.LOWER_COUNTERS, (7, 8, 9, 1, 2, 3), strict=True)) if len(pools) > 1 else {},
     )
-    return prometheus.serve("127.0.0.1", port, sources)
+    return http.serve("127.0.0.1", port, sources)
 
 
 def scrape(port: int) -> dict[str, float]:
@@ -154,7 +155,7 @@ def test_health() -> None:
     sources = prometheus.Sources(
         totals=Totals(), block_tokens=32, healthy=bool, tiers=dict, pools=dict, lower=dict[str, int]
     )
-    stop = prometheus.serve("127.0.0.1", port, sources, lambda: said)
+    stop = http.serve("127.0.0.1", port, sources, lambda: said)
     assert stop is not None
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as reply:
         assert (reply.status, json.load(reply)) == (200, said)
@@ -175,7 +176,7 @@ def test_what_is_trusted() -> None:
         trust=lambda: dict(zip(prometheus.TRUST_COUNTERS, range(1, 7), strict=True)), quarantined=lambda: True,
         steps=lambda: ((0.001, 0.01), (5, 2, 1), 0.25),
     )  # fmt: skip
-    stop = prometheus.serve("127.0.0.1", port, sources)
+    stop = http.serve("127.0.0.1", port, sources)
     assert stop is not None
     samples = scrape(port)
     stop()

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from kvbm.core.region import Slots
-from kvbm.stores import files
+from kvbm.stores.disk import files
 
 
 @pytest.fixture

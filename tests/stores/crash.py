@@ -33,11 +33,12 @@ from typing import Final
 
 from kvbm.abc.transport import Completion, Transport
 from kvbm.core.outcome import Outcome
-from kvbm.stores.disk import Disk
-from kvbm.stores.folder import Folder
-from kvbm.stores.format import Words, padded
-from kvbm.stores.meta import slots_in
-from kvbm.stores.shard import Shard, Sync
+from kvbm.stores.checksum import Words
+from kvbm.stores.disk.disk import Disk
+from kvbm.stores.disk.folder import Folder
+from kvbm.stores.disk.format import padded
+from kvbm.stores.disk.meta import slots_in
+from kvbm.stores.disk.shard import Shard, Sync
 from kvbm.testing.store import HostBlocks, Result, bytes_of, labels, slots
 from kvbm.transfer.executor import Executor
 from tests.stores.plain import PlainTransport

@@ -12,7 +12,7 @@ import numpy as np
 from kvbm.abc.transport import Completion, Plan, Quiet, Transport
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Region
-from kvbm.stores.format import extents
+from kvbm.stores.checksum import extents
 
 
 class PlainTransport(Transport):

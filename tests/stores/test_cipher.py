@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from kvbm.core.errors import ConfigError
-from kvbm.stores.cipher import TAG_BYTES, Cipher
-from kvbm.stores.format import Records, pack
+from kvbm.stores.disk.cipher import TAG_BYTES, Cipher
+from kvbm.stores.disk.format import Records, pack
 from kvbm.testing.store import DONE, MISSING, key_of, labels, slots
 from tests.stores.test_disk import BLOCK, DiskRig
 

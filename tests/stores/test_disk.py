@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from kvbm.core.errors import Misuse
-from kvbm.stores.cipher import Cipher
-from kvbm.stores.disk import Disk
-from kvbm.stores.folder import Folder
-from kvbm.stores.format import PAGE
-from kvbm.stores.meta import OVERHEAD_BYTES
-from kvbm.stores.shard import Shard, Sync
+from kvbm.stores.disk.cipher import Cipher
+from kvbm.stores.disk.disk import Disk
+from kvbm.stores.disk.folder import Folder
+from kvbm.stores.disk.format import PAGE
+from kvbm.stores.disk.meta import OVERHEAD_BYTES
+from kvbm.stores.disk.shard import Shard, Sync
 from kvbm.testing.faults import FaultTransport
 from kvbm.testing.store import (
     CORRUPT,

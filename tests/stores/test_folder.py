@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 from kvbm.core.errors import Broken, Busy, ConfigError, Newer
-from kvbm.stores import files, meta
-from kvbm.stores.files import allocated
-from kvbm.stores.folder import Folder, NamespaceFolder
-from kvbm.stores.lock import holder_of
-from kvbm.stores.meta import listed, read_meta
-from kvbm.stores.shard import Shard
+from kvbm.stores.disk import files, meta
+from kvbm.stores.disk.files import allocated
+from kvbm.stores.disk.folder import Folder, NamespaceFolder
+from kvbm.stores.disk.lock import holder_of
+from kvbm.stores.disk.meta import listed, read_meta
+from kvbm.stores.disk.shard import Shard
 from kvbm.testing.store import key_of, labels
 
 A, B, C = ("a" * 64, "b" * 64, "c" * 64)
@@ -68,7 +68,7 @@ def fill(namespace: NamespaceFolder) -> None:
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from kvbm.stores.folder import Folder
+from kvbm.stores.disk.folder import Folder
 folder = Folder.claim(Path(sys.argv[1]), "engine-2")
 child = os.fork() if sys.argv[2] == "fork" else 0
 if sys.argv[2] == "fork" and not child:

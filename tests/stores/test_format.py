@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from kvbm.core.errors import Misuse
 from kvbm.core.region import Plane, Region
-from kvbm.stores.format import PAGE, RECORD, Records, Seal, checksums, header, pack, packed_keys, padded, parse
+from kvbm.stores.checksum import checksums
+from kvbm.stores.disk.format import PAGE, RECORD, Records, Seal, header, pack, packed_keys, padded, parse
 from kvbm.testing.store import HostBlocks, key_of, labels, slots
 
 SEAL = Seal("a" * 64)

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from kvbm.core.errors import KvbmError
-from kvbm.stores import disk as disk_module
-from kvbm.stores.disk import Disk
-from kvbm.stores.folder import Folder, NamespaceFolder
-from kvbm.stores.meta import read_meta
-from kvbm.stores.shard import Shard
+from kvbm.stores.disk import disk as disk_module
+from kvbm.stores.disk.disk import Disk
+from kvbm.stores.disk.folder import Folder, NamespaceFolder
+from kvbm.stores.disk.meta import read_meta
+from kvbm.stores.disk.shard import Shard
 from kvbm.testing.store import DONE, HostBlocks, Result, bytes_of, key_of, labels, slots
 from kvbm.transfer.executor import Executor
 from tests.stores.plain import PlainTransport

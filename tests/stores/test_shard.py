@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from kvbm.core.errors import Broken, Misuse
-from kvbm.stores.format import PAGE
-from kvbm.stores.meta import Place
-from kvbm.stores.shard import Shard
+from kvbm.stores.disk.format import PAGE
+from kvbm.stores.disk.meta import Place
+from kvbm.stores.disk.shard import Shard
 from kvbm.testing.store import key_of, labels, slots
 
 PLACE = Place("", "d" * 64, 1, 4096, 32, 0)

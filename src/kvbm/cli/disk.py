@@ -18,12 +18,12 @@ from kvbm.cli.engines import Json, RunDir, sockets
 from kvbm.cli.online import Owner, owner_of
 from kvbm.cli.render import duration, progress, size
 from kvbm.core.errors import KvbmError, UsageError
-from kvbm.stores.audit import audit
-from kvbm.stores.cipher import Cipher
-from kvbm.stores.files import reported
-from kvbm.stores.lock import Lock, holder_of
-from kvbm.stores.meta import Listing, delete, listed, place_of
-from kvbm.stores.recovery import recover
+from kvbm.stores.disk.audit import audit
+from kvbm.stores.disk.cipher import Cipher
+from kvbm.stores.disk.files import reported
+from kvbm.stores.disk.lock import Lock, holder_of
+from kvbm.stores.disk.meta import Listing, delete, listed, place_of
+from kvbm.stores.disk.recovery import recover
 
 _out = Console(highlight=False)
 _err = Console(stderr=True)

@@ -18,13 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from kvbm import __version__
+from kvbm.build import leader as build
 from kvbm.cli import preflight, serve
 from kvbm.cli.control import ask_all
 from kvbm.cli.engines import Json
 from kvbm.cli.render import size
 from kvbm.core import config, cpus, identity
 from kvbm.core.errors import Broken, KvbmError
-from kvbm.manager import build
 from kvbm.native import Ring
 from kvbm.transfer.file import REFUSALS
 from kvbm.transfer.nixl import BACKENDS, probe

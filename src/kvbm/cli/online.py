@@ -10,7 +10,7 @@ from typing import Any
 
 from kvbm.cli.control import ask
 from kvbm.core.errors import KvbmError
-from kvbm.stores.lock import holder_of
+from kvbm.stores.disk.lock import holder_of
 
 _EVERY_S = 0.2
 _PATIENCE_S = 60.0

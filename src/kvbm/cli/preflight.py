@@ -13,12 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from kvbm.build import disk as build_disk
 from kvbm.cli.render import size
 from kvbm.core.config import Settings
 from kvbm.core.errors import Unsupported, UsageError
 from kvbm.core.folders import NO_HOME
-from kvbm.manager import build_disk
-from kvbm.stores.meta import listed
+from kvbm.stores.disk.meta import listed
 
 _ENCODERS: Final = r"(Bert|Roberta|XLMRoberta|DistilBert|Electra|Deberta|DebertaV2|ModernBert|Albert|NomicBert|Gte\w*)"
 _ONE_PASS: Final = {

@@ -22,12 +22,12 @@ from uuid import uuid4
 import typer
 from rich.console import Console
 
+from kvbm.build import leader as build
 from kvbm.cli import models, preflight
 from kvbm.cli.launch import CONNECTOR_FLAG, PATIENCE_S, Launch, Server
 from kvbm.core import config, identity
 from kvbm.core.errors import KvbmError, UsageError
 from kvbm.core.extras import installing
-from kvbm.manager import build
 from kvbm.observe import last_words
 from kvbm.stores import stamps
 

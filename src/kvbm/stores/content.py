@@ -23,7 +23,7 @@ from blake3 import blake3
 
 from kvbm.core import cpus
 from kvbm.stores import digest
-from kvbm.stores.files import opened, write_all
+from kvbm.stores.disk.files import opened, write_all
 from kvbm.stores.stamps import Changed, Stamp, Start, ends, lasting, survey
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from kvbm.core.errors import Broken
-from kvbm.stores.files import opened, write_all
+from kvbm.stores.disk.files import opened, write_all
 
 _MOST_LINKS: Final = 40
 _MOST_ENTRIES: Final = 100_000

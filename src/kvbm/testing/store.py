@@ -15,8 +15,9 @@ from kvbm.abc.transport import Completion
 from kvbm.core.errors import Misuse
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Slots
-from kvbm.stores.format import Labels, Words, extents
-from kvbm.stores.jobs import Done
+from kvbm.stores.checksum import Words, extents
+from kvbm.stores.disk.format import Labels
+from kvbm.stores.disk.jobs import Done
 from kvbm.stores.memory import Arena
 
 PATIENCE_S: Final = 60.0
@@ -24,7 +25,7 @@ DONE, MISSING, CORRUPT, FAILED = Outcome.DONE, Outcome.MISSING, Outcome.CORRUPT,
 
 
 class Store(Protocol):
-    """What `kvbm.stores.disk.Disk` is, to the suite; the contracts are there."""
+    """What `kvbm.stores.disk.disk.Disk` is, to the suite; the contracts are there."""
 
     def write(
         self,

@@ -10,10 +10,10 @@ import numpy as np
 
 from kvbm.abc.policy import Admission, EvictionOrder, Placement
 from kvbm.blocks import Pool
+from kvbm.blocks.cascade import Tiers
 from kvbm.cli.replay.bounds import Advance, stepwise
 from kvbm.cli.replay.trace import Workload
 from kvbm.core.events import Event, Removed, Stored
-from kvbm.manager.tiers import Tiers
 
 
 @dataclass(slots=True)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from blake3 import blake3
 
-from kvbm.manager.variants import KeysUnder, Variant
-from kvbm.manager.wire import Adapter
+from kvbm.leader.variants import KeysUnder, Variant
+from kvbm.link.messages import Adapter
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

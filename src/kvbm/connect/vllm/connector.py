@@ -23,8 +23,8 @@ from kvbm.connect.vllm.translate import KvbmMetadata, SchedulerSide, WorkerSide
 from kvbm.core.config import Resolved, load
 from kvbm.core.errors import Broken, KvbmError
 from kvbm.core.identity import clash
-from kvbm.manager.jobs import Collected
 from kvbm.observe.log import configure
+from kvbm.worker.worker import Collected
 
 if TYPE_CHECKING:
     import torch

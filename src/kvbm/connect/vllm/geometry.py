@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from kvbm.blocks import LayerGroup
 from kvbm.blocks.groups import Kind
+from kvbm.build.place import Place
 from kvbm.core.errors import Unsupported
 from kvbm.core.region import Plane, Region
-from kvbm.manager.build import Place
 
 if TYPE_CHECKING:
     import torch

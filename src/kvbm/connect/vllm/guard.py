@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
-from kvbm.manager.jobs import Collected
+from kvbm.worker.worker import Collected
 
 if TYPE_CHECKING:
     import torch

@@ -8,11 +8,11 @@ import platform
 import re
 from typing import TYPE_CHECKING, Any
 
+from kvbm.build import peers as build_peers
 from kvbm.connect.vllm import contract
 from kvbm.connect.vllm.geometry import KINDS, a_spec, layer_groups
 from kvbm.core.config import Resolved
 from kvbm.core.errors import ConfigError, KvbmError, Unsupported
-from kvbm.manager import build_peers
 from kvbm.observe import last_words
 
 if TYPE_CHECKING:

@@ -14,6 +14,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
+from kvbm.build import disk as build_disk
+from kvbm.build.leader import build_leader
+from kvbm.build.worker import build_worker
 from kvbm.connect.vllm import adapters, configured, contract, geometry, identity, weights
 from kvbm.connect.vllm.ending import before_sigterm
 from kvbm.connect.vllm.images import NO_ITEMS, Images, Items, embedded, starting_before
@@ -24,14 +27,11 @@ from kvbm.connect.vllm.tables import Tables
 from kvbm.core.config import Resolved
 from kvbm.core.events import Admitted, Cleared, Event, Removed, Stored
 from kvbm.core.keys import group_of, variant_keys
-from kvbm.manager import build_disk
-from kvbm.manager.build import build_leader, build_worker
-from kvbm.manager.hybrid import HybridLeader
-from kvbm.manager.jobs import Collected
-from kvbm.manager.requests import RequestParams
-from kvbm.manager.wire import Step, decode_step, encode
-from kvbm.manager.worker import Worker
+from kvbm.leader.groups import HybridLeader
+from kvbm.leader.requests import RequestParams
+from kvbm.link.messages import Step, decode_step, encode
 from kvbm.observe.log import Seldom
+from kvbm.worker.worker import Collected, Worker
 
 if TYPE_CHECKING:
     import torch

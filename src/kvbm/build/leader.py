@@ -1,0 +1,161 @@
+"""The leader, with all that stands beside it, put together."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+
+from kvbm import __version__
+from kvbm.blocks import LayerGroup, Pool
+from kvbm.build import disk as build_disk
+from kvbm.build import peers as build_peers
+from kvbm.build.memory import allot, free_bytes, gather, one_at_a_time, size, too_large
+from kvbm.build.place import Place, channel_path
+from kvbm.build.stack import Below, Choose, Look
+from kvbm.control import http
+from kvbm.control.socket import About, Control
+from kvbm.core.config import Resolved
+from kvbm.core.errors import Broken, ConfigError
+from kvbm.core.folders import check_folder
+from kvbm.core.keys import Namespace
+from kvbm.leader.groups import HybridLeader
+from kvbm.leader.growing import Growing
+from kvbm.leader.leader import Leader
+from kvbm.leader.reports import Reports
+from kvbm.observe.totals import Totals
+from kvbm.policy import eviction_order
+from kvbm.stores.disk.format import padded
+from kvbm.tiers.gate import Gate
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class LeaderSide:
+    """Everything that lives beside the scheduler."""
+
+    leader: Leader
+    totals: Totals
+    control: Control
+    stop_metrics: object
+    below: Below
+
+    def drain(self, seconds: float) -> None:
+        """Writes to disk what only G2 has, the hottest first, for so long at most. Any thread but the engine's."""
+        self.leader.drain(seconds)
+
+    def close(self) -> None:
+        """Stops threads and says goodbye to the workers."""
+        self.below.close()
+        self.control.close()
+        if self.leader.lower is not None and self.leader.lower.peers is not None:
+            self.leader.lower.peers.network.close()
+        if callable(self.stop_metrics):
+            self.stop_metrics()
+        self.leader.close()
+
+
+def check(resolved: Resolved, engine: str = "") -> None:
+    """Raises ConfigError for what cannot be used: names of policies, folders, keys, secrets, more memory than there is.
+    Waits for nothing, and touches nothing. `engine` is an id like that of the engine that will be."""
+    try:
+        _check(resolved)
+        channel_path(resolved.settings, engine)
+    except ConfigError as error:
+        given = {name: source for name, source in resolved.sources.items() if source != "default"}
+        raise ConfigError(
+            error.setting, error.problem, source=error.source or given.get(error.setting, ""), remedy=error.remedy
+        ) from None
+
+
+def _check(resolved: Resolved) -> None:
+    settings = resolved.settings
+    for name in ("run_dir", "cache_dir", "g3_dir", "traces"):
+        if resolved.sources[name] != "default":
+            check_folder(name, getattr(settings, name))
+    eviction_order(settings.g2_order, 1, "g2_order")
+    if settings.g2_gb is not None and settings.g2_blocks is None:
+        free = free_bytes()
+        if settings.g2_gb * 1e9 > free:
+            raise too_large("g2_gb", f"{settings.g2_gb:g} GB", free, resolved)
+    build_disk.check(settings)
+    build_peers.check(settings)
+
+
+def check_size(resolved: Resolved, block_bytes: int) -> None:
+    """Raises ConfigError for a G2 that somebody gave a size which cannot be, with blocks of `block_bytes` or more."""
+    with suppress(Broken):  # a size that nobody gave
+        size(resolved, Place("", 1), block_bytes)
+
+
+def build_leader(
+    resolved: Resolved, place: Place, namespace: Namespace, *, block_tokens: int, shares_device_blocks: bool,
+    groups: Sequence[LayerGroup] = (), choose: Choose | None = None,
+) -> LeaderSide:  # fmt: skip
+    """The leader, once every rank's worker has its arena. `groups` are the engine's layer groups, where there are
+    several, or one that does not need all blocks. `choose` says which files the engine loaded; without it the namespace
+    is known as it is. Raises ConfigError for a size that cannot be, Broken if a worker does not come or cannot get its
+    memory."""
+    settings = resolved.settings
+    check(resolved)
+    for note in resolved.notes:
+        log.warning("KVBM: %s", note)
+    wants_disk = build_disk.wanted(settings)
+    with ExitStack() as undo:
+        links, slot_bytes, namespace, began = gather(settings, place, namespace, undo)
+        shared = wants_disk or build_peers.wanted(settings)
+        look = Look(settings, choose, began) if choose is not None and shared else None
+        if look is not None:
+            undo.callback(look.close)
+        parts = len(place.storing)
+        block_bytes = slot_bytes * parts
+        with one_at_a_time(settings):
+            slots, why = size(resolved, place, block_bytes)
+            log.info(
+                "KVBM: G2 holds %d blocks of %d tokens, %.2f GB over %d rank(s): %s",
+                slots, block_tokens, slots * block_bytes / 1e9, parts, why,
+            )  # fmt: skip
+            # Direct I/O wants whole pages.
+            begun = time.monotonic()
+            usable = allot(settings, place, links, slots, padded(slot_bytes) if wants_disk else 0)
+        totals = Totals()
+        order = eviction_order(settings.g2_order, slots)
+        pool = Pool(slots, order=order, tier="g2", most_doubted=settings.answers_share)
+        make = partial(HybridLeader, groups=groups, checkpoint_tokens=settings.checkpoint_tokens) if groups else Leader
+        leader = make(
+            settings,
+            pool,
+            links,
+            slot_bytes=block_bytes,
+            gate=Gate(block_tokens),
+            shares_device_blocks=shares_device_blocks,
+            observers=[totals],
+        )
+        leader.growing = Growing(pool, usable, links.values(), block_bytes, begun)
+        leader.reports = Reports((settings.cache_dir or settings.run_dir) / "reports", place.engine)
+        known = choose is None or shared
+        below = Below(settings, place, namespace if known else namespace.private(), leader, slot_bytes, block_tokens)
+        below.begin(look)
+        undo.pop_all()
+    about = About(
+        place.engine, __version__, below.namespace.fingerprint, place.ranks, block_bytes, block_tokens, below.folder,
+        below.namesakes, place.model,
+    )  # fmt: skip
+    control = Control(leader, totals, about, settings.run_dir)
+
+    def told() -> None:
+        control.about = replace(
+            about, fingerprint=below.namespace.fingerprint, disk=below.folder, namesakes=below.namesakes
+        )
+
+    below.told = told
+    told()  # it may have changed in between
+    stop = None
+    if settings.metrics:
+        port = settings.metrics_port + place.dp_rank
+        stop = http.serve(settings.metrics_host, port, control.sources(), control.health)
+    return LeaderSide(leader, totals, control, stop, below)

@@ -1,0 +1,289 @@
+"""The engine's control socket: `kvbm status`, `explain`, `pause`, `resume`, and the leader's housekeeping.
+
+One JSON object per line in, one out. The thread also calls `Leader.tick`, so results are taken and silent workers
+noticed while the engine sleeps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvbm.blocks import PoolStatistics
+from kvbm.control.disk import Upkeep
+from kvbm.core.errors import Broken, ConfigError
+from kvbm.leader.leader import Leader
+from kvbm.leader.pace import SECONDS
+from kvbm.link.channel import Link, listen, readable, socket_path
+from kvbm.observe.prometheus import Sources
+from kvbm.observe.totals import Copies, Totals
+
+log = logging.getLogger(__name__)
+
+_TICK = 0.25
+_SILENT = 10.0
+_CHECK_S = 3.0
+"""The longest that `check` may take: clients wait for five seconds."""
+_CLIENT_TIMEOUT = 2.0
+_MAX_REQUEST = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class About:
+    """What does not change while the engine runs, but for what is not known before its weights are."""
+
+    engine: str
+    version: str
+    fingerprint: str
+    ranks: int
+    slot_bytes: int
+    """Of one block, over all ranks."""
+    block_tokens: int
+    disk: Path | None = None
+    """The namespace's folder on disk, where there is one."""
+    namesakes: tuple[str, ...] = ()
+    """Why blocks of the same model that lie beside it are not found."""
+    model: str = ""
+    """What people call the model that the engine serves."""
+
+
+class Control:
+    """Answers on `<run_dir>/<engine>.sock`. A socket that cannot be made is logged; the engine goes on without."""
+
+    def __init__(self, leader: Leader, totals: Totals, about: About, run_dir: Path) -> None:
+        self._leader, self._totals, self.about = leader, totals, about
+        self._upkeep = Upkeep(leader, lambda: self.about.disk)
+        self._started = time.monotonic()
+        self._stop = threading.Event()
+        self._sock: socket.socket | None = None
+        self.path: Path | None = None
+        try:
+            self.path = socket_path(run_dir, about.engine, ".sock")
+            self._sock = listen(self.path)
+        except (ConfigError, Broken) as error:
+            log.error("KVBM: no control socket, kvbm status and pause will not reach this engine: %s", error)
+        self._thread = threading.Thread(target=self._run, name="kvbm-control", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stops answering and removes the socket."""
+        self._stop.set()
+        self._thread.join(_TICK + _CLIENT_TIMEOUT + 1)
+        if self._sock is not None and self.path is not None:
+            self._sock.close()
+            self.path.unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                watched: list[socket.socket | Link] = [*self._leader.channels()]
+                watched += [self._sock] if self._sock is not None else []
+                ready = readable(watched, _TICK)
+                if self._sock is not None and self._sock.fileno() in ready:
+                    self._serve(self._sock.accept()[0])
+                self._leader.tick()
+            except OSError as error:
+                log.warning("KVBM: control socket: %s", error)
+            except Exception:
+                log.exception("KVBM: the control thread goes on after an error")
+
+    def _serve(self, client: socket.socket) -> None:
+        with client:
+            client.settimeout(_CLIENT_TIMEOUT)
+            line = b""
+            while not line.endswith(b"\n") and len(line) < _MAX_REQUEST:
+                piece = client.recv(4096)
+                if not piece:
+                    return
+                line += piece
+            client.sendall(json.dumps(self._answer(line)).encode() + b"\n")
+
+    def _answer(self, line: bytes) -> dict[str, Any]:
+        try:
+            request = json.loads(line)
+            command = self._commands()[request["command"]]
+        except (ValueError, KeyError, TypeError):
+            return {"ok": False, "error": f"not a request; commands are {', '.join(sorted(self._commands()))}"}
+        try:
+            return {"ok": True, "result": command(request)}
+        except LookupError as error:
+            return {"ok": False, "error": str(error.args[0])}
+
+    def _commands(self) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+        return {
+            "status": lambda _: self.status(),
+            "health": lambda _: self.health(),
+            "explain": lambda request: self.explain(str(request.get("request_id", ""))),
+            "pause": lambda _: self._switch(self._leader.pause),
+            "resume": lambda _: self._switch(self._leader.resume),
+            "check": lambda _: {"engine": self.about.engine, **self._leader.check(_CHECK_S)},
+            "disk.inspect": lambda _: self._upkeep.inspect(),
+            "disk.verify": lambda request: self._upkeep.verify(request.get("action")),
+            "disk.purge": lambda request: self._upkeep.purge(request.get("namespaces")),
+        }
+
+    def _switch(self, action: Callable[[], None]) -> dict[str, Any]:
+        action()
+        return {"engine": self.about.engine, "paused": self._leader.paused}
+
+    def health(self) -> dict[str, Any]:
+        """Whether KVBM works, and if not why; tiers that are left alone, or not there, and why. Waits for nobody."""
+        leader = self._leader
+        problems, silent = list(leader.problems), time.monotonic() - leader.ticked
+        if silent > _SILENT:
+            problems.append(f"housekeeping has not been done for {silent:.0f} s")
+        return {
+            "engine": self.about.engine,
+            "model": self.about.model,
+            "healthy": not problems,
+            "problems": problems,
+            "degraded": leader.degraded(),
+            "smaller": leader.smaller(),
+            "paused": leader.paused,
+            "namesakes": [*self.about.namesakes, *self._shared_namesakes()],
+            "quarantined": leader.quarantined,
+            "last_check": leader.audit.last,
+        }
+
+    def status(self) -> dict[str, Any]:
+        """Everything live, in one snapshot."""
+        leader, totals, about = self._leader, self._totals, self.about
+        leader.tick()
+        tiers = self._pools()
+        pool = tiers["g2"]
+        stores, loads = leader.in_flight()
+        return {
+            **self.health(),
+            "version": about.version,
+            "pid": os.getpid(),
+            "fingerprint": about.fingerprint,
+            "uptime_s": time.monotonic() - self._started,
+            "generation": pool.generation,
+            "ranks": about.ranks,
+            "block_bytes": about.slot_bytes,
+            "block_tokens": about.block_tokens,
+            "tiers": [_tier(name, tier, about.slot_bytes) for name, tier in tiers.items()],
+            "requests": totals.requests,
+            "living_requests": len(leader.requests),
+            "tokens": {
+                "prompt": totals.prompt_tokens,
+                "device": totals.device_tokens,
+                "g2": totals.g2_tokens,
+                "g3": totals.g3_tokens,
+                "peer": totals.peer_tokens,
+                "pulled": totals.pulled_tokens,
+            },
+            "unread_requests": totals.unread,
+            "hit_rate": {"g2": totals.hit_rate(), "g3": totals.disk_hit_rate()},
+            "offload": {
+                **_copies(totals.offload),
+                "in_flight": stores,
+                "skipped": leader.deferred,
+                "dropped": leader.dropped,
+            },
+            "onboard": {**_copies(totals.onboard), "in_flight": loads, "gated": totals.gated_g2},
+            "least_tokens": leader.detour.shown(),
+            "evictions": pool.evictions,
+            "engine_ms": leader.pace.summary(),
+            "trust": self._trust(),
+            **self._disk(),
+            **self._peers(),
+        }
+
+    def sources(self) -> Sources:
+        """What metrics are made of."""
+        leader = self._leader
+        return Sources(
+            totals=self._totals,
+            block_tokens=self.about.block_tokens,
+            healthy=lambda: not leader.problems,
+            tiers=lambda: dict.fromkeys(self._pools(), not leader.problems) | dict.fromkeys(leader.degraded(), False),
+            pools=lambda: {name: dataclasses.asdict(pool) for name, pool in self._pools().items()},
+            lower=lambda: leader.lower.counts() if leader.lower is not None else {},
+            trust=self._trust,
+            quarantined=lambda: leader.quarantined is not None,
+            steps=lambda: (SECONDS, leader.pace.counts, leader.pace.total),
+        )
+
+    def _trust(self) -> dict[str, int]:
+        leader = self._leader
+        shadow = leader.shadow.counts() if leader.shadow is not None else {}
+        return {**shadow, "violations": leader.audit.violations, "corrupt": leader.corrupt}
+
+    def _pools(self) -> dict[str, PoolStatistics]:
+        pools = {"g2": self._leader.pool}
+        if self._leader.disk is not None:
+            pools["g3"] = self._leader.disk.tier.pool
+        return {name: pool.statistics() for name, pool in pools.items()}
+
+    def _disk(self) -> dict[str, Any]:
+        with self._leader.below() as lower:
+            if lower is None or (disk := lower.disk) is None:
+                return {}
+            (down, up), counts = disk.tier.in_flight(), disk.counts()
+            rates = disk.tier.gate.rates()
+        refused, cancelled, corrupt = (counts[name] for name in ("refused", "cancelled", "corrupt"))
+        demote, promote, gated = (
+            _copies(self._totals.demote),
+            _copies(self._totals.promote),
+            self._totals.gated - self._totals.gated_g2,
+        )
+        return {
+            "demote": {**demote, "in_flight": down, "refused": refused, "cancelled": cancelled},
+            "promote": {**promote, "in_flight": up, "gated": gated, "corrupt": corrupt},
+            "rates": rates,
+        }
+
+    def _peers(self) -> dict[str, Any]:
+        with self._leader.below() as lower:
+            if lower is None or (peers := lower.peers) is None:
+                return {}
+            known, counts, reading = peers.known(), peers.counts(), peers.in_flight()
+        return {"fetch": {**_copies(self._totals.fetch), "in_flight": reading}, "peers": known, "sharing": counts}
+
+    def _shared_namesakes(self) -> tuple[str, ...]:
+        lower = self._leader.lower
+        return lower.peers.network.namesakes if lower is not None and lower.peers is not None else ()
+
+    def explain(self, request_id: str) -> dict[str, Any]:
+        """What happened to one of the last requests. An engine may have added to the id its clients know, so a unique
+        part of it is enough. Raises LookupError with a sentence."""
+        records = self._leader.records
+        names = [request_id] if request_id in records else [name for name in list(records) if request_id in name]
+        if not request_id or not names:
+            raise LookupError(f"no request {request_id!r} among the last {len(records)}")
+        if len(names) > 1:
+            raise LookupError(f"{len(names)} requests contain {request_id!r}: {', '.join(names[:8])}")
+        record, tokens = records[names[0]], self.about.block_tokens
+        return {
+            "engine": self.about.engine,
+            "request_id": record.request_id,
+            "when": record.when,
+            "prompt_tokens": record.prompt_tokens,
+            "block_tokens": tokens,
+            "device_tokens": record.device_blocks * tokens,
+            "matched": {"g2": record.matched, "g3": record.staged.get("g3", 0), "peer": record.staged.get("peer", 0)},
+            "loaded_blocks": record.loaded,
+            "load": record.load,
+            "load_ms": record.load_ms,
+            "outcome": record.outcome,
+            "offloaded_blocks": record.offloaded,
+            "why": list(record.why),
+        }
+
+
+def _tier(name: str, pool: PoolStatistics, slot_bytes: int) -> dict[str, Any]:
+    counts = {count: getattr(pool, count) for count in ("total", "capacity", "free", "active", "inactive", "staged")}
+    return {"name": name, **counts, "bytes": pool.total * slot_bytes}
+
+
+def _copies(copies: Copies) -> dict[str, int]:
+    return {"blocks": copies.blocks, "bytes": copies.nbytes, "failed": copies.failed}

@@ -1,0 +1,46 @@
+"""What host memory held before it was known what may lie below it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from kvbm.blocks import Pool, Staged
+from kvbm.leader.copies import Job
+from kvbm.tiers.peers.sums import Sums, heads
+from kvbm.tiers.stack import Lower
+
+_SLICE: Final = 512
+"""Slots that are looked at in one go: about a millisecond."""
+
+
+class Earlier:
+    """Of every slot of host memory, on each rank that stores, what is said of new blocks once there is somebody to say
+    it to. Under the leader's lock."""
+
+    def __init__(self, pool: Pool, ranks: int) -> None:
+        slots = pool.capacity
+        self.sums = Sums(ranks, slots)
+        """For other instances."""
+        self._pool, self._next = pool, 0
+        self._heads, self._places = np.zeros(slots, np.uint64), np.zeros(slots, np.int32)
+
+    def storing(self, job: Job) -> None:
+        """Blocks were offloaded, and are about to be published."""
+        if isinstance(job.lease, Staged):
+            slots, keys = job.lease.slots, job.lease.keys
+            self._heads[slots], self._places[slots] = heads(keys), job.places
+            self.sums.note(slots, keys, job.sums)
+
+    def tell(self, lower: Lower) -> bool:
+        """Some of what host memory has now counts as stored now. Whether there is more. Nothing is held: what is held
+        and let go is the last to be evicted."""
+        part = slice(self._next, self._next + _SLICE)
+        where = dict(zip(self._heads[part].tolist(), self._places[part].tolist(), strict=True))
+        keys = self._pool.keys(part.start, part.stop)
+        places = np.array([where.get(head, -1) for head in heads(keys).tolist()], np.int64)
+        order = [at for at in np.argsort(places, kind="stable").tolist() if places[at] >= 0]  # not what came from below
+        lower.stored([keys[at] for at in order], places[order])
+        self._next = part.stop
+        return self._next < len(self._heads)

@@ -1,0 +1,248 @@
+"""Shadow verification: some hits are declined, so that the engine computes what is stored, and the two are compared.
+
+Everything else that guards a block (checksums, fingerprints) guards its bytes. This asks the question that matters: is
+what is stored under this key what this engine computes for this prompt now? Under the leader's lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kvbm.blocks import Pinned, Pool
+from kvbm.core.outcome import Outcome
+from kvbm.core.region import Slots
+from kvbm.leader.copies import InFlight, Job
+from kvbm.leader.requests import Request
+from kvbm.link.messages import Compare, pack
+
+log = logging.getLogger(__name__)
+
+_KEEP = 60.0
+"""Seconds that stored blocks are held for a request of which nothing more is computed."""
+_SHARE, _MOST = 8, 1024
+"""All comparisons together hold at most this part of host memory, and so many blocks; the copies of what was computed
+as much again."""
+_PATIENCE = 300.0
+"""Seconds that comparing what was copied may take: it is nobody's hurry, and no reason to call a worker silent."""
+_FROM = ("engine", "g3", "peer")
+
+
+@dataclass(slots=True, eq=False)
+class _Sample:
+    """Blocks of one request, the first of them its block `first`."""
+
+    request: Request
+    first: int
+    hold: Pinned
+    origins: list[dict[str, Any]]
+    """Of each, where it came from and how old it is."""
+    done: int = 0
+    """Blocks that were given to a comparison, or left out."""
+    jobs: set[int] = field(default_factory=set)
+    until: float = 0.0
+    over: bool = False
+    void: bool = False
+    """A new generation began: what is found out says nothing any more."""
+
+
+class Shadow:
+    """One of `every` requests with a hit is declined it; none where that is 0. `prove`: to each family of requests
+    (those with the same adapter) what comes from another process is declined until some of it agreed."""
+
+    def __init__(
+        self, every: int, pool: Pool, patience: float, clock: Callable[[], float], *, prove: bool = False
+    ) -> None:
+        self._every, self._pool, self._patience, self._clock = every, pool, patience + _PATIENCE, clock
+        self._seed = random.SystemRandom().getrandbits(64)
+        self._prove, self._proven = prove, set[bytes]()
+        self._since = np.full(pool.capacity, np.nan)
+        self._from = np.zeros(pool.capacity, np.uint8)
+        self._declined: dict[str, tuple[int, tuple[bytes, ...]]] = {}
+        self._samples: dict[str, _Sample] = {}
+        self._jobs: dict[int, _Sample] = {}
+        self.held = 0
+        """Blocks of host memory that comparisons hold."""
+        self.sampled = self.compared = self.wrong = self.skipped = 0
+        """Requests; blocks that were compared; of these, those that differ; blocks that could not be compared."""
+
+    @property
+    def _most(self) -> int:
+        return max(1, min(_MOST, self._pool.total // _SHARE))
+
+    # ------------------------------------------------------------------ where blocks come from
+
+    def note(self, slots: Slots, origin: str) -> None:
+        """These slots have new blocks: from the engine, from disk (g3), from a peer."""
+        self._since[slots], self._from[slots] = time.time(), _FROM.index(origin)
+
+    def _origins(self, slots: Slots) -> list[dict[str, Any]]:
+        ages = time.time() - self._since[slots]
+        return [
+            {"from": _FROM[origin], "age_s": None if np.isnan(age) else round(float(age), 3)}
+            for origin, age in zip(self._from[slots].tolist(), ages, strict=True)
+        ]
+
+    # ------------------------------------------------------------------ a request
+
+    def allows(self, request: Request, first: int, hold: Pinned) -> int:
+        """How many of the blocks that a request matched, from its block `first` on, it may load. The others it is to
+        compute; as far as there is room they are compared."""
+        allowed, room = self._trusted(request, hold.slots), max(0, self._most - self.held)
+        if allowed == len(hold):
+            # The answer for a request is always the same.
+            drawn = self._every and not hash((self._seed, request.id)) % self._every
+            if not drawn or not room:
+                return allowed
+            allowed = 0
+        if room:
+            self._declined[request.id] = (first + allowed, tuple(hold.keys[allowed : allowed + room]))
+        return allowed
+
+    def _trusted(self, request: Request, slots: Slots) -> int:
+        """How many of these, from the first on, are this process's own, or of a kind that was compared."""
+        if not self._prove or request.family in self._proven:
+            return len(slots)
+        foreign = np.flatnonzero(self._from[slots])
+        return int(foreign[0]) if len(foreign) else len(slots)
+
+    def placed(self, request: Request) -> None:
+        """The request got its blocks: what it was declined is held from now on, until it is compared."""
+        if (declined := self._declined.pop(request.id, None)) is None or request.id in self._samples:
+            return
+        first, keys = declined[0], declined[1][: max(0, self._most - self.held)]  # others may have been faster
+        hold = self._pool.scan(keys)[0]
+        if hold.keys != keys or not len(hold):  # evicted meanwhile
+            hold.drop()
+            return
+        self.sampled += 1
+        self.held += len(hold)
+        self._samples[request.id] = _Sample(
+            request, first, hold, self._origins(hold.slots), until=self._clock() + _KEEP
+        )  # fmt: skip
+
+    def compare(self, request: Request, complete: int, copies: InFlight) -> Compare | None:
+        """The request's first `complete` blocks are computed after this step: what of them is to be compared then."""
+        sample = self._samples.get(request.id)
+        if sample is None or sample.over:
+            return None
+        if request.stale:
+            self._end(sample)
+            return None
+        begin, end = sample.done, min(complete - sample.first, len(sample.hold))
+        if end <= begin:
+            return None
+        sample.done, sample.until = end, self._clock() + _KEEP
+        places = np.arange(sample.first + begin, sample.first + end)
+        scratch = self._pool.allocate(end - begin) if int(places[-1]) < len(request.g1) else None
+        if scratch is None:
+            self.skipped += end - begin
+            self._settle(sample)
+            return None
+        sources = np.asarray([request.g1[place] for place in places.tolist()], np.int64)
+        job = copies.start(request, scratch, sources, places, self._patience)
+        sample.jobs.add(job.id)
+        self._jobs[job.id] = sample
+        return Compare(job.id, request.id, pack(sources), pack(scratch.slots), pack(sample.hold.slots[begin:end]))
+
+    def finished(self, request: Request) -> None:
+        """The request is over: nothing more of it will be computed."""
+        self._declined.pop(request.id, None)
+        if (sample := self._samples.get(request.id)) is not None:
+            self._end(sample)
+
+    # ------------------------------------------------------------------ answers
+
+    def answered(self, job: Job) -> dict[str, Any] | None:
+        """A comparison ended on every rank; what is to be reported, if blocks differ."""
+        sample = self._jobs.pop(job.id)
+        job.lease.drop()
+        sample.jobs.discard(job.id)
+        looked = job.outcomes <= Outcome.CORRUPT
+        wrong = np.flatnonzero(job.outcomes == Outcome.CORRUPT)
+        report = None
+        if not sample.void:
+            self.compared += int(looked.sum())
+            self.skipped += int((~looked).sum())
+            self.wrong += len(wrong)
+            if looked.all() and not len(wrong):
+                self._agrees(sample, job)
+            if len(wrong):
+                report = self._report(sample, job, wrong)
+        self._settle(sample)
+        return report
+
+    def _agrees(self, sample: _Sample, job: Job) -> None:
+        """All that could be compared is right."""
+        foreign = any(sample.origins[at - sample.first]["from"] != _FROM[0] for at in job.places.tolist())
+        if self._prove and foreign and sample.request.family not in self._proven:
+            self._proven.add(sample.request.family)
+            log.info("KVBM: what another process stored agrees with what request %.100s computed", sample.request.id)
+
+    def _report(self, sample: _Sample, job: Job, wrong: Slots) -> dict[str, Any]:
+        by_rank = {rank: np.frombuffer(errors, np.float32) for rank, errors in sorted(job.errors.items())}
+        blocks = []
+        for at in wrong.tolist():
+            of = int(job.places[at]) - sample.first
+            apart = {str(rank): float(errors[at]) for rank, errors in by_rank.items()}
+            blocks.append(
+                {
+                    "key": sample.hold.keys[of].hex(),
+                    "block_of_prompt": int(job.places[at]),
+                    "tier": "g2",
+                    "slot": int(sample.hold.slots[of]),
+                    **sample.origins[of],
+                    "distance_by_rank": {rank: value if np.isfinite(value) else None for rank, value in apart.items()},
+                }
+            )
+        record = sample.request.record
+        return {
+            "request_id": sample.request.id,
+            "prompt_tokens": record.prompt_tokens,
+            "held_by_engine_blocks": sample.first,
+            "staged_for_it": dict(record.staged),
+            "compared": len(job.outcomes),
+            "differ": blocks,
+        }
+
+    # ------------------------------------------------------------------ the end of a sample
+
+    def _end(self, sample: _Sample) -> None:
+        """Compare nothing more of it."""
+        if not sample.void:
+            self.skipped += len(sample.hold) - sample.done
+        sample.done, sample.over = len(sample.hold), True
+        self._settle(sample)
+
+    def _settle(self, sample: _Sample) -> None:
+        """Let go of a sample of which everything was compared."""
+        if sample.done < len(sample.hold) or sample.jobs:
+            return
+        if self._samples.get(sample.request.id) is sample:
+            del self._samples[sample.request.id]
+            self.held -= len(sample.hold)
+            sample.hold.drop()
+
+    def tick(self) -> None:
+        """Let go of what no request gets to."""
+        now = self._clock()
+        for sample in [each for each in self._samples.values() if now > each.until and not each.over]:
+            self._end(sample)
+
+    def clear(self) -> None:
+        """A new generation."""
+        self._declined.clear()
+        self._proven.clear()
+        for sample in list(self._samples.values()):
+            sample.void = True
+            self._end(sample)
+
+    def counts(self) -> dict[str, int]:
+        """For metrics."""
+        return {"sampled": self.sampled, "compared": self.compared, "mismatched": self.wrong, "skipped": self.skipped}

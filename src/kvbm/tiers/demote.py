@@ -1,0 +1,215 @@
+"""What goes from host memory (G2) to disk (G3), and when. Under the leader's lock."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from kvbm.abc.policy import Admission, tags_of
+from kvbm.blocks import Pinned, Pool
+from kvbm.core.events import Demoted
+from kvbm.tiers.disk.tier import DiskTier
+from kvbm.tiers.moves import Move
+
+
+class Budget:
+    """`nbytes` that may be written in `seconds`, and saved up for as long. Unlimited where they are None."""
+
+    def __init__(self, nbytes: float | None, seconds: float, clock: Callable[[], float]) -> None:
+        self._rate, self._clock = None if nbytes is None else nbytes / seconds, clock
+        self._left = self._most = nbytes or 0.0
+        self._then = clock()
+
+    def left(self) -> float:
+        """Share of it that is left, at most 1; below a half only hot blocks are worth a write."""
+        if self._rate is None:
+            return 1.0
+        now = self._clock()
+        self._left = min(self._most, self._left + (now - self._then) * self._rate)
+        self._then = now
+        return self._left / self._most
+
+    def spend(self, nbytes: int) -> None:
+        self._left -= nbytes
+
+
+class Demotion:
+    """Copies what is new in G2 (write-through), or what is about to leave it (exclusive), as far as admission, budget
+    and the bound on what is in flight allow. What leaves G2 before its write began is not written.
+
+    `hot` says which blocks are asked for again and again; it counts them, whatever `admission` does.
+    """
+
+    def __init__(
+        self,
+        tier: DiskTier,
+        g2: Pool,
+        *,
+        admission: Admission,
+        hot: Admission,
+        exclusive: bool,
+        budget: Budget,
+        block_bytes: int,
+        most: Callable[[], int],
+        batch: int,
+        emit: Callable[[Demoted], None],
+    ) -> None:
+        self._tier, self._g2 = tier, g2
+        self._admission, self._hot, self._budget = admission, hot, budget
+        self._exclusive, self._block_bytes = exclusive, block_bytes
+        self._in_flight_most, self._batch = most, max(1, batch)
+        self._emit = emit
+        self._queue: deque[Sequence[bytes]] = deque()
+        self._queued: set[bytes] = set()
+        self._in_flight = 0
+        self._draining = False
+        self.cancelled = self.refused = 0
+        """Blocks that were gone before their write began; that admission, the budget or a full disk did not let pass,
+        each time."""
+
+    @property
+    def _most(self) -> int:
+        return max(1, self._in_flight_most())
+
+    @property
+    def _reserve(self) -> int:
+        """Slots of G2 that exclusive demotion keeps free, so that what has to go was written before."""
+        return max(1, min(self._g2.total // 8, 2 * self._most))
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing is being written."""
+        return not self._queue and not self._in_flight
+
+    def used(self, keys: Sequence[bytes]) -> None:
+        """A request asked for these."""
+        tags = tags_of(keys)
+        self._admission.use(tags)
+        self._hot.use(tags)
+        self._tier.pool.touch(keys)
+        if self._tier.problem is None:
+            # What was not worth a write when it was new may be by now.
+            near = self._g2.present(keys)
+            self.offer([keys[at] for at in self._tier.pool.absent(keys) if near[at]])
+
+    def offer(self, keys: Sequence[bytes]) -> None:
+        """These are in G2, in prompt order, and may not be on disk."""
+        new = [key for key in keys if key not in self._queued]
+        if self._exclusive or not new:
+            return
+        self._queue.append(new)
+        self._queued.update(new)
+        while len(self._queued) > self._g2.total:
+            oldest = self._queue.popleft()
+            self._queued.difference_update(oldest)
+            self.cancelled += len(oldest)
+
+    def clear(self) -> None:
+        """A new generation: what waits is of the old one."""
+        self._queue.clear()
+        self._queued.clear()
+
+    def drain(self) -> None:
+        """From now on write all that G2 has and the disk does not, the hottest first, whatever admission says."""
+        self.clear()
+        self._draining = True
+        with self._g2.candidates(self._g2.total) as hold:
+            self._queue.extend(hold.keys[at : at + self._batch] for at in range(0, len(hold), self._batch))
+            self._queued.update(hold.keys)
+
+    def pump(self) -> None:
+        """Start what may start now."""
+        while self._queue and self._room() and self._tier.problem is None:
+            keys, room = self._queue.popleft(), self._room()
+            if later := keys[room:]:
+                self._queue.appendleft(later)
+            now = keys[:room]
+            self._queued.difference_update(now)
+            hold, _ = self._g2.scan(now)
+            self.cancelled += len(now) - len(hold)
+            with hold:
+                self._write(hold)
+        if self._exclusive and not self._draining and self._tier.problem is None:
+            self._make_room()
+
+    def _room(self) -> int:
+        return min(self._batch, self._most - self._in_flight)
+
+    def _make_room(self) -> None:
+        """Exclusive: what would be evicted next is written before it has to go."""
+        while (room := self._room()) > 0:
+            wanted = self._reserve - self._g2.statistics().free - self._in_flight
+            if wanted <= 0:
+                return
+            with self._g2.candidates(min(wanted, room)) as victims:
+                if not self._write(victims, evict=True):
+                    return
+
+    def _write(self, hold: Pinned, *, evict: bool = False) -> bool:
+        """Write what is worth it of these blocks, which the caller holds; false where nothing came of it.
+
+        With `evict` they leave G2: when they are written, or now where they are not going to be.
+        """
+        wanted = self._worth(hold)
+        keys, (priorities, left) = hold.keys, hold.terms
+        changed = evict and len(wanted) < len(hold)
+        if changed:
+            kept = set(wanted)
+            self._g2.discard([key for at, key in enumerate(keys) if at not in kept])
+        runs: dict[tuple[int, float], list[bytes]] = {}  # each is staged on one set of terms
+        for at in wanted:
+            runs.setdefault((int(priorities[at]), float(left[at])), []).append(keys[at])
+        for (priority, seconds), run in runs.items():
+            started = self._start(run, priority, seconds, evict=evict)
+            changed |= started > 0
+            if not evict:
+                self.refused += len(run) - started
+        return changed
+
+    def _start(self, keys: Sequence[bytes], priority: int, left: float, *, evict: bool) -> int:
+        """Begin to write these, as many as there is room for; returns how many."""
+        pool = self._tier.pool
+        hold, _ = self._g2.scan(keys)
+        now = pool.statistics()
+        room = min(len(hold), now.free + now.inactive)
+        raw = pool.allocate(room) if room else None
+        if raw is None:
+            hold.drop()
+            return 0
+        hold.narrow(room)
+        ttl = None if left == np.inf else max(left, 1e-3)
+        staged = raw.stage(hold.keys, parent=hold.parents, priority=priority, ttl=ttl)
+        self._in_flight += room
+        self._budget.spend(room * self._block_bytes)
+
+        def ended(move: Move) -> None:
+            self._in_flight -= move.blocks
+            staged.register(move.done).drop()
+            if evict:
+                hold.select(np.flatnonzero(move.done).tolist()).evict()
+            else:
+                hold.drop()
+            failed = int((~move.done).sum())
+            self._emit(Demoted(move.blocks - failed, failed, move.nbytes, move.seconds))
+
+        self._tier.write(hold, staged, ended)
+        return room
+
+    def _worth(self, hold: Pinned) -> list[int]:
+        """Positions of the blocks that the disk does not have and should."""
+        absent = self._tier.pool.absent(hold.keys)
+        if self._draining or not absent:
+            return absent
+        missing = np.zeros(len(hold), np.bool_)
+        missing[absent] = True
+        tags = tags_of(hold.keys)
+        mask = self._admission.admit(tags, ~missing) & missing
+        left = self._budget.left()
+        if left < 0.5:
+            mask &= self._hot.admit(tags, ~missing)
+        if left <= 0:
+            mask[:] = False
+        self.refused += int(missing.sum() - mask.sum())
+        return [int(at) for at in np.flatnonzero(mask)]
