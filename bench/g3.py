@@ -23,7 +23,7 @@ from bench.throughput import OPTIONS, against, run
 from bench.ttft import first_token
 from kvbm.blocks import Pinned, Staged
 from kvbm.tiers.gate import Gate
-from kvbm.tiers.moves import Move
+from kvbm.tiers.moves import Passage
 from tests.e2e.engine import Engine
 
 LENGTH, SHORT = 2000, 1000
@@ -156,7 +156,7 @@ def second_writer(vllm: Engine) -> Iterator[None]:
                 written += len(hold)
                 staged = raw.stage(keys)
 
-                def ended(_: Move, hold: Pinned = hold, staged: Staged = staged) -> None:
+                def ended(_: Passage, hold: Pinned = hold, staged: Staged = staged) -> None:
                     hold.drop()
                     staged.drop()
 

@@ -17,7 +17,7 @@ from typing import Any
 from bench.harness import Bench
 from kvbm.blocks import LayerGroup
 from kvbm.core.events import Admitted
-from kvbm.link.messages import Read
+from kvbm.tiers.disk.orders import Read
 from tests.leader.roles import BLOCK_TOKENS, Stage, keys_of
 
 BLOCKS, SLOTS, ROUNDS = 500, 4096, 40

@@ -40,24 +40,12 @@ MUTANTS = (
         "        return not self.ranks\n", "        return True\n", "leader/test_leader tiers/test_demote",
     ),
     Mutant(
-        "checksums of what was offloaded are noted after registering", "leader/health.py",
-        "            if self.lower is not None:\n                self.lower.storing(job)\n"
-        "            if self.earlier is not None:\n                self.earlier.storing(job)\n"
-        "            with job.lease.register(job.done) as stored:\n",
-        "            late = job.lease.slots, job.lease.keys\n"
-        "            if self.earlier is not None:\n                self.earlier.storing(job)\n"
-        "            with job.lease.register(job.done) as stored:\n"
-        "                if self.lower is not None and self.lower.peers is not None:\n"
-        "                    self.lower.peers.serving.sums.note(*late, job.sums)\n",
-        "leader/test_leader tiers/peers/test_whole",
-    ),
-    Mutant(
-        "checksums of what was read are noted after registering", "tiers/promote.py",
-        "        if self.sums is not None:\n            self.sums.note(staged.slots, keys, move.sums)\n"
-        "        there = staged.register(move.done)\n",
-        "        into = staged.slots\n        there = staged.register(move.done)\n"
-        "        if self.sums is not None:\n            self.sums.note(into, keys, move.sums)\n",
-        "tiers/test_promote tiers/peers/test_whole",
+        "checksums of what lands are noted after registering", "tiers/host.py",
+        "        for listener in self._listeners:\n            listener.landing(staged.slots, staged.keys, how)\n"
+        "        there = staged.register(done)\n",
+        "        into, keys = staged.slots, staged.keys\n        there = staged.register(done)\n"
+        "        for listener in self._listeners:\n            listener.landing(into, keys, how)\n",
+        "leader/test_leader tiers/test_promote tiers/peers/test_whole",
     ),
     Mutant(
         "a source's lease is dropped before a cancelled read ended", "tiers/promote.py",
@@ -65,11 +53,11 @@ MUTANTS = (
         "tiers/test_promote tiers/test_lower_machine",
     ),
     Mutant(
-        "slots are used again before a cancelled read ended", "tiers/disk/tier.py",
-        "            self._send(Cancel(live))\n",
-        "            self._send(Cancel(live))\n"
+        "slots are used again before a cancelled read ended", "tiers/moves.py",
+        "            self.tell(Cancel(live))\n",
+        "            self.tell(Cancel(live))\n"
         "            for job in live:\n"
-        "                for rank in self._links:\n"
+        "                for rank in self.links:\n"
         "                    self.answer(Result(job, rank, b'', 0, 0.0, CANCELLED))\n",
         "tiers/test_promote tiers/disk/test_tier tiers/test_lower_machine",
     ),
@@ -102,8 +90,8 @@ MUTANTS = (
         "tiers/test_demote tiers/disk/test_tier",
     ),
     Mutant(
-        "an exclusive landing tells the disk to forget", "tiers/disk/tier.py",
-        "            self.pool.discard(blocks.keys)\n", "            self._tier.discard(blocks.keys)\n",
+        "an exclusive landing tells the disk to forget", "tiers/stack.py",
+        "            self.tier.pool.discard(keys)\n", "            self.tier.discard(keys)\n",
         "tiers/test_promote tiers/test_demote",
     ),
     Mutant(
@@ -160,7 +148,7 @@ MUTANTS = (
     ),
     Mutant(
         "what was given up counts as the disk's failure", "tiers/disk/tier.py",
-        "        elif move.wanted:\n", "        else:\n", "tiers/disk/test_tier tiers/test_promote",
+        "        elif passage.wanted:\n", "        else:\n", "tiers/disk/test_tier tiers/test_promote",
     ),
     Mutant(
         "a new generation leaves what is on disk", "tiers/disk/tier.py",
@@ -224,7 +212,7 @@ MUTANTS = (
     ),
     Mutant(
         "memory of a peer that is gone stays attached", "tiers/peers/tier.py",
-        "                self._send(link, Detach(attached))\n", "                pass\n",
+        "            self._moves.tell(to_rank(Detach(attached)))\n", "            pass\n",
         "tiers/peers/test_failures::test_who_is_gone_is_forgotten",
     ),
 )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 from tests.untouched import belongs, without_imports
 
 BEFORE = """
-from kvbm.leader.leader import Leader
+from kvbm.manager.leader import Leader
 def test_it() -> None:
     from kvbm import manager
     assert Leader(1) == 2  # as it was
@@ -17,7 +17,7 @@ def test_it() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "same"),
     [
-        ("kvbm.leader.leader import Leader", "kvbm.leader.leader import Leader", True),
+        ("kvbm.manager.leader import Leader", "kvbm.leader.leader import Leader", True),
         ("from kvbm import manager", "import kvbm.leader", True),
         ("# as it was", "# as it has to be", True),
         ("== 2", "== 3", False),
@@ -33,6 +33,6 @@ def test_only_imports_and_comments_may_be_others(old: str, new: str, same: bool)
 
 def test_a_file_belongs_by_its_folder_or_its_name() -> None:
     assert belongs("tests/blocks/test_pool.py") == "tests/blocks/test_pool.py"
-    assert belongs("tests/leader/test_leader.py") == belongs("tests/leader/test_leader.py") == "test_leader.py"
+    assert belongs("tests/manager/test_leader.py") == belongs("tests/leader/test_leader.py") == "test_leader.py"
     assert belongs("tests/tiers/peers/test_whole.py") == "peers/test_whole.py"
-    assert belongs("tests/tiers/disk/test_tier.py") is belongs("tests/blocks/README.md") is None
+    assert belongs("tests/manager/test_disk.py") is belongs("tests/blocks/README.md") is None

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from kvbm.build import leader as build
+from kvbm.build import memory
 from kvbm.build import stack as build_lower
 from kvbm.build.leader import LeaderSide, build_leader
-from kvbm.build.place import Place
+from kvbm.build.place import Place, channel_path
 from kvbm.build.worker import build_worker
 from kvbm.core.config import load
 from kvbm.core.errors import Broken, ConfigError
@@ -27,7 +28,7 @@ NAMESPACE = Namespace({"model": "m"}, "w")
 
 @pytest.fixture(autouse=True)
 def _nobody_else_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "promised", lambda: 0)
+    monkeypatch.setattr(memory, "promised", lambda: 0)
 
 
 def start(
@@ -82,13 +83,13 @@ def test_the_order_of_g2_by_name(tmp_path: Path) -> None:
 
 
 def test_a_share_of_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "available_memory", lambda: (1 << 30) + 819_200)
+    monkeypatch.setattr(memory, "available_memory", lambda: (1 << 30) + 819_200)
     assert start(tmp_path, g2_share=0.5).leader.pool.statistics().total == 50
 
 
 def test_what_another_engine_still_touches_is_not_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "available_memory", lambda: (1 << 30) + 819_200)
-    monkeypatch.setattr(build, "promised", lambda: 409_600)
+    monkeypatch.setattr(memory, "available_memory", lambda: (1 << 30) + 819_200)
+    monkeypatch.setattr(memory, "promised", lambda: 409_600)
     assert start(tmp_path, g2_share=0.5).leader.pool.statistics().total == 25
     with pytest.raises(ConfigError, match=r"G2 of 51 blocks.* 0\.00 GB for engines that are starting"):
         start(tmp_path, g2_blocks=51)
@@ -104,7 +105,7 @@ def test_what_another_engine_still_touches_is_not_available(tmp_path: Path, monk
 def test_sizes_that_cannot_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], free: int, problem: str
 ) -> None:
-    monkeypatch.setattr(build, "available_memory", lambda: free)
+    monkeypatch.setattr(memory, "available_memory", lambda: free)
     with pytest.raises(ConfigError, match=problem):
         start(tmp_path, **settings)
     with pytest.raises(ConfigError, match=problem):
@@ -112,7 +113,7 @@ def test_sizes_that_cannot_be(
 
 
 def test_a_size_that_nobody_gave_is_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "available_memory", lambda: 0)
+    monkeypatch.setattr(memory, "available_memory", lambda: 0)
     build.check_size(load(environ={}), 8192)
 
 
@@ -121,7 +122,7 @@ def test_a_machine_with_too_little_memory_is_no_wrong_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, disk: dict[str, Any]
 ) -> None:
     """The engine goes on without KVBM: nobody said how large G2 is to be."""
-    monkeypatch.setattr(build, "available_memory", lambda: free)
+    monkeypatch.setattr(memory, "available_memory", lambda: free)
     with pytest.raises(Broken, match=r"only 0\.00 GB of memory are available for G2"):
         start(tmp_path, **disk)
 
@@ -147,7 +148,7 @@ def test_a_worker_that_does_not_come(tmp_path: Path) -> None:
 
 def test_a_stranger_at_the_channel_is_sent_away(tmp_path: Path) -> None:
     """Another engine with this id looks whether the socket is alive, connects and leaves."""
-    path = build.channel_path(load(environ={}, extra={"run_dir": str(tmp_path)}).settings, "e")
+    path = channel_path(load(environ={}, extra={"run_dir": str(tmp_path)}).settings, "e")
     gone = threading.Event()
 
     def knock() -> None:

@@ -72,7 +72,7 @@ def test_a_thread_that_copies_to_disk_and_dies_costs_the_disk_tier_alone(
         if of == "the transport":
             monkeypatch.setattr(file, "run_io", dies)
         else:
-            shard = engine.workers[-1]._disk.disk.shard  # type: ignore[union-attr]
+            shard = engine.workers[-1]._disk.disk.shard
             monkeypatch.setattr(shard, "expect" if moves == "reads" else "commit", lambda *_: sys.exit("injected"))
         assert engine.serve(keys if moves == "reads" else more) == 0
         engine.until(engine.leader.degraded)

@@ -18,7 +18,10 @@ from kvbm.core.config import load
 from kvbm.core.events import Admitted
 from kvbm.core.keys import Namespace
 from kvbm.leader.requests import RequestParams
+from kvbm.stores.disk.disk import Disk
 from kvbm.testing.transport import HostMemory
+from kvbm.tiers.disk.rank import DiskRank
+from kvbm.worker.worker import Worker
 
 ROWS = (4096, 4096, 640)
 TOKENS, G1 = 32, 24
@@ -28,6 +31,27 @@ LAST = b"last".ljust(32)
 
 def kv(key: bytes, rank: int) -> bytes:
     return (hashlib.sha512(key + bytes([rank])).digest() * (sum(ROWS) // 64 + 1))[: sum(ROWS)]
+
+
+class DiskPart:
+    """A rank's part of the disk tier, as suites know it that are to judge a restructuring. What it calls at the end of
+    a read or a write can be replaced."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    @property
+    def disk(self) -> Disk:
+        part = self._worker._tiers["g3"]
+        assert isinstance(part, DiskRank)
+        return part.disk
+
+    _read = property(
+        lambda self: self._worker._read_ended, lambda self, ended: setattr(self._worker, "_read_ended", ended)
+    )
+    _report = property(
+        lambda self: self._worker._write_ended, lambda self, ended: setattr(self._worker, "_write_ended", ended)
+    )
 
 
 class Engine:
@@ -59,10 +83,12 @@ class Engine:
         self.parts = [0 if replicated else rank for rank in range(ranks)]
         """Which part of a block each rank has."""
         self.g1 = [HostMemory(ROWS, G1) for _ in range(ranks)]
-        self.workers = [
+        self.workers: list[Any] = [
             build_worker(resolved.settings, place, names, memory.region, rank, "", began)
             for rank, memory in enumerate(self.g1)
         ]
+        for worker in self.workers:
+            worker._disk = DiskPart(worker) if "g3" in worker._tiers else None
         self.side = build_leader(resolved, place, names, block_tokens=TOKENS, shares_device_blocks=True, choose=choose)
         self.leader = self.side.leader
         if self.leader.disk is not None:

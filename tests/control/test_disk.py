@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from kvbm.link.messages import Read
 from kvbm.stores.disk import meta
 from kvbm.tiers.disk import sweep as verify
+from kvbm.tiers.disk.orders import Read
 from kvbm.tiers.disk.sweep import Verification
 from kvbm.tiers.gate import Gate
 from kvbm.tiers.stack import DiskSide

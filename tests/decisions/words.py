@@ -12,23 +12,25 @@ from kvbm.core import events
 from kvbm.core.keys import group_of
 from kvbm.link import messages as wire
 from kvbm.link.messages import unpack
+from kvbm.tiers.disk import orders as disk
+from kvbm.tiers.peers import orders as peers
 
 MESSAGES: Mapping[type, tuple[str, str]] = {
     wire.Copy: ("copy", "job:job request g1:slots g2:slots"),
     wire.Compare: ("compare", "job:job request g1:slots scratch:slots stored:slots"),
-    wire.Write: (
+    disk.Write: (
         "write",
         "job:job g2:slots g3:slots keys:keys parents:keys priorities:int32 expires:float64 sequence generation",
     ),
-    wire.Read: ("read", "job:job g3:slots g2:slots keys:keys"),
+    disk.Read: ("read", "job:job g3:slots g2:slots keys:keys"),
     wire.Cancel: ("cancel", "jobs:jobs"),
     wire.GiveUp: ("give up", "jobs:jobs"),
-    wire.Forget: ("forget", "g3:slots keys:keys"),
-    wire.Generation: ("generation", "number"),
-    wire.Probe: ("probe", "reopen number"),
-    wire.Attach: ("attach", "peer metadata address stride slots old"),
-    wire.Detach: ("detach", "peer"),
-    wire.Pull: ("pull", "job:job peer theirs:slots g2:slots sums:uint64"),
+    disk.Forget: ("forget", "g3:slots keys:keys"),
+    disk.Generation: ("generation", "number"),
+    disk.Probe: ("probe", "reopen number"),
+    peers.Attach: ("attach", "peer metadata address stride slots old"),
+    peers.Detach: ("detach", "peer"),
+    peers.Pull: ("pull", "job:job peer theirs:slots g2:slots sums:uint64"),
     wire.Foresee: ("foresee", "question adapter:adapter"),
     wire.Bye: ("bye", ""),
 }
@@ -37,18 +39,10 @@ MESSAGES: Mapping[type, tuple[str, str]] = {
 STEP = "loads stores compares fence:jobs idle waiting sync adapters:adapters"
 
 ANSWERS: Mapping[str, type] = {
-    "probed": wire.Probed, "foreseen": wire.Foreseen, "used": wire.Used, "unlike": wire.Unlike, "mine": wire.Mine,
+    "probed": disk.Probed, "foreseen": wire.Foreseen, "used": wire.Used, "unlike": wire.Unlike, "mine": peers.Mine,
     "sick": wire.Sick, "bye": wire.Bye, "refused": wire.Refused,
 }  # fmt: skip
 """What ranks say, but for the ends of copies."""
-
-COPIED = {
-    events.Offloaded: ("g1", "g2"),
-    events.Onboarded: ("g2", "g1"),
-    events.Demoted: ("g2", "g3"),
-    events.Promoted: ("g3", "g2"),
-    events.Fetched: ("peers", "g2"),
-}
 
 
 class Told(NamedTuple):
@@ -144,11 +138,10 @@ class Words:
 
     def event(self, event: Any) -> str:
         """What observers heard."""
-        if (way := COPIED.get(type(event))) is not None:
-            return (
-                f"copied {'>'.join(way)} {event.blocks} failed {event.failed} {event.nbytes} B {plain(event.seconds)} s"
-            )
         match event:
+            case events.Copied():
+                way, copied = f"{event.source}>{event.target}", f"{event.blocks} failed {event.failed}"
+                return f"copied {way} {copied} {event.nbytes} B {plain(event.seconds)} s"
             case events.Stored():
                 return f"stored {event.tier} {self.keys(event.keys)} after {self.key(event.parent)}"
             case events.Removed():
@@ -161,8 +154,8 @@ class Words:
                 return "admitted unread"
             case events.Admitted():
                 sources = {
-                    "g1": event.device_tokens, "g2": event.g2_tokens, "g3": event.g3_tokens,
-                    "peers": event.peer_tokens, "pulled": event.pulled_tokens,
+                    "g1": event.device_tokens, "g2": event.g2_tokens, "g3": event.sources.get("g3", 0),
+                    "peers": event.sources.get("peers", 0), "pulled": event.pulled_tokens,
                 }  # fmt: skip
                 return f"admitted {event.prompt_tokens} {plain(sources)}"
         raise TypeError(f"no words for {event!r}")

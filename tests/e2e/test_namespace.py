@@ -60,7 +60,7 @@ def test_layers_that_keep_their_dtype(
         assert _ask(engine, prompts) == (expected, [384, 384, 384])
 
     # The control: were these facts left out, the other engine's blocks would be served, and answers be wrong.
-    from kvbm.build import leader as build
+    from kvbm.build import memory as build
     from kvbm.connect.vllm import identity
 
     known = identity.CONFIGS["CacheConfig"]

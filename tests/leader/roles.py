@@ -24,7 +24,7 @@ from kvbm.leader.leader import Leader
 from kvbm.leader.requests import RequestParams
 from kvbm.leader.variants import Variant
 from kvbm.link.channel import Link
-from kvbm.link.messages import Adapter, Copy, Message, Probe, Probed, Read, Result, Step, Write, pack
+from kvbm.link.messages import Adapter, Copy, Message, Result, Step, pack
 from kvbm.policy import admission
 from kvbm.policy.admissions import Frequency
 from kvbm.policy.lru import LRU
@@ -33,9 +33,11 @@ from kvbm.stores.disk.recovery import Recovered
 from kvbm.testing.clock import ManualClock
 from kvbm.tiers.demote import Budget, Demotion
 from kvbm.tiers.disk.adopt import adopt
+from kvbm.tiers.disk.orders import Probe, Probed, Read, Write
 from kvbm.tiers.disk.tier import DiskSource, DiskTier
 from kvbm.tiers.gate import Gate
 from kvbm.tiers.peers.messages import Memory, Promise, Reserve, Slab
+from kvbm.tiers.peers.orders import Mine
 from kvbm.tiers.peers.published import Published
 from kvbm.tiers.peers.serving import Serving
 from kvbm.tiers.peers.sums import Sums
@@ -43,6 +45,7 @@ from kvbm.tiers.peers.tier import Peers
 from kvbm.tiers.promote import Promotion
 from kvbm.tiers.stack import DiskSide, Lower
 from tests.leader.played import Chores, Keys, Others
+from tests.link.orders import off_channel, on_channel
 
 BLOCK_BYTES = 1_000_000
 BLOCK_TOKENS = 32
@@ -136,7 +139,7 @@ class Stage:
             clock=self.clock,
         )
 
-        self.heard: dict[int, list[Message]] = {rank: [] for rank in range(ranks)}
+        self.heard: dict[int, list[Any]] = {rank: [] for rank in range(ranks)}
 
     def on_event(self, event: Event) -> None:
         self.events.append(event)
@@ -199,8 +202,8 @@ class Stage:
             error = None if not any(bytes_) else "injected"
             self.say(Result(copy.job, one, bytes_, blocks * BLOCK_BYTES, seconds, error), one)
 
-    def say(self, message: Message, rank: int = 0) -> None:
-        self.workers[rank].send(message)
+    def say(self, message: Message | Probed | Mine, rank: int = 0) -> None:
+        self.workers[rank].send(on_channel(message))
 
     def reply(self, job: int, rank: int, outcomes: Sequence[Outcome], seconds: float, **more: Any) -> None:
         """One rank's answer about a copy or a move."""
@@ -249,18 +252,17 @@ class Stage:
             block_bytes=BLOCK_BYTES, most=lambda: in_flight, batch=batch, emit=leader.emit,
         )  # fmt: skip
         self.promotion = Promotion(
-            DiskSource(self.tier, exclusive=exclusive), self.pool,
+            DiskSource(self.tier), leader.host,
             most=lambda: most, in_flight=in_flight, batch=batch, unmeasured=batch,
             emit=leader.emit, clock=self.clock,
         )  # fmt: skip
-        self.promotion.shadow = leader.shadow
-        leader.lower = Lower(self.promotion, block_tokens, DiskSide(self.tier, self.demotion))
+        leader.lower = Lower(self.promotion, block_tokens, DiskSide(self.tier, self.demotion, exclusive))
         return self
 
     def hear(self, kind: type[Any], rank: int = 0) -> list[Any]:
         """What the leader has told a rank of this kind since the test asked last."""
         for one, link in self.workers.items():
-            self.heard[one] += link.take()
+            self.heard[one] += map(off_channel, link.take())
         said = [message for message in self.heard[rank] if isinstance(message, kind)]
         self.heard[rank] = [message for message in self.heard[rank] if not isinstance(message, kind)]
         return said
@@ -334,10 +336,9 @@ class Stage:
         leader, disk = self.leader, self.leader.disk
         if leader.lower is None:
             self.promotion = Promotion(
-                None, self.pool, most=lambda: most, in_flight=in_flight, batch=batch, unmeasured=batch,
+                None, leader.host, most=lambda: most, in_flight=in_flight, batch=batch, unmeasured=batch,
                 emit=leader.emit, clock=self.clock,
             )  # fmt: skip
-            self.promotion.shadow = leader.shadow
         total = self.pool.statistics().total
         sums = leader.earlier.sums if leader.earlier is not None else Sums(len(self.workers), total)
         serving = Serving(
@@ -348,7 +349,6 @@ class Stage:
         published = Published(lambda key: any(pool.peek([key]) for pool in pools))
         for pool in pools:
             pool.add_observer(published)
-        self.promotion.sums = sums
         self.network: Any = Others()
         self.peers = Peers(
             self.network, serving, published, self.promotion, self.pool, leader.gate, leader.links,
@@ -444,7 +444,7 @@ class Stage:
             for name in list(self.leader.requests):
                 self.leader.finish(name, [], 0)
             self.promotion.clear()
-            for move in list(self.tier._moves.values()):
+            for move in list(self.tier._moves._passages.values()):
                 for rank in tuple(move.ranks):
                     self.tier.answer(Result(move.id, rank, b"", 0, 0.0, "cancelled"))
             assert not self.promotion._stagings

@@ -8,13 +8,14 @@ from collections.abc import Callable
 
 import pytest
 
-from kvbm.core.events import Admitted, Event, Offloaded, Onboarded, Unread
+from kvbm.core.events import Admitted, Event, Unread
 from kvbm.leader import offload
 from kvbm.leader.growing import Growing
 from kvbm.leader.pace import Answers
 from kvbm.leader.requests import RequestParams
 from kvbm.link.messages import Allot, Bye, GiveUp, Result, Sick, Touched
 from tests.leader.roles import BLOCK_BYTES, BLOCK_TOKENS, DONE, FAILED, Stage, keys_of
+from tests.leader.ways import Offloaded, Onboarded
 
 Make = Callable[..., Stage]
 

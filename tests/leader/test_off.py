@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from kvbm.core.outcome import Outcome
-from kvbm.link.messages import Allot, Bye, Copy, Result, Sick, Step, Write
+from kvbm.link.messages import Allot, Bye, Copy, GiveUp, Result, Sick, Step
+from kvbm.tiers.disk.orders import Write
 from tests.leader.roles import Stage, keys_of
 from tests.worker.test_worker import FOREVER, PATIENCE, SLOTS, Rank
 
@@ -163,10 +164,8 @@ def test_a_copy_whose_end_raises_fails(make_rank: Make, monkeypatch: pytest.Monk
 
 def test_a_channel_that_raises_turns_it_off(make_rank: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     rank = make_rank()
-    monkeypatch.setattr(rank.worker, "_from_peers", lambda _: 1 / 0)
-    from kvbm.link.messages import Detach
-
-    rank.link.send(Detach("somebody"))
+    monkeypatch.setattr(rank.worker, "_give_up", lambda _: 1 / 0)
+    rank.link.send(GiveUp([1]))
     message = rank.hear()
     assert isinstance(message, Sick)
     assert "the channel raised ZeroDivisionError" in message.problem

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvbm.blocks import Pool
-from kvbm.core.events import Admitted, Cleared, Gated, Offloaded, Removed, Stored
+from kvbm.core.events import Admitted, Cleared, Gated, Removed, Stored
 from kvbm.leader.invariants import Audit
 from kvbm.leader.pace import Pace
 from kvbm.leader.reports import Reports
@@ -19,6 +19,7 @@ from kvbm.observe.recent import Recent
 from kvbm.policy.lru import LRU
 from kvbm.testing.clock import ManualClock
 from tests.leader.roles import Stage, keys_of
+from tests.leader.ways import Offloaded
 
 Make = Callable[..., Stage]
 KEYS = keys_of("a", 4)
@@ -138,7 +139,7 @@ def test_the_last_events() -> None:
     listed = recent.listed()
     assert listed[0] == {"when": 7.0, "event": "Stored", "tier": "g2", "count": 2, "first_key": b"k".hex()}
     assert [(each["event"], each["count"]) for each in listed[1:]] == [
-        ("Removed", 0), ("Cleared", 3), ("Offloaded", 5), ("Gated", 2), ("Admitted", 100),
+        ("Removed", 0), ("Cleared", 3), ("Copied", 5), ("Gated", 2), ("Admitted", 100),
     ]  # fmt: skip
     for _ in range(2000):
         recent.on_event(Gated(1))

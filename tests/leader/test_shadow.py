@@ -15,7 +15,9 @@ from kvbm.leader.reports import Reports
 from kvbm.leader.requests import RequestParams
 from kvbm.leader.shadow import Shadow
 from kvbm.leader.variants import Variant
-from kvbm.link.messages import Adapter, Compare, Read, Result, unpack
+from kvbm.link.messages import Adapter, Compare, Result, unpack
+from kvbm.tiers.disk.orders import Read
+from kvbm.tiers.host import Landing
 from tests.leader.roles import BLOCK_TOKENS, Stage, keys_of
 
 Make = Callable[..., Stage]
@@ -320,7 +322,7 @@ def careful(make_stage: Make) -> Stage:
     stage = make_stage(64, prove_first=True)
     stage.keep("first", KEYS)
     theirs = stage.pool.scan(THEIRS)[0]
-    shadow_of(stage).note(theirs.slots, "g3")
+    shadow_of(stage).landed(theirs, Landing("g3"))
     theirs.drop()
     return stage
 
@@ -347,7 +349,7 @@ def test_what_others_stored_is_used_once_it_agreed(careful: Stage) -> None:
     careful.leader.reset()
     careful.keep("again", KEYS)
     theirs = careful.pool.scan(THEIRS)[0]
-    shadow_of(careful).note(theirs.slots, "peer")
+    shadow_of(careful).landed(theirs, Landing("peers"))
     theirs.drop()
     assert _asks(careful, "e") == 2, "a reset begins anew"
     _ends(careful, "e")

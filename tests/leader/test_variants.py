@@ -349,7 +349,7 @@ def test_an_answer_after_the_request_ended_starts_nothing(stage: Stage) -> None:
 
 
 def test_what_is_on_disk_comes_up_once_it_is_known_which_adapter(stage: Stage) -> None:
-    from kvbm.link.messages import Read
+    from kvbm.tiers.disk.orders import Read
 
     stage.add_disk()
     compute(stage, "a")

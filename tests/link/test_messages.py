@@ -9,6 +9,7 @@ from kvbm.link.messages import (
     Allot,
     Bye,
     Copy,
+    FromTier,
     GiveUp,
     Hello,
     Message,
@@ -19,25 +20,27 @@ from kvbm.link.messages import (
     Result,
     Sick,
     Step,
+    ToTier,
     Touched,
     decode_message,
     decode_step,
     encode,
 )
-from kvbm.stores.disk.meta import Place
 
 
 @pytest.mark.parametrize(
     "message",
     [
         Hello(1, 2, "f" * 64, 4096, {"kv.backend": "k"}, 1 << 60),
-        Allot(1 << 30, shared=True, stride=4096),
+        Allot(1 << 30, shared=True, stride=4096, sums="told", hurry=True),
         Ready(0, 1 << 30),
         Touched(1, 1 << 29),
         Touched(1, 7, "no memory"),
         GiveUp([7, 9]),
-        Open(Place("/a", "f", 2, 4096, 7, 1)),
-        Opened(1, "read-only"),
+        Open("g3", b"there"),
+        Opened(1, "g3", "read-only"),
+        ToTier("g3", b"write"),
+        FromTier("peers", b"mine"),
         Refused(1, "no memory"),
         Result(7, 1, b"\0\3", 1 << 40, 0.25, "injected"),
         Result(7, 1, b"", 0, 0.0),

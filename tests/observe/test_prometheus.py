@@ -14,10 +14,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvbm.blocks import Pool
 from kvbm.control import http
-from kvbm.core.events import Admitted, Demoted, Gated, Offloaded, Onboarded, Promoted
+from kvbm.core.events import Gated
 from kvbm.observe import prometheus
 from kvbm.observe.totals import Totals
 from kvbm.policy.lru import LRU
+from tests.leader.ways import Admitted, Demoted, Offloaded, Onboarded, Promoted
 from tests.ports import free_port
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from kvbm.core.events import Admitted, Cleared, Offloaded, Onboarded, Unread
+from kvbm.core.events import Admitted, Cleared, Unread
 from kvbm.observe.totals import BYTES, SECONDS, Histogram, Totals
+from tests.leader.ways import Offloaded, Onboarded
 
 
 def test_copies_are_counted_by_direction() -> None:

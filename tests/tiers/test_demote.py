@@ -8,11 +8,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from kvbm.core.events import Demoted
-from kvbm.link.messages import Write, unpack
+from kvbm.link.messages import unpack
 from kvbm.testing.clock import ManualClock
 from kvbm.tiers.demote import Budget
+from kvbm.tiers.disk.orders import Write
 from tests.leader.roles import BLOCK_BYTES, DONE, FAILED, Stage, keys_of
+from tests.leader.ways import Demoted
 
 Make = Callable[..., Stage]
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvbm.core.outcome import Outcome
-from kvbm.link.messages import Cancel, Copy, Forget, Generation, Probe, Probed, Read, Result, Write, unpack
+from kvbm.link.messages import Cancel, Copy, Result, unpack
+from kvbm.tiers.disk.orders import Forget, Generation, Probe, Probed, Read, Write
 from tests.leader.roles import DONE, FAILED, Stage, keys_of
 
 CORRUPT, MISSING = Outcome.CORRUPT, Outcome.MISSING

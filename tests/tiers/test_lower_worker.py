@@ -6,6 +6,7 @@ import ctypes
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,27 +14,8 @@ import pytest
 from kvbm.blocks import Pool
 from kvbm.core.config import Settings
 from kvbm.core.outcome import Outcome
-from kvbm.core.region import Region
 from kvbm.link.channel import Link, listen
-from kvbm.link.messages import (
-    Allot,
-    Cancel,
-    Copy,
-    Forget,
-    Generation,
-    Hello,
-    Message,
-    Open,
-    Opened,
-    Probe,
-    Probed,
-    Read,
-    Ready,
-    Result,
-    Step,
-    Write,
-    pack,
-)
+from kvbm.link.messages import Allot, Cancel, Copy, Hello, Opened, Ready, Result, Step, pack
 from kvbm.policy.lru import LRU
 from kvbm.stores.disk.disk import Disk
 from kvbm.stores.disk.folder import Folder, NamespaceFolder
@@ -41,11 +23,15 @@ from kvbm.stores.disk.meta import Place, bytes_of
 from kvbm.stores.disk.shard import Shard
 from kvbm.testing.transport import HostMemory
 from kvbm.tiers.disk.adopt import adopt
+from kvbm.tiers.disk.orders import Forget, Generation, Probe, Probed, Read, Write, to_open
+from kvbm.tiers.disk.rank import DiskRank
+from kvbm.tiers.tier import RankSide
 from kvbm.transfer.executor import Executor
 from kvbm.transfer.file import FileTransport
 from kvbm.transfer.memcpy import MemcpyTransport
 from kvbm.worker.worker import Worker
 from tests.leader.roles import keys_of
+from tests.link.orders import off_channel, on_channel
 
 ROWS = (4096, 4096, 640)
 BLOCK = sum(ROWS)
@@ -74,24 +60,33 @@ class Rank:
                 fingerprint="f",
                 address=path,
                 make_executor=lambda: Executor([MemcpyTransport(1), FileTransport(2, 8, "threads")]),
-                open_disk=self.open_disk,
+                tiers={"g3": lambda side: DiskRank(side, self.open_disk, Settings().g3_deadline_s)},
             )
             sock.settimeout(PATIENCE)
             self.link = Link(sock.accept()[0])
         assert isinstance(self.hear(), Hello)
-        self.link.send(Allot(G2, stride=place.slot_bytes))
+        self.link.send(Allot(G2, stride=place.slot_bytes, sums="made"))
         assert self.hear() == Ready(rank, G2)
-        self.link.send(Open(place))
-        assert self.hear() == Opened(rank)
+        self.link.send(to_open(place))
+        assert self.hear() == Opened(rank, "g3")
 
-    def open_disk(self, place: Place, rank: int, memory: Region, executor: Executor) -> Disk:
-        shard = Shard(place, rank, sync="never", direct=False)
-        return Disk(shard, memory, executor.submit, executor.cancel)
+    def open_disk(self, place: Place, side: RankSide) -> Disk:
+        shard = Shard(place, side.rank, sync="never", direct=False)
+        return Disk(shard, side.memory("G2 for the disk"), side.executor.submit, side.executor.cancel)
 
-    def hear(self) -> Message:
+    @property
+    def disk(self) -> DiskRank:
+        disk = self.worker._tiers["g3"]
+        assert isinstance(disk, DiskRank)
+        return disk
+
+    def send(self, message: Any) -> None:
+        self.link.send(on_channel(message))
+
+    def hear(self) -> Any:
         message = self.link.wait(PATIENCE)
         assert message is not None
-        return message
+        return off_channel(message)
 
     def result(self) -> Result:
         message = self.hear()
@@ -117,7 +112,7 @@ class Rank:
         self, g2: list[int], g3: list[int], keys: list[bytes], *, sequence: int = 0, generation: int = 0
     ) -> Result:
         parents = [None, *keys[:-1]]
-        self.link.send(
+        self.send(
             Write(
                 self.job(), pack(g2), pack(g3), keys, parents, np.zeros(len(keys), np.int32).tobytes(),
                 np.full(len(keys), np.inf).tobytes(), sequence, generation,
@@ -126,11 +121,11 @@ class Rank:
         return self.result()
 
     def read(self, g3: list[int], g2: list[int], keys: list[bytes]) -> Result:
-        self.link.send(Read(self.job(), pack(g3), pack(g2), keys))
+        self.send(Read(self.job(), pack(g3), pack(g2), keys))
         return self.result()
 
     def probe(self, *, reopen: bool = False) -> str | None:
-        self.link.send(Probe(reopen, 7))
+        self.send(Probe(reopen, 7))
         answer = self.hear()
         assert isinstance(answer, Probed)
         assert (answer.rank, answer.number) == (self.rank, 7)
@@ -235,8 +230,7 @@ def test_a_file_that_changed_is_noticed(make_node: Make) -> None:
     rank.write([0, 1, 2], [0, 1, 2], keys)
     rank.spoil_file(1)
     assert rank.read([0, 1, 2], [3, 4, 5], keys).outcomes == DONE + CORRUPT + DONE
-    assert rank.worker._disk is not None
-    assert rank.worker._disk.disk.shard.bad_slots() == [1]
+    assert rank.disk.disk.shard.bad_slots() == [1]
 
 
 def test_what_is_forgotten_is_gone_and_what_was_written_since_stays(make_node: Make) -> None:
@@ -245,7 +239,7 @@ def test_what_is_forgotten_is_gone_and_what_was_written_since_stays(make_node: M
     keys = keys_of("a", 3)
     rank.offload([0, 1, 2], [0, 1, 2])
     rank.write([0, 1], [0, 1], keys[:2])
-    rank.link.send(Forget(pack([0, 1]), [keys[0], keys[2]]))
+    rank.send(Forget(pack([0, 1]), [keys[0], keys[2]]))
     assert rank.probe() is None  # behind it
     assert rank.read([0, 1], [3, 4], keys[:2]).outcomes == MISSING + DONE
     assert node.folder.recover().key_list() == [keys[1]]
@@ -256,9 +250,8 @@ def test_a_block_written_again_into_its_slot_is_not_forgotten(make_node: Make) -
     keys = keys_of("a", 1)
     rank.offload([0], [0])
     rank.write([0], [0], keys)
-    assert rank.worker._disk is not None
-    rank.worker._disk.chores.submit(time.sleep, 0.2)
-    rank.link.send(Forget(pack([0]), keys))
+    rank.disk.chores.submit(time.sleep, 0.2)
+    rank.send(Forget(pack([0]), keys))
     assert rank.write([0], [0], keys).outcomes == DONE
     assert rank.probe() is None
     assert rank.read([0], [1], keys).outcomes == DONE
@@ -270,9 +263,8 @@ def test_a_new_generation(make_node: Make) -> None:
     keys = keys_of("a", 2)
     rank.offload([0, 1], [0, 1])
     rank.write([0, 1], [0, 1], keys)
-    assert rank.worker._disk is not None
-    rank.worker._disk.chores.submit(time.sleep, 0.2)
-    rank.link.send(Generation(node.folder.clear()))
+    rank.disk.chores.submit(time.sleep, 0.2)
+    rank.send(Generation(node.folder.clear()))
     # A write of the new generation does not overtake its beginning.
     assert rank.write([1], [1], keys[1:], generation=1).outcomes == DONE
     assert rank.read([0, 1], [3, 4], keys).outcomes == MISSING + DONE
@@ -285,7 +277,7 @@ def test_a_new_generation(make_node: Make) -> None:
 
 def test_cancelling_what_is_over_or_unknown(make_node: Make) -> None:
     (rank,) = make_node().ranks
-    rank.link.send(Cancel([1, 2, 77]))
+    rank.send(Cancel([1, 2, 77]))
     assert rank.probe() is None
 
 
@@ -310,11 +302,10 @@ def test_files_that_were_deleted(make_node: Make) -> None:
 def test_a_disk_that_is_closed_answers(make_node: Make) -> None:
     (rank,) = make_node().ranks
     rank.offload([0], [0])
-    assert rank.worker._disk is not None
-    rank.worker._disk.close(1.0)
+    rank.disk.close(1.0)
     assert rank.write([0], [0], keys_of("a", 1)).error == "this disk is closed"
     assert rank.read([0], [0], keys_of("a", 1)).outcomes == FAILED
-    rank.link.send(Generation(3))
+    rank.send(Generation(3))
 
 
 def test_a_restart_serves_what_all_ranks_have(make_node: Make) -> None:

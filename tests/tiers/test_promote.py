@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import pytest
 
-from kvbm.core.events import Admitted, Gated, Promoted
+from kvbm.core.events import Gated
 from kvbm.core.outcome import Outcome
-from kvbm.link.messages import Cancel, Forget, Probe, Probed, Read, unpack
+from kvbm.link.messages import Cancel, unpack
+from kvbm.tiers.disk.orders import Forget, Probe, Probed, Read
 from tests.leader.roles import BLOCK_BYTES, BLOCK_TOKENS, DONE, FAILED, Stage, keys_of
+from tests.leader.ways import Admitted, Promoted
 
 Make = Callable[..., Stage]
 LAST = b"last".ljust(32)

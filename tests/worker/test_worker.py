@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +16,18 @@ from kvbm.abc.transport import Completion, Plan, Quiet
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken
 from kvbm.core.outcome import Outcome
-from kvbm.core.region import Region
 from kvbm.link.channel import Link, listen
-from kvbm.link.messages import (
-    Allot,
-    Bye,
-    Copy,
-    GiveUp,
-    Hello,
-    Message,
-    Mine,
-    Ready,
-    Refused,
-    Result,
-    Sick,
-    Step,
-    Touched,
-)
+from kvbm.link.messages import Allot, Bye, Copy, GiveUp, Hello, Message, Ready, Refused, Result, Sick, Step, Touched
 from kvbm.stores import memory
 from kvbm.testing.faults import FaultTransport
 from kvbm.testing.transport import HostMemory
-from kvbm.tiers.peers.rank import PeerMemory
+from kvbm.tiers.peers.orders import Mine
+from kvbm.tiers.peers.rank import PeerMemory, PeerRank
+from kvbm.tiers.tier import RankSide
 from kvbm.transfer.executor import Executor
 from kvbm.transfer.memcpy import MemcpyTransport
-from kvbm.worker.worker import Collected, OpenPeers, Worker
+from kvbm.worker.worker import Collected, MakeTier, Worker
+from tests.link.orders import off_channel
 
 ROWS = (4096, 4096, 640)
 SLOTS = 8
@@ -51,7 +39,7 @@ class Rank:
     """A worker over numpy memory, and its leader's end of the channel."""
 
     def __init__(
-        self, run_dir: Path, faults: dict[str, float], open_peers: OpenPeers | None = None, **settings: float
+        self, run_dir: Path, faults: dict[str, float], tiers: Mapping[str, MakeTier] | None = None, **settings: float
     ) -> None:
         self.g1 = HostMemory(ROWS, SLOTS, name="g1")
         random = np.random.default_rng(1)
@@ -68,7 +56,7 @@ class Rank:
                 fingerprint="f",
                 address=path,
                 make_executor=lambda: Executor([FaultTransport(MemcpyTransport(2), **faults)]),
-                open_peers=open_peers,
+                tiers=tiers,
             )
             sock.settimeout(PATIENCE)
             self.link = Link(sock.accept()[0])
@@ -197,15 +185,15 @@ def test_others_read_it_once_all_is_touched(
     left, opened = iter([1 << 40]), list[int]()
     monkeypatch.setattr(memory, "available_memory", lambda: next(left, available))
 
-    def open_peers(rank: int, region: Region, tell: Callable[[Mine], None]) -> PeerMemory:
-        opened.append(region.num_slots)
+    def open_memory(side: RankSide) -> PeerMemory:
+        opened.append(side.memory("G2 for peers").num_slots)
         raise Broken("no NIXL")
 
-    rank = make_rank(allot=0, open_peers=open_peers)
+    rank = make_rank(allot=0, tiers={"peers": lambda side: PeerRank(side, open_memory)})
     rank.link.send(Allot(SLOTS))
-    heard = [rank.hear()]
+    heard = [off_channel(rank.hear())]
     while not isinstance(heard[-1], Mine):
-        heard.append(rank.hear())
+        heard.append(off_channel(rank.hear()))
     assert heard[0] == Ready(3, 3)
     assert isinstance(heard[-2], Touched)
     assert (heard[-2].slots, heard[-1], opened) == (slots, Mine(3, problem="no NIXL"), [slots])
@@ -338,8 +326,8 @@ class Stubborn(MemcpyTransport):
 
 
 def _instead(rank: Rank, transport: Stubborn) -> Stubborn:
-    rank.worker._executor._transports[0].close()
-    rank.worker._executor._transports = (transport,)
+    rank.worker.executor._transports[0].close()
+    rank.worker.executor._transports = (transport,)
     return transport
 
 
@@ -475,7 +463,7 @@ def test_copies_that_were_given_up_never_begin(make_rank: Make, monkeypatch: pyt
     results = [rank.result(), rank.result()]
     assert {result.job for result in results} == {1, 2}
     assert {result.outcomes for result in results} == {b""}, "which counts as failed"
-    monkeypatch.setattr(rank.worker._executor, "submit", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(rank.worker.executor, "submit", lambda *_: pytest.fail("it began"))
     assert rank.step(step) == ({1} if sync else set())
     if not sync:
         assert rank.collect() == Collected(loaded={"b"}, failed={"b"})
@@ -486,13 +474,13 @@ def test_copies_that_were_given_up_never_begin(make_rank: Make, monkeypatch: pyt
 
 def test_a_copy_that_is_given_up_while_it_is_submitted(make_rank: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     rank = make_rank({"store_delay": FOREVER})
-    submit = rank.worker._executor.submit
+    submit = rank.worker.executor.submit
 
     def late(job: int, *args: Any) -> None:
         rank.worker._give_up([job])
         submit(job, *args)
 
-    monkeypatch.setattr(rank.worker._executor, "submit", late)
+    monkeypatch.setattr(rank.worker.executor, "submit", late)
     rank.step(Step(stores=[Copy.of(1, "a", [0], [0])]))
     assert rank.result().error == "it was given up at a reset"
 
@@ -531,7 +519,7 @@ def test_a_busy_step_does_not_wait(make_rank: Make) -> None:
     before = time.monotonic()
     assert rank.worker.collect(idle=False) == Collected()
     assert time.monotonic() - before < 1.0
-    rank.worker._executor.cancel([1])
+    rank.worker.executor.cancel([1])
 
 
 # ---------------------------------------------------------------------- loads inside a step
@@ -579,9 +567,9 @@ def test_a_late_synchronous_load_is_cancelled_and_bad(make_rank: Make) -> None:
 def test_a_load_whose_end_cannot_be_seen_is_bad(make_rank: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     rank = make_rank({"load_delay": FOREVER}, load_deadline_s=0.01)
     with monkeypatch.context() as patch:
-        patch.setattr(rank.worker._executor, "cancel", lambda jobs: False)
+        patch.setattr(rank.worker.executor, "cancel", lambda jobs: False)
         assert rank.step(Step(loads=[Copy.of(1, "a", [4], [0])], sync=True)) == {4}
-    rank.worker._executor.cancel([1])
+    rank.worker.executor.cancel([1])
 
 
 # ---------------------------------------------------------------------- what breaks
@@ -603,7 +591,7 @@ def test_a_dead_transport_is_told_once(make_rank: Make) -> None:
 
 def test_closing_ends_what_is_in_flight(make_rank: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     rank = make_rank({"store_delay": FOREVER})
-    monkeypatch.setattr(rank.worker._executor, "close", lambda _, close=rank.worker._executor.close: close(0.0))
+    monkeypatch.setattr(rank.worker.executor, "close", lambda _, close=rank.worker.executor.close: close(0.0))
     rank.step(Step(stores=[Copy.of(1, "a", [0], [0])]))
     rank.worker.close()
     assert rank.result().error == "the transport was closed"

@@ -15,7 +15,6 @@ from kvbm.blocks import Pool
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.core.keys import Namespace
-from kvbm.core.region import Region
 from kvbm.leader.leader import Leader
 from kvbm.link.channel import Link
 from kvbm.policy import admission, eviction_order, placement
@@ -29,11 +28,12 @@ from kvbm.stores.disk.recovery import Recovered
 from kvbm.stores.disk.shard import Shard
 from kvbm.tiers.demote import Budget, Demotion
 from kvbm.tiers.disk.adopt import adopt
+from kvbm.tiers.disk.rank import DiskRank
 from kvbm.tiers.disk.tier import DiskSource, DiskTier
 from kvbm.tiers.namesakes import NAME, Namesake, facts_of, told, unnamed
 from kvbm.tiers.promote import Promotion
 from kvbm.tiers.stack import DiskSide
-from kvbm.transfer.executor import Executor
+from kvbm.tiers.tier import RankSide
 from kvbm.transfer.file import FileTransport
 
 log = logging.getLogger(__name__)
@@ -90,9 +90,14 @@ def transport(settings: Settings) -> FileTransport:
     return FileTransport(_THREADS, 1, "threads")
 
 
-def open_shard(settings: Settings, place: Place, rank: int, memory: Region, executor: Executor) -> Disk:
-    """One rank's files. Raises Broken."""
-    shard = Shard(place, rank, sync=settings.g3_sync, direct=settings.g3_direct)
+def on_rank(settings: Settings, side: RankSide) -> DiskRank:
+    """One rank's part."""
+    return DiskRank(side, partial(_open_shard, settings), settings.g3_deadline_s)
+
+
+def _open_shard(settings: Settings, place: Place, side: RankSide) -> Disk:
+    shard = Shard(place, side.rank, sync=settings.g3_sync, direct=settings.g3_direct)
+    memory, executor = side.memory("G2 for the disk"), side.executor
     return Disk(shard, memory, executor.submit, executor.cancel, cipher=_cipher(settings))
 
 
@@ -139,9 +144,8 @@ def promotion(settings: Settings, leader: Leader, disk: DiskSide | None, block_b
     """What brings blocks up to host memory. `block_bytes` are those of a block over all ranks."""
     batch = max(1, _MOVE_BYTES // block_bytes)
     in_flight = max(1, settings.g3_inflight_mb * 1_000_000 // block_bytes)
-    exclusive = isinstance(placement(settings.placement).promote("g3", _TIERS), Drop)
     return Promotion(
-        None if disk is None else DiskSource(disk.tier, exclusive=exclusive), leader.pool,
+        None if disk is None else DiskSource(disk.tier), leader.host,
         most=partial(held, settings, leader.pool),
         in_flight=in_flight, batch=batch, unmeasured=min(batch, in_flight) // _UNMEASURED,
         emit=leader.emit, clock=time.monotonic,
@@ -177,7 +181,7 @@ def disk_side(
         most=lambda: min(in_flight, leader.pool.total // 4),  # what is being written is held
         batch=batch, emit=leader.emit,
     )  # fmt: skip
-    return DiskSide(tier, demotion)
+    return DiskSide(tier, demotion, exclusive=isinstance(below.promote("g3", _TIERS), Drop))
 
 
 def _budget(settings: Settings) -> Budget:

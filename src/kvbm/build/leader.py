@@ -18,7 +18,7 @@ from kvbm.build.place import Place, channel_path
 from kvbm.build.stack import Below, Choose, Look
 from kvbm.control import http
 from kvbm.control.socket import About, Control
-from kvbm.core.config import Resolved
+from kvbm.core.config import Resolved, Settings
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.core.folders import check_folder
 from kvbm.core.keys import Namespace
@@ -26,6 +26,7 @@ from kvbm.leader.groups import HybridLeader
 from kvbm.leader.growing import Growing
 from kvbm.leader.leader import Leader
 from kvbm.leader.reports import Reports
+from kvbm.link.messages import Allot
 from kvbm.observe.totals import Totals
 from kvbm.policy import eviction_order
 from kvbm.stores.disk.format import padded
@@ -119,9 +120,8 @@ def build_leader(
                 "KVBM: G2 holds %d blocks of %d tokens, %.2f GB over %d rank(s): %s",
                 slots, block_tokens, slots * block_bytes / 1e9, parts, why,
             )  # fmt: skip
-            # Direct I/O wants whole pages.
             begun = time.monotonic()
-            usable = allot(settings, place, links, slots, padded(slot_bytes) if wants_disk else 0)
+            usable = allot(settings, place, links, _arena(settings, slots, slot_bytes))
         totals = Totals()
         order = eviction_order(settings.g2_order, slots)
         pool = Pool(slots, order=order, tier="g2", most_doubted=settings.answers_share)
@@ -159,3 +159,11 @@ def build_leader(
         port = settings.metrics_port + place.dp_rank
         stop = http.serve(settings.metrics_host, port, control.sources(), control.health)
     return LeaderSide(leader, totals, control, stop, below)
+
+
+def _arena(settings: Settings, slots: int, slot_bytes: int) -> Allot:
+    """What tiers want of it. Direct I/O wants whole pages; other instances read memory that is there."""
+    disk, peers = build_disk.wanted(settings), build_peers.wanted(settings)
+    return Allot(
+        slots, stride=padded(slot_bytes) if disk else 0, sums="told" if peers else "made" if disk else "", hurry=peers
+    )

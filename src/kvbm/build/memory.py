@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
+import msgspec
+
 from kvbm.build import disk as build_disk
 from kvbm.build.place import Place, channel_path
 from kvbm.core.config import Resolved, Settings
@@ -138,20 +140,20 @@ def too_large(name: str, asked: str, free: int, resolved: Resolved) -> ConfigErr
     )  # fmt: skip
 
 
-def allot(settings: Settings, place: Place, links: dict[int, Link], slots: int, stride: int) -> dict[int, int]:
+def allot(settings: Settings, place: Place, links: dict[int, Link], arena: Allot) -> dict[int, int]:
     """Has every rank that stores make its arena, then the others map that. Returns how many slots each of the
     former can use at once."""
     deadline = time.monotonic() + settings.init_timeout_s
     for rank in place.storing:
-        links[rank].send(Allot(slots, shared=place.replicated, stride=stride))
+        links[rank].send(msgspec.structs.replace(arena, shared=place.replicated))
     usable = {rank: _ready(rank, links[rank], deadline) for rank in place.storing}
     if others := [rank for rank in links if rank not in place.storing]:
-        arena = links[0].take_file()
+        file = links[0].take_file()
         try:
             for rank in others:
-                links[rank].send(Allot(slots, stride=stride), arena)
+                links[rank].send(Allot(arena.num_slots, stride=arena.stride), file)
         finally:
-            os.close(arena)
+            os.close(file)
         for rank in others:
             _ready(rank, links[rank], deadline)
     return usable

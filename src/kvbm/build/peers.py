@@ -18,21 +18,20 @@ from kvbm.build import disk as build_disk
 from kvbm.core.config import Settings, set_for_library
 from kvbm.core.errors import ConfigError
 from kvbm.core.keys import Namespace
-from kvbm.core.region import Region
 from kvbm.leader.leader import Leader
 from kvbm.link.channel import Link
-from kvbm.link.messages import Mine
 from kvbm.tiers.namesakes import facts_of
 from kvbm.tiers.peers.client import Us
 from kvbm.tiers.peers.directory import Directory
 from kvbm.tiers.peers.network import Address, Network
 from kvbm.tiers.peers.published import Published
-from kvbm.tiers.peers.rank import PeerMemory
+from kvbm.tiers.peers.rank import PeerMemory, PeerRank
 from kvbm.tiers.peers.serving import Serving
 from kvbm.tiers.peers.sums import Sums
 from kvbm.tiers.peers.tier import Peers
 from kvbm.tiers.promote import Promotion
 from kvbm.tiers.stack import DiskSide
+from kvbm.tiers.tier import RankSide
 from kvbm.transfer.executor import Executor
 from kvbm.transfer.nixl.agent import installed
 from kvbm.transfer.nixl.transport import NixlTransport
@@ -85,15 +84,18 @@ def _secret(settings: Settings) -> bytes:
     return secret
 
 
-def open_memory(
-    settings: Settings, wrapped: Callable[[Transport], Transport], rank: int, memory: Region,
-    tell: Callable[[Mine], None],
-) -> PeerMemory:  # fmt: skip
-    """One rank's part. Raises Broken: NIXL is not there."""
+def on_rank(settings: Settings, wrapped: Callable[[Transport], Transport], side: RankSide) -> PeerRank:
+    """One rank's part."""
+    return PeerRank(side, partial(_open_memory, settings, wrapped))
+
+
+def _open_memory(settings: Settings, wrapped: Callable[[Transport], Transport], side: RankSide) -> PeerMemory:
+    """Raises Broken: NIXL is not there."""
     if _loopback(settings.peer_host):
         set_for_library("UCX_NET_DEVICES", "lo")  # or its port would be open to the world
     transport = NixlTransport("UCX")
-    return PeerMemory(transport, Executor([wrapped(transport)]), memory, rank, tell, settings.peer_deadline_s)
+    memory = side.memory("G2 for peers", side.slot_bytes)
+    return PeerMemory(transport, Executor([wrapped(transport)]), memory, side, settings.peer_deadline_s)
 
 
 def _loopback(host: str) -> bool:
@@ -138,7 +140,6 @@ def peers(
         lease_s=settings.directory_lease_s, deadline_s=settings.peer_deadline_s, facts=facts_of(namespace),
     )  # fmt: skip
     network.wait(_START_S)
-    promotion.sums = sums
     log.info("KVBM: shares blocks with other instances as %s", name)
     return Peers(
         network, serving, published, promotion, leader.pool, leader.gate, links,

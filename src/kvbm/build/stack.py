@@ -21,10 +21,10 @@ from kvbm.core.folders import NO_HOME
 from kvbm.core.keys import Namespace
 from kvbm.leader.earlier import Earlier
 from kvbm.leader.leader import Leader
-from kvbm.link.messages import Open
 from kvbm.stores.content import Chosen, Contents
 from kvbm.stores.disk.folder import Folder
 from kvbm.stores.stamps import recorded
+from kvbm.tiers.disk.orders import to_open
 from kvbm.tiers.stack import Lower
 
 if TYPE_CHECKING:
@@ -167,7 +167,6 @@ class Below:
         block_bytes = self._slot_bytes * len(links)
         disk = build_disk.disk_side(settings, leader, links, found, block_bytes) if found is not None else None
         promotion = build_disk.promotion(settings, leader, disk, block_bytes)
-        promotion.shadow = leader.shadow
         lower = Lower(promotion, self._block_tokens, disk)
         if build_peers.wanted(settings):
             name = peer_name(settings, self._place)
@@ -218,7 +217,7 @@ class Below:
         leader, ranks = self._leader, self._place.storing
         leader.opened.clear()
         for rank in ranks:
-            leader.links[rank].send(Open(found.folder.place))
+            leader.links[rank].send(to_open(found.folder.place))
         deadline = time.monotonic() + self._settings.init_timeout_s
         while len(leader.opened) < len(ranks):
             leader.tick()

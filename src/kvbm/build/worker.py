@@ -19,7 +19,7 @@ from kvbm.core.region import Region
 from kvbm.transfer.executor import Executor
 from kvbm.transfer.memcpy import MemcpyTransport
 from kvbm.worker.residents import Holder
-from kvbm.worker.worker import Worker
+from kvbm.worker.worker import MakeTier, Worker
 
 
 def build_worker(
@@ -48,6 +48,11 @@ def build_worker(
             transports.append(build_disk.transport(settings))
         return Executor([wrapped(transport) for transport in transports])
 
+    tiers: dict[str, MakeTier] = {}
+    if build_disk.wanted(settings):
+        tiers["g3"] = partial(build_disk.on_rank, settings)
+    if build_peers.wanted(settings):
+        tiers["peers"] = partial(build_peers.on_rank, settings, wrapped)
     return Worker(
         settings,
         g1,
@@ -58,10 +63,7 @@ def build_worker(
         began=began,
         address=channel_path(settings, place.engine),
         make_executor=make_executor,
-        open_disk=partial(build_disk.open_shard, settings) if stores else None,
-        open_peers=(
-            partial(build_peers.open_memory, settings, wrapped) if build_peers.wanted(settings) and stores else None
-        ),
+        tiers=tiers if stores else None,
         stores=stores,
         adapters=adapters,
     )

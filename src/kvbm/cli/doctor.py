@@ -19,6 +19,8 @@ from rich.text import Text
 
 from kvbm import __version__
 from kvbm.build import leader as build
+from kvbm.build import memory
+from kvbm.build.place import Place
 from kvbm.cli import preflight, serve
 from kvbm.cli.control import ask_all
 from kvbm.cli.engines import Json
@@ -130,7 +132,7 @@ def _installation(resolved: config.Resolved) -> Iterator[Finding]:
         )
         return
     try:
-        megabytes, why = build.size(resolved, build.Place("doctor", 1), 1_000_000)
+        megabytes, why = memory.size(resolved, Place("doctor", 1), 1_000_000)
         yield Finding("host memory (G2)", True, f"an engine would take {size(megabytes * 1e6)}: {why}")
     except KvbmError as error:
         yield Finding("host memory (G2)", False, str(error))

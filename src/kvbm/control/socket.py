@@ -23,6 +23,7 @@ from kvbm.core.errors import Broken, ConfigError
 from kvbm.leader.leader import Leader
 from kvbm.leader.pace import SECONDS
 from kvbm.link.channel import Link, listen, readable, socket_path
+from kvbm.observe.names import SHOWN, json_key
 from kvbm.observe.prometheus import Sources
 from kvbm.observe.totals import Copies, Totals
 
@@ -177,8 +178,7 @@ class Control:
                 "prompt": totals.prompt_tokens,
                 "device": totals.device_tokens,
                 "g2": totals.g2_tokens,
-                "g3": totals.g3_tokens,
-                "peer": totals.peer_tokens,
+                **{json_key(tier): totals.sources[tier] for tier in SHOWN},
                 "pulled": totals.pulled_tokens,
             },
             "unread_requests": totals.unread,
@@ -247,7 +247,11 @@ class Control:
             if lower is None or (peers := lower.peers) is None:
                 return {}
             known, counts, reading = peers.known(), peers.counts(), peers.in_flight()
-        return {"fetch": {**_copies(self._totals.fetch), "in_flight": reading}, "peers": known, "sharing": counts}
+        return {
+            "fetch": {**_copies(self._totals.fetch), "in_flight": reading},
+            "peers": known,
+            "sharing": counts,
+        }
 
     def _shared_namesakes(self) -> tuple[str, ...]:
         lower = self._leader.lower
@@ -270,7 +274,8 @@ class Control:
             "prompt_tokens": record.prompt_tokens,
             "block_tokens": tokens,
             "device_tokens": record.device_blocks * tokens,
-            "matched": {"g2": record.matched, "g3": record.staged.get("g3", 0), "peer": record.staged.get("peer", 0)},
+            "matched": {"g2": record.matched}
+            | {json_key(tier): record.staged.get(json_key(tier), 0) for tier in SHOWN},
             "loaded_blocks": record.loaded,
             "load": record.load,
             "load_ms": record.load_ms,

@@ -45,33 +45,18 @@ class Moved(msgspec.Struct, frozen=True):
 
 
 class Copied(msgspec.Struct, frozen=True):
-    """A copy ended on every rank; bytes of all ranks, seconds of the slowest."""
+    """A copy ended on every rank; bytes of all ranks, seconds of the slowest.
 
+    `source` and `target` are places: the engine's memory is "g1", host memory "g2", a tier has its name.
+    """
+
+    source: str
+    target: str
     blocks: int
     """Those that were copied."""
     failed: int
     nbytes: int
     seconds: float
-
-
-class Offloaded(Copied, frozen=True):
-    """From the engine to host memory."""
-
-
-class Onboarded(Copied, frozen=True):
-    """From host memory to the engine."""
-
-
-class Demoted(Copied, frozen=True):
-    """From host memory to disk."""
-
-
-class Promoted(Copied, frozen=True):
-    """From disk to host memory."""
-
-
-class Fetched(Copied, frozen=True):
-    """From another instance's host memory to ours."""
 
 
 class Gated(msgspec.Struct, frozen=True):
@@ -86,16 +71,15 @@ class Admitted(msgspec.Struct, frozen=True):
     """A request that may read got its blocks: so many tokens of its prompt, held by the engine itself, promised from
     host memory.
 
-    `g3_tokens` of the latter had been read from disk for it, `peer_tokens` had come from other instances. Another
-    instance computed `pulled_tokens` for this very request: nobody was spared them, so they are none of the others.
+    `sources` says how many of the latter had been brought up for it, by tier. Another instance computed `pulled_tokens`
+    for this very request: nobody was spared them, so they are none of the others.
     """
 
     prompt_tokens: int
     device_tokens: int
     g2_tokens: int
-    g3_tokens: int = 0
-    peer_tokens: int = 0
     pulled_tokens: int = 0
+    sources: dict[str, int] = {}
 
 
 class Unread(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Container
 from typing import Final
 
 from kvbm.core.config import Settings
-from kvbm.core.events import Event, Gated, Onboarded
+from kvbm.core.events import Copied, Event, Gated
 from kvbm.leader.requests import Request
 from kvbm.tiers.gate import FORGET_S, Gate, Rate
 
@@ -49,7 +49,7 @@ class Detour:
     # ------------------------------------------------------------------ measuring
 
     def on_event(self, event: Event) -> None:
-        if isinstance(event, Onboarded) and event.blocks:
+        if isinstance(event, Copied) and event.target == "g1" and event.blocks:
             self._copied.add(event.blocks, event.seconds)
 
     def begins(self, request: str, blocks: int) -> None:

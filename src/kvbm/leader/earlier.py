@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
-from kvbm.blocks import Pool, Staged
-from kvbm.leader.copies import Job
+from kvbm.blocks import Pool
+from kvbm.core.region import Slots
+from kvbm.tiers.host import ENGINE, Landing
 from kvbm.tiers.peers.sums import Sums, heads
 from kvbm.tiers.stack import Lower
 
@@ -26,12 +28,11 @@ class Earlier:
         self._pool, self._next = pool, 0
         self._heads, self._places = np.zeros(slots, np.uint64), np.zeros(slots, np.int32)
 
-    def storing(self, job: Job) -> None:
+    def landing(self, slots: Slots, keys: Sequence[bytes], how: Landing) -> None:
         """Blocks were offloaded, and are about to be published."""
-        if isinstance(job.lease, Staged):
-            slots, keys = job.lease.slots, job.lease.keys
-            self._heads[slots], self._places[slots] = heads(keys), job.places
-            self.sums.note(slots, keys, job.sums)
+        assert how.places is not None, "the engine's blocks have places"
+        self._heads[slots], self._places[slots] = heads(keys), how.places
+        self.sums.note(slots, keys, how.sums)
 
     def tell(self, lower: Lower) -> bool:
         """Some of what host memory has now counts as stored now. Whether there is more. Nothing is held: what is held
@@ -41,6 +42,6 @@ class Earlier:
         keys = self._pool.keys(part.start, part.stop)
         places = np.array([where.get(head, -1) for head in heads(keys).tolist()], np.int64)
         order = [at for at in np.argsort(places, kind="stable").tolist() if places[at] >= 0]  # not what came from below
-        lower.stored([keys[at] for at in order], places[order])
+        lower.landed([keys[at] for at in order], Landing(ENGINE, places[order]))
         self._next = part.stop
         return self._next < len(self._heads)

@@ -20,7 +20,7 @@ from kvbm.abc.observer import Observer
 from kvbm.blocks import Pinned, Pool, Staged, Writable
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken
-from kvbm.core.events import Event, Offloaded, Onboarded
+from kvbm.core.events import Copied, Event
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Slots
 from kvbm.leader.copies import InFlight
@@ -34,9 +34,10 @@ from kvbm.leader.requests import Request
 from kvbm.leader.shadow import Shadow
 from kvbm.leader.variants import Variants
 from kvbm.link.channel import Link
-from kvbm.link.messages import Bye, Foreseen, Mine, Opened, Probed, Result, Sick, Touched, Unlike, Used
+from kvbm.link.messages import Bye, Foreseen, FromTier, Opened, Result, Sick, Touched, Unlike, Used
 from kvbm.observe.recent import Recent
 from kvbm.tiers.gate import Gate
+from kvbm.tiers.host import ENGINE, Host, Landing
 from kvbm.tiers.stack import DiskSide, Lower
 from kvbm.tiers.tier import Record
 
@@ -59,7 +60,8 @@ class Housekeeping:
         observers: Iterable[Observer],
         clock: Callable[[], float],
     ) -> None:
-        self.pool = pool
+        self.pool, self.host = pool, Host(pool)
+        self.host.listen(self)
         self.problems: list[str] = []
         self.paused = not settings.enabled
         self.requests: dict[str, Request] = {}
@@ -89,7 +91,7 @@ class Housekeeping:
         """Why none of those is used until the engine is started anew."""
         self.opened: dict[int, Opened] = {}
         """What ranks said about their files."""
-        self._early: list[Mine | Sick] = []
+        self._early: list[FromTier | Sick] = []
         """What ranks said about their memory or files before there was anybody who uses them."""
         self.lower: Lower | None = None
         """What is below host memory, if there is anything."""
@@ -141,9 +143,9 @@ class Housekeeping:
                         self._disbelieve(message)
                     case _ if self.off is not None:
                         pass
-                    case Result() | Probed() | Mine() if self.lower is not None and self.lower.take(message):
+                    case Result() | FromTier() if self.lower is not None and self.lower.take(message):
                         pass
-                    case Sick(tier="g3") if self.lower is not None:
+                    case Sick(tier=tier) if tier and self.lower is not None:
                         self.lower.take(message)
                     case Result():
                         self._answer(message)
@@ -151,7 +153,9 @@ class Housekeeping:
                         self.opened[message.rank] = message
                     case Touched() if self.growing is not None:
                         self.growing.take(message)
-                    case Mine() | Sick(tier="g3"):
+                    case FromTier():
+                        self._early.append(message)
+                    case Sick(tier=tier) if tier:
                         self._early.append(message)
                     case Used() | Foreseen() | Unlike():
                         self._variants.take(message, self.requests)
@@ -198,19 +202,11 @@ class Housekeeping:
             self.dropped += failed
             failed = 0
         if isinstance(job.lease, Staged):
-            if self.lower is not None:
-                self.lower.storing(job)
-            if self.earlier is not None:
-                self.earlier.storing(job)
-            with job.lease.register(job.done) as stored:
-                if self.shadow is not None:
-                    self.shadow.note(stored.slots, "engine")
+            with self.host.land(job.lease, job.done, Landing(ENGINE, job.places, job.sums)) as stored:
                 if (places := job.places[job.done]).max(initial=-1) >= job.request.asked:
                     self._answered(job.request, stored.keys, places)
-                if self.lower is not None:
-                    self.lower.stored(stored.keys, job.places[job.done])
             record.offloaded += int(job.done.sum())
-            self.emit(Offloaded(int(job.done.sum()), failed, job.nbytes, job.seconds))
+            self.emit(Copied("g1", "g2", int(job.done.sum()), failed, job.nbytes, job.seconds))
         else:
             self._held -= len(job.lease)
             good = job.done
@@ -229,11 +225,23 @@ class Housekeeping:
             record.load_ms = job.seconds * 1e3
             if record.outcome == "loading":
                 record.outcome = "computing" if not failed else "load failed, computed instead"
-            self.emit(Onboarded(len(job.g1) - failed, failed, job.nbytes, job.seconds))
+            self.emit(Copied("g2", "g1", len(job.g1) - failed, failed, job.nbytes, job.seconds))
         if failed:
             way = "be offloaded" if job.is_store else "load"
             record.note(f"{failed} blocks failed to {way}: {job.error}")
             log.warning("KVBM: %d blocks of request %.100s failed to %s: %s", failed, job.request.id, way, job.error)
+
+    def landing(self, slots: Slots, keys: Sequence[bytes], how: Landing) -> None:
+        """See `tiers.host.Listener`."""
+        if self.lower is not None:
+            self.lower.landing(slots, keys, how)
+        if self.earlier is not None and how.origin == ENGINE:
+            self.earlier.landing(slots, keys, how)
+
+    def landed(self, blocks: Pinned, how: Landing) -> None:
+        """See `tiers.host.Listener`."""
+        if self.lower is not None:
+            self.lower.landed(blocks.keys, how)
 
     def _answered(self, request: Request, keys: Sequence[bytes], places: Slots) -> None:
         """Blocks were stored, some of them of an answer, of which nobody knows whether they are asked for again."""

@@ -52,6 +52,7 @@ class Leader(Offloading):
         if settings.shadow_every or settings.prove_first:
             patience, prove = settings.store_deadline_s + GRACE, settings.prove_first
             self.shadow = Shadow(settings.shadow_every, pool, patience, clock, prove=prove)
+            self.host.listen(self.shadow)
         self._shares = shares_device_blocks
         self.detour = Detour(settings, gate, self.requests, self.emit, clock)
         self._observers.append(self.detour)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,8 @@ from kvbm.core.region import Slots
 from kvbm.leader.copies import InFlight, Job
 from kvbm.leader.requests import Request
 from kvbm.link.messages import Compare, pack
+from kvbm.observe.names import json_key
+from kvbm.tiers.host import ENGINE, Landing
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ _SHARE, _MOST = 8, 1024
 as much again."""
 _PATIENCE = 300.0
 """Seconds that comparing what was copied may take: it is nobody's hurry, and no reason to call a worker silent."""
-_FROM = ("engine", "g3", "peer")
+_FROM = (ENGINE, "g3", "peers")
 
 
 @dataclass(slots=True, eq=False)
@@ -78,14 +80,18 @@ class Shadow:
 
     # ------------------------------------------------------------------ where blocks come from
 
-    def note(self, slots: Slots, origin: str) -> None:
+    def landing(self, slots: Slots, keys: Sequence[bytes], how: Landing) -> None:
+        """See `tiers.host.Listener`."""
+
+    def landed(self, blocks: Pinned, how: Landing) -> None:
         """These slots have new blocks: from the engine, from disk (g3), from a peer."""
-        self._since[slots], self._from[slots] = time.time(), _FROM.index(origin)
+        slots = blocks.slots
+        self._since[slots], self._from[slots] = time.time(), _FROM.index(how.origin)
 
     def _origins(self, slots: Slots) -> list[dict[str, Any]]:
         ages = time.time() - self._since[slots]
         return [
-            {"from": _FROM[origin], "age_s": None if np.isnan(age) else round(float(age), 3)}
+            {"from": json_key(_FROM[origin]), "age_s": None if np.isnan(age) else round(float(age), 3)}
             for origin, age in zip(self._from[slots].tolist(), ages, strict=True)
         ]
 

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kvbm.core.region import Slots
-from kvbm.stores.disk.meta import Place
 
 
 def pack(slots: npt.ArrayLike) -> bytes:
@@ -127,7 +126,11 @@ class Allot(msgspec.Struct, frozen=True, tag=True):
     shared: bool = False
     """Answer with the file of the arena: other ranks load from it."""
     stride: int = 0
-    """Bytes from one block to the next where there is to be a disk tier. 0: what a block has."""
+    """Bytes from one block to the next, where a tier wants more than a block has. 0: what a block has."""
+    sums: Literal["", "made", "told"] = ""
+    """Whether a tier wants checksums of what leaves the engine: on the rank, or beside the scheduler, too."""
+    hurry: bool = False
+    """Touching it takes its share of the processors from the beginning: a tier waits for its end."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -158,16 +161,33 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):
-    """Open the file of this rank: it is known now where that is."""
+    """Open this rank's part of a tier: it is known now where that is. `body` is the tier's own."""
 
-    disk: Place
+    tier: str
+    body: bytes
 
 
 class Opened(msgspec.Struct, frozen=True, tag=True):
-    """The answer; `problem` says why the file is not open."""
+    """The answer; `problem` says why it is not open."""
 
     rank: int
+    tier: str
     problem: str | None = None
+
+
+class ToTier(msgspec.Struct, frozen=True, tag=True):
+    """What a tier wants of its part on a rank, in words of its own (`tiers/*/orders.py`). A read or write that it
+    begins is answered with `Result` and may be ended with `Cancel`."""
+
+    tier: str
+    body: bytes
+
+
+class FromTier(msgspec.Struct, frozen=True, tag=True):
+    """What a tier's part on a rank has to say, in words of the tier's own."""
+
+    tier: str
+    body: bytes
 
 
 class Result(msgspec.Struct, frozen=True, tag=True):
@@ -185,30 +205,6 @@ class Result(msgspec.Struct, frozen=True, tag=True):
     """Of a comparison: how far the two are apart, per block (float32, see `worker/compare.py`)."""
 
 
-class Write(msgspec.Struct, frozen=True, tag=True):
-    """Copy blocks from host memory to disk. One entry per block, in prompt order; `g2` and `g3` are int32 arrays,
-    `priorities` int32, `expires` float64 in Unix seconds. `sequence` numbers the last block, the others upwards."""
-
-    job: int
-    g2: bytes
-    g3: bytes
-    keys: list[bytes]
-    parents: list[bytes | None]
-    priorities: bytes
-    expires: bytes
-    sequence: int
-    generation: int
-
-
-class Read(msgspec.Struct, frozen=True, tag=True):
-    """Copy blocks from disk to host memory; they must be those of `keys`."""
-
-    job: int
-    g3: bytes
-    g2: bytes
-    keys: list[bytes]
-
-
 class Cancel(msgspec.Struct, frozen=True, tag=True):
     """Nobody wants these reads or writes any more. Each is still answered."""
 
@@ -220,74 +216,6 @@ class GiveUp(msgspec.Struct, frozen=True, tag=True):
     of those that have. Each is still answered."""
 
     jobs: list[int]
-
-
-class Forget(msgspec.Struct, frozen=True, tag=True):
-    """These slots on disk (int32) are not to be served, also after a restart, if they still hold these keys."""
-
-    g3: bytes
-    keys: list[bytes]
-
-
-class Generation(msgspec.Struct, frozen=True, tag=True):
-    """What is on disk belongs to an older generation from now on."""
-
-    number: int
-
-
-class Probe(msgspec.Struct, frozen=True, tag=True):
-    """Try whether the disk works again; with `reopen` the files were made anew and are to be opened first."""
-
-    reopen: bool = False
-    number: int = 0
-
-
-class Probed(msgspec.Struct, frozen=True, tag=True):
-    """The answer to the probe of this number; `problem` says why the disk does not work."""
-
-    rank: int
-    problem: str | None = None
-    number: int = 0
-
-
-class Mine(msgspec.Struct, frozen=True, tag=True):
-    """Where a rank's host memory is, for other instances: NIXL's metadata, address, bytes between slots. Said again
-    when that changes; `problem` says why nobody can read it."""
-
-    rank: int
-    metadata: bytes = b""
-    address: int = 0
-    stride: int = 0
-    slots: int = 0
-    problem: str | None = None
-
-
-class Attach(msgspec.Struct, frozen=True, tag=True):
-    """Make the memory of the same rank of another instance reachable, under this name, in place of what was so before
-    under `old`."""
-
-    peer: str
-    metadata: bytes
-    address: int
-    stride: int
-    slots: int
-    old: str | None = None
-
-
-class Detach(msgspec.Struct, frozen=True, tag=True):
-    """This peer is gone: forget its memory."""
-
-    peer: str
-
-
-class Pull(msgspec.Struct, frozen=True, tag=True):
-    """Copy blocks from an attached peer's slots to ours; both int32 arrays. `sums` (uint64) are what they must be."""
-
-    job: int
-    peer: str
-    theirs: bytes
-    g2: bytes
-    sums: bytes
 
 
 class Foresee(msgspec.Struct, frozen=True, tag=True):
@@ -325,7 +253,7 @@ class Sick(msgspec.Struct, frozen=True, tag=True):
 
     rank: int
     problem: str
-    tier: Literal["", "g3"] = ""
+    tier: str = ""
 
 
 class Bye(msgspec.Struct, frozen=True, tag=True):
@@ -341,19 +269,11 @@ Message = (
     | Refused
     | Open
     | Opened
+    | ToTier
+    | FromTier
     | Result
-    | Write
-    | Read
     | Cancel
     | GiveUp
-    | Forget
-    | Generation
-    | Probe
-    | Probed
-    | Mine
-    | Attach
-    | Detach
-    | Pull
     | Foresee
     | Foreseen
     | Used

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvbm.observe.totals import Copies, Histogram, Totals
+from kvbm.observe.names import WAYS
+from kvbm.observe.totals import Histogram, Totals
 
 POOL_COUNTERS = {
     "allocations": ("kvbm_allocations", "slots given out"),
@@ -78,7 +79,7 @@ class KvbmCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         totals, pools, lower = self._sources.totals, self._sources.pools(), self._sources.lower()
-        from_disk = totals.g3_tokens // self._sources.block_tokens
+        from_disk = totals.sources["g3"] // self._sources.block_tokens
         for name, value, text in (
             ("kvbm_offload_blocks_d2h", totals.offload.blocks, "blocks copied from the engine to host memory"),
             ("kvbm_offload_blocks_h2d", totals.demote.blocks, "blocks copied from host memory to disk"),
@@ -99,7 +100,9 @@ class KvbmCollector(Collector):
         yield tiers
         yield CounterMetricFamily("kvbm_requests", "requests that may read, and got their blocks", totals.requests)
         yield CounterMetricFamily("kvbm_requested_tokens", "prompt tokens of those requests", totals.prompt_tokens)
-        yield CounterMetricFamily("kvbm_peer_tokens", "of those, had come from other instances", totals.peer_tokens)
+        yield CounterMetricFamily(
+            "kvbm_peer_tokens", "of those, had come from other instances", totals.sources["peers"]
+        )
         yield CounterMetricFamily(
             "kvbm_pulled_tokens", "of those, another instance computed for the same request", totals.pulled_tokens
         )
@@ -107,8 +110,16 @@ class KvbmCollector(Collector):
             "kvbm_unread_requests", "requests that may not read, or asked not to; not in the above", totals.unread
         )
         yield CounterMetricFamily("kvbm_device_tokens", "of those, held by the engine itself", totals.device_tokens)
-        for way in ("offload", "onboard", "demote", "promote", "fetch"):
-            copies: Copies = getattr(totals, way)
+        copied = CounterMetricFamily(
+            "kvbm_tier_copied_blocks", "blocks copied from one place to another", labels=["source", "target"]
+        )
+        places = {"g1", *pools}
+        for ends, copies in tuple(totals.copies.items()):
+            if copies.blocks or copies.failed or places.issuperset(ends):
+                copied.add_metric(ends, copies.blocks)
+        yield copied
+        for way in WAYS:
+            copies = totals.way(way)
             yield CounterMetricFamily(f"kvbm_{way}_failed_blocks", "blocks whose copy failed", copies.failed)
             yield CounterMetricFamily(f"kvbm_{way}_bytes", "bytes copied, over all ranks", copies.nbytes)
             yield _histogram(f"kvbm_{way}_seconds", "time of one copy on the slowest rank", copies.seconds)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from kvbm.core.events import Admitted, Copied, Demoted, Event, Fetched, Gated, Offloaded, Onboarded, Promoted, Unread
+from kvbm.core.events import Admitted, Copied, Event, Gated, Unread
+from kvbm.observe.names import WAYS
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 BYTES = tuple(float(1 << shift) for shift in range(16, 34, 2))
@@ -55,10 +56,8 @@ class Totals:
         self.prompt_tokens = 0
         self.device_tokens = 0
         self.g2_tokens = 0
-        self.g3_tokens = 0
-        """Of g2_tokens, those that had been read from disk for the request."""
-        self.peer_tokens = 0
-        """Of g2_tokens, those that had come from other instances for the request."""
+        self.sources: Counter[str] = Counter()
+        """Of g2_tokens, those that had been brought up for the request, by tier."""
         self.pulled_tokens = 0
         """Prompt tokens that another instance computed for the same request."""
         self.unread = 0
@@ -67,36 +66,33 @@ class Totals:
         """Blocks that were left where they were because computing them was faster."""
         self.gated_g2 = 0
         """Of these, those in host memory."""
-        self.offload, self.onboard = Copies(), Copies()
-        self.demote, self.promote, self.fetch = Copies(), Copies(), Copies()
+        self.copies: dict[tuple[str, str], Copies] = {(way.source, way.target): Copies() for way in WAYS.values()}
+        """By source and target."""
+        self.offload, self.onboard, self.demote, self.promote, self.fetch = map(self.way, WAYS)
         self._recent: deque[tuple[int, int, int]] = deque(maxlen=_WINDOW)
 
     def on_event(self, event: Event) -> None:
         match event:
-            case Admitted(prompt_tokens, device_tokens, g2_tokens, g3_tokens, peer_tokens, pulled_tokens):
+            case Admitted(prompt_tokens, device_tokens, g2_tokens, pulled_tokens, sources):
                 self.requests += 1
                 self.prompt_tokens += prompt_tokens
                 self.device_tokens += device_tokens
                 self.g2_tokens += g2_tokens
-                self.g3_tokens += g3_tokens
-                self.peer_tokens += peer_tokens
+                self.sources.update(sources)
                 self.pulled_tokens += pulled_tokens
-                self._recent.append((prompt_tokens - device_tokens - pulled_tokens, g2_tokens, g3_tokens))
+                self._recent.append((prompt_tokens - device_tokens - pulled_tokens, g2_tokens, sources.get("g3", 0)))
             case Unread():
                 self.unread += 1
-            case Offloaded():
-                self.offload.add(event)
-            case Onboarded():
-                self.onboard.add(event)
-            case Demoted():
-                self.demote.add(event)
-            case Promoted():
-                self.promote.add(event)
-            case Fetched():
-                self.fetch.add(event)
+            case Copied():
+                self.copies.setdefault((event.source, event.target), Copies()).add(event)
             case Gated(blocks, tier):
                 self.gated += blocks
                 self.gated_g2 += blocks if tier == "g2" else 0
+
+    def way(self, name: str) -> Copies:
+        """Copies of one of `names.WAYS`."""
+        way = WAYS[name]
+        return self.copies[way.source, way.target]
 
     def hit_rate(self) -> float:
         """Of the last thousand requests that may read: tokens they were spared by host memory, per token that neither

@@ -9,9 +9,9 @@ import numpy as np
 
 from kvbm.abc.policy import Admission, tags_of
 from kvbm.blocks import Pinned, Pool
-from kvbm.core.events import Demoted
+from kvbm.core.events import Copied
 from kvbm.tiers.disk.tier import DiskTier
-from kvbm.tiers.moves import Move
+from kvbm.tiers.moves import Passage
 
 
 class Budget:
@@ -54,7 +54,7 @@ class Demotion:
         block_bytes: int,
         most: Callable[[], int],
         batch: int,
-        emit: Callable[[Demoted], None],
+        emit: Callable[[Copied], None],
     ) -> None:
         self._tier, self._g2 = tier, g2
         self._admission, self._hot, self._budget = admission, hot, budget
@@ -184,7 +184,7 @@ class Demotion:
         self._in_flight += room
         self._budget.spend(room * self._block_bytes)
 
-        def ended(move: Move) -> None:
+        def ended(move: Passage) -> None:
             self._in_flight -= move.blocks
             staged.register(move.done).drop()
             if evict:
@@ -192,7 +192,7 @@ class Demotion:
             else:
                 hold.drop()
             failed = int((~move.done).sum())
-            self._emit(Demoted(move.blocks - failed, failed, move.nbytes, move.seconds))
+            self._emit(Copied("g2", self._tier.name, move.blocks - failed, failed, move.nbytes, move.seconds))
 
         self._tier.write(hold, staged, ended)
         return room

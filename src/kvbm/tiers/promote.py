@@ -13,13 +13,13 @@ from functools import partial
 
 import numpy as np
 
-from kvbm.blocks import Either, Pinned, Pool, Staged, Where, prefix
-from kvbm.core.events import Fetched, Gated, Promoted
+from kvbm.blocks import Either, Pinned, Staged, Where, prefix
+from kvbm.core.events import Copied, Gated
 from kvbm.core.region import Slots
-from kvbm.leader.shadow import Shadow
+from kvbm.observe.names import json_key
 from kvbm.tiers.disk.tier import DiskSource
-from kvbm.tiers.moves import Move
-from kvbm.tiers.peers.sums import Sums
+from kvbm.tiers.host import Host, Landing
+from kvbm.tiers.moves import Passage
 from kvbm.tiers.tier import Hold, Record, Source, Wanted
 
 _KEEP = 30.0
@@ -68,26 +68,22 @@ class Promotion:
     def __init__(
         self,
         disk: DiskSource | None,
-        g2: Pool,
+        host: Host,
         *,
         most: Callable[[], int],
         in_flight: int,
         batch: int,
         unmeasured: int,
-        emit: Callable[[Promoted | Fetched | Gated], None],
+        emit: Callable[[Copied | Gated], None],
         clock: Callable[[], float],
     ) -> None:
-        self._disk, self._g2 = disk, g2
+        self._disk, self._host, self._g2 = disk, host, host.pool
         self._most, self._in_flight, self._batch = most, max(1, in_flight), max(1, min(batch, in_flight))
         self._unmeasured = max(1, unmeasured)
         self._emit, self._clock = emit, clock
         self._stagings: list[Staging] = []
         self._coming: dict[bytes, Staging] = {}
         """Blocks whose read has not ended."""
-        self.sums: Sums | None = None
-        """What keeps the checksums of blocks that others may read."""
-        self.shadow: Shadow | None = None
-        """What remembers where blocks come from."""
 
     @property
     def waiting(self) -> bool:
@@ -236,20 +232,15 @@ class Promotion:
             slots = staging.slots[first:end]
             staging.jobs.add(source.read(slots, staged, partial(self._read, staging, slots, staged)))
 
-    def _read(self, staging: Staging, slots: Slots, staged: Staged, move: Move) -> None:
+    def _read(self, staging: Staging, slots: Slots, staged: Staged, move: Passage) -> None:
         """A batch was read, or not."""
         keys, source = staged.keys, staging.source
         staging.jobs.discard(move.id)
         staging.ended += len(keys)
         self._forget(staging, keys)
-        if self.sums is not None:
-            self.sums.note(staged.slots, keys, move.sums)
-        there = staged.register(move.done)
-        if self.shadow is not None:
-            self.shadow.note(there.slots, source.tier)
+        there = self._host.land(staged, move.done, Landing(source.tier, source.places(keys), move.sums))
         staging.there.append(there)
         staging.until = self._clock() + _KEEP
-        source.arrived(there)
         source.judge(keys, slots, move)
         failed = int((~move.done).sum())
         if failed and move.wanted:
@@ -258,8 +249,8 @@ class Promotion:
                 record.note(f"{failed} blocks could not be read from {source.name}: {move.error}")
             self._abandon(staging)
         for record in staging.requests.values():
-            record.staged[source.tier] = record.staged.get(source.tier, 0) + len(there)
-        self._emit(source.event(len(there), failed, move.nbytes, move.seconds))
+            record.staged[json_key(source.tier)] = record.staged.get(json_key(source.tier), 0) + len(there)
+        self._emit(Copied(source.tier, "g2", len(there), failed, move.nbytes, move.seconds))
         if staging.requests:
             self._let_go(staging)
         else:

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 import msgspec
 
-from kvbm.blocks import Staged
 from kvbm.core.events import Admitted
 from kvbm.core.region import Slots
-from kvbm.leader.copies import Job
 from kvbm.leader.requests import Request
-from kvbm.link.messages import Mine, Probed, Result, Sick
+from kvbm.link.messages import FromTier, Result, Sick
+from kvbm.observe.names import json_key
 from kvbm.tiers.demote import Demotion
+from kvbm.tiers.disk.orders import TIER as DISK
 from kvbm.tiers.disk.sweep import Verification
 from kvbm.tiers.disk.tier import DiskTier
+from kvbm.tiers.host import ENGINE, Landing
+from kvbm.tiers.peers.orders import TIER as PEERS
 from kvbm.tiers.peers.tier import Peers
 from kvbm.tiers.promote import Promotion
 from kvbm.tiers.tier import Wanted
@@ -30,6 +32,8 @@ class DiskSide:
 
     tier: DiskTier
     demotion: Demotion
+    exclusive: bool
+    """Whether a block is there no more once it is in host memory."""
     verification: Verification | None = None
     """The last that was asked for."""
 
@@ -39,6 +43,13 @@ class DiskSide:
         if self.verification is not None:
             self.verification.end(why)
         self.tier.leave(why)
+
+    def landed(self, keys: Sequence[bytes], how: Landing) -> None:
+        """These are in host memory now."""
+        if how.origin == ENGINE and not self.tier.left:
+            self.demotion.offer(keys)
+        elif how.origin == DISK and self.exclusive:
+            self.tier.pool.discard(keys)
 
     def counts(self) -> dict[str, int]:
         """Blocks that were kept from disk, and those that were damaged there."""
@@ -72,19 +83,19 @@ class Lower:
             if self.peers is not None:
                 self.peers.begin(request, wanted.keys, reach)
 
-    def storing(self, job: Job) -> None:
-        """Blocks were offloaded, and are about to be published."""
-        if self.peers is not None and isinstance(job.lease, Staged):
-            self.peers.serving.sums.note(job.lease.slots, job.lease.keys, job.sums)
+    def landing(self, slots: Slots, keys: Sequence[bytes], how: Landing) -> None:
+        """Blocks are about to be published in host memory."""
+        if self.peers is not None:
+            self.peers.landing(slots, keys, how)
 
-    def stored(self, keys: Sequence[bytes], places: Slots) -> None:
-        """They are published; `places` are their numbers in their prompt."""
-        if self.isolated:
+    def landed(self, keys: Sequence[bytes], how: Landing) -> None:
+        """They are published."""
+        if self.isolated and how.origin == ENGINE:
             return
-        if self.disk is not None and not self.disk.tier.left:
-            self.disk.demotion.offer(keys)
-        if self.peers is not None and len(keys):
-            self.peers.published.stored(keys, places)
+        if self.disk is not None:
+            self.disk.landed(keys, how)
+        if self.peers is not None:
+            self.peers.landed(keys, how)
 
     def waits(self, request: Request, wanted: Wanted, at: int) -> bool:
         """The engine asks: whether it should ask again later for what follows its match, from block `at` on."""
@@ -107,17 +118,21 @@ class Lower:
             return tokens
         if request.needs:  # blocks of several layer groups make up one stretch of tokens
             block = tokens.g2_tokens / len(request.needs)
-        if self.peers is not None and not self.peers.keep and "peer" in staged:
+        if self.peers is not None and not self.peers.keep and json_key(PEERS) in staged:
             # Or what is not to be kept would be offloaded again.
             request.offered = max(request.offered, (tokens.device_tokens + tokens.g2_tokens) // self.block_tokens)
-        peer = min(int(staged.get("peer", 0) * block), tokens.g2_tokens)
-        disk = min(int(staged.get("g3", 0) * block), tokens.g2_tokens - peer)
-        if request.params.pull_from is not None:
-            # What that instance found, and did not compute either, is among its own hits.
-            return msgspec.structs.replace(
-                tokens, g2_tokens=tokens.g2_tokens - peer, g3_tokens=disk, pulled_tokens=peer
-            )
-        return msgspec.structs.replace(tokens, g3_tokens=disk, peer_tokens=peer)
+        sources, left = dict[str, int](), tokens.g2_tokens
+        for tier in (PEERS, DISK):
+            if came := min(int(staged.get(json_key(tier), 0) * block), left):
+                sources[tier] = came
+                left -= came
+        if request.params.pull_from is None:
+            return msgspec.structs.replace(tokens, sources=sources)
+        # What that instance found, and did not compute either, is among its own hits.
+        pulled = sources.pop(PEERS, 0)
+        return msgspec.structs.replace(
+            tokens, g2_tokens=tokens.g2_tokens - pulled, pulled_tokens=pulled, sources=sources
+        )
 
     def finished(self, request: Request, blocks: Sequence[bytes]) -> None:
         """The request is over, or gone. `blocks` were offered of it, in prompt order."""
@@ -131,18 +146,18 @@ class Lower:
         if self.peers is not None:
             self.peers.drop(request.id)
 
-    def take(self, answer: Result | Probed | Mine | Sick) -> bool:
+    def take(self, answer: Result | FromTier | Sick) -> bool:
         """An answer from a worker; false where it is about something else."""
         match answer:
             case Result():
                 return (self.disk is not None and self.disk.tier.answer(answer)) or (
                     self.peers is not None and self.peers.answer(answer)
                 )
-            case Probed() if self.disk is not None:
-                self.disk.tier.probed(answer)
-            case Mine() if self.peers is not None:
-                self.peers.mine(answer)
-            case Sick(rank=rank, problem=problem) if self.disk is not None and not self.disk.tier.left:
+            case FromTier(tier="g3", body=body) if self.disk is not None:
+                self.disk.tier.hear(body)
+            case FromTier(tier="peers", body=body) if self.peers is not None:
+                self.peers.hear(body)
+            case Sick(tier="g3", rank=rank, problem=problem) if self.disk is not None and not self.disk.tier.left:
                 why = f"rank {rank}: {problem}"
                 log.error("KVBM: the disk tier (G3) is left alone until the engine is started anew: %s", why)
                 self.disk.leave(why)

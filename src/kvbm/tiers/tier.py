@@ -1,17 +1,20 @@
-"""Where blocks can be read from into host memory, as the promotion sees it. Under the leader's lock."""
+"""What a place below host memory is, beside the scheduler and on each rank."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
 
-from kvbm.blocks import Pinned, Staged
-from kvbm.core.events import Fetched, Promoted
-from kvbm.core.region import Slots
+from kvbm.abc.transport import Completion
+from kvbm.blocks import Staged
+from kvbm.core.region import Region, Slots
+from kvbm.link.messages import FromTier, Sick
+from kvbm.stores.checksum import Words
 from kvbm.tiers.gate import Gate
-from kvbm.tiers.moves import Move
+from kvbm.tiers.moves import Ended, Passage
+from kvbm.transfer.executor import Executor
 
 
 class Hold(Protocol):
@@ -28,8 +31,6 @@ class Source(Protocol):
     """As sentences call it."""
     tier: ClassVar[str]
     """As records of requests call it."""
-    event: ClassVar[type[Promoted] | type[Fetched]]
-    """What is told of a read that ended."""
     gate: Gate
     keep: bool
     """Whether host memory keeps what came after the requests that waited for it got it."""
@@ -37,17 +38,17 @@ class Source(Protocol):
     @property
     def problem(self) -> str | None: ...
 
-    def read(self, slots: Slots, into: Staged, ended: Callable[[Move], None]) -> int:
+    def read(self, slots: Slots, into: Staged, ended: Ended) -> int:
         """Copy slots to those of host memory; returns the move's number."""
 
     def cancel(self, jobs: Collection[int]) -> None:
         """Nobody wants these any more. They end all the same."""
 
-    def judge(self, keys: Sequence[bytes], slots: Slots, move: Move) -> None:
+    def judge(self, keys: Sequence[bytes], slots: Slots, move: Passage) -> None:
         """How a read of these ended."""
 
-    def arrived(self, blocks: Pinned) -> None:
-        """These are in host memory now."""
+    def places(self, keys: Sequence[bytes]) -> Slots | None:
+        """Which blocks of their prompt these are, if that is known."""
 
 
 @dataclass(slots=True)
@@ -60,7 +61,7 @@ class Record:
     device_blocks: int = 0
     matched: int = 0
     staged: dict[str, int] = field(default_factory=dict)
-    """Blocks that were read for it, by where they were: g3 (the disk), peer."""
+    """Blocks that were read for it, by what JSON calls their tier (`observe.names.json_key`)."""
     gated: bool = False
     """Nothing more is read for it: computing was faster, or a read failed."""
     loaded: int = 0
@@ -82,3 +83,64 @@ class Wanted(NamedTuple):
 
     keys: Sequence[bytes]
     worth: float = 1.0
+
+
+class RankTier(Protocol):
+    """A tier's part on one rank. Each read and write is answered once (`RankSide`), cancelled ones too. What says
+    nothing else belongs to the channel's thread."""
+
+    def open(self, body: bytes) -> None:
+        """It is known now where this rank's part is. Raises Broken."""
+
+    def ready(self) -> None:
+        """All of host memory that there will be is there. Called once, maybe by another thread."""
+
+    def take(self, body: bytes) -> None:
+        """Do what the leader wants, in words of the tier's own. Returns at once."""
+
+    def cancel(self, jobs: Collection[int]) -> None:
+        """Nobody wants these any more. Others' are among them."""
+
+    def expire(self) -> None:
+        """To be called every now and then, waits for nothing: ends what takes too long. Any thread."""
+
+    def look(self) -> None:
+        """Whether what moves bytes lives; the leader is told once where it does not. Any thread."""
+
+    def close(self, seconds: float) -> None:
+        """Wait so long at most for what is on its way, and do nothing more."""
+
+
+class RankSide(Protocol):
+    """What a rank has for its tiers. Any thread."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def executor(self) -> Executor:
+        """What copies beside the engine."""
+
+    @property
+    def sums(self) -> Words:
+        """The checksum of each slot of host memory."""
+
+    @property
+    def slot_bytes(self) -> int:
+        """What a block has on this rank."""
+
+    def memory(self, name: str, slot_bytes: int = 0) -> Region:
+        """All of host memory, a slot one extent of so many bytes; 0: up to the next one. After `RankTier.ready` only
+        what is there."""
+
+    def tell(self, message: FromTier | Sick) -> None:
+        """The leader hears of this."""
+
+    def reads(self, job: int) -> None:
+        """A read has begun: an engine that has nothing to do waits a moment for its end."""
+
+    def read(self, slots: Slots, job: int, completion: Completion, sums: Words) -> None:
+        """It ended. `sums` are the checksums of what these slots of host memory hold now."""
+
+    def written(self, job: int, completion: Completion) -> None:
+        """A write ended."""

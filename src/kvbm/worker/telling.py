@@ -18,7 +18,8 @@ from kvbm.core.errors import Broken
 from kvbm.core.region import Region, Slots
 from kvbm.link.channel import Link
 from kvbm.link.messages import Message, Result, Sick
-from kvbm.tiers.disk.rank import DiskWorker
+from kvbm.stores.checksum import Words
+from kvbm.tiers.tier import RankTier
 from kvbm.transfer.executor import NO_TICKET, Executor
 from kvbm.worker.fence import Fence
 
@@ -26,17 +27,17 @@ log = logging.getLogger(__name__)
 
 
 class Telling:
-    """See `Worker`. `sums_for_leader`: the leader hears the checksums of what was written to host memory."""
+    """See `Worker`."""
 
-    def __init__(
-        self, settings: Settings, rank: int, executor: Executor, g1: Region, *, sums_for_leader: bool
-    ) -> None:  # fmt: skip
-        self._settings, self._rank, self._executor = settings, rank, executor
+    def __init__(self, settings: Settings, rank: int, executor: Executor, g1: Region) -> None:
+        self._settings, self.rank, self.executor = settings, rank, executor
+        self.slot_bytes = g1.slot_bytes
         self._g1 = g1
         self._g2: Region | None = None
-        self._disk: DiskWorker | None = None
-        self._sums_for_leader = sums_for_leader
-        self._sums = np.zeros(0, np.uint64)
+        self._tiers: dict[str, RankTier] = {}
+        self._sums_for_leader = False
+        """Whether the leader hears the checksums of what was written to host memory."""
+        self.sums = np.zeros(0, np.uint64)
         """Of each host slot, the checksum of what left the engine, where somebody asks for it later."""
         self._fence = Fence(executor, settings.fence_ms / 1e3)
         self._link: Link | None = None
@@ -45,7 +46,9 @@ class Telling:
         self._closing = threading.Event()
         self._ended = threading.Condition()
         self._live: set[int] = set()
-        """Jobs submitted and not ended. Guarded by `_ended`, as is `_bad`."""
+        """Jobs submitted and not ended. Guarded by `_ended`, as are `_bad` and `_reading`."""
+        self._reading: set[int] = set()
+        """Reads of tiers that have not ended."""
         self._bad: dict[int, Completion] = {}
         """Loads that ended badly and have not been collected."""
         self.off: str | None = None
@@ -56,25 +59,26 @@ class Telling:
         if self.off is not None:
             completion = Completion.failed(completion.ticket, len(completion.outcomes), self.off)
         outcomes = completion.outcomes.astype(np.uint8).tobytes()
-        sums = self._sums[written].tobytes() if written is not None and self._sums_for_leader else b""
-        self._tell(Result(job, self._rank, outcomes, completion.nbytes, completion.seconds, completion.error, sums))
+        sums = self.sums[written].tobytes() if written is not None and self._sums_for_leader else b""
+        self.tell(Result(job, self.rank, outcomes, completion.nbytes, completion.seconds, completion.error, sums))
 
-    def _tell(self, message: Message) -> None:
+    def tell(self, message: Message) -> None:
+        """The leader hears of this."""
         try:
             if self._link is not None:
                 self._link.send(message)
         except Broken as error:
             if not self._closing.is_set():
-                log.error("KVBM: rank %d: %s", self._rank, error)
+                log.error("KVBM: rank %d: %s", self.rank, error)
 
     def _look(self) -> None:
         """Whether the threads that copy live. Without those of the disk, the rest goes on."""
-        copies = self._executor.alive()
-        if self._disk is not None and not (copies and self._disk.disk.alive()):
-            self._disk.look()
-        if not copies and self._g2 is not None and not self._sick and self._executor.lost(self._g1, self._g2):
+        copies = self.executor.alive()
+        for tier in self._tiers.values():
+            tier.look()
+        if not copies and self._g2 is not None and not self._sick and self.executor.lost(self._g1, self._g2):
             self._sick = True
-            self._tell(Sick(self._rank, "a copy thread died"))
+            self.tell(Sick(self.rank, "a copy thread died"))
 
     def _over(self, job: int) -> None:
         with self._ended:
@@ -101,14 +105,41 @@ class Telling:
             self.turn_off(f"off until the engine is started anew: the end of a move raised {error!r}")
             self._report(job, completion)  # as failed
 
+    # ------------------------------------------------------------------ what tiers say (`tiers.tier.RankSide`)
+
+    def reads(self, job: int) -> None:
+        """A tier begins a read: an idle step waits a moment for its end."""
+        with self._ended:
+            self._reading.add(job)
+
+    def read(self, slots: Slots, job: int, completion: Completion, sums: Words) -> None:
+        """It ended; `sums` are the checksums of what these slots of host memory hold now."""
+        self._safely(job, completion, partial(self._read_ended, slots, job, completion, sums))
+
+    def _read_ended(self, slots: Slots, job: int, completion: Completion, sums: Words) -> None:
+        self.sums[slots] = sums
+        self._report(job, completion, slots)
+        with self._ended:
+            self._reading.discard(job)
+            self._ended.notify_all()
+
+    def written(self, job: int, completion: Completion) -> None:
+        """A write of a tier ended."""
+        self._safely(job, completion, partial(self._write_ended, job, completion))
+
+    def _write_ended(self, job: int, completion: Completion) -> None:
+        self._report(job, completion)
+
+    # ------------------------------------------------------------------ the end
+
     def _start(self, job: int, plan: Plan, deadline_s: float, ended: Callable[[int, Completion], None]) -> None:
         """Has blocks copied between the engine and host memory, unless that was given up before."""
         if self._fence.condemned(job):
             self._heed(ended, job, Completion.failed(NO_TICKET, len(plan.source_slots), "given up"))
             return
-        self._executor.submit(job, plan, deadline_s, partial(self._heed, ended))
+        self.executor.submit(job, plan, deadline_s, partial(self._heed, ended))
         if self._fence.condemned(job):  # just now
-            self._executor.cancel([job])
+            self.executor.cancel([job])
 
     def _give_up(self, jobs: list[int]) -> None:
         """The leader waits for these no longer."""
@@ -123,8 +154,8 @@ class Telling:
         that touch the engine's blocks are given up. Any thread."""
         if self.off is None:
             self.off = why
-            log.error("KVBM: rank %d copies nothing any more: %s", self._rank, why)
-            self._tell(Sick(self._rank, why))
+            log.error("KVBM: rank %d copies nothing any more: %s", self.rank, why)
+            self.tell(Sick(self.rank, why))
             self.quiet()
 
     def quiet(self) -> bool:
@@ -132,4 +163,4 @@ class Telling:
         any more; waits a moment for that."""
         with self._ended:
             live = set(self._live)
-        return self._executor.cancel(live) or self._executor.wait(live, self._settings.idle_wait_ms / 1e3)
+        return self.executor.cancel(live) or self.executor.wait(live, self._settings.idle_wait_ms / 1e3)

@@ -26,37 +26,26 @@ from kvbm.core.region import Region, Slots
 from kvbm.link.channel import Link, connect
 from kvbm.link.messages import (
     Allot,
-    Attach,
     Bye,
     Cancel,
     Compare,
     Copy,
-    Detach,
     Foresee,
-    Forget,
-    Generation,
     GiveUp,
     Hello,
     Hurry,
-    Mine,
     Open,
     Opened,
-    Probe,
-    Pull,
-    Read,
     Ready,
     Refused,
     Step,
+    ToTier,
     Touched,
-    Write,
     unpack,
 )  # fmt: skip
-from kvbm.stores.checksum import Words, sums_of, verified
-from kvbm.stores.disk.disk import Disk
-from kvbm.stores.disk.meta import Place
+from kvbm.stores.checksum import sums_of, verified
 from kvbm.stores.memory import Arena
-from kvbm.tiers.disk.rank import DiskWorker
-from kvbm.tiers.peers.rank import PeerMemory
+from kvbm.tiers.tier import RankSide, RankTier
 from kvbm.transfer.executor import Executor
 from kvbm.worker.compare import Comparisons
 from kvbm.worker.residents import Holder, Residents
@@ -68,13 +57,12 @@ _TOUCH_LOG = 2.0
 _TOUCH_REPORT = 0.2
 """Seconds from one word on slots that can be used to the next: the leader stops for each."""
 _TOUCH_END = 0.8
+_TIER_END = 2.0
 _LOOK_S = 0.5
 """Seconds from one look at late copies to the next, where the engine does not step."""
 
-OpenPeers = Callable[[int, Region, Callable[[Mine], None]], PeerMemory]
-"""Opens a rank's host memory to other instances; raises Broken."""
-OpenDisk = Callable[[Place, int, Region, Executor], Disk]
-"""Opens a rank's file for blocks in this host memory; raises Broken."""
+MakeTier = Callable[[RankSide], RankTier]
+"""Makes a tier's part on a rank."""
 
 
 class Worker(Telling):
@@ -93,34 +81,32 @@ class Worker(Telling):
         began: int = 0,
         address: Path,
         make_executor: Callable[[], Executor],
-        open_disk: OpenDisk | None = None,
-        open_peers: OpenPeers | None = None,
+        tiers: Mapping[str, MakeTier] | None = None,
         stores: bool = True,
         adapters: Holder | None = None,
     ) -> None:
-        super().__init__(settings, rank, make_executor(), g1, sums_for_leader=open_peers is not None)
+        super().__init__(settings, rank, make_executor(), g1)
         self._stores = stores
         self._verifies = settings.g2_verify and stores  # who stores has the checksums, and loads as well
         self._hello = Hello(rank, world, fingerprint, g1.slot_bytes, dict(facts or {}), began)
         self._address = address
-        self._open_disk, self._open_peers = open_disk, open_peers
-        self._peers: PeerMemory | None = None
         self._arena: Arena | None = None
         self._toucher: threading.Thread | None = None
         self._hurry = threading.Event()
-        """Whether touching takes its share of the processors. Other instances read nothing before it is over."""
-        if open_peers is not None:
-            self._hurry.set()
+        """Whether touching takes its share of the processors."""
+        self._stride = 0
+        """Bytes from one slot of host memory to the next."""
+        self._there = 0
+        """Slots of it that there are."""
         self._extents: Region | None = None
-        """The same slots as the disk sees them: one extent of whole pages each."""
+        """The same slots, one extent each, where somebody asks for their checksums."""
         self._loads: dict[str, int] = {}
         """Request -> its asynchronous load that has not been collected."""
-        self._reading: set[int] = set()
-        """Reads from disk that have not ended. Guarded by `_ended`."""
         self._bad_blocks: set[int] = set()
         self._spoiled = False
-        self._comparisons = Comparisons(rank, g1.dtype, self._tell)
-        self._residents = Residents(adapters, rank, self._tell)
+        self._comparisons = Comparisons(rank, g1.dtype, self.tell)
+        self._residents = Residents(adapters, rank, self.tell)
+        self._tiers = {name: make(self) for name, make in (tiers or {}).items()}
         self._thread = threading.Thread(target=self._run, name="kvbm-worker", daemon=True)
         self._thread.start()
 
@@ -139,9 +125,9 @@ class Worker(Telling):
                 self._load(copy, refused)
 
     def _expire(self) -> None:
-        self._executor.expire()
-        if self._peers is not None:
-            self._peers.expire()
+        self.executor.expire()
+        for tier in self._tiers.values():
+            tier.expire()
 
     def before_forward(self, step: Step) -> None:
         """Loads that this step's forward pass needs: returns when they ended, well or not."""
@@ -151,11 +137,11 @@ class Worker(Telling):
         for copy in step.loads:
             self._load(copy, refused)
         jobs, patience = [copy.job for copy in step.loads], self._settings.load_deadline_s
-        if not self._executor.wait(jobs, patience):
-            while not self._executor.cancel(jobs) and not self._executor.wait(jobs, patience):
+        if not self.executor.wait(jobs, patience):
+            while not self.executor.cancel(jobs) and not self.executor.wait(jobs, patience):
                 log.error("KVBM: a load is late and may still write into the engine, which waits for it")
             # Cancelled copies are quiet, but their completions may still be on their way.
-            self._executor.wait(jobs, patience)
+            self.executor.wait(jobs, patience)
         with self._ended:
             for copy in step.loads:
                 if copy.job in self._live:
@@ -226,7 +212,7 @@ class Worker(Telling):
         if is_load:
             plan = Plan(self._g2, g2, self._g1, g1, urgent=True, label="load", sums=self._verifies)
         else:
-            plan = Plan(self._g1, g1, self._g2, g2, urgent=False, label="store", sums=len(self._sums) > 0)
+            plan = Plan(self._g1, g1, self._g2, g2, urgent=False, label="store", sums=len(self.sums) > 0)
         deadline = self._settings.load_deadline_s if is_load else self._settings.store_deadline_s
         ended = partial(self._load_ended if is_load else self._store_ended, g2)
         self._start(copy.job, plan, deadline, ended)
@@ -249,7 +235,7 @@ class Worker(Telling):
         completion = self._fence.judged(job, completion)
         if self._verifies:
             assert self._extents is not None
-            completion = verified(completion, self._extents, slots, self._sums, self._g1.slot_bytes)
+            completion = verified(completion, self._extents, slots, self.sums, self._g1.slot_bytes)
         self._report(job, completion)
         if completion.outcomes.any():
             with self._ended:
@@ -258,9 +244,9 @@ class Worker(Telling):
 
     def _store_ended(self, slots: Slots, job: int, completion: Completion) -> None:
         completion = self._fence.judged(job, completion)
-        if len(self._sums):
+        if len(self.sums):
             assert self._extents is not None
-            self._sums[slots] = sums_of(completion, self._extents, slots, self._g1.slot_bytes)
+            self.sums[slots] = sums_of(completion, self._extents, slots, self._g1.slot_bytes)
         self._report(job, completion, slots)
         self._over(job)
 
@@ -283,23 +269,15 @@ class Worker(Telling):
                         self._allot(link, message)
                     case Hurry():
                         self._hurry.set()
-                    case Open(disk=place):
-                        self._tell(Opened(self._rank, self._open(place)))
+                    case Open(tier=name, body=body):
+                        self.tell(Opened(self.rank, name, self._open(name, body)))
+                    case ToTier(tier=name, body=body):
+                        self._tiers[name].take(body)
                     case Cancel(jobs=jobs):
-                        if self._disk is not None:
-                            self._disk.cancel(jobs)
-                        if self._peers is not None:
-                            self._peers.cancel(jobs)
+                        for tier in self._tiers.values():
+                            tier.cancel(jobs)
                     case GiveUp(jobs=jobs):
                         self._give_up(jobs)
-                    case Write() | Read() | Forget() | Generation() | Probe() as message:
-                        assert self._disk is not None, "the leader uses a disk tier that this rank does not have"
-                        if isinstance(message, Read):
-                            with self._ended:
-                                self._reading.add(message.job)
-                        self._disk.take(message)
-                    case Attach() | Detach() | Pull() as message:
-                        self._from_peers(message)
                     case Foresee() as message:
                         self._residents.foresee(message)
                     case Bye():
@@ -310,9 +288,9 @@ class Worker(Telling):
                         log.warning("KVBM: unexpected %s from the leader", type(message).__name__)
         except (Broken, OSError) as error:
             if not self._closing.is_set():
-                log.warning("KVBM: rank %d lost its leader: %s", self._rank, error)
+                log.warning("KVBM: rank %d lost its leader: %s", self.rank, error)
         except Exception as error:
-            log.exception("KVBM: rank %d does not hear its leader any more", self._rank)
+            log.exception("KVBM: rank %d does not hear its leader any more", self.rank)
             self.turn_off(f"off until the engine is started anew: the channel raised {error!r}")
         finally:
             if link is not None and link is not self._link:
@@ -327,7 +305,7 @@ class Worker(Telling):
             nonlocal last
             if time.monotonic() - last > _TOUCH_LOG:
                 last = time.monotonic()
-                log.info("KVBM: rank %d prepared %.1f of %.1f GB of host memory", self._rank, done / 1e9, total / 1e9)
+                log.info("KVBM: rank %d prepared %.1f of %.1f GB of host memory", self.rank, done / 1e9, total / 1e9)
 
         try:
             stride = allot.stride or self._g1.slot_bytes
@@ -337,33 +315,36 @@ class Worker(Telling):
             elif self._stores:
                 arena.touch(stride)
         except Broken as error:
-            link.send(Refused(self._rank, str(error)))
+            link.send(Refused(self.rank, str(error)))
             return
         self._arena = arena
         self._g2 = arena.region([plane.row_bytes for plane in self._g1.planes], slots, stride=stride)
         self._link = link
-        if (allot.stride and self._open_disk) or self._open_peers or self._settings.g2_verify:
-            self._sums = np.zeros(slots, np.uint64)
-            self._extents = arena.region([stride], slots, name="G2 for the disk")
+        self._stride, self._there = stride, slots
+        self._sums_for_leader = allot.sums == "told"
+        if allot.sums or self._settings.g2_verify:
+            self.sums = np.zeros(slots, np.uint64)
+            self._extents = self.memory("G2 for checksums")
+        if allot.hurry:
+            self._hurry.set()
         usable = arena.touched // stride if self._stores else slots
-        link.send(Ready(self._rank, usable), arena.fd if allot.shared else None)
+        link.send(Ready(self.rank, usable), arena.fd if allot.shared else None)
         if usable == slots:
-            self._share(arena, slots, stride)
+            self._all_there()
         else:
             toucher = threading.Thread(target=self._touch, args=(arena, slots, stride), name="kvbm-memory", daemon=True)
             toucher.start()
             self._toucher = toucher  # `close` may look at any moment
 
     def _touch(self, arena: Arena, slots: int, stride: int) -> None:
-        """What of the arena is missing, while the engine serves. Other instances read it once that is over: to register
-        memory may pin it, so that it would be allocated there and then."""
+        """What of the arena is missing, while the engine serves."""
         told, last, problem = 0, time.monotonic(), None
 
         def progress(done: int) -> None:
             nonlocal told, last
             if done // stride > told and time.monotonic() - last > _TOUCH_REPORT:
                 told, last = done // stride, time.monotonic()
-                self._tell(Touched(self._rank, told))
+                self.tell(Touched(self.rank, told))
 
         try:
             arena.touch_beside(self._closing, self._hurry, progress)
@@ -374,61 +355,28 @@ class Worker(Telling):
             problem = repr(error)
         if not self._closing.is_set():
             usable = arena.touched // stride
-            self._tell(Touched(self._rank, usable, problem))
-            self._share(arena, usable, stride)
+            self.tell(Touched(self.rank, usable, problem))
+            self._there = usable
+            self._all_there()
 
-    def _share(self, arena: Arena, slots: int, stride: int) -> None:
-        """Opens the arena's first slots to other instances."""
-        if self._open_peers is not None:
-            mine = arena.region([self._g1.slot_bytes], slots, stride=stride, name="G2 for peers")
-            try:
-                self._peers = self._open_peers(self._rank, mine, self._tell)
-            except Broken as error:
-                self._tell(Mine(self._rank, problem=str(error)))
+    # ------------------------------------------------------------------ tiers
 
-    # ------------------------------------------------------------------ the disk, other instances
+    def _all_there(self) -> None:
+        for tier in self._tiers.values():
+            tier.ready()
 
-    def _open(self, place: Place) -> str | None:
-        """Opens this rank's file; returns why that cannot be done."""
-        assert self._open_disk is not None, "the leader wants a file of a rank that stores nothing"
-        assert self._extents is not None, "the leader wants a file in memory that was not made for it"
+    def _open(self, name: str, body: bytes) -> str | None:
+        """Opens this rank's part of a tier; returns why that cannot be done."""
         try:
-            disk = self._open_disk(place, self._rank, self._extents, self._executor)
+            self._tiers[name].open(body)
         except Broken as error:
             return str(error)
-        self._disk = DiskWorker(
-            disk, self._rank, self._sums, self._settings.g3_deadline_s,
-            report=self._report, read=self._read_ended, tell=self._tell, safely=self._safely,
-            lost=lambda: not disk.alive() or self._executor.lost(disk.shard.region, disk.memory),
-        )  # fmt: skip
         return None
 
-    def _from_peers(self, message: Attach | Detach | Pull) -> None:
-        if self._peers is None:  # it has been told so, but may not have read that yet
-            if isinstance(message, Pull):
-                blocks = len(unpack(message.g2))
-                self._report(message.job, Completion.failed(message.job, blocks, "this rank shares nothing"))
-            return
-        match message:
-            case Attach():
-                self._peers.attach(message)
-            case Detach(peer=peer):
-                self._peers.detach(peer)
-            case Pull():
-                with self._ended:
-                    self._reading.add(message.job)
-                self._peers.pull(message, partial(self._pulled, unpack(message.g2)))
-
-    def _pulled(self, g2: Slots, job: int, completion: Completion, sums: Words) -> None:
-        self._safely(job, completion, lambda: self._read_ended(g2, job, completion, sums))
-
-    def _read_ended(self, g2: Slots, job: int, completion: Completion, sums: Words) -> None:
-        """A read from the disk or a peer ended."""
-        self._sums[g2] = sums
-        self._report(job, completion, g2)
-        with self._ended:
-            self._reading.discard(job)
-            self._ended.notify_all()
+    def memory(self, name: str, slot_bytes: int = 0) -> Region:
+        """See `RankSide`."""
+        assert self._arena is not None, "a tier wants host memory before the leader said how much there is"
+        return self._arena.region([slot_bytes or self._stride], self._there, stride=self._stride, name=name)
 
     def outlast_leader(self, seconds: float) -> None:
         """Returns when the leader has said goodbye or is gone, or after so many seconds."""
@@ -439,14 +387,12 @@ class Worker(Telling):
         self._closing.set()
         if self._toucher is not None:
             self._toucher.join(_TOUCH_END)
-        if self._peers is not None:
-            self._peers.close()
-        if self._disk is not None:
-            self._disk.close(2.0)
-        self._executor.close(5.0)
+        for tier in self._tiers.values():
+            tier.close(_TIER_END)
+        self.executor.close(5.0)
         self._comparisons.close()
         if self._link is not None:
-            self._tell(Bye())
+            self.tell(Bye())
             self._link.close()
         self._thread.join(2.0)
         if self._arena is not None:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from kvbm.blocks import Pool
-from kvbm.link.messages import Cancel, Forget, Generation, Probe, Probed, Read, Result, Sick, Write
+from kvbm.link.messages import Cancel, Result, Sick
 from kvbm.policy.lru import LRU
 from kvbm.tiers.disk.adopt import _leaves_first, adopt
+from kvbm.tiers.disk.orders import Forget, Generation, Probe, Probed, Read, Write
 from tests.leader.roles import FAILED, Stage, keys_of, recovered
 
 Make = Callable[..., Stage]

@@ -20,6 +20,7 @@ from valkey import Valkey
 
 from kvbm import __version__
 from kvbm.core.errors import Broken
+from kvbm.tiers.breaker import Breaker
 from kvbm.tiers.peers.client import Client, Us
 from kvbm.tiers.peers.directory import Instance, entry
 from kvbm.tiers.peers.messages import Ping, Pong
@@ -162,7 +163,7 @@ def test_who_is_gone_is_forgotten(start: Start, hold: Hold) -> None:
     holder, reader = hold("one"), start("r")
     knows(reader, 1)
     assert timed(reader, "p", 6)[0] == 6
-    memory = reader.workers[0]._peers
+    memory = reader.workers[0]._tiers["peers"]._memory
     assert memory is not None
     assert memory._known
     assert set(peers_of(reader)._peers) == {"one"}
@@ -326,7 +327,7 @@ def test_another_model_or_version_is_refused_on_both_sides(
 
     async def ask() -> str:
         with pytest.raises(Broken) as refusal:
-            await Client("h", instance, wanted).ask(Ping, Pong)
+            await Client("h", instance, wanted, Breaker((1.0,), time.monotonic)).ask(Ping, Pong)
         return str(refusal.value)
 
     said = asyncio.run(ask())

@@ -16,10 +16,12 @@ from kvbm.abc.transport import Completion
 from kvbm.core.errors import Broken
 from kvbm.core.outcome import Outcome
 from kvbm.leader.requests import RequestParams
+from kvbm.link.messages import unpack
 from kvbm.tiers.peers import network
 from kvbm.tiers.peers.client import Client
 from kvbm.tiers.peers.directory import Directory
 from kvbm.tiers.peers.messages import Memory, Ping, Pong, Promise, Reserve
+from kvbm.tiers.peers.orders import Pull
 from kvbm.tiers.peers.rank import PeerMemory
 from kvbm.tiers.peers.server import Server
 from kvbm.tiers.peers.serving import Serving
@@ -303,10 +305,10 @@ def test_the_search_is_part_of_the_wait(start: Start, monkeypatch: pytest.Monkey
     does not wait for it again."""
     held: list[Callable[[], None]] = []
 
-    def never(memory: PeerMemory, message: Any, ended: Any) -> None:
-        blocks = len(message.g2) // 4
-        failed = Completion(message.job, np.full(blocks, Outcome.FAILED, np.uint8), "late", 0.0, 0)
-        held.append(partial(ended, message.job, failed, np.zeros(blocks, np.uint64)))
+    def never(memory: PeerMemory, message: Pull) -> None:
+        ours = unpack(message.g2)
+        failed = Completion(message.job, np.full(len(ours), Outcome.FAILED, np.uint8), "late", 0.0, 0)
+        held.append(partial(memory._side.read, ours, message.job, failed, np.zeros(len(ours), np.uint64)))
 
     reserve = Server._reserve
 

@@ -12,11 +12,14 @@ import pytest
 
 from kvbm.abc.transport import Completion, Plan, Quiet, Transport
 from kvbm.core.outcome import Outcome
-from kvbm.core.region import Region
-from kvbm.link.messages import Attach, Mine, Pull, pack
+from kvbm.core.region import Region, Slots
+from kvbm.link.messages import Message, pack
+from kvbm.stores.checksum import Words
 from kvbm.stores.memory import Arena
+from kvbm.tiers.peers.orders import Attach, Mine, Pull
 from kvbm.tiers.peers.rank import PeerMemory
 from kvbm.transfer.executor import Executor
+from tests.link.orders import off_channel
 
 SLOT = 4096
 
@@ -64,19 +67,26 @@ class Played(Transport):
 
 
 class Rank:
+    """What a rank has for its tiers, too."""
+
+    rank = 0
+
     def __init__(self) -> None:
         self.transport, self.said, self.ended = Played(), list[Mine](), list[tuple[int, Completion]]()
         self.arena = Arena(8 * SLOT)
         region = self.arena.region([SLOT], 8)
         transport: Any = self.transport
-        self.memory = PeerMemory(transport, Executor([transport]), region, 0, self.said.append, 0.05)
+        side: Any = self
+        self.memory = PeerMemory(transport, Executor([transport]), region, side, 0.05)
+
+    def tell(self, message: Message) -> None:
+        self.said.append(off_channel(message))
+
+    def read(self, slots: Slots, job: int, completion: Completion, sums: Words) -> None:
+        self.ended.append((job, completion))
 
     def pull(self, job: int, peer: str = "p") -> None:
-        sums = np.zeros(2, np.uint64).tobytes()
-        self.memory.pull(
-            Pull(job, peer, pack([0, 1]), pack([2, 3]), sums),
-            lambda job, completion, _: self.ended.append((job, completion)),
-        )
+        self.memory.pull(Pull(job, peer, pack([0, 1]), pack([2, 3]), np.zeros(2, np.uint64).tobytes()))
 
     def settle(self) -> None:
         """Waits for what has been asked of its thread."""
@@ -89,7 +99,7 @@ class Rank:
 def rank() -> Iterator[Rank]:
     rank = Rank()
     yield rank
-    rank.memory.close()
+    rank.memory.close(2.0)
     rank.arena.close()
 
 

@@ -9,17 +9,11 @@ from prometheus_client import Counter
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from kvbm.connect.vllm.guard import harmless
-from kvbm.observe.totals import Copies, Totals
+from kvbm.observe.names import WAYS
+from kvbm.observe.totals import Totals
 
-WAYS = {
-    "offload": "from the engine to host memory",
-    "onboard": "from host memory to the engine",
-    "demote": "from host memory to disk",
-    "promote": "from disk to host memory",
-    "fetch": "from other instances to host memory",
-}
 COUNTERS = {
-    f"{way}_{what}": text.format(where)
+    f"{way}_{what}": text.format(where.text)
     for way, where in WAYS.items()
     for what, text in (
         ("blocks", "blocks copied {}"),
@@ -38,11 +32,11 @@ def _read(totals: Totals) -> dict[str, int]:
     now = {
         "gated_blocks": totals.gated,
         "matched_tokens": totals.g2_tokens,
-        "peer_tokens": totals.peer_tokens,
+        "peer_tokens": totals.sources["peers"],
         "pulled_tokens": totals.pulled_tokens,
     }
     for way in WAYS:
-        copies: Copies = getattr(totals, way)
+        copies = totals.way(way)
         now |= {f"{way}_blocks": copies.blocks, f"{way}_failed_blocks": copies.failed, f"{way}_bytes": copies.nbytes}
     return now
 

@@ -7,7 +7,7 @@ from functools import partial
 from kvbm.blocks import Pinned, Pool, Writable
 from kvbm.core.outcome import Outcome
 from kvbm.tiers.disk.tier import DiskTier
-from kvbm.tiers.moves import Move
+from kvbm.tiers.moves import Passage
 
 _SOON = 0.05
 """Seconds that reading one slice should take at most: what a request wants waits for it."""
@@ -78,7 +78,7 @@ class Verification:
         self._job = self._tier.read(hold.slots, hold.keys, into, partial(self._ended, hold, into))
         return True
 
-    def _ended(self, hold: Pinned, into: Writable, move: Move) -> None:
+    def _ended(self, hold: Pinned, into: Writable, move: Passage) -> None:
         self._job = None
         self.looked = self._next
         into.drop()

@@ -16,15 +16,16 @@ import numpy as np
 
 from kvbm.blocks import Pinned, Pool, Staged, Writable
 from kvbm.core.errors import Broken, KvbmError
-from kvbm.core.events import Fetched, Promoted
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Slots
 from kvbm.link.channel import Link
-from kvbm.link.messages import Cancel, Forget, Generation, Message, Probe, Probed, Read, Result, Write, pack
+from kvbm.link.messages import Result, pack
 from kvbm.stores.disk.recovery import Recovered
+from kvbm.tiers.breaker import Breaker
 from kvbm.tiers.disk.adopt import adopt
+from kvbm.tiers.disk.orders import TIER, Forget, Generation, Order, Probe, Probed, Read, Write, decode_answer, to_rank
 from kvbm.tiers.gate import Gate
-from kvbm.tiers.moves import CANCELLED, Move
+from kvbm.tiers.moves import Ended, Moves, Passage
 
 _SUSPECTS = 10_000
 """Blocks whose last read failed, that are remembered: the second time in a row a block counts as lost."""
@@ -60,6 +61,8 @@ class Durable(Protocol):
 class DiskTier:
     """`sequence` numbers the next block that is written: higher than that of any block on disk."""
 
+    name: ClassVar[str] = TIER
+
     def __init__(
         self,
         pool: Pool,
@@ -74,16 +77,13 @@ class DiskTier:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pool, self.gate = pool, gate
-        self.problem: str | None = None
-        """Why it is left alone; None while it works."""
         self.corrupt = 0
         """Blocks that were read and were not what had been written."""
-        self._links, self._folder, self._clock = links, folder, clock
+        self._folder = folder
         self._generation, self._sequence = generation, sequence
-        self._patience, self._next_id = patience, next_id
-        self._moves: dict[int, Move] = {}
-        self._failures = [0, 0]
-        """In a row: reads, writes."""
+        self._moves = Moves(links, next_id, clock, patience=patience, judge=self._judge)
+        self._breaker = Breaker(_PROBE_EVERY, clock, most=_FAILURES, watch=_WATCH_EVERY)
+        """Reads and writes fail each for itself: where nothing can be written any more, reads may go well for long."""
         self._stale = False
         """Whether a new generation has not been written down yet."""
         self._lasting = True
@@ -94,18 +94,22 @@ class DiskTier:
         """Whether the files were made anew and have not been looked into."""
         self._chores = ThreadPoolExecutor(1, "kvbm-folder")
         self._waited: deque[Future[Callable[[], None]]] = deque()
-        self._probes, self._next_probe = 0, clock() + _WATCH_EVERY
         self._asked = 0
         self._probed: dict[int, Probed] = {}
 
+    @property
+    def problem(self) -> str | None:
+        """Why it is left alone; None while it works."""
+        return self._breaker.problem
+
     # ------------------------------------------------------------------ moving
 
-    def write(self, hold: Pinned, staged: Staged, ended: Callable[[Move], None]) -> None:
+    def write(self, hold: Pinned, staged: Staged, ended: Ended) -> None:
         """Copy the held blocks of host memory to the staged slots. Both stay the caller's."""
         keys, parents = hold.keys, hold.parents
         priorities, left = hold.terms
-        move = self._begin(len(keys), ended, down=True)
-        self._send(
+        move = self._moves.write(len(keys), ended)
+        self._order(
             Write(
                 move.id, pack(hold.slots), pack(staged.slots), list(keys), list(parents),
                 priorities.astype(np.int32).tobytes(), (time.time() + left).tobytes(), self._sequence,
@@ -114,76 +118,47 @@ class DiskTier:
         )  # fmt: skip
         self._sequence += len(keys)
 
-    def read(self, source: Slots, keys: Sequence[bytes], into: Staged | Writable, ended: Callable[[Move], None]) -> int:
+    def read(self, source: Slots, keys: Sequence[bytes], into: Staged | Writable, ended: Ended) -> int:
         """Copy slots to those of host memory, both of which the caller holds; returns the move's number."""
-        move = self._begin(len(keys), ended, down=False)
-        self.gate.read_begins(len(keys))
-        self._send(Read(move.id, pack(source), pack(into.slots), list(keys)))
+        move = self._moves.read(len(keys), ended, self.gate)
+        self._order(Read(move.id, pack(source), pack(into.slots), list(keys)))
         return move.id
-
-    def _begin(self, blocks: int, ended: Callable[[Move], None], *, down: bool) -> Move:
-        move = Move(
-            id=self._next_id(), ranks=set(self._links), blocks=blocks, patience=self._patience, down=down, ended=ended
-        )
-        move.due = self._clock() + self._patience
-        self._moves[move.id] = move
-        return move
 
     def cancel(self, jobs: Collection[int]) -> None:
         """Nobody wants these any more. They end all the same."""
-        live = [job for job in sorted(jobs) if (move := self._moves.get(job)) is not None and move.wanted]
-        for job in live:
-            self._moves[job].wanted = False
-        if live:
-            self._send(Cancel(live))
+        self._moves.cancel(jobs)
 
     def in_flight(self) -> tuple[int, int]:
-        """Moves (down, up) that some rank has not answered."""
-        down = sum(move.down for move in self._moves.values())
-        return down, len(self._moves) - down
+        """Passages (down, up) that some rank has not answered."""
+        return self._moves.count()
 
     # ------------------------------------------------------------------ answers
 
     def answer(self, result: Result) -> bool:
-        """Takes one rank's result; False where it is about no move of this tier."""
-        move = self._moves.get(result.job)
-        if move is None:
-            return False
-        if move.answer(result):
-            del self._moves[move.id]
-            move.wanted &= move.error != CANCELLED
-            self.corrupt += int((move.outcomes == Outcome.CORRUPT).sum())
-            if self._left:
-                move.outcomes[:] = Outcome.FAILED
-            if not move.down:
-                self.gate.read_ends(move.blocks, int((move.outcomes < Outcome.FAILED).sum()))
-            self._judge(move)
-            move.ended(move)
-        return True
+        """Takes one rank's result; False where it is about no passage of this tier."""
+        return self._moves.answer(result)
 
-    def _judge(self, move: Move) -> None:
-        if not (move.outcomes >= Outcome.FAILED).any():
-            self._failures[move.down] = 0
-        elif move.wanted:
-            # Each for itself: where nothing can be written any more, reads may go well for long.
-            self._failures[move.down] += 1
-            log.warning("KVBM: %s disk failed: %s", "writing to" if move.down else "reading from", move.error)
-            if self._failures[move.down] >= _FAILURES:
-                self.fail(move.error or "moves fail")
+    def _judge(self, passage: Passage) -> None:
+        self.corrupt += int((passage.outcomes == Outcome.CORRUPT).sum())
+        if self._left:
+            passage.outcomes[:] = Outcome.FAILED
+        if not (passage.outcomes >= Outcome.FAILED).any():
+            self._breaker.worked(passage.down)
+        elif passage.wanted:
+            log.warning("KVBM: %s disk failed: %s", "writing to" if passage.down else "reading from", passage.error)
+            if self._breaker.failed(passage.down):
+                self.fail(passage.error or "moves fail")
 
     def fail(self, problem: str) -> None:
         """Leave the tier alone until a probe says that it works."""
-        if self._left:
-            return
-        if self.problem is None:
+        if not self._left and self._breaker.trip(problem):
             log.error("KVBM: the disk tier (G3) is left alone, the engine goes on without it: %s", problem)
-            self._probes, self._next_probe = 0, self._clock() + _PROBE_EVERY[0]
-        self.problem = problem
 
     def leave(self, why: str) -> None:
         """Leave the tier alone for good: nothing that is being moved counts. A new generation is still written down."""
-        self.cancel(list(self._moves))
-        self.problem, self._left = why, True
+        self._moves.cancel_all()
+        self._breaker.trip(why)
+        self._left = True
 
     @property
     def left(self) -> bool:
@@ -192,24 +167,17 @@ class DiskTier:
 
     def tick(self) -> None:
         """A few times a second: notices silent workers, tries whether a broken disk works again."""
-        now = self._clock()
         while self._waited and self._waited[0].done():
             try:
                 self._waited.popleft().result()()
             except KvbmError as error:
                 if not self._left:
-                    self.problem = str(error)
+                    self._breaker.trip(str(error))
         if self._left and not self._stale:
             return
-        if self.problem is None:
-            if any(move.due is not None and now > move.due for move in self._moves.values()):
-                self.fail("no answer about a move within its deadline")
-            elif now >= self._next_probe:
-                self._next_probe = now + _WATCH_EVERY
-                self._ask()
-        elif now >= self._next_probe and not self._waited:
-            self._probes += 1
-            self._next_probe = now + _PROBE_EVERY[min(self._probes, len(_PROBE_EVERY) - 1)]
+        if self.problem is None and self._moves.late():
+            self.fail("no answer about a move within its deadline")
+        elif (self.problem is None or not self._waited) and self._breaker.due():
             if self._stale:
                 self._renew()
             else:
@@ -222,20 +190,21 @@ class DiskTier:
     def _ask(self, *, reopen: bool = False) -> None:
         self._asked += 1
         self._probed.clear()
-        self._send(Probe(reopen, self._asked))
+        self._order(Probe(reopen, self._asked))
 
-    def probed(self, answer: Probed) -> None:
+    def hear(self, body: bytes) -> None:
         """One rank's answer to a probe. When all are well a tier that was left alone is used again."""
+        answer = decode_answer(body)
         if answer.number != self._asked or self._stale or self._left:
             return
         self._probed[answer.rank] = answer
-        if len(self._probed) < len(self._links):
+        if len(self._probed) < len(self._moves.links):
             return
         self._asked += 1  # what comes now has come twice
         problems = [f"rank {each.rank}: {each.problem}" for each in self._probed.values() if each.problem]
         if problems:
             self.fail(problems[0])
-            if not self._moves and not self._waited:
+            if self._moves.count() == (0, 0) and not self._waited:
                 self._do(self._restore)
         elif self._lost:
             self._do(self._recover)
@@ -264,10 +233,9 @@ class DiskTier:
         self._resume()
 
     def _resume(self) -> None:
-        self.problem, self._failures = None, [0, 0]
+        self._breaker.mend()
         self.gate.forget_reads()
-        for move in self._moves.values():
-            move.due = self._clock() + self._patience
+        self._moves.wait_again()
         log.warning("KVBM: the disk tier (G3) works again and holds %d blocks", self.pool.statistics().registered)
 
     # ------------------------------------------------------------------ un-publishing
@@ -276,7 +244,7 @@ class DiskTier:
         """These are not to be served, also not after a restart."""
         hold, _ = self.pool.scan(list(dict.fromkeys(keys)))
         if len(hold):
-            self._send(Forget(pack(hold.slots), list(hold.keys)))
+            self._order(Forget(pack(hold.slots), list(hold.keys)))
         self.pool.discard(hold.keys)
         hold.drop()
 
@@ -287,7 +255,7 @@ class DiskTier:
             log.warning("KVBM: a reset: what is written to disk from now on is served until the engine ends, no longer")
         self._lasting &= lasting
         self.pool.clear()
-        self.cancel(list(self._moves))
+        self._moves.cancel_all()
         if not self._stale:  # else that has not happened yet, and nothing was written since
             self._renew()
 
@@ -295,8 +263,7 @@ class DiskTier:
         """Write the new generation down. Until that is done the tier is not used, or a restart would serve the old."""
         self._stale = True
         if self.problem is None:
-            self.problem = _CLEARING
-            self._next_probe = self._clock() + _PROBE_EVERY[0]
+            self._breaker.trip(_CLEARING)
 
         def clear() -> Callable[[], None]:
             lasting = self._lasting
@@ -310,9 +277,9 @@ class DiskTier:
             self._renew()
             return
         self._generation, self._stale = number, False
-        self._send(Generation(number))
+        self._order(Generation(number))
         if self.problem == _CLEARING:  # else a probe has to say that it works
-            self.problem = None
+            self._breaker.mend()
 
     @property
     def clearing(self) -> bool:
@@ -329,23 +296,18 @@ class DiskTier:
                 log.error("KVBM: a restart may find blocks from before the last reset on disk: %s", error)
         self._folder.close()
 
-    def _send(self, message: Message) -> None:
-        for link in self._links.values():
-            try:
-                link.send(message)
-            except Broken as error:  # the leader notices when it looks for results
-                log.debug("KVBM: %s", error)
+    def _order(self, order: Order) -> None:
+        self._moves.tell(to_rank(order))
 
 
 class DiskSource:
-    """The disk tier. With `exclusive` a block is there no more once it is in host memory."""
+    """The disk tier."""
 
     name: ClassVar[str] = "disk"
-    tier: ClassVar[str] = "g3"
-    event: ClassVar[type[Promoted] | type[Fetched]] = Promoted
+    tier: ClassVar[str] = TIER
 
-    def __init__(self, tier: DiskTier, *, exclusive: bool) -> None:
-        self._tier, self._exclusive = tier, exclusive
+    def __init__(self, tier: DiskTier) -> None:
+        self._tier = tier
         self.gate, self.pool, self.keep = tier.gate, tier.pool, True
         self._suspects: set[bytes] = set()
 
@@ -353,17 +315,16 @@ class DiskSource:
     def problem(self) -> str | None:
         return self._tier.problem
 
-    def read(self, slots: Slots, into: Staged, ended: Callable[[Move], None]) -> int:
+    def read(self, slots: Slots, into: Staged, ended: Ended) -> int:
         return self._tier.read(slots, into.keys, into, ended)
 
     def cancel(self, jobs: Collection[int]) -> None:
         self._tier.cancel(jobs)
 
-    def arrived(self, blocks: Pinned) -> None:
-        if self._exclusive:
-            self.pool.discard(blocks.keys)
+    def places(self, keys: Sequence[bytes]) -> None:
+        """Not known."""
 
-    def judge(self, keys: Sequence[bytes], slots: Slots, move: Move) -> None:
+    def judge(self, keys: Sequence[bytes], slots: Slots, move: Passage) -> None:
         """What is not what was written is lost at once; what could not be read, the second time."""
         lost: dict[bytes, int] = {}
         for key, slot, outcome in zip(keys, slots.tolist(), move.outcomes.tolist(), strict=True):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from kvbm.core.errors import Broken
+from kvbm.tiers.breaker import Breaker
 from kvbm.tiers.peers.directory import Instance
 from kvbm.tiers.peers.messages import (
     Describe,
@@ -42,11 +43,11 @@ class Us:
 
 
 class Client:
-    """`usable` is false while nobody should ask it."""
+    """`breaker` says whether it is asked."""
 
-    def __init__(self, name: str, instance: Instance, us: Us) -> None:
+    def __init__(self, name: str, instance: Instance, us: Us, breaker: Breaker) -> None:
         self.name, self.instance = name, instance
-        self.usable, self.failures = True, 0
+        self.breaker = breaker
         self.connections = 0
         """How often it was connected to. What was attached through an earlier connection is void."""
         self._us = us
@@ -57,6 +58,11 @@ class Client:
         self._waiting: dict[int, asyncio.Future[Said]] = {}
         self._memory: Memory | None = None
         self._ended = False
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is asked."""
+        return self.breaker.problem is None
 
     @property
     def open(self) -> bool:

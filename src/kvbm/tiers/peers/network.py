@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from kvbm.core.errors import Broken, KvbmError
+from kvbm.tiers.breaker import Breaker
 from kvbm.tiers.namesakes import Namesake, told
 from kvbm.tiers.peers.client import Client, Us
 from kvbm.tiers.peers.directory import Directory, Instance, entry, indexed
@@ -31,10 +32,11 @@ log = logging.getLogger(__name__)
 _NOT_YET: Final = "the directory has not answered yet"
 _LOOKUP_S: Final = 0.25
 """The longest that the directory may take to answer."""
+_BACKOFF_S: Final = (0.02, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
+"""Before each new try after the directory or a peer has failed; the last goes on. The first comes soon, since what is
+busy is not dead."""
 _PAUSE_S: Final = 0.01
 """Before a peer that has nothing yet is asked again; one that behaves has waited itself."""
-_BACKOFF_S: Final = (0.02, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
-"""Before each new try after the directory or a peer has failed; the last goes on."""
 
 
 @dataclass(slots=True, eq=False)
@@ -86,8 +88,8 @@ class Network:
         self.server = Server(us, serving, lock, deadline_s)
         self._lease_s, self._deadline_s = lease_s, deadline_s
         self.asker: Asker | None = None
-        self.problem: str | None = _NOT_YET
-        """Why nothing is found in the directory."""
+        self._breaker = Breaker(_BACKOFF_S, time.monotonic, anew=False)
+        self._breaker.trip(_NOT_YET)
         self.peers: tuple[str, ...] = ()
         """Those that live."""
         self._facts: Mapping[str, object] | None = facts
@@ -112,6 +114,11 @@ class Network:
         if self._failure is not None:
             raise self._failure
 
+    @property
+    def problem(self) -> str | None:
+        """Why nothing is found in the directory; None while it is."""
+        return self._breaker.problem
+
     # ------------------------------------------------------------------ from other threads
 
     def search(self, search: Search) -> None:
@@ -124,7 +131,7 @@ class Network:
 
     def failed(self, client: Client, problem: str) -> None:
         """A peer's blocks do not come, or are not what it promised: it is connected to anew."""
-        client.failures += 1
+        client.breaker.failed()
         self._soon(lambda: self._task(self._failed(client, problem, broken=True)))
 
     def slow(self, client: Client, problem: str) -> None:
@@ -133,7 +140,7 @@ class Network:
 
     def works(self, client: Client) -> None:
         """A peer's blocks have come."""
-        client.failures = 0
+        client.breaker.worked()
 
     def leave(self) -> None:
         """Share nothing any more: no blocks for others, none from them."""
@@ -162,7 +169,7 @@ class Network:
         try:
             self._loop.run_until_complete(self._main())
         except Exception:
-            self.problem = "the network thread died"
+            self._breaker.trip("the network thread died")
             log.exception("KVBM: the network thread died: nothing is shared with other instances any more")
         finally:
             self._sharing, self.peers = False, ()
@@ -212,7 +219,7 @@ class Network:
 
     async def _keep(self) -> None:
         """Renew our lease, learn who lives, write down what changed."""
-        every, failures, written = min(0.25, self._lease_s / 10), 0, 0
+        every, written, again = min(0.25, self._lease_s / 10), 0, False
         while self._sharing:
             try:
                 now = time.monotonic()
@@ -236,22 +243,24 @@ class Network:
                         raise
                     self._published.told()
                 written = self._published.written
-                if self.problem is not None:
-                    if failures:
-                        log.warning("KVBM: the directory answers again")
-                    self.problem, failures = None, 0
+                if again:
+                    log.warning("KVBM: the directory answers again")
+                again = False
+                self._breaker.worked()
+                self._breaker.mend()
                 await asyncio.sleep(every)
             except Exception as error:  # noqa: BLE001  # or the lease would end, and nobody notice
                 # The text of what is not ours may have the server's address in it.
                 ours = isinstance(error, Broken)
                 self._fail(str(error) if ours else f"the directory cannot be used ({type(error).__name__})")
-                await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
-                failures += 1
+                await asyncio.sleep(self._breaker.pause)
+                self._breaker.failed()
+                again = True
 
     def _fail(self, problem: str) -> None:
-        if self.problem is None or self.problem == _NOT_YET:
+        if self.problem in (None, _NOT_YET):
             log.warning("KVBM: nothing is shared with other instances meanwhile: %s", problem)
-        self.problem = problem
+        self._breaker.trip(problem)
         self.peers = ()
         self._renewed = 0.0  # only a directory that has said who lives is well again
 
@@ -275,7 +284,7 @@ class Network:
             await client.end()
 
     async def _left(self) -> None:
-        self.problem = "a reset began a new generation"
+        self._breaker.trip("a reset began a new generation")
         for client in tuple(self._clients.values()):
             await client.end()
         with suppress(Broken):
@@ -358,7 +367,9 @@ class Network:
         instance = self._instances[name]
         client = self._clients.get(name)
         if client is None or client.instance != instance:
-            client = self._clients[name] = Client(name, instance, self._us)
+            client = self._clients[name] = Client(
+                name, instance, self._us, Breaker(_BACKOFF_S, time.monotonic, anew=False)
+            )
         return client
 
     async def _failed(self, client: Client, problem: str, *, broken: bool) -> None:
@@ -366,27 +377,25 @@ class Network:
         did is worse than slow."""
         if broken:
             await client.close()
-        if client.usable:
-            client.usable = False
+        if client.breaker.trip(problem):
             self._task(self._probe(client, problem))
 
     async def _probe(self, client: Client, problem: str) -> None:
-        """The first probe comes soon, since a busy peer is no dead one. The more failures, the later the next."""
         told = False
         while self._clients.get(client.name) is client and self._sharing:
-            await asyncio.sleep(_BACKOFF_S[min(client.failures, len(_BACKOFF_S) - 1)])
+            await asyncio.sleep(client.breaker.pause)
             try:
                 async with asyncio.timeout(HANDSHAKE_S):
                     await client.ask(Ping, Pong)
             except (Broken, TimeoutError) as error:
                 await client.close()
-                client.failures += 1
+                client.breaker.failed()
                 if not told:
                     log.warning("KVBM: peer %s is left alone: %s; %s", client.name, problem, error or "no answer")
                 told = True
             else:
-                client.usable = True
-                client.failures += 1  # until blocks come: who answers this, and nothing else, is asked ever less often
+                client.breaker.mend()
+                client.breaker.failed()  # until blocks come
                 if told:
                     log.warning("KVBM: peer %s answers again", client.name)
                 return

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from kvbm.blocks import Pinned, Staged
-from kvbm.core.events import Fetched, Promoted
+from kvbm.blocks import Staged
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Slots
 from kvbm.tiers.gate import Gate
-from kvbm.tiers.moves import Move
+from kvbm.tiers.moves import Ended, Passage
 from kvbm.tiers.peers.client import Client
 from kvbm.tiers.peers.network import Network
+from kvbm.tiers.peers.orders import TIER
 from kvbm.tiers.peers.sums import Words
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ class PeerSource:
     """One promise of one peer, as the promotion reads it."""
 
     name: ClassVar[str] = "a peer"
-    tier: ClassVar[str] = "peer"
-    event: ClassVar[type[Promoted] | type[Fetched]] = Fetched
+    tier: ClassVar[str] = TIER
 
     peers: Peers
     client: Client
@@ -54,7 +53,7 @@ class PeerSource:
     """Their slot -> its place in the promise."""
     sums: list[Words]
     """By rank, what the bytes must have as checksums."""
-    places: dict[bytes, int]
+    _places: dict[bytes, int]
     """Which block of its prompt each is."""
     until: float
     keep: bool
@@ -77,7 +76,7 @@ class PeerSource:
             self.broken = "its promise is over"
         return self.broken
 
-    def read(self, slots: Slots, into: Staged, ended: Callable[[Move], None]) -> int:
+    def read(self, slots: Slots, into: Staged, ended: Ended) -> int:
         if not self.reading:
             self.due = self.peers.due(len(slots))
         self.reading += 1
@@ -86,7 +85,7 @@ class PeerSource:
     def cancel(self, jobs: Collection[int]) -> None:
         self.peers.cancel(jobs)
 
-    def judge(self, keys: Sequence[bytes], slots: Slots, move: Move) -> None:
+    def judge(self, keys: Sequence[bytes], slots: Slots, move: Passage) -> None:
         self.reading -= 1
         corrupt = int((move.outcomes == Outcome.CORRUPT).sum())
         if corrupt:
@@ -104,6 +103,5 @@ class PeerSource:
         self.broken = self.broken or problem
         self.peers.failed(self, problem)
 
-    def arrived(self, blocks: Pinned) -> None:
-        places = np.array([self.places[key] for key in blocks.keys], np.int64)
-        self.peers.published.stored(blocks.keys, places)
+    def places(self, keys: Sequence[bytes]) -> Slots:
+        return np.array([self._places[key] for key in keys], np.int64)

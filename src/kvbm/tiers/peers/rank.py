@@ -7,11 +7,10 @@ checksums, while the next blocks are on their way.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import Final
 
 import numpy as np
 
@@ -19,30 +18,29 @@ from kvbm.abc.transport import Completion, Plan
 from kvbm.core.errors import Broken, KvbmError, Misuse
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Region, Slots, packed
-from kvbm.link.messages import Attach, Mine, Pull, unpack
+from kvbm.link.messages import unpack
 from kvbm.stores.checksum import Words, checksums
+from kvbm.tiers.peers.orders import Attach, Detach, Mine, Pull, decode_order, to_leader
+from kvbm.tiers.tier import RankSide
 from kvbm.transfer.executor import Executor
 from kvbm.transfer.nixl.agent import RemoteMemory
 from kvbm.transfer.nixl.transport import NixlTransport
 
 log = logging.getLogger(__name__)
 
-_CLOSE_S: Final = 2.0
 
-Ended = Callable[[int, Completion, Words], None]
-"""Number, how it ended, and the checksum of each block as it is now."""
+OpenMemory = Callable[[RankSide], "PeerMemory"]
+"""Opens a rank's host memory to other instances; raises Broken."""
 
 
 class PeerMemory:
-    """`memory` is the host memory, a slot one extent; `tell` says to the leader where it is. Any thread.
-
-    `executor` reads over `transport`; it is this object's own from now on."""
+    """`memory` is the host memory, a slot one extent. `executor` reads over `transport`; it is this object's own from
+    now on. Any thread."""
 
     def __init__(
-        self, transport: NixlTransport, executor: Executor, memory: Region, rank: int,
-        tell: Callable[[Mine], None], deadline_s: float,
-    ) -> None:  # fmt: skip
-        self._transport, self._memory, self._rank, self._tell = transport, memory, rank, tell
+        self, transport: NixlTransport, executor: Executor, memory: Region, side: RankSide, deadline_s: float
+    ) -> None:
+        self._transport, self._memory, self._side = transport, memory, side
         self._deadline_s = deadline_s
         self._executor = executor
         self._thread = ThreadPoolExecutor(1, "kvbm-peers")
@@ -61,13 +59,13 @@ class PeerMemory:
         """A peer is gone."""
         self._do(partial(self._detach, peer))
 
-    def pull(self, message: Pull, ended: Ended) -> None:
-        """Read blocks; `ended` is called once, when nothing writes to their slots any more."""
-        self._do(partial(self._pull, message, ended))
+    def pull(self, message: Pull) -> None:
+        """Read blocks; the rank hears of their end when nothing writes to their slots any more."""
+        self._do(partial(self._pull, message))
 
-    def cancel(self, jobs: list[int]) -> None:
+    def cancel(self, jobs: Collection[int]) -> None:
         """Nobody wants these any more."""
-        self._do(partial(self._executor.cancel, jobs))  # behind what it is about; and it may take a moment
+        self._do(partial(self._executor.cancel, [*jobs]))  # behind what it is about; and it may take a moment
 
     def expire(self) -> None:
         """To be called every now and then, waits for nothing: ends what takes too long."""
@@ -75,9 +73,9 @@ class PeerMemory:
             self._expiring = True
             self._do(self._expire)
 
-    def close(self) -> None:
-        """Wait briefly for what is on its way."""
-        self._executor.close(_CLOSE_S)
+    def close(self, seconds: float) -> None:
+        """Wait so long at most for what is on its way."""
+        self._executor.close(seconds)
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _do(self, call: Callable[[], object]) -> None:
@@ -100,10 +98,10 @@ class PeerMemory:
             self._transport.register(self._memory)
             metadata = self._transport.metadata()
         except KvbmError as error:
-            self._tell(Mine(self._rank, problem=str(error)))
+            self._side.tell(to_leader(Mine(self._side.rank, problem=str(error))))
             return
         plane = self._memory.planes[0]
-        self._tell(Mine(self._rank, metadata, plane.address, plane.stride, self._memory.num_slots))
+        self._side.tell(to_leader(Mine(self._side.rank, metadata, plane.address, plane.stride, self._memory.num_slots)))
 
     def _attach(self, message: Attach) -> None:
         if message.old is not None:
@@ -131,25 +129,75 @@ class PeerMemory:
         )  # fmt: skip
         return region
 
-    def _pull(self, message: Pull, ended: Ended) -> None:
+    def _pull(self, message: Pull) -> None:
         theirs, ours = unpack(message.theirs), unpack(message.g2)
         wanted = np.frombuffer(message.sums, np.uint64)
         try:
             plan = Plan(self._region(message.peer), theirs, self._memory, ours, urgent=True, label="fetch")
             self._executor.submit(
                 message.job, plan, self._deadline_s,
-                lambda job, completion: self._do(partial(self._check, ours, wanted, ended, job, completion)),
+                lambda job, completion: self._do(partial(self._check, ours, wanted, job, completion)),
             )  # fmt: skip
         except Exception as error:  # or its slots would never come back
             if not isinstance(error, Broken | Misuse):
                 log.exception("KVBM: a read from a peer could not begin")
-            ended(message.job, Completion.failed(message.job, len(ours), str(error)), np.zeros(len(ours), np.uint64))
+            failed = Completion.failed(message.job, len(ours), str(error))
+            self._side.read(ours, message.job, failed, np.zeros(len(ours), np.uint64))
 
-    def _check(self, ours: Slots, wanted: Words, ended: Ended, job: int, completion: Completion) -> None:
+    def _check(self, ours: Slots, wanted: Words, job: int, completion: Completion) -> None:
         """What has come has to be what was promised."""
         there = completion.outcomes == Outcome.DONE
         sums = np.zeros(len(ours), np.uint64)
         sums[there] = checksums(self._memory, ours[there], self._memory.slot_bytes)
         wrong = there & (sums != wanted)
         completion.outcomes[wrong] = Outcome.CORRUPT
-        ended(job, completion, sums)
+        self._side.read(ours, job, completion, sums)
+
+
+class PeerRank:
+    """Of one rank. Until its memory is open to others it reads nothing of theirs either."""
+
+    def __init__(self, side: RankSide, open_memory: OpenMemory) -> None:
+        self._side, self._open_memory = side, open_memory
+        self._memory: PeerMemory | None = None
+
+    def open(self, body: bytes) -> None:
+        """It is not told where anything is."""
+
+    def ready(self) -> None:
+        """To register memory may pin it, so that it would be allocated there and then."""
+        try:
+            self._memory = self._open_memory(self._side)
+        except Broken as error:
+            self._side.tell(to_leader(Mine(self._side.rank, problem=str(error))))
+
+    def take(self, body: bytes) -> None:
+        memory, message = self._memory, decode_order(body)
+        match message:
+            case Pull():
+                self._side.reads(message.job)
+                if memory is not None:
+                    memory.pull(message)
+                else:
+                    ours = unpack(message.g2)
+                    failed = Completion.failed(message.job, len(ours), "this rank shares nothing")
+                    self._side.read(ours, message.job, failed, np.zeros(len(ours), np.uint64))
+            case Attach() if memory is not None:
+                memory.attach(message)
+            case Detach() if memory is not None:
+                memory.detach(message.peer)
+
+    def cancel(self, jobs: Collection[int]) -> None:
+        if self._memory is not None:
+            self._memory.cancel(jobs)
+
+    def expire(self) -> None:
+        if self._memory is not None:
+            self._memory.expire()
+
+    def look(self) -> None:
+        """A thread that died is seen by what does not come."""
+
+    def close(self, seconds: float) -> None:
+        if self._memory is not None:
+            self._memory.close(seconds)

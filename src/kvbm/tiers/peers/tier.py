@@ -17,18 +17,18 @@ from typing import Any, Final
 import numpy as np
 
 from kvbm.blocks import Pool, Staged
-from kvbm.core.errors import Broken
-from kvbm.core.outcome import Outcome
 from kvbm.core.region import Slots
 from kvbm.leader.requests import Request
 from kvbm.link.channel import Link
-from kvbm.link.messages import Attach, Cancel, Detach, Mine, Pull, Result, pack, unpack
+from kvbm.link.messages import Result, pack, unpack
 from kvbm.tiers.gate import Gate
-from kvbm.tiers.moves import CANCELLED, Move
+from kvbm.tiers.host import Landing
+from kvbm.tiers.moves import Ended, Moves
 from kvbm.tiers.peers.client import Client
 from kvbm.tiers.peers.messages import Memory, Promise, Slab
 from kvbm.tiers.peers.network import Network, Search
 from kvbm.tiers.peers.offer import Lease, PeerSource
+from kvbm.tiers.peers.orders import Attach, Detach, Mine, Pull, decode_answer, to_rank
 from kvbm.tiers.peers.published import Published
 from kvbm.tiers.peers.serving import Serving
 from kvbm.tiers.peers.sums import bound
@@ -89,8 +89,9 @@ class Peers:
     ) -> None:
         self.network, self.serving, self.published = network, serving, published
         self.clock = clock
-        self._promotion, self._pool, self._gate, self._links = promotion, pool, gate, links
-        self._deadline_s, self._patience_s, self._next_id, self._lock = deadline_s, patience_s, next_id, lock
+        self._promotion, self._pool, self._gate = promotion, pool, gate
+        self._deadline_s, self._patience_s, self._lock = deadline_s, patience_s, lock
+        self._moves = Moves(links, next_id, clock)
         self.keep = keep
         self.corrupt = 0
         """Blocks that came and were not what had been promised."""
@@ -98,11 +99,15 @@ class Peers:
         """Searches that began; promises that were used."""
         self._peers: dict[str, Peer] = {}
         self._sought: dict[str, Sought] = {}
-        self._moves: dict[int, tuple[Move, Gate]] = {}
         self._numbers = itertools.count(1)
         self._mine: dict[int, Mine] = {}
         self._closed: str | None = None
         network.asker = self
+
+    @property
+    def _ranks(self) -> list[int]:
+        """In the order in which instances speak of them."""
+        return sorted(self._moves.links)
 
     # ------------------------------------------------------------------ requests
 
@@ -171,7 +176,7 @@ class Peers:
     def _stage(self, sought: Sought, client: Client, promise: Promise, memory: Memory, start: int) -> bool:
         request = sought.request
         keys = tuple(request.keys[start : start + promise.count])
-        if not _makes_sense(promise, memory, len(keys), len(self._links)):
+        if not _makes_sense(promise, memory, len(keys), len(self._ranks)):
             self.network.failed(client, "its promise does not make sense")
             return False
         sums = [np.frombuffer(each, np.uint64) for each in promise.sums]
@@ -205,50 +210,42 @@ class Peers:
         """Have the workers know the peer's memory; by what name they do."""
         name = f"{client.name}/{client.instance.incarnation:x}/{memory.number}/{client.connections}"
         if peer.attached != name:
-            for (_, link), slab in zip(sorted(self._links.items()), memory.slabs, strict=True):
-                self._send(link, Attach(name, slab.metadata, slab.address, slab.stride, slab.slots, peer.attached))
+            for rank, slab in zip(self._ranks, memory.slabs, strict=True):
+                attach = Attach(name, slab.metadata, slab.address, slab.stride, slab.slots, peer.attached)
+                self._moves.tell_rank(rank, to_rank(attach))
             peer.attached = name
             peer.gate.forget_reads()
         return name
 
     # ------------------------------------------------------------------ reading
 
-    def pull(self, source: PeerSource, slots: Slots, into: Staged, ended: Callable[[Move], None]) -> int:
-        """Copy a peer's slots to those of host memory, which the caller holds; returns the move's number."""
-        move = Move(
-            id=self._next_id(), ranks=set(self._links), blocks=len(slots), patience=np.inf, down=False, ended=ended,
-        )  # fmt: skip
-        self._moves[move.id] = move, source.gate
-        source.gate.read_begins(len(slots))
+    def pull(self, source: PeerSource, slots: Slots, into: Staged, ended: Ended) -> int:
+        """Copy a peer's slots to those of host memory, which the caller holds; returns the passage's number. It ends
+        when nothing writes to them any more, however long that takes."""
+        passage = self._moves.read(len(slots), ended, source.gate)
         rows = [source.rows[slot] for slot in slots.tolist()]
-        for (_, link), sums in zip(sorted(self._links.items()), source.sums, strict=True):
-            self._send(
-                link,
-                Pull(
-                    move.id, source.attached, pack(slots), pack(into.slots), np.ascontiguousarray(sums[rows]).tobytes()
-                ),
-            )
-        return move.id
+        for rank, sums in zip(self._ranks, source.sums, strict=True):
+            theirs = np.ascontiguousarray(sums[rows]).tobytes()
+            pull = Pull(passage.id, source.attached, pack(slots), pack(into.slots), theirs)
+            self._moves.tell_rank(rank, to_rank(pull))
+        return passage.id
 
     def cancel(self, jobs: Collection[int]) -> None:
         """Nobody wants these any more. They end all the same, when nothing writes to their slots any more."""
-        live = [job for job in sorted(jobs) if job in self._moves and self._moves[job][0].wanted]
-        for job in live:
-            self._moves[job][0].wanted = False
-        for link in self._links.values() if live else ():
-            self._send(link, Cancel(live))
+        self._moves.cancel(jobs)
 
     def answer(self, result: Result) -> bool:
         """Takes one rank's result; False where it is about none of these."""
-        if result.job not in self._moves:
-            return False
-        move, gate = self._moves[result.job]
-        if move.answer(result):
-            del self._moves[move.id]
-            move.wanted &= move.error != CANCELLED
-            gate.read_ends(move.blocks, int((move.outcomes < Outcome.FAILED).sum()))
-            move.ended(move)
-        return True
+        return self._moves.answer(result)
+
+    def landing(self, slots: Slots, keys: Sequence[bytes], how: Landing) -> None:
+        """Blocks are about to be published in host memory: whoever is promised them has to know their checksums."""
+        self.serving.sums.note(slots, keys, how.sums)
+
+    def landed(self, keys: Sequence[bytes], how: Landing) -> None:
+        """They are published: what comes from the disk has been known since it was new."""
+        if how.places is not None:
+            self.published.stored(keys, how.places)
 
     def failed(self, source: PeerSource, problem: str) -> None:
         """A peer's blocks do not come: it is left alone until it answers a probe, and its memory is attached anew."""
@@ -272,19 +269,20 @@ class Peers:
 
     def in_flight(self) -> int:
         """Reads that some rank has not answered."""
-        return len(self._moves)
+        return sum(self._moves.count())
 
     # ------------------------------------------------------------------ our memory, and the end
 
-    def mine(self, message: Mine) -> None:
+    def hear(self, body: bytes) -> None:
         """Where a rank's memory is now."""
+        message = decode_answer(body)
         self._mine[message.rank] = message
-        ranks = [self._mine.get(rank) for rank in sorted(self._links)]
+        ranks = [self._mine.get(rank) for rank in self._ranks]
         slabs = [Slab(each.metadata, each.address, each.stride, each.slots) for each in ranks if each is not None]
         if any(each is not None and each.problem for each in ranks):
             log.error("KVBM: rank %d shares nothing with other instances: %s", message.rank, message.problem)
             self._close(message.problem or "a rank cannot share its memory")
-        elif len(slabs) == len(self._links):
+        elif len(slabs) == len(self._ranks):
             server = self.network.server
             server.slabs = server.slabs[0] + 1, slabs
 
@@ -305,8 +303,7 @@ class Peers:
         if self._peers[name].gate.reading:
             return
         if (attached := self._peers.pop(name).attached) is not None:
-            for link in self._links.values():
-                self._send(link, Detach(attached))
+            self._moves.tell(to_rank(Detach(attached)))
 
     def stand_aside(self) -> None:
         """Nothing is looked for."""
@@ -334,12 +331,6 @@ class Peers:
         """The process is about to end."""
         self._closed = self._closed or "the engine ends"
         self.serving.close()
-
-    def _send(self, link: Link, message: Attach | Detach | Pull | Cancel) -> None:
-        try:
-            link.send(message)
-        except Broken as error:  # the leader notices when it looks for results
-            log.debug("KVBM: %s", error)
 
 
 def _makes_sense(promise: Promise, memory: Memory, count: int, ranks: int) -> bool:
