@@ -1,7 +1,6 @@
-"""A look at KVBM itself while it serves: do its invariants hold, what happened last, how long does the engine wait.
+"""How long the engine waits for KVBM, and whether answers are asked for again.
 
-`Recent` is an observer; `Pace` belongs to the engine's thread; `Answers` and `Audit` are under the leader's lock,
-except for what the latter asks the pool, which has its own.
+`Pace` belongs to the engine's thread; `Answers` is under the leader's lock.
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ class Recent:
                 tier, blocks, key = event.tier, len(event.keys), event.keys[0] if event.keys else None
             case Cleared():
                 tier, blocks = event.tier, event.generation
-            case Copied() | Gated():
+            case Copied():
+                tier, blocks = f"{event.source}>{event.target}", event.blocks
+            case Gated():
                 blocks = event.blocks
             case Admitted():
                 blocks = event.prompt_tokens

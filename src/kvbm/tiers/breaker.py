@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 class Breaker:
     """What failed `most` times in a row, of one kind, is to be left alone (`trip`), and asked whether it works: after
     the first of `pauses`, then after the next, the last of which goes on. While it is used it is asked every `watch`
-    seconds. With `anew` the pauses begin again each time that it is left alone; else once something `worked`: what
-    answers, and does nothing else, is asked ever less often.
+    seconds. With `anew` the pauses begin again each time that it is left alone, and each question is followed by a
+    longer one. Else each failure is, until something `worked`: what answers, and does nothing else, is asked ever less
+    often.
 
-    State and times only: whoever holds it asks. Any one thread at a time.
+    State and times only: whoever holds it asks. Any thread; what two of them say at once may count once.
     """
 
     def __init__(
@@ -33,13 +34,15 @@ class Breaker:
 
     def failed(self, kind: object = None) -> bool:
         """It did not do what was wanted, or did not answer. Whether that was once too often."""
-        self._steps += 1
-        self._row[kind] = self._row.get(kind, 0) + 1
-        return self._row[kind] >= self._most
+        if not self._anew:
+            self._steps += 1
+        self._row[kind] = count = self._row.get(kind, 0) + 1
+        return count >= self._most
 
     def worked(self, kind: object = None) -> None:
         """It did what was wanted."""
-        self._steps = 0
+        if not self._anew:
+            self._steps = 0
         self._row[kind] = 0
 
     def trip(self, problem: str) -> bool:
@@ -61,5 +64,4 @@ class Breaker:
 
     def mend(self) -> None:
         """Use it again."""
-        self.problem = None
-        self._row.clear()
+        self.problem, self._row = None, {}

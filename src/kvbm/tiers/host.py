@@ -54,6 +54,10 @@ class Host:
         there = staged.register(done)
         if how.places is not None:  # none is there where the pool was cleared meanwhile
             how = Landing(how.origin, how.places[done][: len(there)], how.sums)
-        for listener in self._listeners:
-            listener.landed(there, how)
+        try:
+            for listener in self._listeners:
+                listener.landed(there, how)
+        except BaseException:
+            there.drop()
+            raise
         return there

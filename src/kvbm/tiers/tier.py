@@ -30,7 +30,7 @@ class Source(Protocol):
     name: ClassVar[str]
     """As sentences call it."""
     tier: ClassVar[str]
-    """As records of requests call it."""
+    """Its tier's."""
     gate: Gate
     keep: bool
     """Whether host memory keeps what came after the requests that waited for it got it."""
@@ -87,7 +87,7 @@ class Wanted(NamedTuple):
 
 class RankTier(Protocol):
     """A tier's part on one rank. Each read and write is answered once (`RankSide`), cancelled ones too. What says
-    nothing else belongs to the channel's thread."""
+    nothing else belongs to the channel's thread, `close` to the engine's."""
 
     def open(self, body: bytes) -> None:
         """It is known now where this rank's part is. Raises Broken."""

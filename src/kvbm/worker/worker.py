@@ -272,6 +272,7 @@ class Worker(Telling):
                     case Open(tier=name, body=body):
                         self.tell(Opened(self.rank, name, self._open(name, body)))
                     case ToTier(tier=name, body=body):
+                        assert name in self._tiers, f"the leader uses a tier {name} that this rank does not have"
                         self._tiers[name].take(body)
                     case Cancel(jobs=jobs):
                         for tier in self._tiers.values():
@@ -367,6 +368,8 @@ class Worker(Telling):
 
     def _open(self, name: str, body: bytes) -> str | None:
         """Opens this rank's part of a tier; returns why that cannot be done."""
+        if name not in self._tiers:
+            return f"this rank has no tier {name}: were leader and worker given the same settings?"
         try:
             self._tiers[name].open(body)
         except Broken as error:
@@ -387,7 +390,7 @@ class Worker(Telling):
         self._closing.set()
         if self._toucher is not None:
             self._toucher.join(_TOUCH_END)
-        for tier in self._tiers.values():
+        for tier in reversed(self._tiers.values()):
             tier.close(_TIER_END)
         self.executor.close(5.0)
         self._comparisons.close()

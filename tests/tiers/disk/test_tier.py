@@ -76,6 +76,26 @@ def test_probes_become_rarer(make_stage: Make) -> None:
     assert stage.tier.problem == "still read-only"
 
 
+def test_what_fails_after_it_was_left_alone_delays_no_probe(make_stage: Make) -> None:
+    stage = make_stage().add_disk(batch=1)
+    stage.keep("a", keys_of("a", 8))
+    stage.leader.tick()
+    writes = stage.hear(Write)
+    assert len(writes) == 8
+    for write in writes:
+        stage.moved(write, FAILED)
+    stage.leader.tick()
+    assert stage.tier.problem is not None
+    times, begun = [], stage.clock()
+    for _ in range(32):
+        stage.tick(0.25)
+        for probe in stage.hear(Probe):
+            times.append(stage.clock() - begun)
+            stage.say(Probed(0, "EROFS", probe.number))
+        stage.settle()
+    assert times == [1.0, 3.0, 7.0]
+
+
 def test_one_rank_that_is_not_well_is_enough(make_stage: Make) -> None:
     stage = make_stage(ranks=2).add_disk()
     break_it(stage)

@@ -63,6 +63,7 @@ class DiskRank:
         return self._opened
 
     def take(self, body: bytes) -> None:
+        disk = self.disk  # before anything of it is promised
         match message := decode_order(body):
             case Write() if self._last_chore is not None and not self._last_chore.done():
                 # Behind the beginning of its generation, and before it nothing of its slots is forgotten any more.
@@ -74,7 +75,7 @@ class DiskRank:
                 g2 = unpack(message.g2)
                 ended = partial(self._read_ended, g2)
                 try:
-                    self.disk.read(message.job, unpack(message.g3), g2, message.keys, self._deadline_s, ended)
+                    disk.read(message.job, unpack(message.g3), g2, message.keys, self._deadline_s, ended)
                 except Misuse as error:  # it is being closed
                     ended(
                         message.job, Completion.failed(message.job, len(g2), str(error)), np.zeros(len(g2), np.uint64)
@@ -82,7 +83,7 @@ class DiskRank:
             case Forget():
                 self._chore(self._forget, unpack(message.g3), message.keys)
             case Generation():
-                self._chore(self.disk.shard.clear, message.number)
+                self._chore(disk.shard.clear, message.number)
             case Probe():
                 self._chore(self._probe, message)
 
