@@ -78,6 +78,7 @@ def test_probes_become_rarer(make_stage: Make) -> None:
 
 def test_what_fails_after_it_was_left_alone_delays_no_probe(make_stage: Make) -> None:
     stage = make_stage().add_disk(batch=1)
+    stage.folder.problem = "still read-only"
     stage.keep("a", keys_of("a", 8))
     stage.leader.tick()
     writes = stage.hear(Write)
