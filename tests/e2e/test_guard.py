@@ -145,6 +145,14 @@ class Victim:
         assert self.ask(self.prompts[:3]) > 0
         assert self.engine.status()["onboard"]["blocks"] > 0, "nothing was loaded"
 
+    def _rest(self) -> None:
+        """Until nothing is written to disk any more: what is being written is held, and no part of `_stored`."""
+        disk, deadline = self.engine.leader.disk, time.monotonic() + 60
+        while disk is not None and disk.tier.in_flight() != (0, 0):
+            assert time.monotonic() < deadline
+            self.engine.leader.tick()
+            time.sleep(0.002)
+
     def hurt(self, name: str, where: str | int, rank: int) -> None:
         """That method raises while requests are loaded and stored."""
         disk = f"{name} {where}"
@@ -160,6 +168,7 @@ class Victim:
             self.arm(name, at, max(1, where // 2**rounds) if isinstance(where, int) else where, rank)
         self.ask(self.fresh[:1])  # what raised in the last step is heard of in the next
         self._is_off(name in raising.WORKER)
+        self._rest()
         # Nothing that differs was stored, and nothing is any more, in host memory and on disk.
         for same, differ in self._workers(raising.compare_worker, *self._stored()):
             assert differ == 0
