@@ -49,7 +49,7 @@ MUTANTS = (
     ),
     Mutant(
         "a source's lease is dropped before a cancelled read ended", "tiers/promote.py",
-        "        if not staging.left and staging.lease is not None:\n", "        if staging.lease is not None:\n",
+        "        if not staging.left and staging.kept:\n", "        if staging.kept:\n",
         "tiers/test_promote tiers/test_lower_machine",
     ),
     Mutant(
@@ -63,8 +63,8 @@ MUTANTS = (
     ),
     Mutant(
         "a clear lets what is being read go on, and be published", "tiers/stack.py",
-        "        self.promotion.clear()\n        if self.disk is not None:\n            self.disk.demotion.clear()\n",
-        "        if self.disk is not None:\n            self.disk.demotion.clear()\n",
+        "        self.promotion.clear()\n        for tier in self:\n            tier.clear(lasting=False)\n",
+        "        for tier in self:\n            tier.clear(lasting=False)\n",
         "tiers/test_promote tiers/disk/test_tier tiers/test_lower_machine",
     ),
     Mutant(
@@ -74,8 +74,7 @@ MUTANTS = (
     ),
     Mutant(
         "what is read ahead counts as 0 in the gate", "tiers/promote.py",
-        "        ahead = sum(other.left for other in self._stagings[: self._stagings.index(staging)] "
-        "if other.source is source)\n",
+        "        ahead = sum(other.left for other in before if other.offer.queue is offer.queue)\n",
         "        ahead = 0\n", "tiers/test_promote tiers/test_gate",
     ),
     Mutant(
@@ -84,22 +83,21 @@ MUTANTS = (
         "            self.pool.touch([*reversed(blocks := self._in_order(request))])\n", "leader/test_leader",
     ),
     Mutant(
-        "leaf and root are exchanged on disk", "tiers/stack.py",
-        "            self.disk.tier.pool.touch(blocks)\n",
-        "            self.disk.tier.pool.touch([*reversed(blocks)])\n",
+        "leaf and root are exchanged on disk", "tiers/disk/side.py",
+        "        self.pool.touch(keys)\n\n    # ----", "        self.pool.touch([*reversed(keys)])\n\n    # ----",
         "tiers/test_demote tiers/disk/test_tier",
     ),
     Mutant(
-        "an exclusive landing tells the disk to forget", "tiers/stack.py",
-        "            self.tier.pool.discard(keys)\n", "            self.tier.discard(keys)\n",
+        "an exclusive landing tells the disk to forget", "tiers/disk/side.py",
+        "            self.pool.discard(keys)\n", "            self.tier.discard(keys)\n",
         "tiers/test_promote tiers/test_demote",
     ),
     Mutant(
         "demotion while KVBM stands aside", "leader/health.py",
         "            self.lower.stand_aside()\n\n    def _disbelieve",
         "            self.lower.stand_aside()\n"
-        "            if self.lower.disk is not None:\n"
-        "                self.lower.disk.demotion.pump()\n\n    def _disbelieve",
+        "            for tier in self.lower:\n"
+        "                tier.pump()\n\n    def _disbelieve",
         "tiers/test_demote tiers/test_promote",
     ),
     # The leader.
@@ -166,8 +164,8 @@ MUTANTS = (
         "tiers/test_demote",
     ),
     Mutant(
-        "a block that could not be read once is lost", "tiers/disk/tier.py",
-        " and move.wanted and key in self._suspects):\n", " and move.wanted):\n",
+        "a block that could not be read once is lost", "tiers/disk/side.py",
+        " and passage.wanted and key in self._failed):\n", " and passage.wanted):\n",
         "tiers/test_promote tiers/disk/test_tier",
     ),
     Mutant(

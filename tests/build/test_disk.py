@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvbm.abc.policy import Drop
 from kvbm.build import disk as build_disk
 from kvbm.core.config import load
 from kvbm.core.errors import Broken, ConfigError
+from kvbm.policy.placements import WriteThrough
 from kvbm.stores.disk.folder import Folder, NamespaceFolder
 from kvbm.transfer import file
 from tests.build.test_leader import start
@@ -69,3 +72,19 @@ def test_a_key_that_cannot_be_used_ends_the_start(tmp_path: Path) -> None:
     key.chmod(0o600)
     with pytest.raises(ConfigError, match="setting g3_key_file"):
         start(tmp_path, g3_blocks=3, g3_key_file=str(key))
+
+
+class Both(WriteThrough):
+    """New blocks go to both, and none rises."""
+
+    def promote(self, tier: str, tiers: Sequence[str]) -> Drop:
+        return Drop()
+
+
+def test_a_placement_that_an_engine_does_not_follow_ends_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_disk, "placement", lambda name: Both())
+    with pytest.raises(ConfigError, match="an engine follows write-through and exclusive alone"):
+        start(tmp_path, g3_blocks=3)
+    start(tmp_path)  # without a disk it has nothing to say

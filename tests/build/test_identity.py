@@ -146,7 +146,7 @@ def test_serving_starts_meanwhile(
         assert engine.serve(early) == 6
         slow.go.set()
         attached(engine)
-        engine.until(lambda: engine.side.control.about.disk is not None)
+        engine.until(lambda: engine.leader.disk is not None)
         after = engine.side.control.status()
         assert after["fingerprint"] != before["fingerprint"]
         assert ("demote" in before, "demote" in after) == (False, True)

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from kvbm.build import disk as build_disk
 from kvbm.build import leader as build
 from kvbm.build import memory
-from kvbm.build import stack as build_lower
 from kvbm.build.leader import LeaderSide, build_leader
 from kvbm.build.place import Place, channel_path
 from kvbm.build.worker import build_worker
@@ -132,7 +132,7 @@ def test_without_a_place_for_the_disk_tier_there_is_none(tmp_path: Path, folder:
     settings = load(environ={}, extra={"run_dir": str(tmp_path)}).settings
     settings = settings.model_copy(update={"cache_dir": None, "g3_dir": folder and tmp_path / folder})
     with pytest.raises(Broken, match=sentence):
-        build_lower.disk_folder(settings, Place("e", 1))
+        build_disk.disk_folder(settings, Place("e", 1))
 
 
 def test_a_worker_of_another_configuration(tmp_path: Path) -> None:

@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from kvbm.build.leader import build_leader
+from kvbm.build.parts import Part
 from kvbm.build.place import Place
 from kvbm.build.stack import Choose
+from kvbm.build.tiers import TIERS
 from kvbm.build.worker import build_worker
-from kvbm.core.config import load
+from kvbm.core.config import Resolved, load
 from kvbm.core.events import Admitted
 from kvbm.core.keys import Namespace
 from kvbm.leader.requests import RequestParams
 from kvbm.stores.disk.disk import Disk
 from kvbm.testing.transport import HostMemory
 from kvbm.tiers.disk.rank import DiskRank
+from kvbm.tiers.stack import Stack
 from kvbm.worker.worker import Worker
 
 ROWS = (4096, 4096, 640)
@@ -31,6 +34,9 @@ LAST = b"last".ljust(32)
 
 def kv(key: bytes, rank: int) -> bytes:
     return (hashlib.sha512(key + bytes([rank])).digest() * (sum(ROWS) // 64 + 1))[: sum(ROWS)]
+
+
+Stack.clear_disk = lambda self: self.purge("g3")  # type: ignore[attr-defined]  # as those suites know it, too
 
 
 class DiskPart:
@@ -69,6 +75,7 @@ class Engine:
         g3_blocks: int | None = 32,
         replicated: bool = False,
         choose: Choose | None = None,
+        tiers: Sequence[Part] = TIERS,
         **settings: Any,
     ) -> None:
         extra = {
@@ -82,20 +89,30 @@ class Engine:
         began = time.time_ns() + 10**15  # nothing is younger
         self.parts = [0 if replicated else rank for rank in range(ranks)]
         """Which part of a block each rank has."""
-        self.g1 = [HostMemory(ROWS, G1) for _ in range(ranks)]
-        self.workers: list[Any] = [
-            build_worker(resolved.settings, place, names, memory.region, rank, "", began)
-            for rank, memory in enumerate(self.g1)
-        ]
-        for worker in self.workers:
-            worker._disk = DiskPart(worker) if "g3" in worker._tiers else None
-        self.side = build_leader(resolved, place, names, block_tokens=TOKENS, shares_device_blocks=True, choose=choose)
+        self.g1: list[Any] = []
+        self.workers: list[Any] = []
+        for rank in range(ranks):
+            memory, worker = self.rank(resolved, place, names, rank, began, tiers)
+            self.g1.append(memory)
+            self.workers.append(worker)
+        self.side = build_leader(
+            resolved, place, names, block_tokens=TOKENS, shares_device_blocks=True, choose=choose, tiers=tiers
+        )
         self.leader = self.side.leader
         if self.leader.disk is not None:
             self.disk = self.leader.disk.tier.pool
         self.names = itertools.count()
         self.folder = path / "g3"
         self.own = self.folder / names.fingerprint[:16]
+
+    def rank(
+        self, resolved: Resolved, place: Place, names: Namespace, rank: int, began: int, tiers: Sequence[Part]
+    ) -> tuple[Any, Any]:
+        """The engine's memory of a rank, and its worker."""
+        memory = HostMemory(ROWS, G1)
+        worker: Any = build_worker(resolved.settings, place, names, memory.region, rank, None, began, tiers=tiers)
+        worker._disk = DiskPart(worker) if "g3" in worker._tiers else None
+        return memory, worker
 
     def close(self) -> None:
         for worker in self.workers:

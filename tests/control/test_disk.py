@@ -12,9 +12,9 @@ import pytest
 from kvbm.stores.disk import meta
 from kvbm.tiers.disk import sweep as verify
 from kvbm.tiers.disk.orders import Read
+from kvbm.tiers.disk.side import DiskSide
 from kvbm.tiers.disk.sweep import Verification
 from kvbm.tiers.gate import Gate
-from kvbm.tiers.stack import DiskSide
 from tests.build.test_lower_whole import start
 from tests.build.whole import Engine
 from tests.cli.test_disk import A
@@ -87,12 +87,12 @@ def test_serving_goes_on_between_slices(start: Start, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Gate, "soon", lambda *_: 1)
     with engine.leader.below() as lower:
         assert lower is not None
-        assert lower.disk is not None
-        run = lower.disk.verification = Verification(lower.disk.tier, engine.leader.pool)
+        assert lower.g3
+        run = lower.g3.verification = Verification(lower.g3.tier, engine.leader.pool)
         run.pump()
-        assert (run.looked, run.over, lower.disk.tier.in_flight()) == (0, False, (0, 1))
+        assert (run.looked, run.over, lower.g3.tier.in_flight()) == (0, False, (0, 1))
         run.pump()
-        assert lower.disk.tier.in_flight() == (0, 1)
+        assert lower.g3.tier.in_flight() == (0, 1)
     stored(engine, "b", 4)
     engine.until(lambda: run.over)
     assert run.whole >= 12
@@ -154,8 +154,8 @@ def test_a_new_generation_while_a_slice_is_read_counts_nothing_as_bad(start: Sta
     stored(engine, "a", 12)
     with engine.leader.below() as lower:
         assert lower is not None
-        assert lower.disk is not None
-        run = lower.disk.verification = Verification(lower.disk.tier, engine.leader.pool)
+        assert lower.g3
+        run = lower.g3.verification = Verification(lower.g3.tier, engine.leader.pool)
         run.pump()
         lower.clear()
     engine.until(lambda: lower_of(engine).tier.in_flight() == (0, 0) and not engine.leader.degraded())

@@ -75,6 +75,9 @@ class Others:
         self.peers = ()
         self.told.append("leave")
 
+    def close(self) -> None:
+        self.told.append("close")
+
     def usable(self) -> dict[str, bool]:
         return dict.fromkeys(self.peers, True)
 

@@ -34,7 +34,8 @@ from kvbm.testing.clock import ManualClock
 from kvbm.tiers.demote import Budget, Demotion
 from kvbm.tiers.disk.adopt import adopt
 from kvbm.tiers.disk.orders import Probe, Probed, Read, Write
-from kvbm.tiers.disk.tier import DiskSource, DiskTier
+from kvbm.tiers.disk.side import DiskSide
+from kvbm.tiers.disk.tier import DiskTier
 from kvbm.tiers.gate import Gate
 from kvbm.tiers.peers.messages import Memory, Promise, Reserve, Slab
 from kvbm.tiers.peers.orders import Mine
@@ -43,7 +44,7 @@ from kvbm.tiers.peers.serving import Serving
 from kvbm.tiers.peers.sums import Sums
 from kvbm.tiers.peers.tier import Peers
 from kvbm.tiers.promote import Promotion
-from kvbm.tiers.stack import DiskSide, Lower
+from kvbm.tiers.stack import Stack
 from tests.leader.played import Chores, Keys, Others
 from tests.link.orders import off_channel, on_channel
 
@@ -252,11 +253,11 @@ class Stage:
             block_bytes=BLOCK_BYTES, most=lambda: in_flight, batch=batch, emit=leader.emit,
         )  # fmt: skip
         self.promotion = Promotion(
-            DiskSource(self.tier), leader.host,
-            most=lambda: most, in_flight=in_flight, batch=batch, unmeasured=batch,
+            leader.host, most=lambda: most, in_flight=in_flight, batch=batch, unmeasured=batch,
             emit=leader.emit, clock=self.clock,
         )  # fmt: skip
-        leader.lower = Lower(self.promotion, block_tokens, DiskSide(self.tier, self.demotion, exclusive))
+        self.side = DiskSide(self.tier, self.demotion, exclusive=exclusive)
+        leader.lower = Stack(self.promotion, block_tokens, [self.side], self.clock)
         return self
 
     def hear(self, kind: type[Any], rank: int = 0) -> list[Any]:
@@ -315,12 +316,14 @@ class Stage:
 
     def disk_commands(self) -> Upkeep:
         """What operators ask of the disk tier."""
-        return Upkeep(self.leader, lambda: Path("nowhere"))
+        if self.leader.disk is not None:
+            self.leader.disk.folder = Path("nowhere")
+        return Upkeep(self.leader)
 
     def purge(self) -> None:
         """They empty the engine's part of the folder."""
         assert self.leader.lower is not None
-        self.leader.lower.clear_disk()
+        self.leader.lower.purge("g3")
 
     def fail_disk(self, why: str) -> None:
         """The disk tier is left alone until it answers a probe."""
@@ -333,29 +336,31 @@ class Stage:
         patience_s: float = 60.0, most: int = 32, in_flight: int = 64, batch: int = 4,
     ) -> Stage:  # fmt: skip
         """Shares blocks with other instances; sizes in blocks. Below there is the disk tier, if that was added."""
-        leader, disk = self.leader, self.leader.disk
+        leader = self.leader
+        nearer = [] if leader.lower is None else [*leader.lower]
         if leader.lower is None:
             self.promotion = Promotion(
-                None, leader.host, most=lambda: most, in_flight=in_flight, batch=batch, unmeasured=batch,
+                leader.host, most=lambda: most, in_flight=in_flight, batch=batch, unmeasured=batch,
                 emit=leader.emit, clock=self.clock,
             )  # fmt: skip
         total = self.pool.statistics().total
         sums = leader.earlier.sums if leader.earlier is not None else Sums(len(self.workers), total)
         serving = Serving(
-            self.pool, self.promotion, sums, leader.requests, most=lambda: held, seconds=lease_s,
-            aside=leader.standing_aside, clock=self.clock,
+            self.pool, sums, begin=lambda seeker, wanted: self.promotion.begin(seeker, wanted, nearer),
+            drop=self.promotion.drop, coming=self.promotion.coming, expects=leader.expects, most=lambda: held,
+            seconds=lease_s, aside=leader.standing_aside, clock=self.clock,
         )  # fmt: skip
-        pools = [self.pool] if disk is None else [self.pool, self.disk]
+        pools = [self.pool, *(tier.pool for tier in nearer if tier.pool is not None)]
         published = Published(lambda key: any(pool.peek([key]) for pool in pools))
         for pool in pools:
             pool.add_observer(published)
         self.network: Any = Others()
         self.peers = Peers(
-            self.network, serving, published, self.promotion, self.pool, leader.gate, leader.links,
-            deadline_s=deadline_s, patience_s=patience_s, keep=keep, next_id=leader.next_job, lock=leader.below,
+            self.network, serving, published, leader.gate, leader.links,
+            deadline_s=deadline_s, patience_s=patience_s, keeps=keep, next_id=leader.next_job, lock=leader.below,
             clock=self.clock,
         )  # fmt: skip
-        leader.lower = Lower(self.promotion, BLOCK_TOKENS, disk, self.peers)
+        leader.lower = Stack(self.promotion, BLOCK_TOKENS, [*nearer, self.peers], self.clock)
         self._numbers = itertools.count(1)
         return self
 
@@ -439,19 +444,23 @@ class Stage:
             job.lease.drop()
         self.leader._copies._jobs.clear()
         pools = [self.pool]
+        disk = self.leader.disk
         if self.leader.lower is not None:
-            self.settle()
+            if disk is not None:
+                self.settle()
             for name in list(self.leader.requests):
                 self.leader.finish(name, [], 0)
             self.promotion.clear()
+        if disk is not None:
             for move in list(self.tier._moves._passages.values()):
                 for rank in tuple(move.ranks):
                     self.tier.answer(Result(move.id, rank, b"", 0, 0.0, "cancelled"))
-            assert not self.promotion._stagings
-            assert not self.promotion._coming
             assert not self.demotion._in_flight
             assert not self.leader.gate.reading
             pools.append(self.disk)
+        if self.leader.lower is not None:
+            assert not self.promotion._stagings
+            assert not self.promotion._coming
         self.leader.seal(tokens=0)
         self.leader.close()
         for link in self.workers.values():

@@ -14,9 +14,9 @@ TIERS = {module.TIER: module for module in (disk, peers)}
 def off_channel(message: Message) -> Any:
     """A message of a tier as that means it; others as they are."""
     match message:
-        case ToTier(tier=tier, body=body):
+        case ToTier(tier=tier, body=body) if tier in TIERS:
             return TIERS[tier].decode_order(body)
-        case FromTier(tier=tier, body=body):
+        case FromTier(tier=tier, body=body) if tier in TIERS:
             return TIERS[tier].decode_answer(body)
     return message
 

@@ -154,7 +154,7 @@ def test_a_block_that_ends_between_two_looks_is_no_misuse(make_stage: Make) -> N
     hold, _ = stage.pool.scan(keys)
     stage.clock.advance(10)
     with hold:
-        assert stage.demotion._start(keys, 0, 5.0, evict=False) == 0
+        assert stage.demotion._start(keys, evict=False) == 0
 
 
 # ---------------------------------------------------------------------- what is worth a write

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvbm.build import disk as build_disk
+from kvbm.build.parts import Ground
+from kvbm.build.place import Place
 from kvbm.core.config import Settings
 from kvbm.core.keys import Namespace
 from kvbm.tiers.namesakes import Namesake, facts_of, told
@@ -47,7 +50,9 @@ def test_the_disk_says_it_once_and_only_where_nothing_is_found(
 
     def start(seed: str) -> build_disk.Found:
         namespace = Namespace(FACTS | {"hash.seed": seed}, "w")
-        found = build_disk.find(settings, build_disk.Folder.claim(tmp_path, "e"), 1, namespace, 4096)
+        nobody: Any = None
+        ground = Ground(settings, Place("e", 1), nobody, {0: nobody}, 4096)
+        found = build_disk.find(ground, build_disk.Folder.claim(tmp_path, "e"), namespace)
         found.folder.close()
         return found
 

@@ -178,7 +178,7 @@ def test_a_request_waits_while_loading_is_faster_and_then_takes_what_has_come(ma
     assert not stage.hear(Read)
     assert stage.disk.peek(keys) == 8
     assert stage.tier.problem is None
-    assert not stage.promotion._disk._suspects
+    assert not stage.side.suspects._failed
 
 
 def test_what_is_slower_from_the_start_is_read_only_while_the_request_waits_for_its_turn(make_stage: Make) -> None:
@@ -425,7 +425,7 @@ def test_a_block_that_cannot_be_read_twice_is_lost_and_once_is_not(make_stage: M
     (read,) = start(stage, "b", keys)
     stage.moved(read)
     assert match(stage, "b", keys) == 3  # it was read: the failure is forgotten
-    assert not stage.promotion._disk._suspects
+    assert not stage.side.suspects._failed
     stage.leader.finish("b", [], 0)
     stage.pool.discard(keys)
     for name in ("c", "d"):
@@ -433,7 +433,7 @@ def test_a_block_that_cannot_be_read_twice_is_lost_and_once_is_not(make_stage: M
         (read,) = start(stage, name, keys)
         fails(name, read)
     assert stage.disk.present(keys).tolist() == [True, False, True]
-    assert not stage.promotion._disk._suspects
+    assert not stage.side.suspects._failed
 
 
 def test_an_outcome_that_does_not_exist_is_a_failure(make_stage: Make) -> None:

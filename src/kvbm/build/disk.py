@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final, NamedTuple
 
-from kvbm.abc.policy import Drop, Move
+from kvbm.abc.policy import Drop, Move, Placement
+from kvbm.abc.transport import Transport
 from kvbm.blocks import Pool
+from kvbm.build.parts import Ground, Needs, Wrap
+from kvbm.build.place import Place as Engine
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken, ConfigError
+from kvbm.core.folders import NO_HOME
 from kvbm.core.keys import Namespace
-from kvbm.leader.leader import Leader
-from kvbm.link.channel import Link
 from kvbm.policy import admission, eviction_order, placement
 from kvbm.policy.admissions import Frequency
+from kvbm.policy.placements import Exclusive, WriteThrough
 from kvbm.stores.disk.cipher import Cipher
 from kvbm.stores.disk.disk import Disk
 from kvbm.stores.disk.folder import Folder, NamespaceFolder
@@ -28,12 +31,13 @@ from kvbm.stores.disk.recovery import Recovered
 from kvbm.stores.disk.shard import Shard
 from kvbm.tiers.demote import Budget, Demotion
 from kvbm.tiers.disk.adopt import adopt
+from kvbm.tiers.disk.orders import TIER, to_open
 from kvbm.tiers.disk.rank import DiskRank
-from kvbm.tiers.disk.tier import DiskSource, DiskTier
+from kvbm.tiers.disk.side import DiskSide
+from kvbm.tiers.disk.tier import DiskTier
 from kvbm.tiers.namesakes import NAME, Namesake, facts_of, told, unnamed
 from kvbm.tiers.promote import Promotion
-from kvbm.tiers.stack import DiskSide
-from kvbm.tiers.tier import RankSide
+from kvbm.tiers.tier import RankSide, Tier
 from kvbm.transfer.file import FileTransport
 
 log = logging.getLogger(__name__)
@@ -42,22 +46,11 @@ _RINGS, _DEPTH = 3, 64
 """With io_uring: threads that move blocks to and from disk, and operations that each has in flight."""
 _THREADS = 16
 """Without: threads, each with one operation in flight."""
-_MOVE_BYTES: Final = 32 << 20
-"""Bytes that are moved between host memory and disk at once, over all ranks: what has arrived can be used while the
+MOVE_BYTES: Final = 32 << 20
+"""Bytes that are moved between host memory and a tier at once, over all ranks: what has arrived can be used while the
 rest is on its way. Each move has work of its own, which costs a fast disk up to a tenth with half of this."""
 _TIERS: Final = ("g2", "g3")
-_UNMEASURED: Final = 16
-"""The first moves, while nothing is known about the disk, are this part of that."""
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """This namespace's part of the folder, and what was in it at the start."""
-
-    folder: NamespaceFolder
-    blocks: Recovered
-    namesakes: tuple[str, ...] = ()
-    """Where there was nothing: why blocks of the same model that lie beside it are not found."""
+_TICK_S: Final = 0.005
 
 
 def wanted(settings: Settings) -> bool:
@@ -65,16 +58,94 @@ def wanted(settings: Settings) -> bool:
     return settings.g3_gb is not None or settings.g3_blocks is not None
 
 
-def check(settings: Settings) -> None:
-    """Raises ConfigError for a policy, a folder or a key that cannot be used, before anything is waited for or
-    touched."""
-    eviction_order(settings.g3_order, 1, "g3_order")
-    admission(settings.g3_admission, 1, "g3_admission")
-    placement(settings.placement)
-    if wanted(settings):
-        _cipher(settings)
-        if settings.g3_engine == "io_uring":
-            transport(settings).close()
+class DiskPart:
+    """See `Part`."""
+
+    name: ClassVar[str] = TIER
+    large: ClassVar[bool] = True
+    without: ClassVar[str] = "there is no disk tier (G3)"
+
+    def wanted(self, settings: Settings) -> bool:
+        return wanted(settings)
+
+    def check(self, settings: Settings) -> None:
+        eviction_order(settings.g3_order, 1, "g3_order")
+        admission(settings.g3_admission, 1, "g3_admission")
+        below = placement(settings.placement)
+        if wanted(settings):
+            _check_placement(settings.placement, below)
+            _cipher(settings)
+            if settings.g3_engine == "io_uring":
+                transport(settings).close()
+
+    def needs(self, slot_bytes: int) -> Needs:
+        return Needs(stride=padded(slot_bytes), sums="made")  # direct I/O wants whole pages
+
+    def transports(self, settings: Settings) -> list[Transport]:
+        return [transport(settings)]
+
+    def on_rank(self, settings: Settings, wrapped: Wrap, side: RankSide) -> DiskRank:
+        return DiskRank(side, partial(_open_shard, settings), settings.g3_deadline_s)
+
+    def claim(self, ground: Ground) -> DiskClaim:
+        return DiskClaim(ground, Folder.claim(disk_folder(ground.settings, ground.place), ground.place.engine))
+
+
+def _check_placement(name: str, asked: Placement) -> None:
+    """Raises ConfigError for one whose answers an engine does not follow: it would serve, and do something else."""
+
+    def answers(placement: Placement) -> tuple[object, ...]:
+        leaves = tuple(placement.evict(tier, _TIERS) for tier in _TIERS)
+        return tuple(placement.store(_TIERS)), placement.promote(TIER, _TIERS), *leaves
+
+    if answers(asked) not in (answers(WriteThrough()), answers(Exclusive())):
+        raise ConfigError(
+            "placement", f"an engine follows write-through and exclusive alone, and {name!r} is neither of these two",
+            remedy="Use one of them; kvbm replay follows any.",
+        )  # fmt: skip
+
+
+class DiskClaim:
+    """See `Claim`."""
+
+    def __init__(self, ground: Ground, folder: Folder) -> None:
+        self._ground, self._folder = ground, folder
+
+    def open(self, namespace: Namespace, promotion: Promotion, nearer: Sequence[Tier]) -> DiskSide:
+        ground = self._ground
+        found = find(ground, self._folder, namespace)
+        self._open_ranks(found.folder)
+        return _side(ground, found)
+
+    def _open_ranks(self, part: NamespaceFolder) -> None:
+        """Has every rank that stores open its file. Raises Broken."""
+        leader, ranks = self._ground.leader, [*self._ground.links]
+        opened = leader.opened[TIER] = {}
+        for rank in ranks:
+            leader.links[rank].send(to_open(part.place))
+        deadline = time.monotonic() + self._ground.settings.init_timeout_s
+        while len(opened) < len(ranks):
+            leader.tick()
+            if time.monotonic() > deadline or not all(leader.links[rank].open for rank in ranks):
+                raise Broken("not every rank said whether its file is open")
+            time.sleep(_TICK_S)
+        if problem := next((each.problem for each in opened.values() if each.problem), None):
+            raise Broken(problem)
+
+    def close(self) -> None:
+        self._folder.close()
+
+
+def disk_folder(settings: Settings, place: Engine) -> Path:
+    """The folder of one engine's disk tier. Raises Broken: nothing says where it could be."""
+    folder = settings.g3_dir or (settings.cache_dir and settings.cache_dir / "g3")
+    if folder is None:
+        raise Broken(f"{NO_HOME}: say with g3_dir (KVBM_G3_DIR) where the disk tier is to be")
+    try:
+        os.fspath(folder).encode()
+    except UnicodeEncodeError:
+        raise Broken(f"the name of the folder {os.fsencode(folder)!r} is not UTF-8") from None
+    return folder / f"dp{place.dp_rank}" if place.data_parallel else folder
 
 
 def transport(settings: Settings) -> FileTransport:
@@ -90,27 +161,30 @@ def transport(settings: Settings) -> FileTransport:
     return FileTransport(_THREADS, 1, "threads")
 
 
-def on_rank(settings: Settings, side: RankSide) -> DiskRank:
-    """One rank's part."""
-    return DiskRank(side, partial(_open_shard, settings), settings.g3_deadline_s)
-
-
 def _open_shard(settings: Settings, place: Place, side: RankSide) -> Disk:
     shard = Shard(place, side.rank, sync=settings.g3_sync, direct=settings.g3_direct)
     memory, executor = side.memory("G2 for the disk"), side.executor
     return Disk(shard, memory, executor.submit, executor.cancel, cipher=_cipher(settings))
 
 
-def find(
-    settings: Settings, folder: Folder, ranks: int, namespace: Namespace, slot_bytes: int, model: str = ""
-) -> Found:  # fmt: skip
-    """Look into this namespace's part of the folder, which people know by the name of its `model`. Raises Broken."""
+class Found(NamedTuple):
+    """This namespace's part of the folder, and what was in it at the start."""
+
+    folder: NamespaceFolder
+    blocks: Recovered
+    namesakes: tuple[str, ...] = ()
+    """Where there was nothing: why blocks of the same model that lie beside it are not found."""
+
+
+def find(ground: Ground, folder: Folder, namespace: Namespace) -> Found:
+    """Look into this namespace's part of the folder, which people know by the name of its model. Raises Broken."""
+    settings, slot_bytes, ranks = ground.settings, ground.slot_bytes, len(ground.links)
     if settings.g3_blocks is not None:
         bound = bytes_of(settings.g3_blocks, ranks, padded(slot_bytes))
     else:
         assert settings.g3_gb is not None
         bound = int(settings.g3_gb * 1e9)
-    cipher, started = _cipher(settings), time.monotonic()
+    cipher, started, model = _cipher(settings), time.monotonic(), ground.place.model
     facts = facts_of(namespace)
     part = folder.namespace(
         namespace.fingerprint, facts | ({NAME: model} if model else {}),
@@ -121,7 +195,7 @@ def find(
     found = Found(part, blocks, () if len(blocks.slots) else tuple(_namesakes(folder.path, part, facts)))
     log.info(
         "KVBM: G3 holds %d blocks, %.2f GB, in %s; %d of them are there from before (%.2f s)",
-        part.num_slots, part.num_slots * slot_bytes * ranks / 1e9, part.path, len(found.blocks.slots),
+        part.num_slots, part.num_slots * slot_bytes * ranks / 1e9, part.path, len(blocks.slots),
         time.monotonic() - started,
     )  # fmt: skip
     return found
@@ -140,48 +214,29 @@ def _namesakes(path: Path, mine: NamespaceFolder, facts: Mapping[str, object]) -
     return sentences
 
 
-def promotion(settings: Settings, leader: Leader, disk: DiskSide | None, block_bytes: int) -> Promotion:
-    """What brings blocks up to host memory. `block_bytes` are those of a block over all ranks."""
-    batch = max(1, _MOVE_BYTES // block_bytes)
-    in_flight = max(1, settings.g3_inflight_mb * 1_000_000 // block_bytes)
-    return Promotion(
-        None if disk is None else DiskSource(disk.tier), leader.host,
-        most=partial(held, settings, leader.pool),
-        in_flight=in_flight, batch=batch, unmeasured=min(batch, in_flight) // _UNMEASURED,
-        emit=leader.emit, clock=time.monotonic,
-    )  # fmt: skip
-
-
-def held(settings: Settings, g2: Pool) -> int:
-    """Blocks that waiting requests, or other instances, may hold of those that G2 has now."""
-    return max(1, int(g2.total * settings.held_share))
-
-
-def disk_side(
-    settings: Settings, leader: Leader, links: Mapping[int, Link], found: Found, block_bytes: int
-) -> DiskSide:
-    """What the leader has of the tier. `block_bytes` are those of a block over all ranks."""
-    slots, below = found.folder.num_slots, placement(settings.placement)
-    pool = Pool(slots, order=eviction_order(settings.g3_order, slots), tier="g3")
-    adopt(pool, found.blocks)
+def _side(ground: Ground, found: Found) -> DiskSide:
+    settings, leader, part, blocks = ground.settings, ground.leader, found.folder, found.blocks
+    slots, below = part.num_slots, placement(settings.placement)
+    pool = Pool(slots, order=eviction_order(settings.g3_order, slots), tier=TIER)
+    adopt(pool, blocks)
     tier = DiskTier(
-        pool, links, found.folder, leader.gate,
-        generation=found.folder.generation, sequence=found.blocks.next_sequence,
+        pool, ground.links, part, leader.gate,
+        generation=part.generation, sequence=blocks.next_sequence,
         patience=settings.g3_deadline_s + 5.0, next_id=leader.next_job,
     )  # fmt: skip
-    in_flight = max(1, settings.g3_inflight_mb * 1_000_000 // block_bytes)
-    batch = max(1, _MOVE_BYTES // block_bytes)
+    in_flight = max(1, settings.g3_inflight_mb * 1_000_000 // ground.block_bytes)
     demotion = Demotion(
         tier, leader.pool,
         admission=admission(settings.g3_admission, slots),
         hot=Frequency(slots),
         exclusive=isinstance(below.evict("g2", _TIERS), Move),
         budget=_budget(settings),
-        block_bytes=block_bytes,
+        block_bytes=ground.block_bytes,
         most=lambda: min(in_flight, leader.pool.total // 4),  # what is being written is held
-        batch=batch, emit=leader.emit,
+        batch=max(1, MOVE_BYTES // ground.block_bytes), emit=leader.emit,
     )  # fmt: skip
-    return DiskSide(tier, demotion, exclusive=isinstance(below.promote("g3", _TIERS), Drop))
+    exclusive = isinstance(below.promote(TIER, _TIERS), Drop)
+    return DiskSide(tier, demotion, exclusive=exclusive, folder=part.path, namesakes=found.namesakes)
 
 
 def _budget(settings: Settings) -> Budget:

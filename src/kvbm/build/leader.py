@@ -6,19 +6,19 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from kvbm import __version__
 from kvbm.blocks import LayerGroup, Pool
-from kvbm.build import disk as build_disk
-from kvbm.build import peers as build_peers
 from kvbm.build.memory import allot, free_bytes, gather, one_at_a_time, size, too_large
+from kvbm.build.parts import Ground, Part
 from kvbm.build.place import Place, channel_path
 from kvbm.build.stack import Below, Choose, Look
+from kvbm.build.tiers import TIERS, needs, wanted
 from kvbm.control import http
 from kvbm.control.socket import About, Control
-from kvbm.core.config import Resolved, Settings
+from kvbm.core.config import Resolved
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.core.folders import check_folder
 from kvbm.core.keys import Namespace
@@ -29,7 +29,6 @@ from kvbm.leader.reports import Reports
 from kvbm.link.messages import Allot
 from kvbm.observe.totals import Totals
 from kvbm.policy import eviction_order
-from kvbm.stores.disk.format import padded
 from kvbm.tiers.gate import Gate
 
 log = logging.getLogger(__name__)
@@ -53,18 +52,18 @@ class LeaderSide:
         """Stops threads and says goodbye to the workers."""
         self.below.close()
         self.control.close()
-        if self.leader.lower is not None and self.leader.lower.peers is not None:
-            self.leader.lower.peers.network.close()
+        if self.leader.lower is not None:
+            self.leader.lower.stop()
         if callable(self.stop_metrics):
             self.stop_metrics()
         self.leader.close()
 
 
-def check(resolved: Resolved, engine: str = "") -> None:
+def check(resolved: Resolved, engine: str = "", tiers: Sequence[Part] = TIERS) -> None:
     """Raises ConfigError for what cannot be used: names of policies, folders, keys, secrets, more memory than there is.
     Waits for nothing, and touches nothing. `engine` is an id like that of the engine that will be."""
     try:
-        _check(resolved)
+        _check(resolved, tiers)
         channel_path(resolved.settings, engine)
     except ConfigError as error:
         given = {name: source for name, source in resolved.sources.items() if source != "default"}
@@ -73,7 +72,7 @@ def check(resolved: Resolved, engine: str = "") -> None:
         ) from None
 
 
-def _check(resolved: Resolved) -> None:
+def _check(resolved: Resolved, parts: Sequence[Part]) -> None:
     settings = resolved.settings
     for name in ("run_dir", "cache_dir", "g3_dir", "traces"):
         if resolved.sources[name] != "default":
@@ -83,8 +82,8 @@ def _check(resolved: Resolved) -> None:
         free = free_bytes()
         if settings.g2_gb * 1e9 > free:
             raise too_large("g2_gb", f"{settings.g2_gb:g} GB", free, resolved)
-    build_disk.check(settings)
-    build_peers.check(settings)
+    for part in parts:
+        part.check(settings)
 
 
 def check_size(resolved: Resolved, block_bytes: int) -> None:
@@ -95,21 +94,20 @@ def check_size(resolved: Resolved, block_bytes: int) -> None:
 
 def build_leader(
     resolved: Resolved, place: Place, namespace: Namespace, *, block_tokens: int, shares_device_blocks: bool,
-    groups: Sequence[LayerGroup] = (), choose: Choose | None = None,
+    groups: Sequence[LayerGroup] = (), choose: Choose | None = None, tiers: Sequence[Part] = TIERS,
 ) -> LeaderSide:  # fmt: skip
     """The leader, once every rank's worker has its arena. `groups` are the engine's layer groups, where there are
     several, or one that does not need all blocks. `choose` says which files the engine loaded; without it the namespace
-    is known as it is. Raises ConfigError for a size that cannot be, Broken if a worker does not come or cannot get its
-    memory."""
+    is known as it is. `tiers` are those that settings may ask for, the nearest first. Raises ConfigError for a size
+    that cannot be, Broken if a worker does not come or cannot get its memory."""
     settings = resolved.settings
-    check(resolved)
+    check(resolved, tiers=tiers)
     for note in resolved.notes:
         log.warning("KVBM: %s", note)
-    wants_disk = build_disk.wanted(settings)
     with ExitStack() as undo:
         links, slot_bytes, namespace, began = gather(settings, place, namespace, undo)
-        shared = wants_disk or build_peers.wanted(settings)
-        look = Look(settings, choose, began) if choose is not None and shared else None
+        lasting = [part.name for part in wanted(settings, tiers)]
+        look = Look(settings, choose, began) if choose is not None and lasting else None
         if look is not None:
             undo.callback(look.close)
         parts = len(place.storing)
@@ -121,7 +119,7 @@ def build_leader(
                 slots, block_tokens, slots * block_bytes / 1e9, parts, why,
             )  # fmt: skip
             begun = time.monotonic()
-            usable = allot(settings, place, links, _arena(settings, slots, slot_bytes))
+            usable = allot(settings, place, links, Allot(slots, **asdict(needs(settings, tiers, slot_bytes))))
         totals = Totals()
         order = eviction_order(settings.g2_order, slots)
         pool = Pool(slots, order=order, tier="g2", most_doubted=settings.answers_share)
@@ -134,23 +132,22 @@ def build_leader(
             gate=Gate(block_tokens),
             shares_device_blocks=shares_device_blocks,
             observers=[totals],
+            lasting=lasting,
         )
         leader.growing = Growing(pool, usable, links.values(), block_bytes, begun)
         leader.reports = Reports((settings.cache_dir or settings.run_dir) / "reports", place.engine)
-        known = choose is None or shared
-        below = Below(settings, place, namespace if known else namespace.private(), leader, slot_bytes, block_tokens)
+        ground = Ground(settings, place, leader, {rank: links[rank] for rank in place.storing}, slot_bytes)
+        known = choose is None or lasting
+        below = Below(ground, tiers, namespace if known else namespace.private(), block_tokens)
         below.begin(look)
         undo.pop_all()
     about = About(
-        place.engine, __version__, below.namespace.fingerprint, place.ranks, block_bytes, block_tokens, below.folder,
-        below.namesakes, place.model,
+        place.engine, __version__, below.namespace.fingerprint, place.ranks, block_bytes, block_tokens, place.model
     )  # fmt: skip
     control = Control(leader, totals, about, settings.run_dir)
 
     def told() -> None:
-        control.about = replace(
-            about, fingerprint=below.namespace.fingerprint, disk=below.folder, namesakes=below.namesakes
-        )
+        control.about = replace(about, fingerprint=below.namespace.fingerprint)
 
     below.told = told
     told()  # it may have changed in between
@@ -159,11 +156,3 @@ def build_leader(
         port = settings.metrics_port + place.dp_rank
         stop = http.serve(settings.metrics_host, port, control.sources(), control.health)
     return LeaderSide(leader, totals, control, stop, below)
-
-
-def _arena(settings: Settings, slots: int, slot_bytes: int) -> Allot:
-    """What tiers want of it. Direct I/O wants whole pages; other instances read memory that is there."""
-    disk, peers = build_disk.wanted(settings), build_peers.wanted(settings)
-    return Allot(
-        slots, stride=padded(slot_bytes) if disk else 0, sums="told" if peers else "made" if disk else "", hurry=peers
-    )

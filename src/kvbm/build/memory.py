@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import msgspec
 
-from kvbm.build import disk as build_disk
 from kvbm.build.place import Place, channel_path
+from kvbm.build.tiers import TIERS, wanted
 from kvbm.core.config import Resolved, Settings
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.core.keys import Namespace
@@ -101,7 +101,7 @@ def size(resolved: Resolved, place: Place, block_bytes: int) -> tuple[int, str]:
     where nobody did: then this machine has too little memory."""
     settings, sources = resolved.settings, resolved.sources
     free = free_bytes()
-    bounce = build_disk.wanted(settings) and sources["g2_share"] == "default"
+    bounce = any(part.large for part in wanted(settings, TIERS)) and sources["g2_share"] == "default"
     if settings.g2_blocks is not None:
         name, slots, why = "g2_blocks", settings.g2_blocks, f"{sources['g2_blocks']}"
     elif settings.g2_gb is not None:

@@ -6,32 +6,32 @@ import hashlib
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from ipaddress import ip_address
-from typing import Final
+from typing import ClassVar, Final
 from urllib.parse import urlsplit
 
 from kvbm import __version__
 from kvbm.abc.transport import Transport
-from kvbm.build import disk as build_disk
+from kvbm.build.parts import Ground, Needs, Wrap
+from kvbm.build.place import Place
+from kvbm.build.share import held
 from kvbm.core.config import Settings, set_for_library
 from kvbm.core.errors import ConfigError
 from kvbm.core.keys import Namespace
-from kvbm.leader.leader import Leader
-from kvbm.link.channel import Link
 from kvbm.tiers.namesakes import facts_of
 from kvbm.tiers.peers.client import Us
 from kvbm.tiers.peers.directory import Directory
 from kvbm.tiers.peers.network import Address, Network
+from kvbm.tiers.peers.orders import TIER
 from kvbm.tiers.peers.published import Published
 from kvbm.tiers.peers.rank import PeerMemory, PeerRank
 from kvbm.tiers.peers.serving import Serving
 from kvbm.tiers.peers.sums import Sums
 from kvbm.tiers.peers.tier import Peers
 from kvbm.tiers.promote import Promotion
-from kvbm.tiers.stack import DiskSide
-from kvbm.tiers.tier import RankSide
+from kvbm.tiers.tier import RankSide, Tier
 from kvbm.transfer.executor import Executor
 from kvbm.transfer.nixl.agent import installed
 from kvbm.transfer.nixl.transport import NixlTransport
@@ -49,21 +49,55 @@ def wanted(settings: Settings) -> bool:
     return settings.directory is not None
 
 
-def check(settings: Settings) -> None:
-    """Raises ConfigError for what cannot be used, before anything is waited for or touched."""
-    if wanted(settings):
-        try:
-            port = urlsplit(settings.directory or "").port
-        except ValueError:
-            port = 0
-        if port == 0:
-            raise ConfigError("directory", "its port must be a number of 1 to 65,535")
-        _secret(settings)
-        if settings.peer_host in ("0.0.0.0", "::"):
-            raise ConfigError(
-                "peer_host", f"others cannot find this instance under {settings.peer_host}",
-                remedy="Give the address of this machine that others reach it by.",
-            )  # fmt: skip
+class PeersPart:
+    """See `Part`."""
+
+    name: ClassVar[str] = TIER
+    large: ClassVar[bool] = False
+    without: ClassVar[str] = "no blocks are shared with other instances"
+
+    def wanted(self, settings: Settings) -> bool:
+        return wanted(settings)
+
+    def check(self, settings: Settings) -> None:
+        if wanted(settings):
+            try:
+                port = urlsplit(settings.directory or "").port
+            except ValueError:
+                port = 0
+            if port == 0:
+                raise ConfigError("directory", "its port must be a number of 1 to 65,535")
+            _secret(settings)
+            if settings.peer_host in ("0.0.0.0", "::"):
+                raise ConfigError(
+                    "peer_host", f"others cannot find this instance under {settings.peer_host}",
+                    remedy="Give the address of this machine that others reach it by.",
+                )  # fmt: skip
+
+    def needs(self, slot_bytes: int) -> Needs:
+        return Needs(sums="told", hurry=True)  # they read memory that is there, all of it
+
+    def transports(self, settings: Settings) -> list[Transport]:
+        return []  # theirs has a thread of its own
+
+    def on_rank(self, settings: Settings, wrapped: Wrap, side: RankSide) -> PeerRank:
+        return PeerRank(side, partial(_open_memory, settings, wrapped))
+
+    def claim(self, ground: Ground) -> PeersClaim:
+        return PeersClaim(ground)
+
+
+class PeersClaim:
+    """See `Claim`."""
+
+    def __init__(self, ground: Ground) -> None:
+        self._ground = ground
+
+    def open(self, namespace: Namespace, promotion: Promotion, nearer: Sequence[Tier]) -> Peers:
+        return peers(self._ground, namespace, promotion, nearer)
+
+    def close(self) -> None:
+        """Nothing was taken."""
 
 
 def _secret(settings: Settings) -> bytes:
@@ -84,12 +118,7 @@ def _secret(settings: Settings) -> bytes:
     return secret
 
 
-def on_rank(settings: Settings, wrapped: Callable[[Transport], Transport], side: RankSide) -> PeerRank:
-    """One rank's part."""
-    return PeerRank(side, partial(_open_memory, settings, wrapped))
-
-
-def _open_memory(settings: Settings, wrapped: Callable[[Transport], Transport], side: RankSide) -> PeerMemory:
+def _open_memory(settings: Settings, wrapped: Wrap, side: RankSide) -> PeerMemory:
     """Raises Broken: NIXL is not there."""
     if _loopback(settings.peer_host):
         set_for_library("UCX_NET_DEVICES", "lo")  # or its port would be open to the world
@@ -105,45 +134,45 @@ def _loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def peers(
-    settings: Settings,
-    leader: Leader,
-    links: dict[int, Link],
-    promotion: Promotion,
-    disk: DiskSide | None,
-    namespace: Namespace,
-    name: str,
-    dp_rank: int,
-) -> Peers:
-    """What the leader has of it; `links` are those of the ranks that store. Raises ConfigError, and Broken where it
-    cannot be had now."""
+def peer_name(settings: Settings, place: Place) -> str:
+    """What other instances call this one."""
+    if settings.peer_name is None:
+        return place.engine
+    return f"{settings.peer_name}_dp{place.dp_rank}" if place.data_parallel else settings.peer_name
+
+
+def peers(ground: Ground, namespace: Namespace, promotion: Promotion, nearer: Sequence[Tier]) -> Peers:
+    """What the leader has of it. Raises ConfigError, and Broken where it cannot be had now."""
     installed()
+    settings, leader = ground.settings, ground.leader
+    name = peer_name(settings, ground.place)
     secret, incarnation = _secret(settings), random.SystemRandom().getrandbits(63)
-    sums = leader.earlier.sums if leader.earlier is not None else Sums(len(links), leader.pool.capacity)
+    sums = leader.earlier.sums if leader.earlier is not None else Sums(len(ground.links), leader.pool.capacity)
     serving = Serving(
-        leader.pool, promotion, sums, leader.requests,
-        most=partial(build_disk.held, settings, leader.pool), seconds=settings.peer_lease_s,
+        leader.pool, sums,
+        begin=lambda seeker, wanted: promotion.begin(seeker, wanted, nearer),
+        drop=promotion.drop, coming=promotion.coming, expects=leader.expects,
+        most=partial(held, settings, leader.pool), seconds=settings.peer_lease_s,
         aside=leader.standing_aside, clock=time.monotonic,
     )  # fmt: skip
-    pools = [leader.pool] if disk is None else [leader.pool, disk.tier.pool]
+    pools = [leader.pool, *(tier.pool for tier in nearer if tier.pool is not None)]
     published = Published(lambda key: any(pool.peek([key]) for pool in pools))
     for pool in pools:
         pool.add_observer(published)
     assert settings.directory is not None
-    url = settings.directory
+    url, port = settings.directory, settings.peer_port and settings.peer_port + ground.place.dp_rank
     network = Network(
         lambda: Directory(url, _shared(namespace), name, incarnation, lease_s=settings.directory_lease_s,
                           timeout=_DIRECTORY_S, facts=facts_of(namespace)),
         Us(name, incarnation, namespace.fingerprint, __version__, secret),
-        Address(settings.peer_host, settings.peer_port and settings.peer_port + dp_rank), serving, published,
-        leader.below,
+        Address(settings.peer_host, port), serving, published, leader.below,
         lease_s=settings.directory_lease_s, deadline_s=settings.peer_deadline_s, facts=facts_of(namespace),
     )  # fmt: skip
     network.wait(_START_S)
     log.info("KVBM: shares blocks with other instances as %s", name)
     return Peers(
-        network, serving, published, promotion, leader.pool, leader.gate, links,
-        deadline_s=settings.peer_deadline_s, patience_s=settings.pull_wait_s, keep=settings.peer_copies == "keep",
+        network, serving, published, leader.gate, ground.links,
+        deadline_s=settings.peer_deadline_s, patience_s=settings.pull_wait_s, keeps=settings.peer_copies == "keep",
         next_id=leader.next_job, lock=leader.below, clock=time.monotonic,
     )  # fmt: skip
 

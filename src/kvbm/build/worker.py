@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import cast
+from typing import Final, cast
 
 from kvbm.abc.transport import Transport
-from kvbm.build import disk as build_disk
-from kvbm.build import peers as build_peers
+from kvbm.build.parts import Part
 from kvbm.build.place import Place, channel_path
+from kvbm.build.tiers import TIERS, wanted
 from kvbm.core import cpus
 from kvbm.core.config import Settings
 from kvbm.core.errors import ConfigError
@@ -19,7 +19,17 @@ from kvbm.core.region import Region
 from kvbm.transfer.executor import Executor
 from kvbm.transfer.memcpy import MemcpyTransport
 from kvbm.worker.residents import Holder
-from kvbm.worker.worker import MakeTier, Worker
+from kvbm.worker.worker import Worker
+
+MakeTransport = Callable[[Settings, Place], Transport]
+
+
+def _memcpy(settings: Settings, place: Place) -> Transport:
+    return MemcpyTransport(settings.copy_threads or max(1, min(4, len(cpus.given()) // place.ranks)))
+
+
+TRANSPORTS: Final[tuple[MakeTransport, ...]] = (_memcpy,)
+"""Between an engine's memory and host memory."""
 
 
 def build_worker(
@@ -31,28 +41,26 @@ def build_worker(
     facts: Mapping[str, str] | None = None,
     began: int = 0,
     adapters: Holder | None = None,
+    tiers: Sequence[Part] = TIERS,
+    transports: Sequence[MakeTransport] = TRANSPORTS,
 ) -> Worker:
     """The worker of one rank. Returns at once; its arena is made when the leader says how large. `facts` are part of
     the namespace, too: what only a worker knows of it. `began` is when the process had read nothing of the weights yet
     (nanoseconds since 1970), 0 where nobody knows. `adapters` are those that the engine holds on this rank, if it
-    serves any and they can be reached."""
+    serves any and they can be reached. `tiers` are those that settings may ask for;
+    `transports` make what copies between the engine's memory and host memory: the first that reaches both does."""
     stores = rank in place.storing
+    parts = wanted(settings, tiers) if stores else []
 
     def wrapped(transport: Transport) -> Transport:
         return _wrap(settings.transport_wrapper, transport, rank) if settings.transport_wrapper else transport
 
     def make_executor() -> Executor:
-        threads = settings.copy_threads or max(1, min(4, len(cpus.given()) // place.ranks))
-        transports: list[Transport] = [MemcpyTransport(threads)]
-        if build_disk.wanted(settings) and stores:
-            transports.append(build_disk.transport(settings))
-        return Executor([wrapped(transport) for transport in transports])
+        made = [make(settings, place) for make in transports]
+        for part in parts:
+            made += part.transports(settings)
+        return Executor([wrapped(transport) for transport in made])
 
-    tiers: dict[str, MakeTier] = {}
-    if build_disk.wanted(settings):
-        tiers["g3"] = partial(build_disk.on_rank, settings)
-    if build_peers.wanted(settings):
-        tiers["peers"] = partial(build_peers.on_rank, settings, wrapped)
     return Worker(
         settings,
         g1,
@@ -63,7 +71,7 @@ def build_worker(
         began=began,
         address=channel_path(settings, place.engine),
         make_executor=make_executor,
-        tiers=tiers if stores else None,
+        tiers={part.name: partial(part.on_rank, settings, wrapped) for part in parts},
         stores=stores,
         adapters=adapters,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -70,6 +71,8 @@ def _tiers(result: dict[str, Any]) -> Table:
     for column in ("size", "blocks", "held", "cached", "in copy", "free", "used"):
         table.add_column(column, justify="right")
     for tier in result["tiers"]:
+        if "total" not in tier:
+            continue
         counts = [f"{tier[name]:,}" for name in ("active", "inactive", "staged", "free")]
         capacity = tier.get("capacity", tier["total"])
         blocks = f"{tier['total']:,}" + (f" of {capacity:,}" if capacity > tier["total"] else "")
@@ -93,7 +96,16 @@ def _traffic(result: dict[str, Any]) -> list[str]:
         *(_trust(result) if "trust" in result else ()),
         *(_disk(result) if "demote" in result else ()),
         *(_peers(result) if "peers" in result else ()),
+        *_others(result),
     ]
+
+
+def _others(result: dict[str, Any]) -> Iterator[str]:
+    """Tiers that nothing above tells of."""
+    for tier in result["tiers"]:
+        if "total" not in tier and tier["name"] != "peers":
+            counts = [f"{name.replace('_', ' ')} {count:,}" for name, count in tier.items() if isinstance(count, int)]
+            yield f"{tier['name']}: {tier['problem'] or ', '.join(counts)}"
 
 
 def _least(least: dict[str, float | None]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,22 @@ from kvbm.core.errors import Broken
 from kvbm.leader.leader import Leader
 from kvbm.stores.disk.files import reported
 from kvbm.stores.disk.meta import delete, listed
+from kvbm.tiers.disk.orders import TIER
+from kvbm.tiers.disk.side import DiskSide
 from kvbm.tiers.disk.sweep import Verification
-from kvbm.tiers.stack import DiskSide, Lower
+from kvbm.tiers.stack import Stack
 
 log = logging.getLogger(__name__)
 
 
 class Upkeep:
-    """`folder` says where the engine's namespace on disk is; None: it has none. Answers are for JSON. On the
-    control thread.
+    """Answers are for JSON. On the control thread.
 
     Every method raises LookupError with a sentence where it cannot be done.
     """
 
-    def __init__(self, leader: Leader, folder: Callable[[], Path | None]) -> None:
-        self._leader, self._folder = leader, folder
+    def __init__(self, leader: Leader) -> None:
+        self._leader = leader
         self._purging: threading.Thread | None = None
         self._left: dict[str, str] = {}
 
@@ -66,7 +66,7 @@ class Upkeep:
                 if self._purging is not None and self._purging.is_alive():
                     raise LookupError("a purge is going on already")
                 if folder.name in names and lower is not None:
-                    lower.clear_disk()
+                    lower.purge(disk.name)
                 self._left = {}
                 others = set(map(str, names)) - {folder.name}
                 self._purging = threading.Thread(
@@ -76,11 +76,11 @@ class Upkeep:
             running = disk.tier.clearing or (self._purging is not None and self._purging.is_alive())
             return {"running": running, "left": dict(self._left), "problem": disk.tier.problem}
 
-    def _there(self, lower: Lower | None) -> tuple[Path, DiskSide]:
-        folder = self._folder()
-        if lower is None or lower.disk is None or folder is None:
+    def _there(self, lower: Stack | None) -> tuple[Path, DiskSide]:
+        disk = lower.tiers.get(TIER) if lower is not None else None
+        if not isinstance(disk, DiskSide) or disk.folder is None:
             raise LookupError("this engine has no disk tier")
-        return folder, lower.disk
+        return disk.folder, disk
 
     def _delete(self, folder: Path, names: set[str]) -> None:
         """On a thread of its own. No other process can use them: this one has the folder's lock."""

@@ -23,7 +23,7 @@ from kvbm.core.errors import Broken, ConfigError
 from kvbm.leader.leader import Leader
 from kvbm.leader.pace import SECONDS
 from kvbm.link.channel import Link, listen, readable, socket_path
-from kvbm.observe.names import SHOWN, json_key
+from kvbm.observe.names import SHOWN, WAYS, json_key
 from kvbm.observe.prometheus import Sources
 from kvbm.observe.totals import Copies, Totals
 
@@ -48,10 +48,6 @@ class About:
     slot_bytes: int
     """Of one block, over all ranks."""
     block_tokens: int
-    disk: Path | None = None
-    """The namespace's folder on disk, where there is one."""
-    namesakes: tuple[str, ...] = ()
-    """Why blocks of the same model that lie beside it are not found."""
     model: str = ""
     """What people call the model that the engine serves."""
 
@@ -61,7 +57,7 @@ class Control:
 
     def __init__(self, leader: Leader, totals: Totals, about: About, run_dir: Path) -> None:
         self._leader, self._totals, self.about = leader, totals, about
-        self._upkeep = Upkeep(leader, lambda: self.about.disk)
+        self._upkeep = Upkeep(leader)
         self._started = time.monotonic()
         self._stop = threading.Event()
         self._sock: socket.socket | None = None
@@ -149,7 +145,7 @@ class Control:
             "degraded": leader.degraded(),
             "smaller": leader.smaller(),
             "paused": leader.paused,
-            "namesakes": [*self.about.namesakes, *self._shared_namesakes()],
+            "namesakes": [*leader.lower.namesakes()] if leader.lower is not None else [],
             "quarantined": leader.quarantined,
             "last_check": leader.audit.last,
         }
@@ -171,14 +167,14 @@ class Control:
             "ranks": about.ranks,
             "block_bytes": about.slot_bytes,
             "block_tokens": about.block_tokens,
-            "tiers": [_tier(name, tier, about.slot_bytes) for name, tier in tiers.items()],
+            "tiers": [_tier(name, tier, about.slot_bytes) for name, tier in tiers.items()] + self._others(),
             "requests": totals.requests,
             "living_requests": len(leader.requests),
             "tokens": {
                 "prompt": totals.prompt_tokens,
                 "device": totals.device_tokens,
                 "g2": totals.g2_tokens,
-                **{json_key(tier): totals.sources[tier] for tier in SHOWN},
+                **{json_key(tier): totals.sources[tier] for tier in self._named()},
                 "pulled": totals.pulled_tokens,
             },
             "unread_requests": totals.unread,
@@ -194,8 +190,7 @@ class Control:
             "evictions": pool.evictions,
             "engine_ms": leader.pace.summary(),
             "trust": self._trust(),
-            **self._disk(),
-            **self._peers(),
+            **self._below(),
         }
 
     def sources(self) -> Sources:
@@ -219,43 +214,32 @@ class Control:
         return {**shadow, "violations": leader.audit.violations, "corrupt": leader.corrupt}
 
     def _pools(self) -> dict[str, PoolStatistics]:
-        pools = {"g2": self._leader.pool}
-        if self._leader.disk is not None:
-            pools["g3"] = self._leader.disk.tier.pool
+        lower = self._leader.lower
+        pools = {"g2": self._leader.pool} | (lower.pools() if lower is not None else {})
         return {name: pool.statistics() for name, pool in pools.items()}
 
-    def _disk(self) -> dict[str, Any]:
-        with self._leader.below() as lower:
-            if lower is None or (disk := lower.disk) is None:
-                return {}
-            (down, up), counts = disk.tier.in_flight(), disk.counts()
-            rates = disk.tier.gate.rates()
-        refused, cancelled, corrupt = (counts[name] for name in ("refused", "cancelled", "corrupt"))
-        demote, promote, gated = (
-            _copies(self._totals.demote),
-            _copies(self._totals.promote),
-            self._totals.gated - self._totals.gated_g2,
-        )
-        return {
-            "demote": {**demote, "in_flight": down, "refused": refused, "cancelled": cancelled},
-            "promote": {**promote, "in_flight": up, "gated": gated, "corrupt": corrupt},
-            "rates": rates,
-        }
-
-    def _peers(self) -> dict[str, Any]:
-        with self._leader.below() as lower:
-            if lower is None or (peers := lower.peers) is None:
-                return {}
-            known, counts, reading = peers.known(), peers.counts(), peers.in_flight()
-        return {
-            "fetch": {**_copies(self._totals.fetch), "in_flight": reading},
-            "peers": known,
-            "sharing": counts,
-        }
-
-    def _shared_namesakes(self) -> tuple[str, ...]:
+    def _named(self) -> list[str]:
+        """Tiers that blocks may have come from."""
         lower = self._leader.lower
-        return lower.peers.network.namesakes if lower is not None and lower.peers is not None else ()
+        return [*dict.fromkeys((*SHOWN, *(lower.tiers if lower is not None else ())))]
+
+    def _others(self) -> list[dict[str, Any]]:
+        """Tiers whose slots nobody here keeps account of."""
+        with self._leader.below() as lower:
+            others = [] if lower is None else [tier for tier in lower if tier.pool is None]
+            return [{"name": tier.name, "problem": tier.problem, **tier.counts()} for tier in others]
+
+    def _below(self) -> dict[str, Any]:
+        """What each tier says of itself, with what is counted of its copies."""
+        with self._leader.below() as lower:
+            said = lower.status() if lower is not None else {}
+        gated = {"gated": self._totals.gated - self._totals.gated_g2}
+        ways: dict[str, Any] = {
+            way: {**_copies(self._totals.way(way)), **said[way], **(gated if way == "promote" else {})}
+            for way in WAYS
+            if way in said
+        }
+        return {**said, **ways}
 
     def explain(self, request_id: str) -> dict[str, Any]:
         """What happened to one of the last requests. An engine may have added to the id its clients know, so a unique
@@ -275,7 +259,7 @@ class Control:
             "block_tokens": tokens,
             "device_tokens": record.device_blocks * tokens,
             "matched": {"g2": record.matched}
-            | {json_key(tier): record.staged.get(json_key(tier), 0) for tier in SHOWN},
+            | {name: record.staged.get(name, 0) for name in map(json_key, self._named())},
             "loaded_blocks": record.loaded,
             "load": record.load,
             "load_ms": record.load_ms,

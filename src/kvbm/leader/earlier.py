@@ -11,7 +11,7 @@ from kvbm.blocks import Pool
 from kvbm.core.region import Slots
 from kvbm.tiers.host import ENGINE, Landing
 from kvbm.tiers.peers.sums import Sums, heads
-from kvbm.tiers.stack import Lower
+from kvbm.tiers.stack import Stack
 
 _SLICE: Final = 512
 """Slots that are looked at in one go: about a millisecond."""
@@ -34,7 +34,7 @@ class Earlier:
         self._heads[slots], self._places[slots] = heads(keys), how.places
         self.sums.note(slots, keys, how.sums)
 
-    def tell(self, lower: Lower) -> bool:
+    def tell(self, lower: Stack) -> bool:
         """Some of what host memory has now counts as stored now. Whether there is more. Nothing is held: what is held
         and let go is the last to be evicted."""
         part = slice(self._next, self._next + _SLICE)

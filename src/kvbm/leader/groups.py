@@ -53,8 +53,7 @@ class HybridLeader(Leader):
     def _plan(self, request: Request, keys: Sequence[bytes], computed: int) -> Wanted:
         """What the longest hit needs that disk and G2 could give together."""
         assert self.lower is not None
-        promotion = self.lower.promotion
-        where, room = promotion.reachable(request.record), promotion.room_for(request.id)
+        where, room = self.lower.reachable(request.seeker), self.lower.promotion.room_for(request.id)
         found = find_groups(where, self._groups, self._views(keys), computed, room)
         if found.reach > found.longest:
             request.parts = max(request.parts, found.reach)
@@ -79,7 +78,7 @@ class HybridLeader(Leader):
         if plan is None or not (wanted := self._absent_first(plan)).keys:
             plan = self._plan(request, keys, computed)
             wanted = self._absent_first(plan)
-        comes = self.lower.waits(request, wanted, computed)
+        comes = self.lower.waits(request.seeker, wanted, computed)
         request.plan = plan if comes else None  # asked for at every step: it is made once
         return comes
 

@@ -38,7 +38,7 @@ from kvbm.link.messages import Bye, Foreseen, FromTier, Opened, Result, Sick, To
 from kvbm.observe.recent import Recent
 from kvbm.tiers.gate import Gate
 from kvbm.tiers.host import ENGINE, Host, Landing
-from kvbm.tiers.stack import DiskSide, Lower
+from kvbm.tiers.stack import Stack
 from kvbm.tiers.tier import Record
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ class Housekeeping:
         gate: Gate,
         observers: Iterable[Observer],
         clock: Callable[[], float],
+        lasting: Sequence[str],
     ) -> None:
         self.pool, self.host = pool, Host(pool)
         self.host.listen(self)
@@ -83,17 +84,15 @@ class Housekeeping:
         """The engine is shutting down its workers in good order."""
         self.absent: dict[str, str] = {}
         """Tiers that were asked for and are not there, and why."""
-        disk = settings.g3_gb is not None or settings.g3_blocks is not None
-        wanted = {"g3": disk, "peers": settings.directory is not None}
-        self.shared = [name for name, there in wanted.items() if there]
+        self.shared = list(lasting)
         """Tiers that were asked for and outlive this process, or are shared with others."""
         self.isolated: str | None = None
         """Why none of those is used until the engine is started anew."""
-        self.opened: dict[int, Opened] = {}
-        """What ranks said about their files."""
+        self.opened: dict[str, dict[int, Opened]] = {}
+        """What ranks said about their parts of tiers."""
         self._early: list[FromTier | Sick] = []
         """What ranks said about their memory or files before there was anybody who uses them."""
-        self.lower: Lower | None = None
+        self.lower: Stack | None = None
         """What is below host memory, if there is anything."""
         self.growing: Growing | None = None
         """What of host memory is still to come."""
@@ -150,7 +149,7 @@ class Housekeeping:
                     case Result():
                         self._answer(message)
                     case Opened():
-                        self.opened[message.rank] = message
+                        self.opened.setdefault(message.tier, {})[message.rank] = message
                     case Touched() if self.growing is not None:
                         self.growing.take(message)
                     case FromTier():
@@ -332,7 +331,7 @@ class Housekeeping:
         return {"problems": problems, "complete": all(looked.values()), "violations": self.audit.violations}
 
     def _pools(self) -> dict[str, Pool]:
-        return {"g2": self.pool} | ({"g3": self.lower.disk.tier.pool} if self.lower and self.lower.disk else {})
+        return {"g2": self.pool} | (self.lower.pools() if self.lower is not None else {})
 
     def emit(self, event: Event) -> None:
         """Tell the observers. Under the lock."""
@@ -405,7 +404,7 @@ class Housekeeping:
         for request in self.requests.values():
             request.stale = True
 
-    def attach(self, lower: Lower) -> bool:
+    def attach(self, lower: Stack) -> bool:
         """There is something below host memory from now on. False: nobody wants it any more."""
         with self._lock:
             if self._ending or self.isolated is not None:
@@ -462,12 +461,12 @@ class Housekeeping:
                 log.warning("KVBM: the quarantine is over by an operator's word")
 
     @property
-    def disk(self) -> DiskSide | None:
+    def disk(self) -> Any:
         """The disk tier, if there is one."""
-        return self.lower.disk if self.lower is not None else None
+        return self.lower.tiers.get("g3") if self.lower is not None else None
 
     @contextmanager
-    def below(self) -> Iterator[Lower | None]:
+    def below(self) -> Iterator[Stack | None]:
         """What is below host memory, which nobody else uses meanwhile."""
         with self._lock:
             yield self.lower
@@ -489,26 +488,31 @@ class Housekeeping:
         return {} if shortage is None else {"g2": shortage}
 
     def drain(self, seconds: float) -> None:
-        """Writes to disk what only host memory has, for so long at most, while the engine may go on."""
-        if (disk := self.disk) is None or disk.tier.left or seconds <= 0 or self.off is not None:
-            return
+        """Writes to what lasts what only host memory has, for so long at most, while the engine may go on."""
         begun = time.monotonic()
         with self._lock:
+            tiers = self.lower.drains() if self.lower is not None else []
+            if not tiers or seconds <= 0 or self.off is not None:
+                return
             self._drain()
-            disk.demotion.drain()
+            for tier in tiers:
+                tier.drain()
             self._pump()
-        while not disk.demotion.idle and time.monotonic() - begun < seconds:
+        while not all(tier.drained for tier in tiers) and time.monotonic() - begun < seconds:
             if self.standing_aside() is not None:
                 break
             time.sleep(0.002)
             self.tick()
-        with self._lock:
-            total = self.pool.statistics().registered
-            with self.pool.candidates(total) as hold:  # not what requests or writes still hold
-                there = int(disk.tier.pool.present(hold.keys).sum())
-        log.info(
-            "KVBM: %d of %d blocks of host memory are on disk, after %.1f s", there, total, time.monotonic() - begun
-        )
+        for tier in tiers:
+            with self._lock:
+                total = self.pool.statistics().registered
+                with self.pool.candidates(total) as hold:  # not what requests or writes still hold
+                    mask = tier.covers(hold.keys)
+                    there = 0 if mask is None else int(mask.sum())
+            log.info(
+                "KVBM: %d of %d blocks of host memory are on %s, after %.1f s",
+                there, total, tier.words, time.monotonic() - begun,
+            )  # fmt: skip
 
     def channels(self) -> list[Link]:
         """What to watch beside a clock: when something arrives, `tick` is due at once. Empty where it can wait."""

@@ -29,12 +29,14 @@ from kvbm.leader.variants import Variant
 from kvbm.link.channel import Link
 from kvbm.link.messages import Copy, Step
 from kvbm.tiers.gate import Gate
+from kvbm.tiers.stack import Stack
 from kvbm.tiers.tier import Record, Wanted
 
 
 class Leader(Offloading):
     """See the module. `links` are the connected workers by rank; `shares_device_blocks` says whether a request can use
-    blocks another one has just loaded (the engine's own prefix cache is on)."""
+    blocks another one has just loaded (the engine's own prefix cache is on); `lasting` are tiers that were asked for
+    and outlive this process, or are shared with others."""
 
     def __init__(
         self,
@@ -47,8 +49,11 @@ class Leader(Offloading):
         shares_device_blocks: bool,
         observers: Iterable[Observer] = (),
         clock: Callable[[], float] = time.monotonic,
+        lasting: Sequence[str] = (),
     ) -> None:
-        super().__init__(settings, pool, links, slot_bytes=slot_bytes, gate=gate, observers=observers, clock=clock)
+        super().__init__(
+            settings, pool, links, slot_bytes=slot_bytes, gate=gate, observers=observers, clock=clock, lasting=lasting
+        )
         if settings.shadow_every or settings.prove_first:
             patience, prove = settings.store_deadline_s + GRACE, settings.prove_first
             self.shadow = Shadow(settings.shadow_every, pool, patience, clock, prove=prove)
@@ -89,7 +94,7 @@ class Leader(Offloading):
     def _seek(self, request: Request) -> None:
         if request.barred is None and self.lower is not None and self.standing_aside() is None:
             keys = request.keys[: (request.record.prompt_tokens - 1) // self.lower.block_tokens]
-            self.lower.begin(request, *self._asked(request, keys))
+            self.lower.begin(request.seeker, *self._asked(request, keys), loads=request.params.load)
 
     @paced
     def match(self, request_id: str, computed: int, limit: int) -> int | None:
@@ -141,7 +146,7 @@ class Leader(Offloading):
         hold = self.pool.match(keys, computed)
         found = request.record.matched = len(hold)
         rest = keys[computed + found : computed + room]
-        if self.lower is not None and self.lower.waits(request, Wanted(rest), computed + found):
+        if self.lower is not None and self.lower.waits(request.seeker, Wanted(rest), computed + found):
             hold.drop()
             return None
         if found > max(0, room - self._held):
@@ -186,7 +191,7 @@ class Leader(Offloading):
             if self.shadow is not None:
                 self.shadow.placed(request)  # before what was read for it is let go
             if self.lower is not None:
-                tokens = self.lower.placed(request, tokens)
+                tokens = self._placed(self.lower, request, tokens)
             hold = request.hold
             if count == 0 or hold is None or self.standing_aside() is not None:  # a quarantine in between, say
                 # Another connector may fill what is new before any step of this request.
@@ -213,6 +218,22 @@ class Leader(Offloading):
             if self._settings.onboard == "sync":  # the step that computes from it fails with it
                 self.provenance.arrived(targets, hold.keys, job.id)
             return self._admit(request, tokens)
+
+    def _placed(self, lower: Stack, request: Request, tokens: Admitted) -> Admitted:
+        # Blocks of several layer groups make up one stretch of tokens.
+        block = tokens.g2_tokens / len(request.needs) if request.needs else float(lower.block_tokens)
+        if not lower.kept(request.record):
+            # Or what is not to be kept would be offloaded again.
+            request.offered = max(request.offered, (tokens.device_tokens + tokens.g2_tokens) // lower.block_tokens)
+        return lower.placed(request.seeker, tokens, block)
+
+    def expects(self, key: bytes, at: int) -> bool:
+        """Whether a living request is going to compute and store this block, block `at` of its prompt. Under the
+        lock."""
+        return any(
+            len(each.keys) > at and each.keys[at] == key and each.params.save and at < each.worth
+            for each in self.requests.values()
+        )
 
     def loads(self, request_id: str) -> bool:
         """Whether a load has been started for a request that has been placed just now."""
@@ -387,7 +408,7 @@ class Leader(Offloading):
             # Its blocks became idle run by run, the first run first; together, its leaf goes before its root.
             self.pool.touch(blocks := self._in_order(request))
             if self.lower is not None:
-                self.lower.finished(request, blocks)
+                self.lower.finished(request.id, blocks)
 
     def _accounting(self) -> list[str]:
         now, (stored, loaded, scratch) = self.pool.statistics(), self._copies.blocks()

@@ -43,8 +43,9 @@ class Offloading(Housekeeping):
         gate: Gate,
         observers: Iterable[Observer],
         clock: Callable[[], float],
+        lasting: Sequence[str],
     ) -> None:
-        super().__init__(settings, pool, links, gate=gate, observers=observers, clock=clock)
+        super().__init__(settings, pool, links, gate=gate, observers=observers, clock=clock, lasting=lasting)
         self.deferred = 0
         """Times that blocks were not offloaded at once, because copies in flight or holds had filled their share."""
         self._settings, self._slot_bytes = settings, slot_bytes

@@ -10,7 +10,7 @@ from typing import Any
 from kvbm.blocks import Pinned
 from kvbm.core.config import Settings
 from kvbm.leader.variants import Variant
-from kvbm.tiers.tier import Record, Wanted
+from kvbm.tiers.tier import Record, Seeker, Wanted
 
 PARAMS_KEY = "kvbm"
 """Under this name a request's `kv_transfer_params` may carry our parameters."""
@@ -147,6 +147,11 @@ class Request:
     """Block where others were seen to go on differently; 0: nowhere."""
     end: int = 0
     """Block where it ended."""
+
+    @property
+    def seeker(self) -> Seeker:
+        """What tiers know of it."""
+        return Seeker(self.id, self.record, self.keys, self.params.pull_from)
 
     @property
     def family(self) -> bytes:

@@ -1,17 +1,17 @@
-"""What goes from host memory (G2) to disk (G3), and when. Under the leader's lock."""
+"""What goes from host memory (G2) to a tier below it, and when. Under the leader's lock."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from kvbm.abc.policy import Admission, tags_of
 from kvbm.blocks import Pinned, Pool
 from kvbm.core.events import Copied
-from kvbm.tiers.disk.tier import DiskTier
-from kvbm.tiers.moves import Passage
+from kvbm.tiers.moves import Ended, Passage
 
 
 class Budget:
@@ -35,6 +35,25 @@ class Budget:
         self._left -= nbytes
 
 
+class Written(Protocol):
+    """What a tier is to this: it can be written to."""
+
+    @property
+    def name(self) -> str:
+        """What events call it."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why it is left alone."""
+
+    def absent(self, keys: Sequence[bytes]) -> list[int]:
+        """Positions of those that are neither there nor on their way there."""
+
+    def write(self, blocks: Pinned, ended: Ended) -> int:
+        """Begin to write the first of these, which the caller holds and which have one set of terms; how many of them
+        (`blocks` are no others then)."""
+
+
 class Demotion:
     """Copies what is new in G2 (write-through), or what is about to leave it (exclusive), as far as admission, budget
     and the bound on what is in flight allow. What leaves G2 before its write began is not written.
@@ -44,7 +63,7 @@ class Demotion:
 
     def __init__(
         self,
-        tier: DiskTier,
+        tier: Written,
         g2: Pool,
         *,
         admission: Admission,
@@ -88,11 +107,10 @@ class Demotion:
         tags = tags_of(keys)
         self._admission.use(tags)
         self._hot.use(tags)
-        self._tier.pool.touch(keys)
         if self._tier.problem is None:
             # What was not worth a write when it was new may be by now.
             near = self._g2.present(keys)
-            self.offer([keys[at] for at in self._tier.pool.absent(keys) if near[at]])
+            self.offer([keys[at] for at in self._tier.absent(keys) if near[at]])
 
     def offer(self, keys: Sequence[bytes]) -> None:
         """These are in G2, in prompt order, and may not be on disk."""
@@ -161,32 +179,19 @@ class Demotion:
         runs: dict[tuple[int, float], list[bytes]] = {}  # each is staged on one set of terms
         for at in wanted:
             runs.setdefault((int(priorities[at]), float(left[at])), []).append(keys[at])
-        for (priority, seconds), run in runs.items():
-            started = self._start(run, priority, seconds, evict=evict)
+        for run in runs.values():
+            started = self._start(run, evict=evict)
             changed |= started > 0
             if not evict:
                 self.refused += len(run) - started
         return changed
 
-    def _start(self, keys: Sequence[bytes], priority: int, left: float, *, evict: bool) -> int:
+    def _start(self, keys: Sequence[bytes], *, evict: bool) -> int:
         """Begin to write these, as many as there is room for; returns how many."""
-        pool = self._tier.pool
         hold, _ = self._g2.scan(keys)
-        now = pool.statistics()
-        room = min(len(hold), now.free + now.inactive)
-        raw = pool.allocate(room) if room else None
-        if raw is None:
-            hold.drop()
-            return 0
-        hold.narrow(room)
-        ttl = None if left == np.inf else max(left, 1e-3)
-        staged = raw.stage(hold.keys, parent=hold.parents, priority=priority, ttl=ttl)
-        self._in_flight += room
-        self._budget.spend(room * self._block_bytes)
 
         def ended(move: Passage) -> None:
             self._in_flight -= move.blocks
-            staged.register(move.done).drop()
             if evict:
                 hold.select(np.flatnonzero(move.done).tolist()).evict()
             else:
@@ -194,12 +199,15 @@ class Demotion:
             failed = int((~move.done).sum())
             self._emit(Copied("g2", self._tier.name, move.blocks - failed, failed, move.nbytes, move.seconds))
 
-        self._tier.write(hold, staged, ended)
-        return room
+        if not (count := self._tier.write(hold, ended)):
+            hold.drop()
+        self._in_flight += count
+        self._budget.spend(count * self._block_bytes)
+        return count
 
     def _worth(self, hold: Pinned) -> list[int]:
         """Positions of the blocks that the disk does not have and should."""
-        absent = self._tier.pool.absent(hold.keys)
+        absent = self._tier.absent(hold.keys)
         if self._draining or not absent:
             return absent
         missing = np.zeros(len(hold), np.bool_)

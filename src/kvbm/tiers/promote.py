@@ -1,4 +1,4 @@
-"""What comes to host memory (G2) for a request, before it is scheduled: from disk, from peers. Under the leader's lock.
+"""What comes to host memory (G2) for a request, before it is scheduled: from any tier. Under the leader's lock.
 
 The engine is promised only what is in G2 and verified. So the blocks of a request that are elsewhere are read into G2
 from the moment it arrives, in prompt order, batch by batch. Until they are there the engine hears "ask again later", as
@@ -13,14 +13,13 @@ from functools import partial
 
 import numpy as np
 
-from kvbm.blocks import Either, Pinned, Staged, Where, prefix
+from kvbm.blocks import Pinned, Pool, Staged, Where, prefix
 from kvbm.core.events import Copied, Gated
 from kvbm.core.region import Slots
 from kvbm.observe.names import json_key
-from kvbm.tiers.disk.tier import DiskSource
 from kvbm.tiers.host import Host, Landing
 from kvbm.tiers.moves import Passage
-from kvbm.tiers.tier import Hold, Record, Source, Wanted
+from kvbm.tiers.tier import Mask, Offer, Record, Seeker, Tier, Wanted
 
 _KEEP = 30.0
 """Seconds that what has arrived is held for a request that is not scheduled."""
@@ -32,28 +31,28 @@ _SOON = 0.05
 class Staging:
     """Blocks of one prompt on their way. `requests` wait for them; when that is empty nobody does."""
 
-    source: Source
-    keys: tuple[bytes, ...]
-    """What G2 does not have, in prompt order."""
-    parents: tuple[bytes | None, ...]
-    terms: Sequence[tuple[int, float]]
-    """Of each its priority, and when it ends."""
-    slots: Slots
-    lease: Hold | None
-    """Keeps the same blocks at their source, until the last read has ended."""
+    offer: Offer
+    at: Slots
+    """Places in the offer of what G2 does not have, in prompt order."""
     there: list[Pinned]
     """Blocks of the prompt in G2: those that were there, those that have arrived."""
     requests: dict[str, Record]
     worth: float = 1.0
+    kept: bool = True
+    """Whether the offer is still to be dropped: when the last read has ended."""
     sent: int = 0
     ended: int = 0
     jobs: set[int] = field(default_factory=set)
     until: float = 0.0
 
+    def keys(self, part: slice = slice(None)) -> list[bytes]:
+        """Of what is on its way, or of a part of it."""
+        return [self.offer.keys[at] for at in self.at[part].tolist()]
+
     @property
     def left(self) -> int:
         """Blocks whose read has not ended."""
-        return len(self.keys) - self.ended
+        return len(self.at) - self.ended
 
     @property
     def held(self) -> int:
@@ -62,12 +61,11 @@ class Staging:
 
 
 class Promotion:
-    """`most` blocks are held in G2 because of stagings and `in_flight` of one source are being read, `batch` in one
-    move, or `unmeasured` while nothing is known about the source."""
+    """`most` blocks are held in G2 because of stagings and `in_flight` of one gate's offers are being read, `batch` in
+    one move, or `unmeasured` while nothing is known about their place."""
 
     def __init__(
         self,
-        disk: DiskSource | None,
         host: Host,
         *,
         most: Callable[[], int],
@@ -77,7 +75,7 @@ class Promotion:
         emit: Callable[[Copied | Gated], None],
         clock: Callable[[], float],
     ) -> None:
-        self._disk, self._host, self._g2 = disk, host, host.pool
+        self._host, self._g2 = host, host.pool
         self._most, self._in_flight, self._batch = most, max(1, in_flight), max(1, min(batch, in_flight))
         self._unmeasured = max(1, unmeasured)
         self._emit, self._clock = emit, clock
@@ -92,30 +90,58 @@ class Promotion:
 
     # ------------------------------------------------------------------ requests
 
-    def begin(self, request: str, record: Record, wants: Wanted) -> int:
-        """Start to read what the request wants, as far as each block is in G2 or on disk. Returns how far that is."""
+    def begin(self, seeker: Seeker, wants: Wanted, tiers: Sequence[Tier]) -> int:
+        """Start to read what the request wants, as far as each block is in G2 or in a tier that knows what it has.
+        Returns how far that is."""
         keys = wants.keys
-        near = self._g2.present(keys)
-        disk = self._readable(record)
-        reach, room = prefix(near if disk is None else near | disk.pool.present(keys)), self.room
-        wanted: list[bytes] = []
+        near, known = self._g2.present(keys), self._covered(seeker.record, keys, tiers)
+        anywhere = near.copy()
+        for _, mask in known:
+            anywhere |= mask
+        reach, room = prefix(anywhere), self.room
+        wanted: dict[str, list[bytes]] = {}
         before: list[bytes] = []
+        count = 0
         for at in range(reach):
             if (other := self._coming.get(keys[at])) is not None:
-                other.requests.setdefault(request, record)  # or it would end with the request it began for
+                other.requests.setdefault(seeker.id, seeker.record)  # or it would end with the request it began for
                 break  # asked for again when that has come
-            if len(wanted) + len(before) == room:
+            if count + len(before) == room:
                 break
-            (before if near[at] else wanted).append(keys[at])
-        if disk is None or not wanted:
-            return reach
-        # Whether that pays is not asked yet: it costs nothing while the request waits for its turn.
-        lease, _ = disk.pool.scan(wanted)
-        priorities, left = lease.terms  # now: they mean nothing once a block was un-published
-        terms = list(zip(priorities.tolist(), (left + self._clock()).tolist(), strict=True))
-        requests = {request: record}
-        self.stage(disk, lease.keys, lease.parents, terms, lease.slots, lease, before, requests, wants.worth)
+            if near[at]:
+                before.append(keys[at])
+            else:
+                tier = next(tier for tier, mask in known if mask[at])
+                wanted.setdefault(tier.name, []).append(keys[at])
+                count += 1
+        for tier, _ in known:
+            if tier.name in wanted:
+                # Whether that pays is not asked yet: it costs nothing while the request waits for its turn.
+                tier.seek(seeker, wanted[tier.name], 0, partial(self._take, seeker, before, wants.worth))
+                before = []
         return reach
+
+    def _covered(self, record: Record, keys: Sequence[bytes], tiers: Sequence[Tier]) -> list[tuple[Tier, Mask]]:
+        """Tiers that know which of these they have, and are to be read from."""
+        if record.gated:
+            return []
+        masks = [(tier, tier.covers(keys)) for tier in tiers if tier.problem is None]
+        return [(tier, mask) for tier, mask in masks if mask is not None]
+
+    def _take(self, seeker: Seeker, before: Sequence[bytes], worth: float, offer: Offer) -> bool:
+        self._stage(offer, np.arange(len(offer.keys)), before, {seeker.id: seeker.record}, worth)
+        return True
+
+    def give(self, seeker: Seeker, offer: Offer) -> bool:
+        """Read what G2 lacks of an offer that came later, as far as there is room; False where that is nothing."""
+        near = self._g2.present(offer.keys)
+        wanted = [at for at, key in enumerate(offer.keys) if not near[at] and key not in self._coming]
+        before = [key for at, key in enumerate(offer.keys) if near[at]]
+        wanted = wanted[: max(0, self.room - len(before))]
+        if not wanted:
+            return False
+        self._stage(offer, np.array(wanted), before, {seeker.id: seeker.record}, 1.0)
+        return True
 
     @property
     def room(self) -> int:
@@ -127,57 +153,46 @@ class Promotion:
         others = (staging.held for staging in self._stagings if request not in staging.requests)
         return max(0, self._most() - sum(others))
 
-    def reachable(self, record: Record) -> Where:
+    def reachable(self, record: Record, tiers: Sequence[Tier]) -> Where:
         """What could be in G2 when this request is scheduled."""
-        disk = self._readable(record)
-        return self._g2 if disk is None else Either(self._g2, disk.pool)
-
-    def _readable(self, record: Record) -> DiskSource | None:
-        return self._disk if self._disk is not None and self._disk.problem is None and not record.gated else None
+        return _Reachable(lambda keys: self._covered(record, keys, tiers), self._g2)
 
     def coming(self, key: bytes) -> bool:
         """Whether this block is on its way."""
         return key in self._coming
 
-    def stage(
-        self,
-        source: Source,
-        keys: tuple[bytes, ...],
-        parents: tuple[bytes | None, ...],
-        terms: Sequence[tuple[int, float]],
-        slots: Slots,
-        lease: Hold,
-        before: Sequence[bytes],
-        requests: dict[str, Record],
-        worth: float = 1.0,
+    def _stage(
+        self, offer: Offer, at: Slots, before: Sequence[bytes], requests: dict[str, Record], worth: float
     ) -> None:
-        """Start to read `keys`, none of which is in G2 or on its way, from these slots of a source. `before` are the
-        blocks of the same prompt in G2, which are held meanwhile. `terms` are priorities, and ends by the clock."""
-        staging = Staging(source, keys, parents, terms, slots, lease, [self._g2.scan(before)[0]], requests, worth)
+        """Start to read these places of an offer, none of which is in G2 or on its way. `before` are the blocks of the
+        same prompt in G2, which are held meanwhile."""
+        offer.accept()
+        staging = Staging(offer, at, [self._g2.scan(before)[0]], requests, worth)
         self._stagings.append(staging)
-        self._coming |= dict.fromkeys(keys, staging)
+        self._coming |= dict.fromkeys(staging.keys(), staging)
         self._send(staging)
 
-    def waits(self, request: str, record: Record, wants: Wanted) -> bool:
+    def waits(self, seeker: Seeker, wants: Wanted, tiers: Sequence[Tier]) -> bool:
         """Whether the request should ask again later for what it wants, the first of which is not in G2."""
-        first = wants.keys[0]
+        first, record = wants.keys[0], seeker.record
         if first not in self._coming:
-            self.begin(request, record, wants)
+            self.begin(seeker, wants, tiers)
         staging = self._coming.get(first)
         if staging is None or record.gated:
             return False
-        staging.requests.setdefault(request, record)
+        staging.requests.setdefault(seeker.id, record)
         self._send(staging)
-        source = staging.source
-        ahead = sum(other.left for other in self._stagings[: self._stagings.index(staging)] if other.source is source)
-        if (objection := source.gate.objection(staging.left, ahead, staging.worth)) is not None:
+        offer = staging.offer
+        before = self._stagings[: self._stagings.index(staging)]
+        ahead = sum(other.left for other in before if other.offer.queue is offer.queue)
+        if (objection := offer.gate.objection(staging.left, ahead, staging.worth)) is not None:
             self._refuse(record, objection, staging.left)
-        elif not staging.jobs and source.gate.reading < self._in_flight:
-            record.note(f"did not wait for blocks on {source.name}: G2 has no room for them")
-        elif source.problem is None:
-            record.note(f"waited for blocks that come from {source.name}")
+        elif not staging.jobs and offer.gate.reading < self._in_flight:
+            record.note(f"did not wait for blocks on {offer.words}: G2 has no room for them")
+        elif offer.failing() is None:
+            record.note(f"waited for blocks that come from {offer.words}")
             return True
-        self.drop(request)
+        self.drop(seeker.id)
         return False
 
     def _refuse(self, record: Record, objection: str, blocks: int) -> None:
@@ -204,7 +219,7 @@ class Promotion:
     def pump(self) -> None:
         """Start what may start now; let go of what nobody came for."""
         for staging in tuple(self._stagings):
-            if staging.source.problem is not None:
+            if staging.offer.failing() is not None:
                 self._abandon(staging)
             if not staging.left and self._clock() > staging.until:
                 self._give_up(staging)
@@ -213,44 +228,54 @@ class Promotion:
 
     def _send(self, staging: Staging) -> None:
         """Read the next batches, as far as there are slots for them and room in flight."""
-        source = staging.source
-        while staging.sent < len(staging.keys) and source.problem is None:
-            soon = source.gate.soon(_SOON) or self._unmeasured
-            room = min(self._batch, soon, self._in_flight - source.gate.reading)
+        offer = staging.offer
+        while staging.sent < len(staging.at) and offer.failing() is None:
+            soon = offer.gate.soon(_SOON) or self._unmeasured
+            room = min(self._batch, soon, self._in_flight - offer.gate.reading)
             if room <= 0:
                 return
-            first, terms = staging.sent, staging.terms
-            end, most = first + 1, min(first + room, len(terms))
-            while end < most and terms[end] == terms[first]:  # a run is staged on one set of terms
-                end += 1
-            if (raw := self._g2.allocate(end - first)) is None:
+            part = self._run(offer, staging.at[staging.sent : staging.sent + room])
+            if (raw := self._g2.allocate(len(part))) is None:
                 return
-            priority, until = terms[first]
-            ttl = None if until == np.inf else max(until - self._clock(), 1e-3)
-            staged = raw.stage(staging.keys[first:end], parent=staging.parents[first:end], priority=priority, ttl=ttl)
-            staging.sent = end
-            slots = staging.slots[first:end]
-            staging.jobs.add(source.read(slots, staged, partial(self._read, staging, slots, staged)))
+            places = part.tolist()
+            priority, until = offer.terms[places[0]]
+            staged = raw.stage(
+                tuple(offer.keys[at] for at in places),
+                parent=tuple(offer.parents[at] for at in places),
+                priority=priority,
+                ttl=None if until == np.inf else max(until - self._clock(), 1e-3),
+            )
+            staging.sent += len(part)
+            staging.jobs.add(offer.read(part, staged, partial(self._read, staging, part, staged)))
 
-    def _read(self, staging: Staging, slots: Slots, staged: Staged, move: Passage) -> None:
+    @staticmethod
+    def _run(offer: Offer, at: Slots) -> Slots:
+        """The first of these that can be staged together: on one set of terms."""
+        terms = [offer.terms[place] for place in at.tolist()]
+        same = next((count for count, each in enumerate(terms) if each != terms[0]), len(terms))
+        return at[:same]
+
+    def _read(self, staging: Staging, part: Slots, staged: Staged, move: Passage) -> None:
         """A batch was read, or not."""
-        keys, source = staged.keys, staging.source
+        keys, offer = staged.keys, staging.offer
         staging.jobs.discard(move.id)
         staging.ended += len(keys)
         self._forget(staging, keys)
-        there = self._host.land(staged, move.done, Landing(source.tier, source.places(keys), move.sums))
+        places = None if offer.places is None else offer.places[part]
+        there = self._host.land(staged, move.done, Landing(offer.tier, places, move.sums))
         staging.there.append(there)
         staging.until = self._clock() + _KEEP
-        source.judge(keys, slots, move)
+        offer.judge(part, move)
         failed = int((~move.done).sum())
         if failed and move.wanted:
             for record in staging.requests.values():
                 record.gated = True
-                record.note(f"{failed} blocks could not be read from {source.name}: {move.error}")
+                record.note(f"{failed} blocks could not be read from {offer.words}: {move.error}")
             self._abandon(staging)
         for record in staging.requests.values():
-            record.staged[json_key(source.tier)] = record.staged.get(json_key(source.tier), 0) + len(there)
-        self._emit(Copied(source.tier, "g2", len(there), failed, move.nbytes, move.seconds))
+            name = json_key(offer.tier)
+            record.staged[name] = record.staged.get(name, 0) + len(there)
+        self._emit(Copied(offer.tier, "g2", len(there), failed, move.nbytes, move.seconds))
         if staging.requests:
             self._let_go(staging)
         else:
@@ -264,24 +289,42 @@ class Promotion:
 
     def _abandon(self, staging: Staging) -> None:
         """Read no more of it than what is being read."""
-        self._forget(staging, staging.keys[staging.sent :])
-        staging.ended += len(staging.keys) - staging.sent
-        staging.sent = len(staging.keys)
+        self._forget(staging, staging.keys(slice(staging.sent, None)))
+        staging.ended += len(staging.at) - staging.sent
+        staging.sent = len(staging.at)
         self._let_go(staging)
 
     def _let_go(self, staging: Staging) -> None:
-        """The source may have its slots back once nothing is read from them any more."""
-        if not staging.left and staging.lease is not None:
-            staging.lease.drop()
-            staging.lease = None
+        """The offer is over once nothing is read of it any more."""
+        if not staging.left and staging.kept:
+            staging.kept = False
+            staging.offer.drop()
 
     def _give_up(self, staging: Staging) -> None:
         """Nobody wants it: stop reading. What is being read is let go when it ends."""
         self._abandon(staging)
-        staging.source.cancel(staging.jobs)
-        if not staging.source.keep:
-            self._g2.discard(staging.keys)  # what is being loaded is held, and goes after that
+        staging.offer.cancel(staging.jobs)
+        if not staging.offer.keeps:
+            self._g2.discard(staging.keys())  # what is being loaded is held, and goes after that
         while staging.there:
             staging.there.pop().drop()
         if not staging.jobs and staging in self._stagings:
             self._stagings.remove(staging)
+
+
+class _Reachable:
+    """What is in host memory, or in a tier that knows what it has (`Where`)."""
+
+    def __init__(self, covered: Callable[[Sequence[bytes]], list[tuple[Tier, Mask]]], g2: Pool) -> None:
+        self._covered, self._g2 = covered, g2
+
+    def present(self, keys: Sequence[bytes]) -> Mask:
+        """See `Where`."""
+        there: Mask = self._g2.present(keys)
+        for _, mask in self._covered(keys):
+            there = there | mask
+        return there
+
+    def peek(self, keys: Sequence[bytes]) -> int:
+        """See `Where`."""
+        return prefix(self.present(keys))

@@ -1,230 +1,232 @@
-"""What the leader does with what is below host memory, in the order in which things happen to a request."""
+"""The tiers of one leader, in the order in which things happen to a request. It names none of them."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
 
-import msgspec
-
+from kvbm.blocks import Pool, Where
 from kvbm.core.events import Admitted
 from kvbm.core.region import Slots
-from kvbm.leader.requests import Request
 from kvbm.link.messages import FromTier, Result, Sick
 from kvbm.observe.names import json_key
-from kvbm.tiers.demote import Demotion
-from kvbm.tiers.disk.orders import TIER as DISK
-from kvbm.tiers.disk.sweep import Verification
-from kvbm.tiers.disk.tier import DiskTier
 from kvbm.tiers.host import ENGINE, Landing
-from kvbm.tiers.peers.orders import TIER as PEERS
-from kvbm.tiers.peers.tier import Peers
 from kvbm.tiers.promote import Promotion
-from kvbm.tiers.tier import Wanted
-
-log = logging.getLogger(__name__)
+from kvbm.tiers.tier import Offer, Record, Search, Seeker, Tier, Wanted
 
 
-@dataclass(slots=True)
-class DiskSide:
-    """The disk tier, and what moves down to it."""
+class Stack:
+    """`tiers` by name, the nearest first; `clock` is the leader's. Under the leader's lock, but for `stop`."""
 
-    tier: DiskTier
-    demotion: Demotion
-    exclusive: bool
-    """Whether a block is there no more once it is in host memory."""
-    verification: Verification | None = None
-    """The last that was asked for."""
+    def __init__(
+        self, promotion: Promotion, block_tokens: int, tiers: Sequence[Tier], clock: Callable[[], float]
+    ) -> None:
+        self.promotion, self.block_tokens, self._clock = promotion, block_tokens, clock
+        self.tiers: Mapping[str, Tier] = {tier.name: tier for tier in tiers}
+        self._asked = tuple(tier for tier in tiers if tier.covers(()) is None)
+        """Those that do not know what they have."""
+        self.isolated = False
+        """Whether nothing of this is used any more."""
+        self._searches: dict[str, dict[str, Search]] = {}
+        """By request and tier."""
 
-    def leave(self, why: str) -> None:
-        """From now on nothing is read from there and nothing written; what is on its way is given up."""
-        self.demotion.clear()
-        if self.verification is not None:
-            self.verification.end(why)
-        self.tier.leave(why)
+    def __getattr__(self, name: str) -> Any:
+        """A tier by its name."""
+        with suppress(KeyError):
+            return self.__dict__["tiers"][name]
+        raise AttributeError(f"there is no tier {name!r}")
 
-    def landed(self, keys: Sequence[bytes], how: Landing) -> None:
-        """These are in host memory now."""
-        if how.origin == ENGINE and not self.tier.left:
-            self.demotion.offer(keys)
-        elif how.origin == DISK and self.exclusive:
-            self.tier.pool.discard(keys)
+    def __iter__(self) -> Iterator[Tier]:
+        return iter(self.tiers.values())
 
-    def counts(self) -> dict[str, int]:
-        """Blocks that were kept from disk, and those that were damaged there."""
-        return {
-            "refused": self.demotion.refused,
-            "cancelled": self.demotion.cancelled,
-            "corrupt": self.tier.corrupt,
-        }
+    # ------------------------------------------------------------------ a request
 
-
-@dataclass(slots=True)
-class Lower:
-    """The disk tier and other instances, as far as there are such, and what comes up from them. Under the leader's
-    lock."""
-
-    promotion: Promotion
-    block_tokens: int
-    disk: DiskSide | None = None
-    peers: Peers | None = None
-    isolated: bool = False
-    """Whether nothing of this is used any more."""
-
-    def begin(self, request: Request, asked: Sequence[bytes], wanted: Wanted) -> None:
-        """A request arrives: its blocks start to move before it is scheduled."""
+    def begin(self, seeker: Seeker, asked: Sequence[bytes], wanted: Wanted, *, loads: bool) -> None:
+        """A request arrives: its blocks start to move before it is scheduled, unless it `loads` nothing."""
         if self.isolated:
             return
-        if self.disk is not None:
-            self.disk.demotion.used(asked)
-        if request.params.load:
-            reach = self.promotion.begin(request.id, request.record, wanted)
-            if self.peers is not None:
-                self.peers.begin(request, wanted.keys, reach)
+        for tier in self:
+            tier.asked(asked)
+        if loads:
+            reach = self.promotion.begin(seeker, wanted, self._all())
+            self._search(seeker, wanted.keys, reach, 0)
 
-    def landing(self, slots: Slots, keys: Sequence[bytes], how: Landing) -> None:
-        """Blocks are about to be published in host memory."""
-        if self.peers is not None:
-            self.peers.landing(slots, keys, how)
+    def drop(self, request: str) -> None:
+        """The request got its blocks, or is gone: nothing is read or looked for any more because of it."""
+        self.promotion.drop(request)
+        for search in self._searches.pop(request, {}).values():
+            search.ended = True
 
-    def landed(self, keys: Sequence[bytes], how: Landing) -> None:
-        """They are published."""
-        if self.isolated and how.origin == ENGINE:
+    def reachable(self, seeker: Seeker) -> Where:
+        """What could be in host memory when this request is scheduled."""
+        return self.promotion.reachable(seeker.record, self._all())
+
+    def _all(self) -> tuple[Tier, ...]:
+        return tuple(self.tiers.values())
+
+    def _search(self, seeker: Seeker, keys: Sequence[bytes], reach: int, first: int) -> None:
+        """Look for `keys[reach:]`, once for each request and tier. `keys[0]` is block `first` of the prompt."""
+        if not self._asked or reach >= len(keys) or seeker.record.gated or self.promotion.coming(keys[reach]):
             return
-        if self.disk is not None:
-            self.disk.landed(keys, how)
-        if self.peers is not None:
-            self.peers.landed(keys, how)
+        begun = self._searches.setdefault(seeker.id, {})
+        for tier in self._asked:
+            if tier.name not in begun:
+                search = tier.seek(seeker, keys[reach:], first + reach, partial(self._give, seeker))
+                if search is not None:
+                    begun[tier.name] = search
+        if not begun:
+            del self._searches[seeker.id]
 
-    def waits(self, request: Request, wanted: Wanted, at: int) -> bool:
+    def _give(self, seeker: Seeker, offer: Offer) -> bool:
+        return seeker.id in self._searches and self.promotion.give(seeker, offer)
+
+    def waits(self, seeker: Seeker, wanted: Wanted, at: int) -> bool:
         """The engine asks: whether it should ask again later for what follows its match, from block `at` on."""
         if self.isolated or not len(wanted.keys):
             return False
-        if self.promotion.waits(request.id, request.record, wanted):
+        if self.promotion.waits(seeker, wanted, self._all()):
             return True
-        return self.peers is not None and self.peers.waits(request, wanted.keys, at)
+        self._search(seeker, wanted.keys, 0, at)
+        return any(self._waits(seeker, name, each) for name, each in self._searches.get(seeker.id, {}).items())
+
+    def _waits(self, seeker: Seeker, tier: str, search: Search) -> bool:
+        if search.ended or seeker.record.gated:
+            return False
+        words = self.tiers[tier].words
+        search.ended = self._clock() > search.until
+        seeker.record.note(f"did not wait any longer for {words}" if search.ended else f"waited for {words}")
+        return not search.ended
 
     @property
     def waiting(self) -> bool:
         """Whether a request waits for what comes from below."""
-        return self.promotion.waiting or (self.peers is not None and self.peers.waiting)
+        searches = (search for each in self._searches.values() for search in each.values())
+        return self.promotion.waiting or any(not search.ended for search in searches)
 
-    def placed(self, request: Request, tokens: Admitted) -> Admitted:
-        """The request got its blocks, and holds what it matched itself."""
-        self._done_with(request)
-        staged, block = request.record.staged, float(self.block_tokens)
+    def placed(self, seeker: Seeker, tokens: Admitted, block: float) -> Admitted:
+        """The request got its blocks, and holds what it matched itself. `block` is how many tokens one of those stands
+        for."""
+        self.drop(seeker.id)
+        staged = seeker.record.staged
         if not staged:
             return tokens
-        if request.needs:  # blocks of several layer groups make up one stretch of tokens
-            block = tokens.g2_tokens / len(request.needs)
-        if self.peers is not None and not self.peers.keep and json_key(PEERS) in staged:
-            # Or what is not to be kept would be offloaded again.
-            request.offered = max(request.offered, (tokens.device_tokens + tokens.g2_tokens) // self.block_tokens)
         sources, left = dict[str, int](), tokens.g2_tokens
-        for tier in (PEERS, DISK):
-            if came := min(int(staged.get(json_key(tier), 0) * block), left):
-                sources[tier] = came
+        for tier in reversed(self._all()):
+            if came := min(int(staged.get(json_key(tier.name), 0) * block), left):
+                sources[tier.name] = came
                 left -= came
-        if request.params.pull_from is None:
-            return msgspec.structs.replace(tokens, sources=sources)
+        if seeker.pull_from is None:
+            return Admitted(tokens.prompt_tokens, tokens.device_tokens, tokens.g2_tokens, 0, sources)
         # What that instance found, and did not compute either, is among its own hits.
-        pulled = sources.pop(PEERS, 0)
-        return msgspec.structs.replace(
-            tokens, g2_tokens=tokens.g2_tokens - pulled, pulled_tokens=pulled, sources=sources
-        )
+        pulled = sum(sources.pop(tier.name, 0) for tier in self._asked)
+        return Admitted(tokens.prompt_tokens, tokens.device_tokens, tokens.g2_tokens - pulled, pulled, sources)
 
-    def finished(self, request: Request, blocks: Sequence[bytes]) -> None:
+    def kept(self, record: Record) -> bool:
+        """Whether host memory keeps all that came for a request."""
+        return all(tier.keeps for tier in self if json_key(tier.name) in record.staged)
+
+    def finished(self, request: str, blocks: Sequence[bytes]) -> None:
         """The request is over, or gone. `blocks` were offered of it, in prompt order."""
-        self._done_with(request)
-        if self.disk is not None:
-            # Written batch by batch, its root first; together, its leaf goes before its root.
-            self.disk.tier.pool.touch(blocks)
+        self.drop(request)
+        for tier in self:
+            tier.over(blocks)
 
-    def _done_with(self, request: Request) -> None:
-        self.promotion.drop(request.id)
-        if self.peers is not None:
-            self.peers.drop(request.id)
+    # ------------------------------------------------------------------ host memory
+
+    def landing(self, slots: Slots, keys: Sequence[bytes], how: Landing) -> None:
+        """Blocks are about to be published in host memory."""
+        for tier in self:
+            tier.landing(slots, keys, how)
+
+    def landed(self, keys: Sequence[bytes], how: Landing) -> None:
+        """They are published."""
+        if not (self.isolated and how.origin == ENGINE):
+            for tier in self:
+                tier.landed(keys, how)
+
+    # ------------------------------------------------------------------ always
 
     def take(self, answer: Result | FromTier | Sick) -> bool:
         """An answer from a worker; false where it is about something else."""
         match answer:
             case Result():
-                return (self.disk is not None and self.disk.tier.answer(answer)) or (
-                    self.peers is not None and self.peers.answer(answer)
-                )
-            case FromTier(tier="g3", body=body) if self.disk is not None:
-                self.disk.tier.hear(body)
-            case FromTier(tier="peers", body=body) if self.peers is not None:
-                self.peers.hear(body)
-            case Sick(tier="g3", rank=rank, problem=problem) if self.disk is not None and not self.disk.tier.left:
-                why = f"rank {rank}: {problem}"
-                log.error("KVBM: the disk tier (G3) is left alone until the engine is started anew: %s", why)
-                self.disk.leave(why)
+                return any(tier.answer(answer) for tier in self)
+            case FromTier(tier=name, body=body) if name in self.tiers:
+                self.tiers[name].hear(body)
+            case Sick(tier=name, rank=rank, problem=problem) if name in self.tiers:
+                self.tiers[name].sick(f"rank {rank}: {problem}")
         return True
 
     def tick(self) -> None:
         """A few times a second."""
-        if self.disk is not None:
-            self.disk.tier.tick()
-        if self.peers is not None:
-            self.peers.tick()
+        for tier in self:
+            tier.tick()
 
     def pump(self) -> None:
         """Start the moves that can start now."""
         self.promotion.pump()
-        if self.disk is not None:
-            self.disk.demotion.pump()
-            if self.disk.verification is not None:
-                self.disk.verification.pump()
+        for tier in self:
+            tier.pump()
 
     def stand_aside(self) -> None:
         """Nothing is moved for requests while the engine is to work as if there were no KVBM."""
         self.promotion.clear()
-        if self.peers is not None:
-            self.peers.stand_aside()
+        for searches in self._searches.values():
+            for search in searches.values():
+                search.ended = True
 
     def isolate(self, why: str) -> None:
         """From now on nothing is read from here and nothing written; what is on its way is given up."""
         self.isolated = True
-        self.promotion.clear()
-        if self.disk is not None:
-            self.disk.leave(why)
-        if self.peers is not None:
-            self.peers.leave(why)
+        self.stand_aside()
+        for tier in self:
+            tier.leave(why)
 
     def clear(self) -> None:
         """A new generation, maybe of other weights."""
-        self.clear_disk(lasting=False)
-        if self.peers is not None:
-            self.peers.clear()
-
-    def clear_disk(self, *, lasting: bool = True) -> None:
-        """Nothing that is on disk now is served any more; see `DiskTier.clear`."""
         self.promotion.clear()
-        if self.disk is not None:
-            self.disk.demotion.clear()
-            if self.disk.verification is not None:
-                self.disk.verification.end("a new generation began")
-            self.disk.tier.clear(lasting=lasting)
+        for tier in self:
+            tier.clear(lasting=False)
+
+    def purge(self, name: str) -> None:
+        """Nothing that one tier has now is served any more."""
+        self.promotion.clear()
+        self.tiers[name].clear(lasting=True)
+
+    def drains(self) -> list[Tier]:
+        """Tiers that take what is worth keeping when the process ends."""
+        return [tier for tier in self if tier.drains]
+
+    # ------------------------------------------------------------------ what is told
+
+    def pools(self) -> dict[str, Pool]:
+        """Of tiers whose slots the leader chooses."""
+        return {tier.name: tier.pool for tier in self if tier.pool is not None}
 
     def counts(self) -> dict[str, int]:
         """What is not a copy, for metrics."""
-        counts = self.disk.counts() if self.disk is not None else {}
-        return counts | (self.peers.counts() if self.peers is not None else {})
+        return {name: count for tier in self for name, count in tier.counts().items()}
+
+    def status(self) -> dict[str, Any]:
+        """What the tiers say of themselves; see `Tier.status`."""
+        return {name: said for tier in self for name, said in tier.status().items()}
+
+    def namesakes(self) -> tuple[str, ...]:
+        """Why blocks of the same model that lie somewhere are not found."""
+        return tuple(sentence for tier in self for sentence in tier.namesakes())
 
     def problems(self) -> dict[str, str]:
         """Tiers that are left alone, and why."""
-        found: dict[str, str] = {}
-        if self.disk is not None and self.disk.tier.problem is not None:
-            found["g3"] = self.disk.tier.problem
-        if self.peers is not None and self.peers.problem is not None:
-            found["peers"] = self.peers.problem
-        return found
+        return {tier.name: tier.problem for tier in self if tier.problem is not None}
+
+    def stop(self) -> None:
+        """Without the lock."""
+        for tier in self:
+            tier.stop()
 
     def close(self) -> None:
         """The process is about to end."""
-        if self.peers is not None:
-            self.peers.close()
-        if self.disk is not None:
-            self.disk.tier.close()
+        for tier in self:
+            tier.close()

@@ -33,8 +33,9 @@ def secret(tmp_path: Path) -> Path:
 
 def peers_of(engine: Engine) -> Peers:
     assert engine.leader.lower is not None
-    assert engine.leader.lower.peers is not None
-    return engine.leader.lower.peers
+    peers = engine.leader.lower.tiers["peers"]
+    assert isinstance(peers, Peers)
+    return peers
 
 
 def know_each_other(*engines: Engine) -> None:

@@ -27,10 +27,6 @@ from kvbm.tiers.disk.orders import TIER, Forget, Generation, Order, Probe, Probe
 from kvbm.tiers.gate import Gate
 from kvbm.tiers.moves import Ended, Moves, Passage
 
-_SUSPECTS = 10_000
-"""Blocks whose last read failed, that are remembered: the second time in a row a block counts as lost."""
-_NOT_IT = (Outcome.CORRUPT, Outcome.MISSING)
-
 log = logging.getLogger(__name__)
 
 _CLEARING = "a new generation is being written down"
@@ -76,7 +72,7 @@ class DiskTier:
         next_id: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.pool, self.gate = pool, gate
+        self.pool, self.gate, self.clock = pool, gate, clock
         self.corrupt = 0
         """Blocks that were read and were not what had been written."""
         self._folder = folder
@@ -104,11 +100,27 @@ class DiskTier:
 
     # ------------------------------------------------------------------ moving
 
-    def write(self, hold: Pinned, staged: Staged, ended: Ended) -> None:
-        """Copy the held blocks of host memory to the staged slots. Both stay the caller's."""
+    def absent(self, keys: Sequence[bytes]) -> list[int]:
+        """See `demote.Written`."""
+        return self.pool.absent(keys)
+
+    def write(self, hold: Pinned, ended: Ended) -> int:
+        """See `demote.Written`."""
+        now = self.pool.statistics()
+        room = min(len(hold), now.free + now.inactive)
+        if (raw := self.pool.allocate(room) if room else None) is None:
+            return 0
+        hold.narrow(room)
         keys, parents = hold.keys, hold.parents
         priorities, left = hold.terms
-        move = self._moves.write(len(keys), ended)
+        ttl = None if left[0] == np.inf else max(float(left[0]), 1e-3)
+        staged = raw.stage(keys, parent=parents, priority=int(priorities[0]), ttl=ttl)
+
+        def there(passage: Passage) -> None:
+            staged.register(passage.done).drop()
+            ended(passage)
+
+        move = self._moves.write(len(keys), there)
         self._order(
             Write(
                 move.id, pack(hold.slots), pack(staged.slots), list(keys), list(parents),
@@ -117,6 +129,7 @@ class DiskTier:
             )
         )  # fmt: skip
         self._sequence += len(keys)
+        return len(keys)
 
     def read(self, source: Slots, keys: Sequence[bytes], into: Staged | Writable, ended: Ended) -> int:
         """Copy slots to those of host memory, both of which the caller holds; returns the move's number."""
@@ -298,44 +311,3 @@ class DiskTier:
 
     def _order(self, order: Order) -> None:
         self._moves.tell(to_rank(order))
-
-
-class DiskSource:
-    """The disk tier."""
-
-    name: ClassVar[str] = "disk"
-    tier: ClassVar[str] = TIER
-
-    def __init__(self, tier: DiskTier) -> None:
-        self._tier = tier
-        self.gate, self.pool, self.keep = tier.gate, tier.pool, True
-        self._suspects: set[bytes] = set()
-
-    @property
-    def problem(self) -> str | None:
-        return self._tier.problem
-
-    def read(self, slots: Slots, into: Staged, ended: Ended) -> int:
-        return self._tier.read(slots, into.keys, into, ended)
-
-    def cancel(self, jobs: Collection[int]) -> None:
-        self._tier.cancel(jobs)
-
-    def places(self, keys: Sequence[bytes]) -> None:
-        """Not known."""
-
-    def judge(self, keys: Sequence[bytes], slots: Slots, move: Passage) -> None:
-        """What is not what was written is lost at once; what could not be read, the second time."""
-        lost: dict[bytes, int] = {}
-        for key, slot, outcome in zip(keys, slots.tolist(), move.outcomes.tolist(), strict=True):
-            if outcome in _NOT_IT or (outcome != Outcome.DONE and move.wanted and key in self._suspects):
-                lost[key] = slot
-            elif outcome != Outcome.DONE and move.wanted and len(self._suspects) < _SUSPECTS:
-                self._suspects.add(key)
-            elif outcome == Outcome.DONE:
-                self._suspects.discard(key)
-        self._suspects.difference_update(lost)
-        # Not what was written since, in another generation: that lies elsewhere, for this slot is still held.
-        there = [key for key, slot in lost.items() if (block := self.pool.look(key)) and block.slot == slot]
-        if there:
-            self._tier.discard(there)

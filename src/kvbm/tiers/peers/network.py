@@ -26,6 +26,7 @@ from kvbm.tiers.peers.messages import Done, Memory, Ping, Pong, Promise, Release
 from kvbm.tiers.peers.published import Published
 from kvbm.tiers.peers.server import HANDSHAKE_S, Server
 from kvbm.tiers.peers.serving import Serving
+from kvbm.tiers.tier import Give, Search, Seeker
 
 log = logging.getLogger(__name__)
 
@@ -39,23 +40,23 @@ _PAUSE_S: Final = 0.01
 """Before a peer that has nothing yet is asked again; one that behaves has waited itself."""
 
 
-@dataclass(slots=True, eq=False)
-class Search:
+class PeerSearch(Search):
     """What is looked for: `keys` are blocks `start` and following of a prompt. `peer`: ask nobody else, and wait for
     what it is about to compute. Ends when `seconds` have passed, or `ended` is set."""
 
-    id: int
-    keys: Sequence[bytes]
-    start: int
-    seconds: float
-    peer: str | None = None
-    ended: bool = False
+    def __init__(
+        self, number: int, seeker: Seeker, keys: Sequence[bytes], start: int, give: Give, *, seconds: float,
+        until: float,
+    ) -> None:  # fmt: skip
+        super().__init__(until)
+        self.id, self.seeker, self.keys, self.start, self.give = number, seeker, keys, start, give
+        self.seconds, self.peer = seconds, seeker.pull_from
 
 
 class Asker(Protocol):
     """Who is told what was found; from the network's thread, without the leader's lock."""
 
-    def promised(self, search: Search, client: Client, promise: Promise, memory: Memory, start: int) -> bool:
+    def promised(self, search: PeerSearch, client: Client, promise: Promise, memory: Memory, start: int) -> bool:
         """A peer holds blocks `start` and following. False: nobody wants them any more."""
 
 
@@ -121,7 +122,7 @@ class Network:
 
     # ------------------------------------------------------------------ from other threads
 
-    def search(self, search: Search) -> None:
+    def search(self, search: PeerSearch) -> None:
         """Begin to look for what a request wants."""
         self._soon(lambda: self._task(self._search(search)))
 
@@ -292,7 +293,7 @@ class Network:
 
     # ------------------------------------------------------------------ reading from others
 
-    async def _search(self, search: Search) -> None:
+    async def _search(self, search: PeerSearch) -> None:
         assert self.asker is not None
         client: Client | None = None
         try:
@@ -311,7 +312,7 @@ class Network:
             if client is not None and client.open:
                 self._task(self._tell(client, Done(search.id)))
 
-    async def _choose(self, search: Search) -> Client | None:
+    async def _choose(self, search: PeerSearch) -> Client | None:
         """The peer that holds most, if one holds anything."""
         if search.peer is not None:
             chosen = self._client(search.peer) if search.peer in self._instances else None
@@ -327,7 +328,7 @@ class Network:
         best = max(found, key=lambda name: (found[name], -self._client(name).asking), default=None)
         return None if best is None else self._client(best)
 
-    async def _ask(self, search: Search, client: Client) -> None:
+    async def _ask(self, search: PeerSearch, client: Client) -> None:
         """Have the peer hold what it has, and what comes, until nothing more comes."""
         assert self.asker is not None
         at, keys, begun = 0, search.keys, self._loop.time()
@@ -348,7 +349,7 @@ class Network:
                 await asyncio.sleep(_PAUSE_S)
 
     async def _reserve(
-        self, client: Client, search: Search, keys: list[bytes], start: int
+        self, client: Client, search: PeerSearch, keys: list[bytes], start: int
     ) -> tuple[Promise, Memory | None]:
         # It waits for what comes, but answers within the deadline.
         wait_s, expected = min(self._deadline_s / 2, 0.5), search.peer is not None

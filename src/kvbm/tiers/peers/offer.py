@@ -8,15 +8,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
 from kvbm.blocks import Staged
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Slots
 from kvbm.tiers.gate import Gate
 from kvbm.tiers.moves import Ended, Passage
 from kvbm.tiers.peers.client import Client
-from kvbm.tiers.peers.network import Network
+from kvbm.tiers.peers.messages import Memory
 from kvbm.tiers.peers.orders import TIER
 from kvbm.tiers.peers.sums import Words
 
@@ -26,46 +24,46 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """A peer's promise, until it is not needed."""
-
-    network: Network
-    client: Client
-    number: int
-
-    def drop(self) -> None:
-        self.network.release(self.client, self.number)
-
-
 @dataclass(slots=True, eq=False)
-class PeerSource:
-    """One promise of one peer, as the promotion reads it."""
+class PeerOffer:
+    """One promise of one peer (`Offer`)."""
 
-    name: ClassVar[str] = "a peer"
     tier: ClassVar[str] = TIER
+    words: ClassVar[str] = "a peer"
 
     peers: Peers
     client: Client
     gate: Gate
-    attached: str
-    rows: dict[int, int]
-    """Their slot -> its place in the promise."""
+    keeps: bool
+    memory: Memory
+    keys: Sequence[bytes]
+    parents: Sequence[bytes | None]
+    terms: Sequence[tuple[int, float]]
+    places: Slots
+    slots: Slots
+    """Theirs."""
     sums: list[Words]
     """By rank, what the bytes must have as checksums."""
-    _places: dict[bytes, int]
-    """Which block of its prompt each is."""
+    number: int
+    """Of the promise."""
     until: float
-    keep: bool
     limit: float
     """When the request does not wait any longer for the first blocks: the search was part of its wait."""
     due: float = math.inf
     """When the peer counts as dead if nothing has come. Moves with all that comes."""
+    attached: str = ""
+    """By what name ranks know the peer's memory."""
     reading: int = 0
     broken: str | None = None
 
     @property
-    def problem(self) -> str | None:
+    def queue(self) -> object:
+        return self
+
+    def accept(self) -> None:
+        self.attached = self.peers.attach(self.client, self.memory, self.gate)
+
+    def failing(self) -> str | None:
         now = self.peers.clock()
         if self.broken is None and self.reading and now > self.due:
             self.fail("its blocks do not come")
@@ -76,32 +74,33 @@ class PeerSource:
             self.broken = "its promise is over"
         return self.broken
 
-    def read(self, slots: Slots, into: Staged, ended: Ended) -> int:
+    def read(self, at: Slots, into: Staged, ended: Ended) -> int:
         if not self.reading:
-            self.due = self.peers.due(len(slots))
+            self.due = self.peers.due(len(at))
         self.reading += 1
-        return self.peers.pull(self, slots, into, ended)
+        return self.peers.pull(self, at, into, ended)
 
     def cancel(self, jobs: Collection[int]) -> None:
         self.peers.cancel(jobs)
 
-    def judge(self, keys: Sequence[bytes], slots: Slots, move: Passage) -> None:
+    def judge(self, at: Slots, passage: Passage) -> None:
         self.reading -= 1
-        corrupt = int((move.outcomes == Outcome.CORRUPT).sum())
+        corrupt = int((passage.outcomes == Outcome.CORRUPT).sum())
         if corrupt:
             self.peers.corrupt += corrupt
             log.error("KVBM: peer %s gave %d blocks that are not what it promised", self.client.name, corrupt)
             self.fail("its blocks are not what it promised")
-        elif not move.done.all():
-            if move.wanted:
-                self.fail(move.error or "its blocks do not come")
+        elif not passage.done.all():
+            if passage.wanted:
+                self.fail(passage.error or "its blocks do not come")
         else:
-            self.due, self.limit = self.peers.due(len(slots)), math.inf
+            self.due, self.limit = self.peers.due(len(at)), math.inf
             self.peers.network.works(self.client)
 
     def fail(self, problem: str) -> None:
+        """The peer is left alone until it answers a probe, and its memory is attached anew."""
         self.broken = self.broken or problem
-        self.peers.failed(self, problem)
+        self.peers.network.failed(self.client, problem)
 
-    def places(self, keys: Sequence[bytes]) -> Slots:
-        return np.array([self._places[key] for key in keys], np.int64)
+    def drop(self) -> None:
+        self.peers.network.release(self.client, self.number)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from kvbm.blocks import Pinned, Pool
-from kvbm.leader.requests import Request
 from kvbm.link.messages import pack
 from kvbm.tiers.peers.messages import Promise, Reserve
 from kvbm.tiers.peers.sums import Sums
-from kvbm.tiers.promote import Promotion
-from kvbm.tiers.tier import Record, Wanted
+from kvbm.tiers.tier import Record, Seeker, Wanted
 
 
 class Lease(NamedTuple):
@@ -22,21 +20,26 @@ class Lease(NamedTuple):
 
 
 class Serving:
-    """`most` blocks are held for others at once, each promise for `seconds`."""
+    """`most` blocks are held for others at once, each promise for `seconds`. What others want of what is below host
+    memory is read for them (`begin`) until they are served (`drop`); `coming` says whether a block is on its way,
+    `expects` whether a request is going to compute it, as a block with this number."""
 
     def __init__(
         self,
         pool: Pool,
-        promotion: Promotion,
         sums: Sums,
-        requests: Mapping[str, Request],
         *,
+        begin: Callable[[Seeker, Wanted], object],
+        drop: Callable[[str], None],
+        coming: Callable[[bytes], bool],
+        expects: Callable[[bytes, int], bool],
         most: Callable[[], int],
         seconds: float,
         aside: Callable[[], str | None],
         clock: Callable[[], float],
     ) -> None:
-        self._pool, self._promotion, self.sums, self._requests = pool, promotion, sums, requests
+        self._pool, self.sums = pool, sums
+        self._begin, self._drop, self._coming, self._expects = begin, drop, coming, expects
         self._most, self.seconds, self._aside, self._clock = most, seconds, aside, clock
         self.closed = False
         """Whether nothing is promised any more."""
@@ -76,15 +79,10 @@ class Serving:
         key = keys[0]
         if self.closed or self._aside():
             return False
-        if not self._pool.absent([key]) or self._promotion.coming(key):
+        if not self._pool.absent([key]) or self._coming(key):
             return True
-        self._promotion.begin(search, Record(search, 0), Wanted(keys))
-        if self._promotion.coming(key):
-            return True
-        return expected and any(
-            len(each.keys) > at and each.keys[at] == key and each.params.save and at < each.worth
-            for each in self._requests.values()
-        )
+        self._begin(Seeker(search, Record(search, 0), keys), Wanted(keys))
+        return self._coming(key) or (expected and self._expects(key, at))
 
     def release(self, lease: int) -> None:
         """Its reader has what it wanted."""
@@ -94,7 +92,7 @@ class Serving:
 
     def done(self, search: str) -> None:
         """Nobody waits any more for what was fetched from disk for this search."""
-        self._promotion.drop(search)
+        self._drop(search)
 
     def tick(self) -> None:
         """Let go of what nobody came back for."""

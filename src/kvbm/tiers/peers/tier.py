@@ -12,13 +12,13 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
+from weakref import WeakValueDictionary
 
 import numpy as np
 
-from kvbm.blocks import Pool, Staged
+from kvbm.blocks import Staged
 from kvbm.core.region import Slots
-from kvbm.leader.requests import Request
 from kvbm.link.channel import Link
 from kvbm.link.messages import Result, pack, unpack
 from kvbm.tiers.gate import Gate
@@ -26,13 +26,13 @@ from kvbm.tiers.host import Landing
 from kvbm.tiers.moves import Ended, Moves
 from kvbm.tiers.peers.client import Client
 from kvbm.tiers.peers.messages import Memory, Promise, Slab
-from kvbm.tiers.peers.network import Network, Search
-from kvbm.tiers.peers.offer import Lease, PeerSource
-from kvbm.tiers.peers.orders import Attach, Detach, Mine, Pull, decode_answer, to_rank
+from kvbm.tiers.peers.network import Network, PeerSearch
+from kvbm.tiers.peers.offer import PeerOffer
+from kvbm.tiers.peers.orders import TIER, Attach, Detach, Mine, Pull, decode_answer, to_rank
 from kvbm.tiers.peers.published import Published
 from kvbm.tiers.peers.serving import Serving
 from kvbm.tiers.peers.sums import bound
-from kvbm.tiers.promote import Promotion
+from kvbm.tiers.tier import Give, Seeker
 
 log = logging.getLogger(__name__)
 
@@ -54,55 +54,51 @@ class Peer:
     attached: str | None = None
 
 
-@dataclass(slots=True, eq=False)
-class Sought:
-    """A request that looks for blocks elsewhere."""
-
-    request: Request
-    search: Search
-    until: float
-    patient: bool
-    """Whether it waits for what a peer computes."""
-
-
 class Peers:
-    """`deadline_s` is the longest that a peer may be silent; `patience_s` the longest that a request waits for what a
-    peer computes for it; `keep` whether what came stays in host memory. Also what the network tells what it finds
-    (`network.Asker`)."""
+    """Other instances as a tier (`Tier`). `deadline_s` is the longest that a peer may be silent; `patience_s` the
+    longest that a request waits for what a peer computes for it; `keeps` whether what came stays in host memory. Also
+    what the network tells what it finds (`network.Asker`)."""
+
+    name: ClassVar[str] = TIER
+    words: ClassVar[str] = "other instances"
 
     def __init__(
         self,
         network: Network,
         serving: Serving,
         published: Published,
-        promotion: Promotion,
-        pool: Pool,
         gate: Gate,
         links: Mapping[int, Link],
         *,
         deadline_s: float,
         patience_s: float,
-        keep: bool,
+        keeps: bool,
         next_id: Callable[[], int],
         lock: Callable[[], AbstractContextManager[object]],
         clock: Callable[[], float],
     ) -> None:
         self.network, self.serving, self.published = network, serving, published
         self.clock = clock
-        self._promotion, self._pool, self._gate = promotion, pool, gate
+        self._gate = gate
         self._deadline_s, self._patience_s, self._lock = deadline_s, patience_s, lock
         self._moves = Moves(links, next_id, clock)
-        self.keep = keep
+        self.keeps = keeps
         self.corrupt = 0
         """Blocks that came and were not what had been promised."""
         self.searches = self.found = 0
         """Searches that began; promises that were used."""
         self._peers: dict[str, Peer] = {}
-        self._sought: dict[str, Sought] = {}
+        self._known: WeakValueDictionary[int, PeerSearch] = WeakValueDictionary()
+        """Searches that somebody still knows."""
         self._numbers = itertools.count(1)
         self._mine: dict[int, Mine] = {}
         self._closed: str | None = None
         network.asker = self
+
+    @property
+    def _sought(self) -> list[PeerSearch]:
+        """Searches that go on."""
+        return [search for search in tuple(self._known.values()) if not search.ended]
 
     @property
     def _ranks(self) -> list[int]:
@@ -111,20 +107,29 @@ class Peers:
 
     # ------------------------------------------------------------------ requests
 
-    def begin(self, request: Request, keys: Sequence[bytes], reach: int) -> None:
-        """Look for `keys` from `reach` on, once for each request."""
-        source = request.params.pull_from
-        if reach >= len(keys) or request.record.gated or request.id in self._sought or self.problem is not None:
-            return
-        if not self.network.peers or self._promotion.coming(keys[reach]):
-            return
-        seconds = self._patience_s if source is not None else self._within(len(keys) - reach)
+    def covers(self, keys: Sequence[bytes]) -> None:
+        """The directory knows, and it is asked."""
+
+    def seek(self, seeker: Seeker, keys: Sequence[bytes], first: int, give: Give) -> PeerSearch | None:
+        if self.problem is not None or not self.network.peers:
+            return None
+        pulls = seeker.pull_from is not None
+        seconds = self._patience_s if pulls else self._within(len(keys))
         if seconds < _WORTH_S:
-            return
-        search = Search(next(self._numbers), list(keys[reach:]), reach, seconds, source)
-        self._sought[request.id] = Sought(request, search, self.clock() + seconds, source is not None)
+            return None
+        search = PeerSearch(
+            next(self._numbers), seeker, list(keys), first, give, seconds=seconds, until=self.clock() + seconds
+        )
         self.searches += 1
+        self._known[search.id] = search
         self.network.search(search)
+        return search
+
+    def asked(self, keys: Sequence[bytes]) -> None:
+        """Others keep account of their own."""
+
+    def over(self, keys: Sequence[bytes]) -> None:
+        """The same."""
 
     def _within(self, blocks: int) -> float:
         """How long to wait for so many blocks: no longer than it takes to compute them."""
@@ -135,79 +140,41 @@ class Peers:
         """When a peer from which so many are read counts as dead."""
         return self.clock() + max(self._within(blocks), _LEAST_S)
 
-    def waits(self, request: Request, keys: Sequence[bytes], at: int) -> bool:
-        """Whether the request should ask again later, since peers may have `keys`, block `at` and following."""
-        if request.id not in self._sought and self.network.peers:
-            self.begin(request, request.keys[: at + len(keys)], at)
-        sought = self._sought.get(request.id)
-        if sought is None or sought.search.ended or request.record.gated:
-            return False
-        if self.clock() > sought.until:
-            request.record.note("did not wait any longer for other instances")
-            self._end(sought)
-            return False
-        request.record.note("waited for other instances")
-        return True
-
-    @property
-    def waiting(self) -> bool:
-        """Whether a request waits for the network."""
-        return any(not sought.search.ended for sought in self._sought.values())
-
-    def drop(self, request: str) -> None:
-        """The request got its blocks, or is gone."""
-        if (sought := self._sought.pop(request, None)) is not None:
-            self._end(sought)
-
-    @staticmethod
-    def _end(sought: Sought) -> None:
-        sought.search.ended = True
-
     # ------------------------------------------------------------------ what the network finds (on its thread)
 
-    def promised(self, search: Search, client: Client, promise: Promise, memory: Memory, start: int) -> bool:
+    def promised(self, search: PeerSearch, client: Client, promise: Promise, memory: Memory, start: int) -> bool:
         """See `Asker`. Takes the lock."""
         with self._lock():
-            sought = next((each for each in self._sought.values() if each.search is search), None)
-            if sought is None or search.ended or self._closed is not None:
+            if search.ended or self._closed is not None:
                 return False
-            return self._stage(sought, client, promise, memory, start)
+            keys = search.seeker.keys[start : start + promise.count]
+            if not _makes_sense(promise, memory, len(keys), len(self._ranks)):
+                self.network.failed(client, "its promise does not make sense")
+                return False
+            offer = self._offer(search, client, promise, memory, keys, start)
+            if not search.give(offer):
+                return False
+            self.found += 1
+            return True
 
-    def _stage(self, sought: Sought, client: Client, promise: Promise, memory: Memory, start: int) -> bool:
-        request = sought.request
-        keys = tuple(request.keys[start : start + promise.count])
-        if not _makes_sense(promise, memory, len(keys), len(self._ranks)):
-            self.network.failed(client, "its promise does not make sense")
-            return False
-        sums = [np.frombuffer(each, np.uint64) for each in promise.sums]
-        slots, ttls = unpack(promise.slots), np.frombuffer(promise.ttls, np.float64)
-        priorities = np.frombuffer(promise.priorities, np.uint8)
-        near = self._pool.present(keys)
-        wanted = [at for at, key in enumerate(keys) if not near[at] and not self._promotion.coming(key)]
-        before = [key for at, key in enumerate(keys) if near[at]]
-        wanted = wanted[: max(0, self._promotion.room - len(before))]
-        if not wanted:
-            return False
-        self.found += 1
-        at, now = np.array(wanted), self.clock()
-        peer = self._peers.setdefault(client.name, Peer(self._gate.beside()))
-        source = PeerSource(
-            self, client, peer.gate, self._attach(peer, client, memory),
-            {int(slots[place]): place for place in wanted}, [bound(each, keys) for each in sums],
-            {keys[place]: start + place for place in wanted},
-            until=now + promise.seconds, keep=self.keep,
-            limit=math.inf if sought.patient else max(sought.until, now + _LEAST_S),
+    def _offer(
+        self, search: PeerSearch, client: Client, promise: Promise, memory: Memory, keys: Sequence[bytes], start: int
+    ) -> PeerOffer:
+        now, count, known = self.clock(), len(keys), self._peers.get(client.name)
+        priorities, ttls = np.frombuffer(promise.priorities, np.uint8), np.frombuffer(promise.ttls, np.float64)
+        before = search.seeker.keys[start - 1] if start else None
+        return PeerOffer(
+            self, client, known.gate if known is not None else self._gate.beside(), self.keeps, memory,
+            keys, [before, *keys[:-1]], [(int(priorities[at]), now + float(ttls[at])) for at in range(count)],
+            np.arange(start, start + count), unpack(promise.slots),
+            [bound(np.frombuffer(each, np.uint64), keys) for each in promise.sums], promise.lease,
+            until=now + promise.seconds,
+            limit=math.inf if search.peer is not None else max(search.until, now + _LEAST_S),
         )  # fmt: skip
-        parents = tuple(request.keys[start + place - 1] if start + place else None for place in wanted)
-        terms = [(int(priorities[place]), now + float(ttls[place])) for place in wanted]
-        self._promotion.stage(
-            source, tuple(keys[place] for place in wanted), parents, terms, slots[at],
-            Lease(self.network, client, promise.lease), before, {request.id: request.record},
-        )  # fmt: skip
-        return True
 
-    def _attach(self, peer: Peer, client: Client, memory: Memory) -> str:
-        """Have the workers know the peer's memory; by what name they do."""
+    def attach(self, client: Client, memory: Memory, gate: Gate) -> str:
+        """Have the workers know the peer's memory; by what name they do. `gate` is new where the peer is."""
+        peer = self._peers.setdefault(client.name, Peer(gate))
         name = f"{client.name}/{client.instance.incarnation:x}/{memory.number}/{client.connections}"
         if peer.attached != name:
             for rank, slab in zip(self._ranks, memory.slabs, strict=True):
@@ -219,15 +186,14 @@ class Peers:
 
     # ------------------------------------------------------------------ reading
 
-    def pull(self, source: PeerSource, slots: Slots, into: Staged, ended: Ended) -> int:
+    def pull(self, offer: PeerOffer, at: Slots, into: Staged, ended: Ended) -> int:
         """Copy a peer's slots to those of host memory, which the caller holds; returns the passage's number. It ends
         when nothing writes to them any more, however long that takes."""
-        passage = self._moves.read(len(slots), ended, source.gate)
-        rows = [source.rows[slot] for slot in slots.tolist()]
-        for rank, sums in zip(self._ranks, source.sums, strict=True):
-            theirs = np.ascontiguousarray(sums[rows]).tobytes()
-            pull = Pull(passage.id, source.attached, pack(slots), pack(into.slots), theirs)
-            self._moves.tell_rank(rank, to_rank(pull))
+        passage = self._moves.read(len(at), ended, offer.gate)
+        theirs = pack(offer.slots[at])
+        for rank, sums in zip(self._ranks, offer.sums, strict=True):
+            wanted = np.ascontiguousarray(sums[at]).tobytes()
+            self._moves.tell_rank(rank, to_rank(Pull(passage.id, offer.attached, theirs, pack(into.slots), wanted)))
         return passage.id
 
     def cancel(self, jobs: Collection[int]) -> None:
@@ -247,9 +213,11 @@ class Peers:
         if how.places is not None:
             self.published.stored(keys, how.places)
 
-    def failed(self, source: PeerSource, problem: str) -> None:
-        """A peer's blocks do not come: it is left alone until it answers a probe, and its memory is attached anew."""
-        self.network.failed(source.client, problem)
+    def sick(self, why: str) -> None:
+        """No rank says so."""
+
+    def pump(self) -> None:
+        """The network's thread does all by itself."""
 
     def counts(self) -> dict[str, int]:
         """What is not a copy."""
@@ -269,7 +237,13 @@ class Peers:
 
     def in_flight(self) -> int:
         """Reads that some rank has not answered."""
-        return sum(self._moves.count())
+        return self._moves.count()[1]
+
+    def status(self) -> Mapping[str, Any]:
+        return {"fetch": {"in_flight": self.in_flight()}, "peers": self.known(), "sharing": self.counts()}
+
+    def namesakes(self) -> tuple[str, ...]:
+        return self.network.namesakes
 
     # ------------------------------------------------------------------ our memory, and the end
 
@@ -285,6 +259,10 @@ class Peers:
         elif len(slabs) == len(self._ranks):
             server = self.network.server
             server.slabs = server.slabs[0] + 1, slabs
+
+    @property
+    def pool(self) -> None:
+        """Others have pools."""
 
     @property
     def problem(self) -> str | None:
@@ -305,12 +283,7 @@ class Peers:
         if (attached := self._peers.pop(name).attached) is not None:
             self._moves.tell(to_rank(Detach(attached)))
 
-    def stand_aside(self) -> None:
-        """Nothing is looked for."""
-        for sought in self._sought.values():
-            self._end(sought)
-
-    def clear(self) -> None:
+    def clear(self, *, lasting: bool) -> None:
         """A new generation. Whether others have begun it too is not known, so this instance shares nothing any more."""
         if self._closed is None:
             log.warning("KVBM: a reset began a new generation: until it is started anew this engine shares no blocks")
@@ -323,9 +296,25 @@ class Peers:
 
     def _close(self, why: str) -> None:
         self._closed = why
-        self.stand_aside()
+        for search in self._sought:
+            search.ended = True
         self.serving.close()
         self.network.leave()
+
+    @property
+    def drains(self) -> bool:
+        """What others want they have to read."""
+        return False
+
+    def drain(self) -> None:
+        """Nothing is written there."""
+
+    @property
+    def drained(self) -> bool:
+        return True
+
+    def stop(self) -> None:
+        self.network.close()
 
     def close(self) -> None:
         """The process is about to end."""

@@ -1,0 +1,88 @@
+"""How a tier is put together: what each module of a tier in this folder provides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from kvbm.abc.transport import Transport
+from kvbm.build.place import Place
+from kvbm.core.config import Settings
+from kvbm.core.keys import Namespace
+from kvbm.leader.leader import Leader
+from kvbm.link.channel import Link
+from kvbm.tiers.promote import Promotion
+from kvbm.tiers.tier import RankSide, RankTier, Tier
+
+Wrap = Callable[[Transport], Transport]
+"""What a transport is put into (`transport_wrapper`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a tier wants of host memory; see `link.messages.Allot`."""
+
+    stride: int = 0
+    sums: Literal["", "made", "told"] = ""
+    hurry: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What a tier is put on. `slot_bytes` are those of a block on one rank; `links` lead to the ranks that store."""
+
+    settings: Settings
+    place: Place
+    leader: Leader
+    links: Mapping[int, Link]
+    slot_bytes: int
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a block over all ranks."""
+        return self.slot_bytes * len(self.links)
+
+
+class Claim(Protocol):
+    """A tier that is wanted, until it is known what the weights contain."""
+
+    def open(self, namespace: Namespace, promotion: Promotion, nearer: Sequence[Tier]) -> Tier:
+        """It is known now. `nearer` are the tiers above it. Raises Broken, ConfigError."""
+
+    def close(self) -> None:
+        """It is not to be. Also called after an `open` that raised."""
+
+
+class Part(Protocol):
+    """One tier, as `build_leader` and `build_worker` know it."""
+
+    @property
+    def name(self) -> str:
+        """The tier's."""
+
+    @property
+    def large(self) -> bool:
+        """Host memory need only pass blocks on to it, where nobody says how large that is."""
+
+    @property
+    def without(self) -> str:
+        """What is said where it cannot be had, before the reason."""
+
+    def wanted(self, settings: Settings) -> bool:
+        """Whether there is to be one."""
+
+    def check(self, settings: Settings) -> None:
+        """Raises ConfigError for what cannot be used, before anything is waited for or touched."""
+
+    def needs(self, slot_bytes: int) -> Needs:
+        """Of host memory, where it is wanted."""
+
+    def transports(self, settings: Settings) -> list[Transport]:
+        """What moves its bytes beside the engine's copies, on each rank."""
+
+    def on_rank(self, settings: Settings, wrapped: Wrap, side: RankSide) -> RankTier:
+        """Its part on one rank."""
+
+    def claim(self, ground: Ground) -> Claim:
+        """At the start of a leader. Raises Broken."""

@@ -1,0 +1,31 @@
+"""How much of host memory is held for what is below it."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Final
+
+from kvbm.blocks import Pool
+from kvbm.build.disk import MOVE_BYTES
+from kvbm.core.config import Settings
+from kvbm.leader.leader import Leader
+from kvbm.tiers.promote import Promotion
+
+_UNMEASURED: Final = 16
+"""The first moves, while nothing is known about a place, are this part of later ones."""
+
+
+def held(settings: Settings, g2: Pool) -> int:
+    """Blocks that waiting requests, or other instances, may hold of those that G2 has now."""
+    return max(1, int(g2.total * settings.held_share))
+
+
+def promotion(settings: Settings, leader: Leader, block_bytes: int) -> Promotion:
+    """What brings blocks up to host memory. `block_bytes` are those of a block over all ranks."""
+    batch = max(1, MOVE_BYTES // block_bytes)
+    in_flight = max(1, settings.g3_inflight_mb * 1_000_000 // block_bytes)
+    return Promotion(
+        leader.host, most=partial(held, settings, leader.pool), in_flight=in_flight, batch=batch,
+        unmeasured=min(batch, in_flight) // _UNMEASURED, emit=leader.emit, clock=time.monotonic,
+    )  # fmt: skip

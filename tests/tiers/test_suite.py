@@ -1,0 +1,157 @@
+"""The rules of tiers, kept by the disk, by other instances, and by a tier that is a dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import pytest
+
+from kvbm.build.parts import Ground
+from kvbm.build.place import Place
+from kvbm.core.config import Settings
+from kvbm.link.messages import ToTier
+from kvbm.testing.tiers import TierRig, TierSuite
+from kvbm.tiers.disk.orders import Read, Write
+from kvbm.tiers.host import ENGINE, Landing
+from kvbm.tiers.peers.orders import Pull
+from kvbm.tiers.tier import Offer, Record, Seeker
+from tests.build.g9 import G9, Order
+from tests.leader.roles import Stage
+
+RANKS = 2
+Make = Callable[..., Stage]
+
+
+class Staged(TierRig):
+    """Beside a real leader."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.ranks, self.g2 = stage, range(RANKS), stage.pool
+        self.offers: list[Offer] = []
+
+    def seeker(self, keys: Sequence[bytes]) -> Seeker:
+        return Seeker("r", Record("r", 0), keys)
+
+    def take(self, offer: Offer) -> bool:
+        self.offers.append(offer)
+        return True
+
+    def offer(self, keys: Sequence[bytes]) -> Offer:
+        self.tier.seek(self.seeker(keys), keys, 0, self.take)
+        return self.offers[-1]
+
+    def store(self, keys: Sequence[bytes]) -> None:
+        raw = self.g2.allocate(len(keys))
+        assert raw is not None
+        raw.stage(tuple(keys)).register().drop()
+        self.tier.landed(keys, Landing(ENGINE))
+
+    def heard(self, kind: type[Any]) -> list[int]:
+        told = [[order.job for order in self.stage.hear(kind, rank)] for rank in self.ranks]
+        assert all(each == told[0] for each in told), "every rank is told the same"
+        return told[0]
+
+    def close(self) -> None:
+        """The stage is closed by its fixture."""
+
+
+class Disk(Staged):
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(stage.add_disk())
+        self.tier = stage.side
+
+    def offer(self, keys: Sequence[bytes]) -> Offer:
+        missing = [keys[at] for at in self.stage.disk.absent(keys)]
+        if missing:
+            self.stage.on_disk("there", keys)
+            for rank in self.ranks:
+                self.stage.hear(Write, rank)  # that was it
+        return super().offer(keys)
+
+    def jobs(self) -> list[int]:
+        return self.heard(Write) + self.heard(Read)
+
+    def lent(self) -> int:
+        return self.stage.disk.statistics().active
+
+    def break_down(self) -> None:
+        self.stage.fail_disk("it is broken")
+
+    def mend(self) -> None:
+        self.stage.tick(1.0)
+        self.stage.probed()
+
+
+class Others(Staged):
+    writes = False
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(stage.add_peers())
+        self.tier = stage.peers
+        self.mend()
+
+    def offer(self, keys: Sequence[bytes]) -> Offer:
+        search = self.tier.seek(self.seeker(keys), keys, 0, self.take)
+        assert search is not None
+        assert self.stage.promise(search, len(keys))
+        return self.offers[-1]
+
+    def jobs(self) -> list[int]:
+        return self.heard(Pull)
+
+    def lent(self) -> int:
+        over = sum(said.startswith("release") for said in self.stage.network.told)
+        return sum(len(offer.keys) for offer in self.offers[over:])
+
+    def break_down(self) -> None:
+        self.stage.network.problem, self.stage.network.peers = "the directory is gone", ()
+
+    def mend(self) -> None:
+        self.stage.network.problem, self.stage.network.peers = None, ("other",)
+
+
+class Dict(Staged):
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(stage)
+        self.tier: G9 = G9(Ground(Settings(), Place("e", RANKS), stage.leader, stage.leader.links, 4096))
+
+    def offer(self, keys: Sequence[bytes]) -> Offer:
+        self.tier.known |= {key: (before, 0, float("inf")) for key, before in zip(keys, [None, *keys], strict=False)}
+        return super().offer(keys)
+
+    def jobs(self) -> list[int]:
+        told = []
+        for rank in self.ranks:
+            orders = [msgspec.msgpack.decode(each.body, type=Order) for each in self.stage.hear(ToTier, rank)]
+            told.append([order.job for order in orders if order.job is not None])
+        assert told[0] == told[1]
+        return told[0]
+
+    def lent(self) -> int:
+        return self.tier.lent
+
+    def break_down(self) -> None:
+        self.tier.sick("it is broken")
+
+    def mend(self) -> None:
+        self.tier.problem = None
+
+
+class TestDisk(TierSuite):
+    @pytest.fixture
+    def rig(self, make_stage: Make) -> TierRig:
+        return Disk(make_stage(ranks=RANKS))
+
+
+class TestPeers(TierSuite):
+    @pytest.fixture
+    def rig(self, make_stage: Make) -> TierRig:
+        return Others(make_stage(ranks=RANKS))
+
+
+class TestDict(TierSuite):
+    @pytest.fixture
+    def rig(self, make_stage: Make) -> TierRig:
+        return Dict(make_stage(ranks=RANKS))
