@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvbm.blocks import Pool, Where
 from kvbm.core.events import Admitted
@@ -32,11 +31,13 @@ class Stack:
         self._searches: dict[str, dict[str, Search]] = {}
         """By request and tier."""
 
-    def __getattr__(self, name: str) -> Any:
-        """A tier by its name."""
-        with suppress(KeyError):
-            return self.__dict__["tiers"][name]
-        raise AttributeError(f"there is no tier {name!r}")
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """A tier by its name, for whoever looks at one; None where there is none."""
+            if name.startswith("_") or name == "tiers":
+                raise AttributeError(name)
+            return self.tiers.get(name)
 
     def __iter__(self) -> Iterator[Tier]:
         return iter(self.tiers.values())
