@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from kvbm.cli import models
-from kvbm.core.errors import Broken, KvbmError
+from kvbm.core.errors import Broken, KvbmError, UsageError
 
 MODEL = models.Packaged("no-such-model", "no_such_model", "1.0", "tiny")
 
@@ -148,3 +148,15 @@ def test_without_a_folder_to_keep_it_in() -> None:
     assert models.resolve("org/model", None, console) == "org/model"
     with pytest.raises(KvbmError, match=r"no home folder.*KVBM_CACHE_DIR"):
         models.resolve("smollm2", None, console)
+
+
+@pytest.mark.parametrize("name", ["smolm2", "SmolLM2", "smollm-2"])
+def test_almost_a_known_name(name: str, tmp_path: Path) -> None:
+    """Else vLLM looks for it on a hub, for a minute."""
+    with pytest.raises(UsageError, match="Did you mean smollm2"):
+        models.resolve(name, tmp_path, Console())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "HuggingFaceTB/SmolLM2-135M", "/models/smollm2"])
+def test_other_names_are_the_engines(name: str, tmp_path: Path) -> None:
+    assert models.resolve(name, tmp_path, Console()) == name

@@ -14,17 +14,19 @@ _DEPTH: Final = 4
 
 
 def of(pid: int, proc: Path = Path("/proc")) -> str:
-    """The address of the server above this process, "127.0.0.1:8000"; empty where none is found or may be seen."""
+    """The address of the server above this process, "127.0.0.1:8000", or of this one, which may listen for scrapers and
+    other instances, too; empty where none is found or may be seen."""
+    own = _listening(pid, proc)
     for _ in range(_DEPTH):
-        if addresses := _listening(pid, proc):
-            return addresses[0]
         try:
             pid = int((proc / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, ValueError, IndexError):
-            return ""
+            break
         if pid <= 1:
-            return ""
-    return ""
+            break
+        if addresses := _listening(pid, proc):
+            return addresses[0]
+    return own[0] if own else ""
 
 
 def _listening(pid: int, proc: Path) -> list[str]:

@@ -12,13 +12,14 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 
 from kvbm.core import config
-from kvbm.core.errors import Broken, KvbmError
+from kvbm.core.errors import Broken, KvbmError, UsageError
 from kvbm.core.folders import NO_HOME
 
 MARKER = "kvbm-complete.json"
@@ -44,9 +45,12 @@ Convert = Callable[[Path, Path], None]
 def resolve(name: str, cache_dir: Path | None, console: Console) -> str:
     """What to give the engine for `name`: a known name's folder, made if need be; any other name as it is.
 
-    Raises KvbmError when the model cannot be fetched or converted.
+    Raises KvbmError when the model cannot be fetched or converted, or the name is almost a known one.
     """
     if name not in KNOWN:
+        meant = get_close_matches(name.lower(), KNOWN, 1, 0.8)
+        if meant and not Path(name).exists():
+            raise UsageError(f"there is no model {name!r}. Did you mean {meant[0]}?")
         return name
     if cache_dir is None:
         raise KvbmError(f"{NO_HOME}: say with cache_dir (KVBM_CACHE_DIR) where the model is to be kept")
