@@ -83,6 +83,14 @@ def test_status_of_a_disk_tier(kvbm: Kvbm, engine: Start, monkeypatch: pytest.Mo
     assert "not used" not in shown
 
 
+def test_what_came_from_disk_is_a_part_of_what_was_found_in_host_memory(kvbm: Kvbm, engine: Start) -> None:
+    """Into a pipe, as here, no line is broken."""
+    tokens = {"prompt": 9000, "device": 1000, "g2": 5000, "g3": 4000, "peer": 70, "pulled": 20}
+    engine("one", healthy("one", tokens=tokens))
+    found = "found in: device 1,000, g2 5,000 (of these from g3 4,000, peer 70), pulled 20"
+    assert found in kvbm("status").stdout
+
+
 def test_status_while_host_memory_is_touched(kvbm: Kvbm, engine: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     tier = STATUS["tiers"][0] | {"capacity": 4068}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,26 @@ def test_weights_that_are_not_there(
     for name in names[1:]:
         (tmp_path / name).touch()
     assert kvbm("serve", str(tmp_path)).exit_code == 0
+
+
+def test_options_that_vllm_does_not_have(kvbm: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", reason="needs vLLM's sources")
+    monkeypatch.setattr(serve, "run", lambda _: 0)
+    for given, sentence in (
+        ("--enfore-eager", "--enfore-eager. Did you mean --enforce-eager?"),
+        ("--max_modl_len=32", "--max_modl_len. Did you mean --max-model-len?"),
+        ("--no-such-thing-at-all 3", "--no-such-thing-at-all"),
+    ):
+        result = kvbm("serve", "org/model", *given.split())
+        assert (result.exit_code, result.stderr) == (2, f"kvbm: vLLM has no option {sentence}\n")
+    # As argparse and vLLM take them: the start of a name, underscores, what is no more, keys of an object, a list's.
+    for given in (
+        "--enforce-eag", "--max_model_len=32", "--no-enable-prefix-caching", "--compilation-config.mode 0",
+        "--compilation-config.custom_ops+ none", "-O2",
+    ):  # fmt: skip
+        assert kvbm("serve", "org/model", *given.split()).exit_code == 0
+    monkeypatch.setattr(preflight, "entry_points", lambda group: [EntryPoint("own", "own.platform:register", group)])
+    assert kvbm("serve", "org/model", "--of-a-platform", "3").exit_code == 0
 
 
 def test_an_architecture_that_nobody_knows(

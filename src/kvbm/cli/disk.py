@@ -16,7 +16,7 @@ from rich.table import Table
 
 from kvbm.cli.engines import Json, RunDir, sockets
 from kvbm.cli.online import Owner, owner_of
-from kvbm.cli.render import duration, progress, size
+from kvbm.cli.render import console, duration, progress, size
 from kvbm.core.errors import KvbmError, UsageError
 from kvbm.stores.disk.audit import audit
 from kvbm.stores.disk.cipher import Cipher
@@ -25,7 +25,6 @@ from kvbm.stores.disk.lock import Lock, holder_of
 from kvbm.stores.disk.meta import Listing, delete, listed, place_of
 from kvbm.stores.disk.recovery import recover
 
-_out = Console(highlight=False)
 _err = Console(stderr=True)
 
 app = typer.Typer(no_args_is_help=True, help="Look into the disk tier's folder, check it, empty it.")
@@ -60,12 +59,12 @@ def inspect(
     table = Table("namespace", "model", "blocks", "bytes", "oldest", "newest", "last used", "bad", header_style="bold")
     for one in found:
         table.add_row(*(one[of] for of in ("folder", "model")), *map(str, _columns(one)))
-    _out.print(table)
+    console().print(table)
     for one in found:
         if one["used_by"]:
             problem = one.get("engine", {}).get("problem")
             state = f", which leaves it alone: {problem}" if problem else ""
-            _out.print(f"{one['folder']} is in use by {one['used_by']}{state}", markup=False, soft_wrap=True)
+            console().print(f"{one['folder']} is in use by {one['used_by']}{state}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -89,17 +88,17 @@ def verify(
         owner = owner_of(part.path, sockets(run_dir))
         if owner is not None and repair:
             note = f"Only what {owner.engine} uses is repaired while it runs."
-            (_err if as_json else _out).print(note, markup=False, soft_wrap=True)
+            (_err if as_json else console()).print(note, markup=False, soft_wrap=True)
         with _locked(part.path, "kvbm disk verify", owner):
             for one in part.namespaces:
                 result = _verified(str(one.path.relative_to(folder)), one, owner, cipher, repair)
                 for sentence in _report(result) if not as_json else ():
-                    _out.print(sentence, markup=False, soft_wrap=True)
+                    console().print(sentence, markup=False, soft_wrap=True)
                 found.append(result)
     if as_json:
         print(json.dumps(found, indent=2))
     elif dropped := sum(one["dropped"] for one in found if one["by"] is None):
-        _out.print(f"Dropped {dropped:,} bad blocks and records.")
+        console().print(f"Dropped {dropped:,} bad blocks and records.")
     if bad := sum(one["bad"] + one["unread"] for one in found):
         raise KvbmError(f"{folder}: {bad:,} blocks or records are bad or could not be read")
 
@@ -140,7 +139,7 @@ def purge(
         for one in doomed
     ]
     for each in found if not as_json else []:
-        _out.print(f"{each['folder']}: {each['model']}, {size(each['bytes'])}", markup=False)
+        console().print(f"{each['folder']}: {each['model']}, {size(each['bytes'])}", markup=False)
     if found and not yes:
         typer.confirm("Delete these?", abort=True)
     for part in chosen:
@@ -155,12 +154,12 @@ def purge(
     if as_json:
         print(json.dumps(found, indent=2))
     elif not found:
-        _out.print("There is nothing to delete.")
+        console().print("There is nothing to delete.")
     else:
         for each in found:
             if each["outcome"] == "emptied":
-                _out.print(f"{each['folder']} is empty; its space stays with the engine that uses it.")
-        _out.print(f"Deleted {size(sum(each['bytes'] for each in found if each['outcome'] == 'deleted'))}.")
+                console().print(f"{each['folder']} is empty; its space stays with the engine that uses it.")
+        console().print(f"Deleted {size(sum(each['bytes'] for each in found if each['outcome'] == 'deleted'))}.")
 
 
 def _parts(folder: Path, namespace: str) -> list[Part]:

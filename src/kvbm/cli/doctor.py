@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -24,7 +23,7 @@ from kvbm.build.place import Place
 from kvbm.cli import preflight, serve
 from kvbm.cli.control import ask_all
 from kvbm.cli.engines import Json
-from kvbm.cli.render import size
+from kvbm.cli.render import console, size
 from kvbm.core import config, cpus, identity
 from kvbm.core.errors import Broken, KvbmError
 from kvbm.native import Ring
@@ -32,7 +31,6 @@ from kvbm.transfer.file import REFUSALS
 from kvbm.transfer.nixl import BACKENDS, probe
 from kvbm.transfer.nixl.agent import installed
 
-_out = Console(highlight=False)
 _USED_FOR: Final = {
     "UCX": "memory of other instances",
     "POSIX": "files, as io_uring without NIXL does it",
@@ -89,7 +87,7 @@ def doctor(
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
-        _out.print(table)
+        console().print(table)
 
 
 def _engines(run_dir: Path) -> Iterator[Finding]:

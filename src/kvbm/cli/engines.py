@@ -21,7 +21,6 @@ Engine = Annotated[str, typer.Option("--engine", metavar="PREFIX", help="Only en
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the control sockets.")]
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
-_out = Console()
 _err = Console(stderr=True)
 _EVERY_S = 1.0
 
@@ -40,7 +39,7 @@ def status(
     elif as_json:
         _print(answers)
     else:
-        _out.print(_picture(answers))
+        render.console(highlight=True).print(_picture(answers))
     _exit_if_any_failed(answers)
 
 
@@ -50,7 +49,7 @@ def explain(request_id: str, engine: Engine = "", as_json: Json = False, run_dir
     known = [answer for answer in answers if answer.result is not None]
     for answer in known:
         if answer.result is not None and not as_json:
-            _out.print(render.explain(answer.engine, answer.result))
+            render.console(highlight=True).print(render.explain(answer.engine, answer.result))
     if as_json and known:
         _print(known)
     if not known:
@@ -66,7 +65,7 @@ def check(engine: Engine = "", as_json: Json = False, run_dir: RunDir = None) ->
         if (result := answer.result) is not None:
             part = "" if result["complete"] else " (not all blocks were looked at in the time: ask again)"
             said = "; ".join(result["problems"]) or f"nothing is wrong{part}"
-            _out.print(f"{answer.engine}: {said}", markup=False, highlight=False, soft_wrap=True)
+            render.console().print(f"{answer.engine}: {said}", markup=False, highlight=False, soft_wrap=True)
     _exit_if_any_failed(answers)
     if wrong := [answer.engine for answer in answers if answer.result is not None and answer.result["problems"]]:
         raise KvbmError(f"the books do not agree with the blocks of {', '.join(wrong)}")
@@ -88,9 +87,9 @@ def _apply(folder: Path, command: str, done: str, engine: str, as_json: bool) ->
         _print(answers)
     for answer in answers if not as_json else []:
         if answer.error is None:
-            _out.print(f"{answer.engine} {done}", markup=False, highlight=False, soft_wrap=True)
+            render.console().print(f"{answer.engine} {done}", markup=False, highlight=False, soft_wrap=True)
     if len(answers) > 1 and not as_json:
-        _out.print(f"{command} went to all {len(answers)} engines; --engine PREFIX chooses.", markup=False)
+        render.console().print(f"{command} went to all {len(answers)} engines; --engine PREFIX chooses.", markup=False)
     _exit_if_any_failed(answers)
 
 
@@ -100,7 +99,7 @@ def _watch(folder: Path, engine: str, as_json: bool) -> None:
             while True:
                 print(json.dumps([_plain(answer) for answer in _ask_status(folder, engine)]), flush=True)
                 time.sleep(_EVERY_S)
-        with Live(console=_out, auto_refresh=False) as live:
+        with Live(console=render.console(highlight=True), auto_refresh=False) as live:
             while True:
                 live.update(_picture(_ask_status(folder, engine)), refresh=True)
                 time.sleep(_EVERY_S)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,6 +65,24 @@ def check_options(option: Option) -> None:
     for names, sentence in _REFUSED.items():
         if int(option(*names) or 1) > 1:
             raise Unsupported(_not_served(sentence))
+
+
+def check_names(arguments: Sequence[str]) -> None:
+    """Raises UsageError for an option that vLLM does not have, as far as its sources say: the name, or the start of
+    one, stands nowhere in them."""
+    texts = _sources("vllm", "engine/arg_utils.py", "entrypoints/**/cli_args.py")
+    if len(texts) < 2 or _others("vllm.platform_plugins"):
+        return  # installed somewhere else, or a platform's plugin may add options
+    text = "\n".join(texts)
+    for argument in arguments:
+        given = argument.partition("=")[0]
+        name = given.partition(".")[0].removesuffix("+").replace("-", "_").removeprefix("__").removeprefix("no_")
+        begins = rf"(?<![a-zA-Z0-9])(?<![a-z0-9][-_]){'[-_]'.join(map(re.escape, name.split('_')))}"
+        if given.startswith("--") and name and not re.search(begins, text):
+            options = re.findall(r'"--([a-z][a-z0-9-]+)"', text) + re.findall(r"^ {4}([a-z]\w+): ", text, re.MULTILINE)
+            near = get_close_matches(name, (each.replace("-", "_") for each in options), 1, 0.7)
+            remedy = f". Did you mean --{near[0].replace('_', '-')}?" if near else ""
+            raise UsageError(f"vLLM has no option {given}{remedy}")
 
 
 def check_model(
@@ -155,23 +174,27 @@ def _check_known(configuration: Mapping[str, Any], place: Path) -> None:
         raise UsageError(
             f"{place / 'config.json'} is not a model's configuration: it has neither architectures nor a model_type"
         )
-    others = [each for each in entry_points(group="vllm.general_plugins") if not each.value.startswith("vllm.")]
     tables = [
         text
-        for package, file in (("vllm", "model_executor/models/registry.py"), ("transformers", "models/auto"))
-        for text in _sources(package, file)
+        for package, files in (("vllm", "model_executor/models/registry.py"), ("transformers", "models/auto/*auto.py"))
+        for text in _sources(package, files)
     ]
-    known = any(f'"{name}"' in text for name in names for text in tables)
-    if names and len(tables) > 1 and not known and not others and "auto_map" not in configuration:
+    known = any(f'"{name}"' in text for name in names for text in tables) or "auto_map" in configuration
+    if names and len(tables) > 1 and not known and not _others("vllm.general_plugins"):
         unknown = f"{', '.join(names)} ({place / 'config.json'})"
         raise Unsupported(f"neither vLLM nor transformers knows a model of the architecture {unknown}")
 
 
-def _sources(package: str, name: str) -> list[str]:
+def _others(group: str) -> bool:
+    """Whether vLLM has plugins of this group that it does not bring itself."""
+    return any(not each.value.startswith("vllm.") for each in entry_points(group=group))
+
+
+def _sources(package: str, *patterns: str) -> list[str]:
     """Python files of a package that is not imported, as text."""
     spec = find_spec(package)
-    places = [Path(folder, name) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
-    files = [file for place in places for file in ([place] if place.is_file() else sorted(place.glob("*auto.py")))]
+    folders = (spec.submodule_search_locations or ()) if spec is not None else ()
+    files = [file for folder in folders for pattern in patterns for file in sorted(Path(folder).glob(pattern))]
     return [file.read_text(encoding="utf-8", errors="replace") for file in files]
 
 

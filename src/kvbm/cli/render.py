@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def console(*, highlight: bool = False) -> Console:
+    """Standard output, as wide as a terminal is; into a pipe or a file, lines as long as they are, unless COLUMNS says
+    how wide."""
+    given = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=highlight, width=None if given else 10_000)
 
 
 def size(count: float) -> str:
@@ -83,7 +91,9 @@ def _tiers(result: dict[str, Any]) -> Table:
 
 def _traffic(result: dict[str, Any]) -> list[str]:
     tokens, offload, onboard = result["tokens"], result["offload"], result["onboard"]
-    hits = [f"{name} {tokens[name]:,}" for name in tokens if name != "prompt"]
+    below = [f"{name} {tokens[name]:,}" for name in tokens if name not in ("prompt", "device", "g2", "pulled")]
+    hits = [f"{name} {tokens[name]:,}" for name in ("device", "g2", "pulled") if name in tokens]
+    hits[1] += f" (of these from {', '.join(below)})" if below else ""
     rates = [f"{name} {rate:.1%}" for name, rate in result["hit_rate"].items()]
     unread = f"; {count:,} more requests did not look" if (count := result.get("unread_requests", 0)) else ""
     return [

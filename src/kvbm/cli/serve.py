@@ -83,6 +83,7 @@ def prepare(model: str, arguments: Sequence[str], resolved: config.Resolved) -> 
         raise UsageError(f"there is no disk tier, and strict is set: {says}")
     option = options(arguments)
     preflight.check_options(option)
+    preflight.check_names(_given(arguments))
     path = models.resolve(model, resolved.settings.cache_dir, _err)
     environ = config.child_environment()
     offline = any(environ.get(name, "").lower() in _YES for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
@@ -314,6 +315,9 @@ def run(launch: Launch) -> int:
                 if not announced:
                     return 128 + received[0]  # while it starts, vLLM may not end by itself
                 server.signal(received.pop(0))
+                if not told:
+                    writes = f", KVBM writes to disk for up to {seconds:.0f} s" if seconds else ""
+                    _err.print(f"vLLM was told to end{writes}. Another signal goes to all of its processes.")
                 told = True
             if not announced and server.is_healthy():
                 announced = True

@@ -6,15 +6,13 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from kvbm.cli.engines import Json
+from kvbm.cli.render import console
 from kvbm.core import config
 from kvbm.core.errors import ConfigError
-
-_out = Console()
 
 
 def show(
@@ -43,9 +41,9 @@ def show(
     for name, field in fields.items():
         value = "" if values[name] is None else str(config.shown(values[name]))
         table.add_row(name, *map(Text, (value, resolved.sources[name], field.description or "")))
-    _out.print(table)
+    console().print(table)
     for note in resolved.notes:
-        _out.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
+        console().print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _parse(extra: str) -> dict[str, object]:

@@ -338,9 +338,15 @@ def _is_service_link(variable: str, value: str) -> bool:
 
 
 def _unknown(name: str, source: str, known: Iterable[str]) -> ConfigError:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    remedy = f"Did you mean {near[0]}?" if near else "`kvbm config` lists the settings."
+    # Of what stands behind the prefix: two names that share only that are not alike.
+    stems = {_stem(each): each for each in known if each.startswith("DYN_") == name.startswith("DYN_")}
+    near = difflib.get_close_matches(_stem(name), stems, n=1, cutoff=0.6)
+    remedy = f"Did you mean {stems[near[0]]}?" if near else "`kvbm config` lists the settings."
     return ConfigError(name, "there is no such setting", source=source, remedy=remedy)
+
+
+def _stem(name: str) -> str:
+    return re.sub("^(DYN_)?KVBM_", "", name)
 
 
 def _validated(given: Mapping[str, _Given], environ: Mapping[str, str]) -> Settings:

@@ -27,7 +27,6 @@ from kvbm.core.errors import KvbmError, UsageError
 from kvbm.core.extras import installing
 from kvbm.policy import ADMISSIONS, EVICTION_ORDERS, PLACEMENTS, admission, eviction_order, placement
 
-_out = Console(highlight=False)
 _err = Console(stderr=True)
 
 _CAPACITIES = "1%,5%,10%,25%,50%"
@@ -109,13 +108,13 @@ def command(
     if as_json:
         print(json.dumps(report.record(result), indent=2))
     else:
-        _out.print(report.table(result))
+        render.console().print(report.table(result))
     if plot_file is not None:
         # Here, because matplotlib is there only where the extra `plot` was installed.
         from kvbm.cli.replay.plot import draw
 
         draw(result, plot_file)
-        (_err if as_json else _out).print(f"Plot in {plot_file}.", markup=False, soft_wrap=True)
+        (_err if as_json else render.console()).print(f"Plot in {plot_file}.", markup=False, soft_wrap=True)
 
 
 def _workload(traces: Sequence[str], folder: Path | None, *, skip_bad: bool, block_tokens: int | None) -> Workload:
