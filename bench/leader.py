@@ -52,10 +52,14 @@ class Case:
         keys = keys_of(name, BLOCKS)
         self._request(f"{name} new", keys, "new")
         self._request(f"{name} there", keys, "in G2")
-        if self.stage.leader.disk is not None:
+        if self._disk:
             self.stage.pool.discard(keys)
             self._request(f"{name} below", keys, "on disk")
         self.stage.pool.clear()
+
+    @property
+    def _disk(self) -> bool:
+        return self.stage.leader.lower is not None and "g3" in self.stage.leader.lower.tiers
 
     def _timed(self, what: str, call: Callable[..., Any], *args: Any, **named: Any) -> Any:
         begun = time.perf_counter()
@@ -68,7 +72,7 @@ class Case:
         self._timed(f"{kind}: begin", self.stage.begin, name, keys, tokens=BLOCKS * BLOCK_TOKENS + 1)
         found = self._timed(f"{kind}: match", leader.match, name, 0, BLOCKS)
         if found is None:  # others are asked, or it comes from disk
-            for search in self.stage.network.searches if leader.disk is None else ():
+            for search in () if self._disk else self.stage.network.searches:
                 search.ended = True
             while reads := self.stage.hear(Read):
                 for read in reads:
@@ -93,7 +97,7 @@ class Case:
         self._timed(f"{kind}: finish", leader.finish, name, tables[0], BLOCKS, tables[1:])
         for copy in leader.seal(tokens=0).stores:
             self.stage.answer(copy)
-        if leader.disk is not None:
+        if self._disk:
             self.stage.write_all()
         self.stage.hear(object)
 

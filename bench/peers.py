@@ -54,7 +54,7 @@ def know(*engines: Engine) -> None:
     """Waits until each knows all others, and the directory what each has."""
     for each in engines:
         each.settle()
-        peers = each.leader.lower.peers
+        peers = each.leader.lower.tiers["peers"]
         wait_for(lambda: len(peers.network.peers) == len(engines) - 1 and not peers.published.pending)  # noqa: B023
         wait_for(lambda: peers.network.server.slabs[0])  # noqa: B023
 

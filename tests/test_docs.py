@@ -66,9 +66,7 @@ def test_every_metric_has_its_row() -> None:
     page, pool = (ROOT / "docs" / "metrics.md").read_text(), Pool(1, order=LRU(1))
     registry = CollectorRegistry()
     pools = {"g2": vars_of(pool)}
-    sources = Sources(
-        totals=Totals(), block_tokens=32, healthy=bool, tiers=dict, pools=lambda: pools, lower=dict[str, int]
-    )
+    sources = Sources(totals=Totals(), block_tokens=32, healthy=bool, tiers=dict, pools=lambda: pools, lower=dict)
     registry.register(KvbmCollector(sources))
     for family in registry.collect():
         name = f"{family.name}_total" if family.type == "counter" else family.name

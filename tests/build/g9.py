@@ -221,7 +221,7 @@ class G9:
     def covers(self, keys: Sequence[bytes]) -> Mask:
         return np.array([key in self.known for key in keys], np.bool_)
 
-    def seek(self, seeker: Seeker, keys: Sequence[bytes], first: int, give: Give) -> None:
+    def seek(self, seeker: Seeker, keys: Sequence[bytes], first: int | None, give: Give) -> None:
         offer = G9Offer(self, list(keys))
         if not give(offer):
             offer.drop()
@@ -291,6 +291,7 @@ class G9Part:
 
     name: ClassVar[str] = NAME
     large: ClassVar[bool] = False
+    drains: ClassVar[bool] = False
     without: ClassVar[str] = "there is no dict"
 
     def __init__(self, delay: float = 0.0, bad: Collection[bytes] = ()) -> None:

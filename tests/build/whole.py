@@ -23,8 +23,8 @@ from kvbm.leader.requests import RequestParams
 from kvbm.stores.disk.disk import Disk
 from kvbm.testing.transport import HostMemory
 from kvbm.tiers.disk.rank import DiskRank
-from kvbm.tiers.stack import Stack
 from kvbm.worker.worker import Worker
+from tests import before  # noqa: F401
 
 ROWS = (4096, 4096, 640)
 TOKENS, G1 = 32, 24
@@ -34,9 +34,6 @@ LAST = b"last".ljust(32)
 
 def kv(key: bytes, rank: int) -> bytes:
     return (hashlib.sha512(key + bytes([rank])).digest() * (sum(ROWS) // 64 + 1))[: sum(ROWS)]
-
-
-Stack.clear_disk = lambda self: self.purge("g3")  # type: ignore[attr-defined]  # as those suites know it, too
 
 
 class DiskPart:

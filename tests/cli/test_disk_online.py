@@ -40,8 +40,8 @@ def test_inspect_says_what_the_engine_says(kvbm: Kvbm, engine: Whole) -> None:
     assert "engine" not in told[A[:16]]
     with engine.leader.below() as lower:
         assert lower is not None
-        assert lower.g3
-        lower.g3.tier.fail("[Errno 5] it is broken")
+        disk = engine.leader.disk
+        disk.tier.fail("[Errno 5] it is broken")
     shown = kvbm("disk", "inspect", str(engine.folder)).stdout
     assert f"{engine.own.name} is in use by engine e, process {os.getpid()}" in shown
     assert ", which leaves it alone: [Errno 5] it is broken" in shown

@@ -9,8 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -31,6 +33,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "fast_dtype", lambda: "float32")
     monkeypatch.setattr(serve.shutil, "which", lambda _: "/usr/bin/c++")
     monkeypatch.setattr(serve, "free_port", lambda _host, first, _tries=100: first + 7)
+    monkeypatch.setattr(preflight, "check_hub", lambda *_: None)
 
 
 def test_defaults(tmp_path: Path) -> None:
@@ -385,6 +388,43 @@ def test_a_path_without_a_model_ends_at_once_and_imports_no_engine(tmp_path: Pat
     )
     assert (shown.returncode, shown.stdout) == (2, "set()\n")
     assert shown.stderr.splitlines()[-1].startswith(f"kvbm: there is no model {tmp_path / 'none'}: neither")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Says of every model what the hub of Hugging Face says of one that is not there, private or gated."""
+
+    def do_GET(self) -> None:
+        status, code = {"/api/models/org/gated": (403, "GatedRepo"), "/api/models/org/hidden": (401, "")}.get(
+            self.path, (404, "RepoNotFound")
+        )
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def test_a_model_that_the_hub_does_not_have_ends_at_once() -> None:
+    pytest.importorskip("huggingface_hub")
+    code = "import sys\nfrom kvbm.cli import preflight\npreflight.check_hub(sys.argv[1], None)"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+
+        def said(model: str, endpoint: str = address) -> str:
+            environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
+            done = subprocess.run(
+                [sys.executable, "-c", code, model], capture_output=True, text=True, check=False, env=environment
+            )
+            return done.stderr.splitlines()[-1] if done.stderr else ""
+
+        for model in ("org/none", "org/hidden", "not a name"):
+            assert f"there is no model {model}: it is neither a path nor a model that {address} shows" in said(model)
+        assert said("org/gated") == ""
+        assert said("org/none", "http://127.0.0.1:9") == ""
+        server.shutdown()
 
 
 def test_environment_of_the_user_wins_over_defaults_and_the_demos_over_both(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,12 +87,12 @@ def test_serving_goes_on_between_slices(start: Start, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Gate, "soon", lambda *_: 1)
     with engine.leader.below() as lower:
         assert lower is not None
-        assert lower.g3
-        run = lower.g3.verification = Verification(lower.g3.tier, engine.leader.pool)
+        disk = lower_of(engine)
+        run = disk.verification = Verification(disk.tier, engine.leader.pool)
         run.pump()
-        assert (run.looked, run.over, lower.g3.tier.in_flight()) == (0, False, (0, 1))
+        assert (run.looked, run.over, disk.tier.in_flight()) == (0, False, (0, 1))
         run.pump()
-        assert lower.g3.tier.in_flight() == (0, 1)
+        assert disk.tier.in_flight() == (0, 1)
     stored(engine, "b", 4)
     engine.until(lambda: run.over)
     assert run.whole >= 12
@@ -154,8 +154,8 @@ def test_a_new_generation_while_a_slice_is_read_counts_nothing_as_bad(start: Sta
     stored(engine, "a", 12)
     with engine.leader.below() as lower:
         assert lower is not None
-        assert lower.g3
-        run = lower.g3.verification = Verification(lower.g3.tier, engine.leader.pool)
+        disk = lower_of(engine)
+        run = disk.verification = Verification(disk.tier, engine.leader.pool)
         run.pump()
         lower.clear()
     engine.until(lambda: lower_of(engine).tier.in_flight() == (0, 0) and not engine.leader.degraded())

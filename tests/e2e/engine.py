@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import tests.before  # noqa: F401
 from kvbm.cli import serve
 from kvbm.leader.leader import Leader
 from tests.e2e.start.imported import Imported

@@ -41,10 +41,11 @@ from kvbm.tiers.peers.messages import Memory, Promise, Reserve, Slab
 from kvbm.tiers.peers.orders import Mine
 from kvbm.tiers.peers.published import Published
 from kvbm.tiers.peers.serving import Serving
-from kvbm.tiers.peers.sums import Sums
 from kvbm.tiers.peers.tier import Peers
 from kvbm.tiers.promote import Promotion
 from kvbm.tiers.stack import Stack
+from kvbm.tiers.sums import Sums
+from tests import before  # noqa: F401
 from tests.leader.played import Chores, Keys, Others
 from tests.link.orders import off_channel, on_channel
 
@@ -426,7 +427,8 @@ class Stage:
         leader = self.leader
         counts = {name: getattr(leader, name) for name in ("dropped", "deferred", "corrupt")}
         counts |= leader.shadow.counts() if leader.shadow is not None else {}
-        return counts | (leader.lower.counts() if leader.lower is not None else {})
+        below = leader.lower.counts().values() if leader.lower is not None else ()
+        return counts | {name: count for tier in below for name, count in tier.items()}
 
     def measure(self, *, computed: float | None = None, read: float | None = None) -> None:
         """Has the gate know tokens computed and blocks read per second."""

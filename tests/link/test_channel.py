@@ -172,7 +172,8 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_a_dead_engines_socket_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "e.chan"
-    listen(path).close()
+    with listen(path) as dead:
+        dead.shutdown(socket.SHUT_RDWR)  # also for a process that another thread is just forking
     assert path.exists()
     with listen(path), socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))

@@ -30,7 +30,14 @@ def serve(port: int, totals: Totals, *pools: Pool, healthy: bool = True) -> Call
         healthy=lambda: healthy,
         tiers=lambda: dict(zip(names, (True, False), strict=False)),
         pools=lambda: {name: asdict(pool.statistics()) for name, pool in zip(names, pools, strict=True)},
-        lower=lambda: dict(zip(prometheus.LOWER_COUNTERS, (7, 8, 9, 1, 2, 3), strict=True)) if len(pools) > 1 else {},
+        lower=lambda: (
+            {
+                "g3": {"refused": 7, "cancelled": 8, "corrupt": 9},
+                "peers": {"peer_corrupt": 1, "promised": 2, "searches": 3},
+            }
+            if len(pools) > 1
+            else {}
+        ),
     )
     return http.serve("127.0.0.1", port, sources)
 
@@ -153,9 +160,7 @@ def test_a_port_that_is_taken_is_not_worth_an_engine(caplog: pytest.LogCaptureFi
 
 def test_health() -> None:
     port, said = free_port(), {"healthy": True, "problems": []}
-    sources = prometheus.Sources(
-        totals=Totals(), block_tokens=32, healthy=bool, tiers=dict, pools=dict, lower=dict[str, int]
-    )
+    sources = prometheus.Sources(totals=Totals(), block_tokens=32, healthy=bool, tiers=dict, pools=dict, lower=dict)
     stop = http.serve("127.0.0.1", port, sources, lambda: said)
     assert stop is not None
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as reply:
@@ -173,7 +178,7 @@ def test_health() -> None:
 def test_what_is_trusted() -> None:
     port = free_port()
     sources = prometheus.Sources(
-        totals=Totals(), block_tokens=32, healthy=bool, tiers=dict, pools=dict, lower=dict[str, int],
+        totals=Totals(), block_tokens=32, healthy=bool, tiers=dict, pools=dict, lower=dict,
         trust=lambda: dict(zip(prometheus.TRUST_COUNTERS, range(1, 7), strict=True)), quarantined=lambda: True,
         steps=lambda: ((0.001, 0.01), (5, 2, 1), 0.25),
     )  # fmt: skip

@@ -49,7 +49,7 @@ _THREADS = 16
 MOVE_BYTES: Final = 32 << 20
 """Bytes that are moved between host memory and a tier at once, over all ranks: what has arrived can be used while the
 rest is on its way. Each move has work of its own, which costs a fast disk up to a tenth with half of this."""
-_TIERS: Final = ("g2", "g3")
+_TIERS: Final = ("g2", TIER)
 _TICK_S: Final = 0.005
 
 
@@ -63,6 +63,7 @@ class DiskPart:
 
     name: ClassVar[str] = TIER
     large: ClassVar[bool] = True
+    drains: ClassVar[bool] = True
     without: ClassVar[str] = "there is no disk tier (G3)"
 
     def wanted(self, settings: Settings) -> bool:

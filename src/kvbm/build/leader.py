@@ -113,7 +113,7 @@ def build_leader(
         parts = len(place.storing)
         block_bytes = slot_bytes * parts
         with one_at_a_time(settings):
-            slots, why = size(resolved, place, block_bytes)
+            slots, why = size(resolved, place, block_bytes, tiers)
             log.info(
                 "KVBM: G2 holds %d blocks of %d tokens, %.2f GB over %d rank(s): %s",
                 slots, block_tokens, slots * block_bytes / 1e9, parts, why,

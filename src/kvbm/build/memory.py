@@ -7,12 +7,13 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import msgspec
 
+from kvbm.build.parts import Part
 from kvbm.build.place import Place, channel_path
 from kvbm.build.tiers import TIERS, wanted
 from kvbm.core.config import Resolved, Settings
@@ -26,7 +27,7 @@ from kvbm.stores.memory import RESERVE_BYTES, promised
 log = logging.getLogger(__name__)
 
 _BOUNCE_BYTES = 1 << 30
-"""Size of G2 where there is a disk tier and nothing says how large G2 is."""
+"""Size of G2 where it need only pass blocks on (`Part.large`) and nothing says how large it is."""
 
 
 def gather(
@@ -96,12 +97,12 @@ def one_at_a_time(settings: Settings) -> Iterator[None]:
         os.close(folder)
 
 
-def size(resolved: Resolved, place: Place, block_bytes: int) -> tuple[int, str]:
-    """How many blocks G2 gets, and why. Raises ConfigError for a size that somebody set and that cannot be, Broken
-    where nobody did: then this machine has too little memory."""
+def size(resolved: Resolved, place: Place, block_bytes: int, parts: Sequence[Part] = TIERS) -> tuple[int, str]:
+    """How many blocks G2 gets above the tiers of `parts` that settings ask for, and why. Raises ConfigError for a size
+    that somebody set and that cannot be, Broken where nobody did: then this machine has too little memory."""
     settings, sources = resolved.settings, resolved.sources
     free = free_bytes()
-    bounce = any(part.large for part in wanted(settings, TIERS)) and sources["g2_share"] == "default"
+    bounce = any(part.large for part in wanted(settings, parts)) and sources["g2_share"] == "default"
     if settings.g2_blocks is not None:
         name, slots, why = "g2_blocks", settings.g2_blocks, f"{sources['g2_blocks']}"
     elif settings.g2_gb is not None:

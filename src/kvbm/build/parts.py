@@ -66,6 +66,10 @@ class Part(Protocol):
         """Host memory need only pass blocks on to it, where nobody says how large that is."""
 
     @property
+    def drains(self) -> bool:
+        """Whether it takes what is worth keeping when the process ends (`g3_drain_s`)."""
+
+    @property
     def without(self) -> str:
         """What is said where it cannot be had, before the reason."""
 

@@ -28,9 +28,9 @@ from kvbm.tiers.peers.orders import TIER
 from kvbm.tiers.peers.published import Published
 from kvbm.tiers.peers.rank import PeerMemory, PeerRank
 from kvbm.tiers.peers.serving import Serving
-from kvbm.tiers.peers.sums import Sums
 from kvbm.tiers.peers.tier import Peers
 from kvbm.tiers.promote import Promotion
+from kvbm.tiers.sums import Sums
 from kvbm.tiers.tier import RankSide, Tier
 from kvbm.transfer.executor import Executor
 from kvbm.transfer.nixl.agent import installed
@@ -54,6 +54,7 @@ class PeersPart:
 
     name: ClassVar[str] = TIER
     large: ClassVar[bool] = False
+    drains: ClassVar[bool] = False
     without: ClassVar[str] = "no blocks are shared with other instances"
 
     def wanted(self, settings: Settings) -> bool:

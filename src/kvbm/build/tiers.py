@@ -18,6 +18,11 @@ def wanted(settings: Settings, parts: Sequence[Part]) -> list[Part]:
     return [part for part in parts if part.wanted(settings)]
 
 
+def drain_s(settings: Settings, parts: Sequence[Part] = TIERS) -> float:
+    """How long an engine with these writes what is worth keeping at its end; 0 where none of them takes any."""
+    return settings.g3_drain_s if any(part.drains for part in wanted(settings, parts)) else 0.0
+
+
 def needs(settings: Settings, parts: Sequence[Part], slot_bytes: int) -> Needs:
     """What they want of host memory together."""
     all_ = [part.needs(slot_bytes) for part in wanted(settings, parts)]

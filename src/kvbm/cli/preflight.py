@@ -4,11 +4,13 @@ Neither vLLM nor transformers is imported: that takes longer than all of this.""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from http import HTTPStatus
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,6 +115,32 @@ def check_model(
     if option("--load-format") in (None, "auto") and (place / "config.json").is_file():
         _check_weights(place)
     return configuration
+
+
+def check_hub(model: str, token: str | None) -> None:
+    """Asks the model hub for a model that is not here. Raises UsageError where it has none; a hub that does not answer
+    within two seconds is left to the engine."""
+    try:
+        hub, errors = map(importlib.import_module, ("huggingface_hub", "huggingface_hub.errors"))
+    except ImportError:
+        return
+    try:
+        hub.HfApi(token=token).model_info(model, timeout=2)
+    except errors.GatedRepoError:
+        return
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        pass
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code != HTTPStatus.UNAUTHORIZED:
+            return
+    except Exception:  # noqa: BLE001  whatever a network, a proxy or a version of its HTTP client has to say
+        return
+    else:
+        return
+    raise UsageError(
+        f"there is no model {model}: it is neither a path nor a model that {hub.constants.ENDPOINT} shows to"
+        f" {'this token' if token or hub.get_token() else 'anybody (HF_TOKEN: your token, for a private one)'}"
+    )
 
 
 def disk(settings: Settings) -> tuple[bool, str]:

@@ -115,7 +115,7 @@ def _others(result: dict[str, Any]) -> Iterator[str]:
     for tier in result["tiers"]:
         if "total" not in tier and tier["name"] != "peers":
             counts = [f"{name.replace('_', ' ')} {count:,}" for name, count in tier.items() if isinstance(count, int)]
-            yield f"{tier['name']}: {tier['problem'] or ', '.join(counts)}"
+            yield f"{escape(tier['name'])}: {escape(tier['problem'] or ', '.join(counts))}"
 
 
 def _least(least: dict[str, float | None]) -> str:

@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 
 from kvbm.build import leader as build
+from kvbm.build import tiers
 from kvbm.cli import models, preflight
 from kvbm.cli.launch import CONNECTOR_FLAG, PATIENCE_S, Launch, Server
 from kvbm.core import config, identity
@@ -87,12 +88,14 @@ def prepare(model: str, arguments: Sequence[str], resolved: config.Resolved) -> 
     path = models.resolve(model, resolved.settings.cache_dir, _err)
     environ = config.child_environment()
     offline = any(environ.get(name, "").lower() in _YES for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
-    if environ.get("VLLM_USE_MODELSCOPE", "").lower() in _YES:
+    if modelscope := environ.get("VLLM_USE_MODELSCOPE", "").lower() in _YES:
         offline = False  # it has a cache of its own
     stretched = "VLLM_ALLOW_LONG_MAX_MODEL_LEN" in environ
     place = _place(path, arguments)
     configuration = preflight.check_model(path, place, option, offline=offline, stretched=stretched)
     launch = plan(model, arguments, path)
+    if place is None and not modelscope and not offline and ":" not in path:
+        preflight.check_hub(path, option("--hf-token") or None)
     if option("--port") is not None and option("--uds") is None and not _listenable(launch.host, launch.port):
         raise UsageError(f"--port {launch.port}: somebody listens there on {launch.host} already")
     if (block_bytes := preflight.least_block_bytes(configuration or {}, options(launch.arguments))) is not None:
@@ -201,8 +204,7 @@ def reserved_cores(arguments: Sequence[str]) -> str:
 
 def drain_s(environ: Mapping[str, str]) -> float:
     """How long an engine in this environment writes to disk at its end; 0 without a disk tier."""
-    settings = config.load(environ=environ).settings
-    return settings.g3_drain_s if (settings.g3_gb or settings.g3_blocks) is not None else 0.0
+    return tiers.drain_s(config.load(environ=environ).settings)
 
 
 def _given(arguments: Sequence[str]) -> list[str]:

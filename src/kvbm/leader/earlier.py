@@ -10,8 +10,8 @@ import numpy as np
 from kvbm.blocks import Pool
 from kvbm.core.region import Slots
 from kvbm.tiers.host import ENGINE, Landing
-from kvbm.tiers.peers.sums import Sums, heads
 from kvbm.tiers.stack import Stack
+from kvbm.tiers.sums import Sums, heads
 
 _SLICE: Final = 512
 """Slots that are looked at in one go: about a millisecond."""

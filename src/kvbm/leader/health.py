@@ -460,11 +460,6 @@ class Housekeeping:
                 self.quarantined = None
                 log.warning("KVBM: the quarantine is over by an operator's word")
 
-    @property
-    def disk(self) -> Any:
-        """The disk tier, if there is one."""
-        return self.lower.tiers.get("g3") if self.lower is not None else None
-
     @contextmanager
     def below(self) -> Iterator[Stack | None]:
         """What is below host memory, which nobody else uses meanwhile."""

@@ -33,7 +33,6 @@ _SHARE, _MOST = 8, 1024
 as much again."""
 _PATIENCE = 300.0
 """Seconds that comparing what was copied may take: it is nobody's hurry, and no reason to call a worker silent."""
-_FROM = (ENGINE, "g3", "peers")
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +65,8 @@ class Shadow:
         self._prove, self._proven = prove, set[bytes]()
         self._since = np.full(pool.capacity, np.nan)
         self._from = np.zeros(pool.capacity, np.uint8)
+        self._places = [ENGINE]
+        """Where blocks have come from: what a number in `_from` means."""
         self._declined: dict[str, tuple[int, tuple[bytes, ...]]] = {}
         self._samples: dict[str, _Sample] = {}
         self._jobs: dict[int, _Sample] = {}
@@ -84,14 +85,16 @@ class Shadow:
         """See `tiers.host.Listener`."""
 
     def landed(self, blocks: Pinned, how: Landing) -> None:
-        """These slots have new blocks: from the engine, from disk (g3), from a peer."""
+        """These slots have new blocks: from the engine, or a tier."""
+        if how.origin not in self._places:
+            self._places.append(how.origin)
         slots = blocks.slots
-        self._since[slots], self._from[slots] = time.time(), _FROM.index(how.origin)
+        self._since[slots], self._from[slots] = time.time(), self._places.index(how.origin)
 
     def _origins(self, slots: Slots) -> list[dict[str, Any]]:
         ages = time.time() - self._since[slots]
         return [
-            {"from": json_key(_FROM[origin]), "age_s": None if np.isnan(age) else round(float(age), 3)}
+            {"from": json_key(self._places[origin]), "age_s": None if np.isnan(age) else round(float(age), 3)}
             for origin, age in zip(self._from[slots].tolist(), ages, strict=True)
         ]
 
@@ -186,7 +189,7 @@ class Shadow:
 
     def _agrees(self, sample: _Sample, job: Job) -> None:
         """All that could be compared is right."""
-        foreign = any(sample.origins[at - sample.first]["from"] != _FROM[0] for at in job.places.tolist())
+        foreign = any(sample.origins[at - sample.first]["from"] != ENGINE for at in job.places.tolist())
         if self._prove and foreign and sample.request.family not in self._proven:
             self._proven.add(sample.request.family)
             log.info("KVBM: what another process stored agrees with what request %.100s computed", sample.request.id)

@@ -34,12 +34,15 @@ POOL_GAUGES = {
 
 
 LOWER_COUNTERS = {
-    "refused": ("kvbm_demote_refused_blocks", "blocks that admission or the write budget kept from disk"),
-    "cancelled": ("kvbm_demote_cancelled_blocks", "blocks that had left host memory before their write began"),
-    "corrupt": ("kvbm_corrupt_blocks", "blocks on disk that were not what had been written"),
-    "peer_corrupt": ("kvbm_peer_corrupt_blocks", "blocks from other instances that were not what they had promised"),
-    "promised": ("kvbm_peer_promised_blocks", "blocks that were held for other instances to read"),
-    "searches": ("kvbm_peer_searches", "requests whose blocks were looked for at other instances"),
+    ("g3", "refused"): ("kvbm_demote_refused_blocks", "blocks that admission or the write budget kept from disk"),
+    ("g3", "cancelled"): ("kvbm_demote_cancelled_blocks", "blocks that had left host memory before their write began"),
+    ("g3", "corrupt"): ("kvbm_corrupt_blocks", "blocks on disk that were not what had been written"),
+    ("peers", "peer_corrupt"): (
+        "kvbm_peer_corrupt_blocks",
+        "blocks from other instances that were not what they had promised",
+    ),
+    ("peers", "promised"): ("kvbm_peer_promised_blocks", "blocks that were held for other instances to read"),
+    ("peers", "searches"): ("kvbm_peer_searches", "requests whose blocks were looked for at other instances"),
 }
 
 
@@ -64,8 +67,8 @@ class Sources:
     """Those that were asked for, and whether each works."""
     pools: Callable[[], Mapping[str, Mapping[str, int]]]
     """The numbers of each tier's pool, by the names in POOL_COUNTERS and POOL_GAUGES."""
-    lower: Callable[[], Mapping[str, int]]
-    """Those in LOWER_COUNTERS; what is missing is 0."""
+    lower: Callable[[], Mapping[str, Mapping[str, int]]]
+    """By tier, those in LOWER_COUNTERS; what is missing is 0."""
     trust: Callable[[], Mapping[str, int]] = dict[str, int]
     """Those in TRUST_COUNTERS; what is missing is 0."""
     quarantined: Callable[[], bool] = bool
@@ -113,7 +116,7 @@ class KvbmCollector(Collector):
         copied = CounterMetricFamily(
             "kvbm_tier_copied_blocks", "blocks copied from one place to another", labels=["source", "target"]
         )
-        places = {"g1", *pools}
+        places = {"g1", *pools, *lower}
         for ends, copies in tuple(totals.copies.items()):
             if copies.blocks or copies.failed or places.issuperset(ends):
                 copied.add_metric(ends, copies.blocks)
@@ -127,9 +130,11 @@ class KvbmCollector(Collector):
         yield CounterMetricFamily(
             "kvbm_gated_blocks", "blocks left where they were, computing was faster", totals.gated
         )
-        for counters, numbers in ((LOWER_COUNTERS, lower), (TRUST_COUNTERS, self._sources.trust())):
-            for key, (name, text) in counters.items():
-                yield CounterMetricFamily(name, text, numbers.get(key, 0))
+        for (tier, count), (name, text) in LOWER_COUNTERS.items():
+            yield CounterMetricFamily(name, text, lower.get(tier, {}).get(count, 0))
+        trust = self._sources.trust()
+        for count, (name, text) in TRUST_COUNTERS.items():
+            yield CounterMetricFamily(name, text, trust.get(count, 0))
         quarantined = float(self._sources.quarantined())
         yield GaugeMetricFamily("kvbm_quarantined", "1 while stored blocks are known not to be trusted", quarantined)
         bounds, counts, total = self._sources.steps()

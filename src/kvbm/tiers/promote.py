@@ -117,7 +117,7 @@ class Promotion:
         for tier, _ in known:
             if tier.name in wanted:
                 # Whether that pays is not asked yet: it costs nothing while the request waits for its turn.
-                tier.seek(seeker, wanted[tier.name], 0, partial(self._take, seeker, before, wants.worth))
+                tier.seek(seeker, wanted[tier.name], None, partial(self._take, seeker, before, wants.worth))
                 before = []
         return reach
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvbm.blocks import Pool, Where
 from kvbm.core.events import Admitted
 from kvbm.core.region import Slots
 from kvbm.link.messages import FromTier, Result, Sick
-from kvbm.observe.names import json_key
+from kvbm.observe.names import SHOWN, json_key
 from kvbm.tiers.host import ENGINE, Landing
 from kvbm.tiers.promote import Promotion
 from kvbm.tiers.tier import Offer, Record, Search, Seeker, Tier, Wanted
@@ -30,14 +30,6 @@ class Stack:
         """Whether nothing of this is used any more."""
         self._searches: dict[str, dict[str, Search]] = {}
         """By request and tier."""
-
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            """A tier by its name, for whoever looks at one; None where there is none."""
-            if name.startswith("_") or name == "tiers":
-                raise AttributeError(name)
-            return self.tiers.get(name)
 
     def __iter__(self) -> Iterator[Tier]:
         return iter(self.tiers.values())
@@ -206,13 +198,20 @@ class Stack:
         """Of tiers whose slots the leader chooses."""
         return {tier.name: tier.pool for tier in self if tier.pool is not None}
 
-    def counts(self) -> dict[str, int]:
-        """What is not a copy, for metrics."""
-        return {name: count for tier in self for name, count in tier.counts().items()}
+    def counts(self) -> dict[str, Mapping[str, int]]:
+        """What is not a copy, for metrics, by tier."""
+        return {tier.name: tier.counts() for tier in self}
 
     def status(self) -> dict[str, Any]:
-        """What the tiers say of themselves; see `Tier.status`."""
-        return {name: said for tier in self for name, said in tier.status().items()}
+        """What the tiers say of themselves (`Tier.status`): at the top, where JSON has always had it, or under the
+        tier's name."""
+        said: dict[str, Any] = {}
+        for tier in self:
+            if tier.name in SHOWN:
+                said |= tier.status()
+            elif own := tier.status():
+                said[tier.name] = own
+        return said
 
     def namesakes(self) -> tuple[str, ...]:
         """Why blocks of the same model that lie somewhere are not found."""

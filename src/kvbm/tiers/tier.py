@@ -168,9 +168,10 @@ class Tier(Protocol):
     def covers(self, keys: Sequence[bytes]) -> Mask | None:
         """Which of these are there; None: that is not known without asking (`seek`)."""
 
-    def seek(self, seeker: Seeker, keys: Sequence[bytes], first: int, give: Give) -> Search | None:
-        """Offer what is there of these keys, the first of which is block `first` of the prompt. A tier that `covers`
-        keys gives at once. Others return a search and give later, taking the lock; None: they look for nothing."""
+    def seek(self, seeker: Seeker, keys: Sequence[bytes], first: int | None, give: Give) -> Search | None:
+        """Offer what is there of these keys of a prompt, in its order. A tier that `covers` keys is asked for what it
+        has, with `first` None, and gives at once. Others are asked for keys that follow each other from block `first`
+        of the prompt on; they return a search and give later, taking the lock; None: they look for nothing."""
 
     def asked(self, keys: Sequence[bytes]) -> None:
         """A request asked for these."""
@@ -235,8 +236,8 @@ class Tier(Protocol):
         """What is counted and is no copy, for metrics."""
 
     def status(self) -> Mapping[str, Any]:
-        """For `kvbm status`: under the name of a way (`observe.names.WAYS`) what is not counted of its copies, under
-        other names what only this tier has."""
+        """For `kvbm status`, beside `counts`: what only this tier has. Tiers that have ways of their own
+        (`observe.names.WAYS`) add, under the name of a way, what is not counted of its copies."""
 
     def namesakes(self) -> tuple[str, ...]:
         """Why blocks of the same model that are there are not found."""

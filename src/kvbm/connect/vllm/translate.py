@@ -14,8 +14,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
-from kvbm.build import disk as build_disk
 from kvbm.build.leader import build_leader
+from kvbm.build.tiers import drain_s
 from kvbm.build.worker import build_worker
 from kvbm.connect.vllm import adapters, configured, contract, geometry, identity, weights
 from kvbm.connect.vllm.ending import before_sigterm
@@ -144,7 +144,7 @@ class SchedulerSide:
         )
         self.leader = self.side.leader
         self.control = self.side.control
-        self._drain_s = resolved.settings.g3_drain_s if build_disk.wanted(resolved.settings) else 0.0
+        self._drain_s = drain_s(resolved.settings)
         """How long to write before the end, until that has been arranged."""
         self._quiet_s = max(resolved.settings.load_deadline_s, resolved.settings.store_deadline_s) + _GRACE
         self._resets = Resets(changing_weights(config, resolved.settings))
@@ -372,12 +372,11 @@ class WorkerSide:
             configured.began(self._config),
             adapters.find(self._config),
         )
-        settings = self._settings
-        has_disk = settings.g3_gb is not None or settings.g3_blocks is not None
+        seconds = drain_s(self._settings)
         apart = self._config.parallel_config.distributed_executor_backend == "mp"
-        if has_disk and apart and settings.g3_drain_s > 0:
+        if seconds and apart:
             # The leader is another process, and still needs this rank to write.
-            before_sigterm(partial(self._worker.outlast_leader, settings.g3_drain_s + _TEARDOWN_S))
+            before_sigterm(partial(self._worker.outlast_leader, seconds + _TEARDOWN_S))
 
     @property
     def worker(self) -> Worker:

@@ -123,7 +123,7 @@ class DiskSide:
     def covers(self, keys: Sequence[bytes]) -> Mask:
         return self.pool.present(keys)
 
-    def seek(self, seeker: Seeker, keys: Sequence[bytes], first: int, give: Give) -> None:
+    def seek(self, seeker: Seeker, keys: Sequence[bytes], first: int | None, give: Give) -> None:
         offer = DiskOffer(self.tier, self.suspects, self.pool.scan(keys)[0], self.tier.clock())
         if not give(offer):
             offer.drop()

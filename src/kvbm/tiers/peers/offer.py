@@ -16,7 +16,7 @@ from kvbm.tiers.moves import Ended, Passage
 from kvbm.tiers.peers.client import Client
 from kvbm.tiers.peers.messages import Memory
 from kvbm.tiers.peers.orders import TIER
-from kvbm.tiers.peers.sums import Words
+from kvbm.tiers.sums import Words
 
 if TYPE_CHECKING:
     from kvbm.tiers.peers.tier import Peers

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from kvbm.blocks import Pinned, Pool
 from kvbm.link.messages import pack
 from kvbm.tiers.peers.messages import Promise, Reserve
-from kvbm.tiers.peers.sums import Sums
+from kvbm.tiers.sums import Sums
 from kvbm.tiers.tier import Record, Seeker, Wanted
 
 

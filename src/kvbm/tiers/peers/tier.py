@@ -31,7 +31,7 @@ from kvbm.tiers.peers.offer import PeerOffer
 from kvbm.tiers.peers.orders import TIER, Attach, Detach, Mine, Pull, decode_answer, to_rank
 from kvbm.tiers.peers.published import Published
 from kvbm.tiers.peers.serving import Serving
-from kvbm.tiers.peers.sums import bound
+from kvbm.tiers.sums import bound
 from kvbm.tiers.tier import Give, Seeker
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,8 @@ class Peers:
     def covers(self, keys: Sequence[bytes]) -> None:
         """The directory knows, and it is asked."""
 
-    def seek(self, seeker: Seeker, keys: Sequence[bytes], first: int, give: Give) -> PeerSearch | None:
+    def seek(self, seeker: Seeker, keys: Sequence[bytes], first: int | None, give: Give) -> PeerSearch | None:
+        assert first is not None  # it covers no keys
         if self.problem is not None or not self.network.peers:
             return None
         pulls = seeker.pull_from is not None
