@@ -51,6 +51,8 @@ class Moves:
         self.links = links
         self._next_id, self._clock, self._patience, self._judge = next_id, clock, patience, judge
         self._passages: dict[int, Passage] = {}
+        self.left = False
+        """Whether the tier is left alone for good: whatever ends from now on has failed."""
 
     def write(self, blocks: int, ended: Ended) -> Passage:
         """So many go down. Nothing is sent."""
@@ -82,6 +84,11 @@ class Moves:
         """Nobody wants any of them any more."""
         self.cancel(list(self._passages))
 
+    def leave(self) -> None:
+        """The tier is left alone for good: what is on its way counts for nothing, whatever ranks say."""
+        self.cancel_all()
+        self.left = True
+
     def answer(self, result: Result) -> bool:
         """Takes one rank's result; False where it is about no passage of this tier."""
         passage = self._passages.get(result.job)
@@ -91,6 +98,8 @@ class Moves:
             del self._passages[passage.id]
             passage.wanted &= passage.error != CANCELLED
             self._judge(passage)
+            if self.left:
+                passage.outcomes[:] = Outcome.FAILED
             if passage.gate is not None:
                 passage.gate.read_ends(passage.blocks, int((passage.outcomes < Outcome.FAILED).sum()))
             passage.ended(passage)

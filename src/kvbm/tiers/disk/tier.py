@@ -84,8 +84,6 @@ class DiskTier:
         """Whether a new generation has not been written down yet."""
         self._lasting = True
         """Whether another process may find what is written."""
-        self._left = False
-        """Whether it is left alone for good."""
         self._lost = False
         """Whether the files were made anew and have not been looked into."""
         self._chores = ThreadPoolExecutor(1, "kvbm-folder")
@@ -153,8 +151,6 @@ class DiskTier:
 
     def _judge(self, passage: Passage) -> None:
         self.corrupt += int((passage.outcomes == Outcome.CORRUPT).sum())
-        if self._left:
-            passage.outcomes[:] = Outcome.FAILED
         if not (passage.outcomes >= Outcome.FAILED).any():
             self._breaker.worked(passage.down)
         elif passage.wanted:
@@ -164,19 +160,18 @@ class DiskTier:
 
     def fail(self, problem: str) -> None:
         """Leave the tier alone until a probe says that it works."""
-        if not self._left and self._breaker.trip(problem):
+        if not self.left and self._breaker.trip(problem):
             log.error("KVBM: the disk tier (G3) is left alone, the engine goes on without it: %s", problem)
 
     def leave(self, why: str) -> None:
         """Leave the tier alone for good: nothing that is being moved counts. A new generation is still written down."""
-        self._moves.cancel_all()
+        self._moves.leave()
         self._breaker.trip(why)
-        self._left = True
 
     @property
     def left(self) -> bool:
         """Whether it is left alone for good."""
-        return self._left
+        return self._moves.left
 
     def tick(self) -> None:
         """A few times a second: notices silent workers, tries whether a broken disk works again."""
@@ -184,9 +179,9 @@ class DiskTier:
             try:
                 self._waited.popleft().result()()
             except KvbmError as error:
-                if not self._left:
+                if not self.left:
                     self._breaker.trip(str(error))
-        if self._left and not self._stale:
+        if self.left and not self._stale:
             return
         if self.problem is None and self._moves.late():
             self.fail("no answer about a move within its deadline")
@@ -208,7 +203,7 @@ class DiskTier:
     def hear(self, body: bytes) -> None:
         """One rank's answer to a probe. When all are well a tier that was left alone is used again."""
         answer = decode_answer(body)
-        if answer.number != self._asked or self._stale or self._left:
+        if answer.number != self._asked or self._stale or self.left:
             return
         self._probed[answer.rank] = answer
         if len(self._probed) < len(self._moves.links):
@@ -239,7 +234,7 @@ class DiskTier:
         return lambda: self._recovered(found)
 
     def _recovered(self, found: Recovered) -> None:
-        if self._stale or self._left:  # found before the generation ended, say
+        if self._stale or self.left:  # found before the generation ended, say
             return
         adopt(self.pool, found)
         self._lost = False

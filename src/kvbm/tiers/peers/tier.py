@@ -292,6 +292,7 @@ class Peers:
 
     def leave(self, why: str) -> None:
         """Share nothing any more, and take back what the directory says of us."""
+        self._moves.leave()
         if self._closed is None:
             self._close(why)
 
