@@ -25,6 +25,7 @@ from kvbm.core.config import UPSTREAM, Settings
 from kvbm.observe.prometheus import KvbmCollector, Sources
 from kvbm.observe.totals import Totals
 from kvbm.policy.lru import LRU
+from tests.marks import apart
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -136,6 +137,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
+@apart
 def test_code_runs(page: Path, folder: Path) -> None:
     text = page.read_text()
     assert run(text, folder, page.name) == text.count("```python") + text.count("```sh\n") > 0
@@ -151,6 +153,7 @@ def test_code_runs(page: Path, folder: Path) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@apart
 def test_wrong_code_is_found(old: str, new: str, error: type[Exception], folder: Path) -> None:
     text = (ROOT / "docs" / "tutorial.md").read_text()
     assert text.count(old) == 1, old
@@ -214,6 +217,7 @@ def test_a_missing_docstring_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(undocumented(module)) == ["bare", "bare.C", "bare.C.g", "bare.h"]
 
 
+@apart
 def test_the_reference_is_built_without_a_warning(tmp_path: Path) -> None:
     match = re.search(r"^REFERENCE := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert match

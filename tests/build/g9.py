@@ -7,6 +7,7 @@ import ctypes
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, ClassVar
 
 import msgspec
@@ -19,9 +20,10 @@ from kvbm.core.config import Settings
 from kvbm.core.keys import Namespace
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Region, Slots
-from kvbm.link.messages import Result, ToTier, pack, unpack
+from kvbm.link.messages import Result, Sick, ToTier, pack, unpack
 from kvbm.policy import admission
 from kvbm.stores.checksum import checksums
+from kvbm.tiers.breaker import Breaker
 from kvbm.tiers.demote import Budget, Demotion
 from kvbm.tiers.gate import Gate
 from kvbm.tiers.host import ENGINE, Landing
@@ -42,10 +44,12 @@ class Order(msgspec.Struct, frozen=True):
 
 
 class G9Rank:
-    """Of one rank. `delay` is how long each order takes; `bad` says which keys are not readable any more."""
+    """Of one rank. Each order takes `delay` seconds. `bad` keys have other bytes than they had. While a file
+    `fails` is in `faults` nothing works; once a file `dies` is there nothing ever will."""
 
-    def __init__(self, side: RankSide, delay: float, bad: Callable[[bytes], bool]) -> None:
-        self._side, self._delay, self._bad = side, delay, bad
+    def __init__(self, side: RankSide, delay: float, bad: Collection[bytes], faults: Path) -> None:
+        self._side, self._delay, self._bad, self._faults = side, delay, bad, faults
+        self._said = False
         self._blocks: dict[bytes, tuple[bytes, int]] = {}
         self._thread = ThreadPoolExecutor(1, NAME)
         self._cancelled: set[int] = set()
@@ -71,7 +75,11 @@ class G9Rank:
         slots, begun = unpack(order.slots), time.monotonic()
         outcomes = np.full(len(slots), Outcome.FAILED, np.uint8)
         error: str | None = "cancelled"
-        if order.job not in self._cancelled:
+        if order.job in self._cancelled:
+            pass
+        elif (self._faults / "fails").exists():
+            error = "[Errno 5] the dict fails"
+        else:
             memory = self._side.memory(NAME, self._side.slot_bytes)
             move = self._up if order.up else self._down
             for at, (slot, key) in enumerate(zip(slots.tolist(), order.keys, strict=True)):
@@ -97,7 +105,7 @@ class G9Rank:
         plane = memory.planes[0]
         ctypes.memmove(plane.address + slot * plane.stride, block[0], memory.slot_bytes)
         whole = int(checksums(memory, np.array([slot]), memory.slot_bytes)[0]) == block[1]
-        return Outcome.DONE if whole and not self._bad(key) else Outcome.CORRUPT
+        return Outcome.DONE if whole and key not in self._bad else Outcome.CORRUPT
 
     def cancel(self, jobs: Collection[int]) -> None:
         self._cancelled.update(jobs)
@@ -106,7 +114,9 @@ class G9Rank:
         """Nothing is late."""
 
     def look(self) -> None:
-        """Its thread lives."""
+        if not self._said and (self._faults / "dies").exists():
+            self._said = True
+            self._side.tell(Sick(self._side.rank, "the dict died", NAME))
 
     def close(self, seconds: float) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -160,22 +170,27 @@ class G9:
     words: ClassVar[str] = "a dict"
     keeps: ClassVar[bool] = True
 
-    def __init__(self, ground: Ground) -> None:
+    def __init__(self, ground: Ground, clock: Callable[[], float] = time.monotonic) -> None:
         leader = ground.leader
         self.gate = leader.gate.beside()
         self.known: dict[bytes, tuple[bytes | None, int, float]] = {}
         """Key -> the key before it, its priority, and when it ends."""
-        self.problem: str | None = None
         self.corrupt = self.lent = 0
-        self._moves = Moves(ground.links, leader.next_job, time.monotonic, judge=self._judge)
+        self._clock = clock
+        self._breaker = Breaker((0.5,), clock, most=2)
+        self._moves = Moves(ground.links, leader.next_job, clock, judge=self._judge)
         self._coming: set[bytes] = set()
         self._demotion = Demotion(
             self, leader.pool, admission=admission("all", 1), hot=admission("all", 1), exclusive=False,
-            budget=Budget(None, 1.0, time.monotonic), block_bytes=ground.block_bytes, most=lambda: 64, batch=4,
+            budget=Budget(None, 1.0, clock), block_bytes=ground.block_bytes, most=lambda: 64, batch=4,
             emit=leader.emit,
         )  # fmt: skip
 
     pool: ClassVar[None] = None
+
+    @property
+    def problem(self) -> str | None:
+        return self._breaker.problem
 
     # ------------------------------------------------------------------ what goes there
 
@@ -184,7 +199,7 @@ class G9:
 
     def write(self, blocks: Pinned, ended: Ended) -> int:
         keys, parents, (priorities, left) = blocks.keys, blocks.parents, blocks.terms
-        ends = time.monotonic() + left
+        ends = self._clock() + left
         self._coming.update(keys)
 
         def there(passage: Passage) -> None:
@@ -215,6 +230,11 @@ class G9:
 
     def _judge(self, passage: Passage) -> None:
         self.corrupt += int((passage.outcomes == Outcome.CORRUPT).sum())
+        if passage.wanted and passage.error is not None and not (passage.outcomes < Outcome.FAILED).any():
+            if self._breaker.failed():
+                self._breaker.trip(passage.error)
+        elif passage.wanted:
+            self._breaker.worked()
 
     # ------------------------------------------------------------------ the contract
 
@@ -246,13 +266,15 @@ class G9:
         """Ranks say nothing else."""
 
     def sick(self, why: str) -> None:
-        self.problem = why
+        self.leave(why)
 
     def pump(self) -> None:
         self._demotion.pump()
 
     def tick(self) -> None:
-        """Nothing is tried again."""
+        if self.problem is not None and not self._moves.left and self._breaker.due():
+            probe = self._moves.write(0, lambda passage: None if passage.error else self._breaker.mend())
+            self._say(Order(probe.id, False, b"", []))
 
     def clear(self, *, lasting: bool) -> None:
         self._demotion.clear()
@@ -260,8 +282,9 @@ class G9:
         self.forget(list(self.known))
 
     def leave(self, why: str) -> None:
-        self.problem = why
-        self._moves.cancel_all()
+        self._demotion.clear()
+        self._moves.leave()
+        self._breaker.trip(why)
 
     drains: ClassVar[bool] = False
 
@@ -294,8 +317,8 @@ class G9Part:
     drains: ClassVar[bool] = False
     without: ClassVar[str] = "there is no dict"
 
-    def __init__(self, delay: float = 0.0, bad: Collection[bytes] = ()) -> None:
-        self._delay, self._bad = delay, frozenset(bad)
+    def __init__(self, faults: Path, delay: float = 0.0, bad: Collection[bytes] = ()) -> None:
+        self._faults, self._delay, self._bad = faults, delay, frozenset(bad)
 
     def wanted(self, settings: Settings) -> bool:
         return True
@@ -310,7 +333,7 @@ class G9Part:
         return []
 
     def on_rank(self, settings: Settings, wrapped: Wrap, side: RankSide) -> G9Rank:
-        return G9Rank(side, self._delay, self._bad.__contains__)
+        return G9Rank(side, self._delay, self._bad, self._faults)
 
     def claim(self, ground: Ground) -> G9Claim:
         return G9Claim(ground)

@@ -88,3 +88,18 @@ def test_a_placement_that_an_engine_does_not_follow_ends_the_start(
     with pytest.raises(ConfigError, match="an engine follows write-through and exclusive alone"):
         start(tmp_path, g3_blocks=3)
     start(tmp_path)  # without a disk it has nothing to say
+
+
+class Unfinished(WriteThrough):
+    """Its author was not done."""
+
+    def evict(self, tier: str, tiers: Sequence[str]) -> Drop:
+        raise KeyError(tier)
+
+
+def test_a_placement_that_raises_ends_the_start_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_disk, "placement", lambda name: Unfinished())
+    with pytest.raises(ConfigError, match=r"setting placement: 'write-through' cannot be used: KeyError\('g2'\)"):
+        start(tmp_path, g3_blocks=3)

@@ -75,6 +75,7 @@ class Engine:
         tiers: Sequence[Part] = TIERS,
         **settings: Any,
     ) -> None:
+        self.sync = settings.get("onboard") == "sync"
         extra = {
             "run_dir": str(path), "g3_dir": str(path / "g3"), "g2_blocks": 16, "init_timeout_s": 30,
             "g3_direct": False, "g3_engine": "threads", "metrics": False, "strict": True,
@@ -169,7 +170,7 @@ class Engine:
 
     def _failed(self, name: str) -> bool:
         """Whether a worker says so of the request's load, which ended."""
-        if self.leader._settings.onboard == "sync":
+        if self.sync:
             bad = [worker.take_bad_blocks() for worker in self.workers]  # of each, whatever the others say
             return any(bad)
         ended, failed = set[int](), False

@@ -21,6 +21,7 @@ from kvbm.stores.disk.folder import Folder
 from kvbm.stores.disk.meta import listed, place_of
 from kvbm.stores.disk.shard import Shard
 from kvbm.testing.store import HostBlocks, bytes_of, key_of, labels
+from tests.marks import apart
 from tests.stores.test_disk import DiskRig
 
 Kvbm = Callable[..., Result]
@@ -121,6 +122,7 @@ def test_verify_finds_what_is_bad_and_drops_it_when_asked(kvbm: Kvbm, folder: Pa
 
 
 @pytest.mark.parametrize("command", [("disk", "verify"), ("disk", "verify", "--json"), ("replay", "--json")])
+@apart
 def test_progress_is_for_terminals(folder: Path, tmp_path: Path, command: tuple[str, ...]) -> None:
     arguments = [sys.executable, "-m", "kvbm.cli.main", *command, *([str(folder)] if command[0] == "disk" else ())]
     # As in a run of tests that colours its output, which says nothing of where this goes.

@@ -26,6 +26,7 @@ from kvbm.core import config
 from kvbm.core.errors import KvbmError
 from kvbm.policy import EVICTION_ORDERS, eviction_order, placement
 from tests.cli.naive import Cache, Prompts, min_hits
+from tests.marks import apart
 
 Kvbm = Callable[..., Shown]
 
@@ -360,6 +361,7 @@ def test_skipped_lines_and_cut_requests_are_reported(kvbm: Kvbm, tmp_path: Path)
     assert "2 requests are longer" in plain
 
 
+@apart
 def test_from_standard_input_into_a_pipe() -> None:
     command = [sys.executable, "-m", "kvbm.cli.main", "replay", "-", "--capacity", "2", "--json"]
     shown = subprocess.run(command, input=f"{GOOD}\n{GOOD}\n", capture_output=True, text=True)
@@ -370,6 +372,7 @@ def test_from_standard_input_into_a_pipe() -> None:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
+@apart
 def test_plot(kvbm: Kvbm, tmp_path: Path, suffix: str) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra `plot`")
     path = tmp_path / f"plot{suffix}"
@@ -456,6 +459,7 @@ def test_every_field_of_the_file_is_documented(kvbm: Kvbm, tmp_path: Path) -> No
     assert set(rows) - set(fields(record)) <= {"write-through", "exclusive"}
 
 
+@apart
 def test_the_page_runs_as_written(kvbm: Kvbm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra `plot`")
     monkeypatch.chdir(tmp_path)

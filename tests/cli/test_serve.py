@@ -24,6 +24,7 @@ from kvbm.cli.demo.run import Plan
 from kvbm.core.errors import KvbmError
 from kvbm.observe import last_words
 from kvbm.stores import stamps
+from tests.marks import apart
 
 
 @pytest.fixture(autouse=True)
@@ -235,6 +236,7 @@ def test_weights_that_are_not_there(
     assert kvbm("serve", str(tmp_path)).exit_code == 0
 
 
+@apart
 def test_options_that_vllm_does_not_have(kvbm: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers", reason="needs vLLM's sources")
     monkeypatch.setattr(serve, "run", lambda _: 0)
@@ -378,6 +380,7 @@ def test_a_disk_tier_that_cannot_be_is_said_and_ends_nothing(
     assert "Warning: g2_gb from environment KVBM_G2_GB has no effect: g2_blocks is set and wins." in result.stderr
 
 
+@apart
 def test_a_path_without_a_model_ends_at_once_and_imports_no_engine(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom kvbm.cli.main import app\ntry:\n app()\nfinally:\n"
@@ -406,6 +409,7 @@ class Hub(BaseHTTPRequestHandler):
         """Nothing."""
 
 
+@apart
 def test_a_model_that_the_hub_does_not_have_ends_at_once() -> None:
     pytest.importorskip("huggingface_hub")
     code = "import sys\nfrom kvbm.cli import preflight\npreflight.check_hub(sys.argv[1], None)"
@@ -552,6 +556,7 @@ time.sleep(60)
 """
 
 
+@apart
 def test_nothing_of_the_group_outlives_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.Launch, "command", property(lambda _: [sys.executable, "-c", PARENT]))
     log = tmp_path / "log"
@@ -661,6 +666,7 @@ sys.exit(serve.run(serve.plan("m", [], "m")))
 """
 
 
+@apart
 def test_killed_outright_it_takes_everything_along(tmp_path: Path) -> None:
     """Also what does not want to end."""
     with (tmp_path / "log").open("w") as log:
@@ -726,6 +732,7 @@ def _command(pid: str) -> str:
 
 
 @pytest.mark.parametrize(("way", "status"), [("sys.exit(0)", 1), ("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", 137)])
+@apart
 def test_a_server_that_ends_by_itself_has_failed(way: str, status: int) -> None:
     command = [sys.executable, "-c", ALONE, f"import os, sys; {way}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

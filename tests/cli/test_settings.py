@@ -13,6 +13,7 @@ import pytest
 from typer.testing import Result
 
 from kvbm.core.config import Settings
+from tests.marks import apart
 
 Kvbm = Callable[..., Result]
 
@@ -87,6 +88,7 @@ def test_bad_extra(kvbm: Kvbm, extra: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["config", "status", "doctor"])
+@apart
 def test_where_there_are_no_letters_for_a_path(run_dir: Path, command: str) -> None:
     """The output is ASCII, and the paths are not."""
     folder = run_dir / "donn\xe9es-\u65e5\u672c"

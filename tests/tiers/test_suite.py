@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from kvbm.build.parts import Ground
 from kvbm.build.place import Place
 from kvbm.core.config import Settings
-from kvbm.link.messages import ToTier
+from kvbm.core.outcome import Outcome
+from kvbm.link.messages import Result, ToTier
 from kvbm.testing.tiers import TierRig, TierSuite
 from kvbm.tiers.disk.orders import Read, Write
-from kvbm.tiers.host import ENGINE, Landing
 from kvbm.tiers.peers.orders import Pull
 from kvbm.tiers.tier import Offer, Record, Seeker
 from tests.build.g9 import G9, Order
@@ -42,16 +44,32 @@ class Staged(TierRig):
         self.tier.seek(self.seeker(keys), keys, 0, self.take)
         return self.offers[-1]
 
-    def store(self, keys: Sequence[bytes]) -> None:
-        raw = self.g2.allocate(len(keys))
-        assert raw is not None
-        raw.stage(tuple(keys)).register().drop()
-        self.tier.landed(keys, Landing(ENGINE))
+    def finds(self, keys: Sequence[bytes]) -> bool:
+        if (known := self.tier.covers(keys)) is not None:
+            return bool(known.any())
+        return self.tier.seek(self.seeker(keys), keys, 0, self.take) is not None
 
     def heard(self, kind: type[Any]) -> list[int]:
         told = [[order.job for order in self.stage.hear(kind, rank)] for rank in self.ranks]
         assert all(each == told[0] for each in told), "every rank is told the same"
         return told[0]
+
+    def fail_reads(self) -> None:
+        """Until the tier is left alone."""
+        keys = [b"bad".ljust(32)]
+        while self.tier.problem is None:
+            offer = self.offer(keys)
+            offer.accept()
+            raw = self.g2.allocate(1)
+            assert raw is not None
+            with raw.stage(tuple(keys)) as staged:
+                job = offer.read(np.arange(1), staged, lambda passage: None)
+                for rank in self.ranks:
+                    assert self.tier.answer(Result(job, rank, bytes([Outcome.FAILED]), 0, 0.0, "[Errno 5]"))
+            offer.drop()
+
+    def lock(self) -> AbstractContextManager[object]:
+        return self.stage.leader.below()
 
     def close(self) -> None:
         """The stage is closed by its fixture."""
@@ -77,11 +95,12 @@ class Disk(Staged):
         return self.stage.disk.statistics().active
 
     def break_down(self) -> None:
-        self.stage.fail_disk("it is broken")
+        self.fail_reads()
 
     def mend(self) -> None:
         self.stage.tick(1.0)
-        self.stage.probed()
+        if self.tier.problem is not None and not self.stage.tier.left:
+            self.stage.probed()
 
 
 class Others(Staged):
@@ -115,7 +134,8 @@ class Others(Staged):
 class Dict(Staged):
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
-        self.tier: G9 = G9(Ground(Settings(), Place("e", RANKS), stage.leader, stage.leader.links, 4096))
+        ground = Ground(Settings(), Place("e", RANKS), stage.leader, stage.leader.links, 4096)
+        self.tier: G9 = G9(ground, stage.clock)
 
     def offer(self, keys: Sequence[bytes]) -> Offer:
         self.tier.known |= {key: (before, 0, float("inf")) for key, before in zip(keys, [None, *keys], strict=False)}
@@ -133,10 +153,15 @@ class Dict(Staged):
         return self.tier.lent
 
     def break_down(self) -> None:
-        self.tier.sick("it is broken")
+        self.fail_reads()
 
     def mend(self) -> None:
-        self.tier.problem = None
+        self.jobs()
+        self.stage.clock.advance(1.0)
+        self.tier.tick()
+        for job in self.jobs():  # whether it works
+            for rank in self.ranks:
+                self.tier.answer(Result(job, rank, b"", 0, 0.0))
 
 
 class TestDisk(TierSuite):

@@ -13,7 +13,7 @@ from typing import ClassVar, Final, NamedTuple
 from kvbm.abc.policy import Drop, Move, Placement
 from kvbm.abc.transport import Transport
 from kvbm.blocks import Pool
-from kvbm.build.parts import Ground, Needs, Wrap
+from kvbm.build.parts import MOVE_BYTES, Ground, Needs, Wrap
 from kvbm.build.place import Place as Engine
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken, ConfigError
@@ -46,9 +46,6 @@ _RINGS, _DEPTH = 3, 64
 """With io_uring: threads that move blocks to and from disk, and operations that each has in flight."""
 _THREADS = 16
 """Without: threads, each with one operation in flight."""
-MOVE_BYTES: Final = 32 << 20
-"""Bytes that are moved between host memory and a tier at once, over all ranks: what has arrived can be used while the
-rest is on its way. Each move has work of its own, which costs a fast disk up to a tenth with half of this."""
 _TIERS: Final = ("g2", TIER)
 _TICK_S: Final = 0.005
 
@@ -99,7 +96,11 @@ def _check_placement(name: str, asked: Placement) -> None:
         leaves = tuple(placement.evict(tier, _TIERS) for tier in _TIERS)
         return tuple(placement.store(_TIERS)), placement.promote(TIER, _TIERS), *leaves
 
-    if answers(asked) not in (answers(WriteThrough()), answers(Exclusive())):
+    try:
+        theirs = answers(asked)
+    except Exception as error:
+        raise ConfigError("placement", f"{name!r} cannot be used: {error!r}") from error
+    if theirs not in (answers(WriteThrough()), answers(Exclusive())):
         raise ConfigError(
             "placement", f"an engine follows write-through and exclusive alone, and {name!r} is neither of these two",
             remedy="Use one of them; kvbm replay follows any.",

@@ -109,7 +109,7 @@ def size(resolved: Resolved, place: Place, block_bytes: int, parts: Sequence[Par
         name, slots = "g2_gb", int(settings.g2_gb * 1e9) // block_bytes
         why = f"{sources['g2_gb']}, {settings.g2_gb:g} GB"
     elif bounce:
-        name, slots, why = "g2_gb", max(1, _BOUNCE_BYTES // block_bytes), "default, only to pass blocks on to disk"
+        name, slots, why = "g2_gb", max(1, _BOUNCE_BYTES // block_bytes), "default, only to pass blocks on"
     else:
         name, slots = "g2_share", int(max(0, free) * settings.g2_share / place.dp_local) // block_bytes
         why = f"{settings.g2_share:.0%} of {free / 1e9:.1f} GB that are available, for {place.dp_local} engine(s)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from kvbm.abc.transport import Transport
 from kvbm.build.place import Place
@@ -17,6 +17,11 @@ from kvbm.tiers.tier import RankSide, RankTier, Tier
 
 Wrap = Callable[[Transport], Transport]
 """What a transport is put into (`transport_wrapper`)."""
+
+
+MOVE_BYTES: Final = 32 << 20
+"""Bytes that are moved between host memory and a tier at once, over all ranks: what has arrived can be used while the
+rest is on its way. Each move has work of its own, which costs a fast disk up to a tenth with half of this."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Final
 
 from kvbm.blocks import Pool
-from kvbm.build.disk import MOVE_BYTES
+from kvbm.build.parts import MOVE_BYTES
 from kvbm.core.config import Settings
 from kvbm.leader.leader import Leader
 from kvbm.tiers.promote import Promotion

@@ -23,7 +23,7 @@ from kvbm.core.errors import Broken, ConfigError
 from kvbm.leader.leader import Leader
 from kvbm.leader.pace import SECONDS
 from kvbm.link.channel import Link, listen, readable, socket_path
-from kvbm.observe.names import SHOWN, WAYS, json_key
+from kvbm.observe.names import DISK, SHOWN, WAYS, json_key
 from kvbm.observe.prometheus import Sources
 from kvbm.observe.totals import Copies, Totals
 
@@ -178,7 +178,7 @@ class Control:
                 "pulled": totals.pulled_tokens,
             },
             "unread_requests": totals.unread,
-            "hit_rate": {"g2": totals.hit_rate(), "g3": totals.disk_hit_rate()},
+            "hit_rate": {"g2": totals.hit_rate(), DISK: totals.disk_hit_rate()},
             "offload": {
                 **_copies(totals.offload),
                 "in_flight": stores,

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+DISK: Final = "g3"
+PEERS: Final = "peers"
+"""The tiers that have rows here."""
+
 
 class Way(NamedTuple):
     """From one place to another, in words too. The engine's memory is g1, host memory g2."""
@@ -19,14 +23,14 @@ class Way(NamedTuple):
 WAYS: Final = {
     "offload": Way("g1", "g2", "from the engine to host memory"),
     "onboard": Way("g2", "g1", "from host memory to the engine"),
-    "demote": Way("g2", "g3", "from host memory to disk"),
-    "promote": Way("g3", "g2", "from disk to host memory"),
-    "fetch": Way("peers", "g2", "from other instances to host memory"),
+    "demote": Way("g2", DISK, "from host memory to disk"),
+    "promote": Way(DISK, "g2", "from disk to host memory"),
+    "fetch": Way(PEERS, "g2", "from other instances to host memory"),
 }
 
-SHOWN: Final = ("g3", "peers")
+SHOWN: Final = (DISK, PEERS)
 """Tiers that status and explain name although nothing comes from there."""
-_KEYS: Final = {"peers": "peer"}
+_KEYS: Final = {PEERS: "peer"}
 
 
 def json_key(tier: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvbm.observe.names import WAYS
+from kvbm.observe.names import DISK, PEERS, WAYS
 from kvbm.observe.totals import Histogram, Totals
 
 POOL_COUNTERS = {
@@ -34,15 +34,15 @@ POOL_GAUGES = {
 
 
 LOWER_COUNTERS = {
-    ("g3", "refused"): ("kvbm_demote_refused_blocks", "blocks that admission or the write budget kept from disk"),
-    ("g3", "cancelled"): ("kvbm_demote_cancelled_blocks", "blocks that had left host memory before their write began"),
-    ("g3", "corrupt"): ("kvbm_corrupt_blocks", "blocks on disk that were not what had been written"),
-    ("peers", "peer_corrupt"): (
+    (DISK, "refused"): ("kvbm_demote_refused_blocks", "blocks that admission or the write budget kept from disk"),
+    (DISK, "cancelled"): ("kvbm_demote_cancelled_blocks", "blocks that had left host memory before their write began"),
+    (DISK, "corrupt"): ("kvbm_corrupt_blocks", "blocks on disk that were not what had been written"),
+    (PEERS, "peer_corrupt"): (
         "kvbm_peer_corrupt_blocks",
         "blocks from other instances that were not what they had promised",
     ),
-    ("peers", "promised"): ("kvbm_peer_promised_blocks", "blocks that were held for other instances to read"),
-    ("peers", "searches"): ("kvbm_peer_searches", "requests whose blocks were looked for at other instances"),
+    (PEERS, "promised"): ("kvbm_peer_promised_blocks", "blocks that were held for other instances to read"),
+    (PEERS, "searches"): ("kvbm_peer_searches", "requests whose blocks were looked for at other instances"),
 }
 
 
@@ -82,7 +82,7 @@ class KvbmCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         totals, pools, lower = self._sources.totals, self._sources.pools(), self._sources.lower()
-        from_disk = totals.sources["g3"] // self._sources.block_tokens
+        from_disk = totals.sources[DISK] // self._sources.block_tokens
         for name, value, text in (
             ("kvbm_offload_blocks_d2h", totals.offload.blocks, "blocks copied from the engine to host memory"),
             ("kvbm_offload_blocks_h2d", totals.demote.blocks, "blocks copied from host memory to disk"),
@@ -103,9 +103,7 @@ class KvbmCollector(Collector):
         yield tiers
         yield CounterMetricFamily("kvbm_requests", "requests that may read, and got their blocks", totals.requests)
         yield CounterMetricFamily("kvbm_requested_tokens", "prompt tokens of those requests", totals.prompt_tokens)
-        yield CounterMetricFamily(
-            "kvbm_peer_tokens", "of those, had come from other instances", totals.sources["peers"]
-        )
+        yield CounterMetricFamily("kvbm_peer_tokens", "of those, had come from other instances", totals.sources[PEERS])
         yield CounterMetricFamily(
             "kvbm_pulled_tokens", "of those, another instance computed for the same request", totals.pulled_tokens
         )

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from kvbm.core.events import Admitted, Copied, Event, Gated, Unread
-from kvbm.observe.names import WAYS
+from kvbm.observe.names import DISK, WAYS
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 BYTES = tuple(float(1 << shift) for shift in range(16, 34, 2))
@@ -80,7 +80,7 @@ class Totals:
                 self.g2_tokens += g2_tokens
                 self.sources.update(sources)
                 self.pulled_tokens += pulled_tokens
-                self._recent.append((prompt_tokens - device_tokens - pulled_tokens, g2_tokens, sources.get("g3", 0)))
+                self._recent.append((prompt_tokens - device_tokens - pulled_tokens, g2_tokens, sources.get(DISK, 0)))
             case Unread():
                 self.unread += 1
             case Copied():

@@ -85,7 +85,7 @@ class Demotion:
         self._in_flight = 0
         self._draining = False
         self.cancelled = self.refused = 0
-        """Blocks that were gone before their write began; that admission, the budget or a full disk did not let pass,
+        """Blocks that were gone before their write began; that admission, the budget or a full tier did not let pass,
         each time."""
 
     @property
@@ -113,7 +113,7 @@ class Demotion:
             self.offer([keys[at] for at in self._tier.absent(keys) if near[at]])
 
     def offer(self, keys: Sequence[bytes]) -> None:
-        """These are in G2, in prompt order, and may not be on disk."""
+        """These are in G2, in prompt order, and may not be in the tier."""
         new = [key for key in keys if key not in self._queued]
         if self._exclusive or not new:
             return
@@ -130,7 +130,7 @@ class Demotion:
         self._queued.clear()
 
     def drain(self) -> None:
-        """From now on write all that G2 has and the disk does not, the hottest first, whatever admission says."""
+        """From now on write all that G2 has and the tier does not, the hottest first, whatever admission says."""
         self.clear()
         self._draining = True
         with self._g2.candidates(self._g2.total) as hold:
@@ -206,7 +206,7 @@ class Demotion:
         return count
 
     def _worth(self, hold: Pinned) -> list[int]:
-        """Positions of the blocks that the disk does not have and should."""
+        """Positions of the blocks that the tier does not have and should."""
         absent = self._tier.absent(hold.keys)
         if self._draining or not absent:
             return absent

@@ -72,7 +72,7 @@ class Telling:
                 log.error("KVBM: rank %d: %s", self.rank, error)
 
     def _look(self) -> None:
-        """Whether the threads that copy live. Without those of the disk, the rest goes on."""
+        """Whether the threads that copy live. Without those of a tier, the rest goes on."""
         copies = self.executor.alive()
         for tier in self._tiers.values():
             tier.look()

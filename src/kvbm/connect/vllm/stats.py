@@ -9,7 +9,7 @@ from prometheus_client import Counter
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from kvbm.connect.vllm.guard import harmless
-from kvbm.observe.names import WAYS
+from kvbm.observe.names import PEERS, WAYS
 from kvbm.observe.totals import Totals
 
 COUNTERS = {
@@ -32,7 +32,7 @@ def _read(totals: Totals) -> dict[str, int]:
     now = {
         "gated_blocks": totals.gated,
         "matched_tokens": totals.g2_tokens,
-        "peer_tokens": totals.sources["peers"],
+        "peer_tokens": totals.sources[PEERS],
         "pulled_tokens": totals.pulled_tokens,
     }
     for way in WAYS:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from kvbm.link.messages import FromTier, Open, ToTier
+from kvbm.observe.names import DISK
 from kvbm.stores.disk.meta import Place
 
-TIER = "g3"
+TIER: Final = DISK
 
 
 class Write(msgspec.Struct, frozen=True, tag=True):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from kvbm.link.messages import FromTier, ToTier
+from kvbm.observe.names import PEERS
 
-TIER = "peers"
+TIER: Final = PEERS
 
 
 class Attach(msgspec.Struct, frozen=True, tag=True):
