@@ -39,7 +39,8 @@ def model(tiny: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., Engine]:
     def make(model: Path, **settings: Any) -> Engine:
-        return on_disk(model, tmp_path / "disk", cache_dir=str(tmp_path / "cache"), **settings)
+        # All three prompts may wait for the disk at once.
+        return on_disk(model, tmp_path / "disk", cache_dir=str(tmp_path / "cache"), held_share=1.0, **settings)
 
     return make
 
