@@ -12,12 +12,13 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -55,6 +56,21 @@ class Bench:
     ) -> None:
         """Add a figure: `what` was measured `against` what, and the bar, if any, that it is to reach."""
         self._rows.append(Row(what, against, value, op, bar))
+
+    def between_tokens(
+        self, what: str, gaps: Mapping[str, Sequence[float]], plain: str, again: str, *sides: str
+    ) -> None:
+        """Rows for seconds between tokens: the first of `sides` is to be at most 1.05 (p50) and 1.15 (p99) of `plain`,
+        times as far as `again` is from it; the others have no bar."""
+        self.info(f"{what}, gaps", {name: len(each) for name, each in gaps.items()})
+        for share, limit in ((50, 1.05), (99, 1.15)):
+            at = {name: float(np.percentile(each, share)) for name, each in gaps.items()}
+            self.info(f"{what}, p{share}, ms", {name: round(each * 1e3, 1) for name, each in at.items()})
+            control, name = at[again] / at[plain], f"between tokens p{share}, {what}"
+            self.row(name, plain, at[sides[0]] / at[plain], "<=", limit * max(control, 1 / control))
+            self.row(f"A/A: {name}", plain, control)
+            for other in sides[1:]:
+                self.row(f"{name}, {other}", plain, at[other] / at[plain])
 
     def info(self, key: str, value: object) -> None:
         """Add something a reader of the figures has to know (JSON types)."""

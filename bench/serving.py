@@ -117,16 +117,7 @@ def measure(bench: Bench, what: str, sides: Mapping[str, Callable[[int], Ran]], 
     )
     bench.row(f"throughput, {what}", PLAIN, rates[KVBM] / rates[PLAIN], ">=", 1 + beyond * noise)
     bench.row(f"A/A: throughput, {what}", PLAIN, rates[AGAIN] / rates[PLAIN])
-    bench.info(f"{what}, gaps", {name: len(each) for name, each in gaps.items()})
-    for share, limit in ((50, 1.05), (99, 1.15)):
-        at = {name: float(np.percentile(each, share)) for name, each in gaps.items()}
-        bench.info(f"{what}, p{share}, ms", {name: round(each * 1e3, 1) for name, each in at.items()})
-        control = at[AGAIN] / at[PLAIN]
-        name = f"between tokens p{share}, {what}"
-        bench.row(name, PLAIN, at[KVBM] / at[PLAIN], "<=", limit * max(control, 1 / control))
-        bench.row(f"A/A: {name}", PLAIN, control)
-        if FLAG_ONLY in at:
-            bench.row(f"{name}, {FLAG_ONLY}", PLAIN, at[FLAG_ONLY] / at[PLAIN])
+    bench.between_tokens(what, gaps, PLAIN, AGAIN, KVBM, *({FLAG_ONLY} & gaps.keys()))
 
 
 def main() -> int:

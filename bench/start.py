@@ -8,7 +8,6 @@ from __future__ import annotations
 import statistics
 import sys
 
-import numpy as np
 from rich.console import Console
 
 from bench.harness import RESULTS, Bench
@@ -52,19 +51,12 @@ def main() -> int:
     bench.info("G2, GB", G2_GB)
     bench.info("seconds until it answers", {name: [round(each, 1) for each in all_] for name, all_ in starts.items()})
     bench.info("share of G2 that was there after the answer", [round(share, 2) for share in there])
-    bench.info("times between tokens", {name: len(each) for name, each in gaps.items()})
     noise = max(took[AGAIN] / took[PLAIN], took[PLAIN] / took[AGAIN])
     bench.row("until it answers", PLAIN, took[TOUCHED] / took[PLAIN], "<=", 1.05 * noise)
     bench.row("until it answers, all of G2 touched before (strict)", PLAIN, took[STRICT] / took[PLAIN])
     bench.row("A/A: until it answers", PLAIN, took[AGAIN] / took[PLAIN])
     bench.row("G2 that was there after the answer", "all of it", max(there), "<=", 0.99)
-    for share, limit in ((50, 1.05), (99, 1.15)):
-        at = {name: float(np.percentile(each, share)) for name, each in gaps.items()}
-        bench.info(f"between tokens p{share}, ms", {name: round(each * 1e3, 1) for name, each in at.items()})
-        control = at[AGAIN] / at[PLAIN]
-        name = f"between tokens p{share}, while G2 is touched"
-        bench.row(name, PLAIN, at[TOUCHED] / at[PLAIN], "<=", limit * max(control, 1 / control))
-        bench.row(f"A/A: {name}", PLAIN, control)
+    bench.between_tokens("while G2 is touched", gaps, PLAIN, AGAIN, TOUCHED, STRICT)
     return bench.write()
 
 

@@ -64,13 +64,6 @@ class OnDisk(RankTierRig):
             )
         ).body  # fmt: skip
 
-    def fill(self, keys: Sequence[bytes], blocks: Sequence[bytes]) -> None:
-        for slot, block in enumerate(blocks):
-            self.side.put(slot, block)
-        self.part.take(self.write(1000, keys, range(len(keys))))
-        self.side.wait(1000)
-        self.side.ends.clear()
-
     def read(self, job: int, keys: Sequence[bytes], slots: Sequence[int]) -> bytes:
         return to_disk(Read(job, self._of(keys), pack(slots), list(keys))).body
 
@@ -148,13 +141,6 @@ class InDict(RankTierRig):
 
     def write(self, job: int, keys: Sequence[bytes], slots: Sequence[int]) -> bytes:
         return msgspec.msgpack.encode(Order(job, False, pack(slots), list(keys)))
-
-    def fill(self, keys: Sequence[bytes], blocks: Sequence[bytes]) -> None:
-        for slot, block in enumerate(blocks):
-            self.side.put(slot, block)
-        self.part.take(self.write(1000, keys, range(len(keys))))
-        self.side.wait(1000)
-        self.side.ends.clear()
 
     def read(self, job: int, keys: Sequence[bytes], slots: Sequence[int]) -> bytes:
         return msgspec.msgpack.encode(Order(job, True, pack(slots), list(keys)))

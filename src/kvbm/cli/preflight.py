@@ -126,21 +126,18 @@ def check_hub(model: str, token: str | None) -> None:
         return
     try:
         hub.HfApi(token=token).model_info(model, timeout=2)
-    except errors.GatedRepoError:
-        return
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        pass
+        missing = False
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        missing = not isinstance(error, errors.GatedRepoError)
     except errors.HfHubHTTPError as error:
-        if error.response.status_code != HTTPStatus.UNAUTHORIZED:
-            return
+        missing = error.response.status_code == HTTPStatus.UNAUTHORIZED
     except Exception:  # noqa: BLE001  whatever a network, a proxy or a version of its HTTP client has to say
-        return
-    else:
-        return
-    raise UsageError(
-        f"there is no model {model}: it is neither a path nor a model that {hub.constants.ENDPOINT} shows to"
-        f" {'this token' if token or hub.get_token() else 'anybody (HF_TOKEN: your token, for a private one)'}"
-    )
+        missing = False
+    if missing:
+        raise UsageError(
+            f"there is no model {model}: it is neither a path nor a model that {hub.constants.ENDPOINT} shows to"
+            f" {'this token' if token or hub.get_token() else 'anybody (HF_TOKEN: your token, for a private one)'}"
+        )
 
 
 def disk(settings: Settings) -> tuple[bool, str]:
