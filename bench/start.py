@@ -1,6 +1,6 @@
 """How long `kvbm serve` takes until it answers, and what an answer is like while G2 is still being touched.
 
-Each side is started ROUNDS times, another one first each time, and writes an answer at once.
+Each side is started ROUNDS times, another one first each time, and writes answers at once.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from kvbm.cli import models
 from kvbm.cli.demo.engine import Setup
 from kvbm.core import config
 
-ROUNDS = 3
-ANSWER = 120
+ROUNDS, ANSWERS, TOKENS = 3, 3, 120
 G2_GB = 12
 PLAIN, AGAIN, TOUCHED, STRICT = "without KVBM", "without KVBM, again", "with KVBM", "with KVBM, strict"
 ARGUMENTS = ["--max-model-len", "1024", "--num-gpu-blocks-override", "40", "--enforce-eager"]
@@ -42,8 +41,10 @@ def main() -> int:
         for name in order:
             with setups[name].start(print, f" {turn}" if turn else "") as engine:
                 starts[name].append(engine.start_s)
-                question = [{"role": "user", "content": f"Count from {turn} on, one number after the other."}]
-                gaps[name] += engine.client.chat(question, ANSWER).gaps_s
+                for number in range(ANSWERS):
+                    first = 1 + turn * ANSWERS + number
+                    question = [{"role": "user", "content": f"Count from {first} on, one number after the other."}]
+                    gaps[name] += engine.client.chat(question, TOKENS).gaps_s
                 if name == TOUCHED:
                     (g2,) = [tier for tier in (engine.status() or {})["tiers"] if tier["name"] == "g2"]
                     there.append(g2["total"] / g2["capacity"])
