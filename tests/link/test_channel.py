@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -100,6 +101,29 @@ def test_many_threads_send(pair: Pair) -> None:
     for thread in threads:
         thread.join(30)
     assert sorted(message.rank for message in got if isinstance(message, Ready)) == sorted([*range(4)] * 50)
+
+
+def test_a_look_that_finds_nothing_keeps_the_gil(pair: Pair) -> None:
+    link, _ = pair
+    interval, over = sys.getswitchinterval(), threading.Event()
+
+    def busy() -> None:
+        while not over.is_set():
+            pass
+
+    other = threading.Thread(target=busy)
+    sys.setswitchinterval(0.2)
+    try:
+        other.start()
+        begun = time.monotonic()
+        for _ in range(400):
+            assert link.take() == []
+        took = time.monotonic() - begun
+    finally:
+        over.set()
+        sys.setswitchinterval(interval)
+        other.join()
+    assert took < 2  # a look that lets go of it waits 0.2 s each time that the other thread was quicker
 
 
 def test_an_oversized_frame(pair: Pair) -> None:
