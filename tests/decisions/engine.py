@@ -241,10 +241,7 @@ class Engine:
         while len(request.known) < end // BLOCK_TOKENS:
             request.keys.append(request.text[len(request.known)])
         complete = end // BLOCK_TOKENS
-        if self._several:
-            self.leader.reach(request.name, complete, request.computed)
-        else:
-            self.leader.advance(request.name, complete)
+        self.leader.advance(request.name, complete, request.computed)
         return count
 
     def _compute(self, request: Asked, count: int) -> None:

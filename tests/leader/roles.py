@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import socket
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from kvbm.core.errors import Broken
 from kvbm.core.events import Admitted, Event
 from kvbm.core.outcome import Outcome
 from kvbm.leader.earlier import Earlier
-from kvbm.leader.groups import HybridLeader
+from kvbm.leader.coverage import Prefix
+from kvbm.leader.groups import Groups
 from kvbm.leader.leader import Leader
 from kvbm.leader.requests import RequestParams
 from kvbm.leader.variants import Variant
@@ -129,11 +129,11 @@ class Stage:
         self.events: list[Event] = []
         self.pool = Pool(slots, order=LRU(slots), most_doubted=most_doubted, clock=self.clock)
         given = Settings(**settings)
-        make = partial(HybridLeader, groups=groups, checkpoint_tokens=given.checkpoint_tokens) if groups else Leader
-        self.leader = make(
+        self.leader = Leader(
             given,
             self.pool,
             {rank: Link(theirs) for rank, (_, theirs) in ends.items()},
+            coverage=Groups(self.pool, groups, given.checkpoint_tokens) if groups else Prefix(self.pool),
             slot_bytes=BLOCK_BYTES,
             gate=Gate(BLOCK_TOKENS, self.clock),
             shares_device_blocks=shares,

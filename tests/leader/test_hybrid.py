@@ -16,10 +16,10 @@ from kvbm.core.errors import Misuse
 from kvbm.core.keys import group_key, group_of
 from kvbm.core.outcome import Outcome
 from kvbm.leader.copies import InFlight
-from kvbm.leader.groups import HybridLeader
 from kvbm.leader.requests import RequestParams
 from kvbm.link.messages import Copy, unpack
 from kvbm.tiers.disk.orders import Read, Write
+from tests.before import HybridLeader
 from tests.leader.roles import BLOCK_TOKENS, DONE, FAILED, Stage, keys_of
 from tests.leader.ways import Admitted
 

@@ -292,7 +292,7 @@ def test_several_layer_groups(make_stage: Make) -> None:
             leader.grow(name, g1, replace=True, found=found_blocks, others=[other])
             for table in (g1, other):
                 leader.reuse(table[found_blocks:])
-            leader.reach(name, 4, found_blocks * BLOCK_TOKENS)  # type: ignore[attr-defined]
+            leader.advance(name, 4, found_blocks * BLOCK_TOKENS)
             copies = leader.seal(tokens=1).stores
             for copy in copies:
                 stage.answer(copy)

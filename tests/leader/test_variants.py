@@ -461,7 +461,7 @@ def test_a_window_is_copied_while_the_engine_still_has_it(make_stage: Make) -> N
         g1, other = [1, 2, 3, 4], [[0, 0, 13, 14]]
         leader.place(request, g1, 0, Admitted(1, 0, 0), other)
         leader.grow(request, g1, replace=True, others=other)
-        leader.reach(request, BLOCKS, 0)  # type: ignore[attr-defined]
+        leader.advance(request, BLOCKS, 0)
         step = leader.seal(tokens=1)
         used(stage, step, ONE)
         for copy in step.stores:

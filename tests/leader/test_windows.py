@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from kvbm.blocks import LayerGroup
 from kvbm.core.events import Admitted
-from kvbm.leader.groups import HybridLeader
 from kvbm.leader.requests import RequestParams
 from tests.leader.roles import BLOCK_TOKENS, Stage, keys_of
 
@@ -18,9 +17,8 @@ def test_of_what_was_computed_before_only_the_window_is_read(make_stage: Callabl
     token has left the first two, which may be another's by now."""
     stage = make_stage(100, groups=GROUPS, checkpoint_tokens=BLOCK_TOKENS)
     leader = stage.leader
-    assert isinstance(leader, HybridLeader)
     leader.begin("a", keys_of("a", 8), RequestParams(), 8 * BLOCK_TOKENS)
     leader.place("a", range(1, 9), 0, Admitted(8 * BLOCK_TOKENS, 0, 0), [range(11, 19)])
-    leader.reach("a", 8, 4 * BLOCK_TOKENS)
+    leader.advance("a", 8, 4 * BLOCK_TOKENS)
     (store,) = leader.seal(tokens=4 * BLOCK_TOKENS).stores
     assert sorted(store.g1_slots().tolist()) == [*range(1, 9), *range(13, 19)]

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 from kvbm import __version__
 from kvbm.blocks import LayerGroup, Pool
@@ -22,7 +21,8 @@ from kvbm.core.config import Resolved
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.core.folders import check_folder
 from kvbm.core.keys import Namespace
-from kvbm.leader.groups import HybridLeader
+from kvbm.leader.coverage import Prefix
+from kvbm.leader.groups import Groups
 from kvbm.leader.growing import Growing
 from kvbm.leader.leader import Leader
 from kvbm.leader.reports import Reports
@@ -123,11 +123,11 @@ def build_leader(
         totals = Totals()
         order = eviction_order(settings.g2_order, slots)
         pool = Pool(slots, order=order, tier="g2", most_doubted=settings.answers_share)
-        make = partial(HybridLeader, groups=groups, checkpoint_tokens=settings.checkpoint_tokens) if groups else Leader
-        leader = make(
+        leader = Leader(
             settings,
             pool,
             links,
+            coverage=Groups(pool, groups, settings.checkpoint_tokens) if groups else Prefix(pool),
             slot_bytes=block_bytes,
             gate=Gate(block_tokens),
             shares_device_blocks=shares_device_blocks,

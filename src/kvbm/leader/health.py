@@ -56,6 +56,7 @@ class Housekeeping:
         pool: Pool,
         links: dict[int, Link],
         *,
+        null: int | None,
         gate: Gate,
         observers: Iterable[Observer],
         clock: Callable[[], float],
@@ -75,7 +76,7 @@ class Housekeeping:
         self.dropped = 0
         """Blocks that were handed out again before they were copied."""
         self.answers = Answers()
-        self.provenance = Provenance(self.next_job)
+        self.provenance = Provenance(self.next_job, null)
         """What the engine's blocks are."""
         self._held = 0
         self.off: str | None = None

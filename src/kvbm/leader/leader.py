@@ -13,13 +13,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
-
 from kvbm.abc.observer import Observer
-from kvbm.blocks import Pinned, Pool
+from kvbm.blocks import Pool
 from kvbm.core.config import Settings
 from kvbm.core.events import Admitted, Unread
-from kvbm.core.region import Slots
+from kvbm.leader.coverage import Coverage, Prefix, Room
 from kvbm.leader.detour import Detour
 from kvbm.leader.offload import GRACE, Draft, Offloading
 from kvbm.leader.pace import paced
@@ -30,11 +28,12 @@ from kvbm.link.channel import Link
 from kvbm.link.messages import Copy, Step
 from kvbm.tiers.gate import Gate
 from kvbm.tiers.stack import Stack
-from kvbm.tiers.tier import Record, Wanted
+from kvbm.tiers.tier import Record
 
 
 class Leader(Offloading):
-    """See the module. `links` are the connected workers by rank; `shares_device_blocks` says whether a request can use
+    """See the module. `links` are the connected workers by rank; `coverage` says which blocks of a prompt are needed
+    and stored (`Prefix` where nothing else is given); `shares_device_blocks` says whether a request can use
     blocks another one has just loaded (the engine's own prefix cache is on); `lasting` are tiers that were asked for
     and outlive this process, or are shared with others."""
 
@@ -44,6 +43,7 @@ class Leader(Offloading):
         pool: Pool,
         links: dict[int, Link],
         *,
+        coverage: Coverage | None = None,
         slot_bytes: int,
         gate: Gate,
         shares_device_blocks: bool,
@@ -52,7 +52,15 @@ class Leader(Offloading):
         lasting: Sequence[str] = (),
     ) -> None:
         super().__init__(
-            settings, pool, links, slot_bytes=slot_bytes, gate=gate, observers=observers, clock=clock, lasting=lasting
+            settings,
+            pool,
+            links,
+            coverage=coverage or Prefix(pool),
+            slot_bytes=slot_bytes,
+            gate=gate,
+            observers=observers,
+            clock=clock,
+            lasting=lasting,
         )
         if settings.shadow_every or settings.prove_first:
             patience, prove = settings.store_deadline_s + GRACE, settings.prove_first
@@ -83,7 +91,7 @@ class Leader(Offloading):
             request = Request(
                 request_id, keys, params, record, late=variant is not None, variant=variant, barred=barred,
                 worth=params.kept_tokens(self._settings, prompt_tokens) // self.gate.block_tokens,
-                asked=prompt_tokens // self.gate.block_tokens,
+                asked=prompt_tokens // self.gate.block_tokens, coverage=self._coverage.state(),
             )  # fmt: skip
             self.requests[request_id] = request
             if variant is None:
@@ -94,7 +102,8 @@ class Leader(Offloading):
     def _seek(self, request: Request) -> None:
         if request.barred is None and self.lower is not None and self.standing_aside() is None:
             keys = request.keys[: (request.record.prompt_tokens - 1) // self.lower.block_tokens]
-            self.lower.begin(request.seeker, *self._asked(request, keys), loads=request.params.load)
+            wants = self._coverage.wants(request, keys, self.lower)
+            self.lower.begin(request.seeker, *wants, loads=request.params.load)
 
     @paced
     def match(self, request_id: str, computed: int, limit: int) -> int | None:
@@ -137,33 +146,16 @@ class Leader(Offloading):
                 request.hold.narrow(allowed)
             return allowed
 
-    def _asked(self, request: Request, keys: Sequence[bytes]) -> tuple[Sequence[bytes], Wanted]:
-        """Which blocks a prompt of these asks for, and which are to be in G2 when it is scheduled."""
-        return keys, Wanted(keys)
-
     def _hold(self, request: Request, keys: Sequence[bytes], computed: int) -> int | None:
-        room = max(1, int(self.pool.total * self._settings.held_share))
-        hold = self.pool.match(keys, computed)
-        found = request.record.matched = len(hold)
-        rest = keys[computed + found : computed + room]
-        if self.lower is not None and self.lower.waits(request.seeker, Wanted(rest), computed + found):
-            hold.drop()
+        room = Room(max(1, int(self.pool.total * self._settings.held_share)), self._held)
+        found = self._coverage.match(request, keys, computed, room, self.lower)
+        if found is None:
             return None
-        if found > max(0, room - self._held):
-            if self._held:
-                hold.drop()
-                request.record.note("waited: loads of other requests hold their share of G2")
-                return None
-            request.record.note(f"loaded only {room} of {found} blocks: holds of G2 are bounded")
-            hold.narrow(room)
-        if not len(hold):
-            hold.drop()
-            request.record.note("G2 did not hold the next block")
-            return 0
-        request.hold = hold
-        self._held += len(hold)
-        self._waiting.append(request)
-        return len(hold)
+        if found.hold is not None:
+            request.hold = found.hold
+            self._held += len(found.hold)
+            self._waiting.append(request)
+        return found.blocks
 
     def _no_load(self, request: Request) -> str | None:
         if (reason := self.standing_aside()) is not None:
@@ -185,7 +177,7 @@ class Leader(Offloading):
             if request is None:
                 return tokens
             self._end_loading(request)
-            had = {*request.g1}.union(*request.others)
+            had = set[int]().union(*request.tables)
             request.g1, request.others = list(g1), [list(table) for table in others]
             self.provenance.placed(request, request.record.device_blocks + count)
             if self.shadow is not None:
@@ -195,12 +187,12 @@ class Leader(Offloading):
             hold = request.hold
             if count == 0 or hold is None or self.standing_aside() is not None:  # a quarantine in between, say
                 # Another connector may fill what is new before any step of this request.
-                for table in (request.g1, *request.others):
+                for table in request.tables:
                     self.reuse([block for block in table[request.record.device_blocks :] if block not in had])
                 self._release(request)
                 return self._admit(request, tokens)
             matched = len(hold)
-            targets, places = self._aim(request, hold, count)
+            targets, places = self._coverage.aim(request, hold, count)
             request.hold = None
             self._held += len(hold) - matched
             record = request.record
@@ -220,8 +212,7 @@ class Leader(Offloading):
             return self._admit(request, tokens)
 
     def _placed(self, lower: Stack, request: Request, tokens: Admitted) -> Admitted:
-        # Blocks of several layer groups make up one stretch of tokens.
-        block = tokens.g2_tokens / len(request.needs) if request.needs else float(lower.block_tokens)
+        block = self._coverage.tokens_each(request, tokens.g2_tokens) or float(lower.block_tokens)
         if not lower.kept(request.record):
             # Or what is not to be kept would be offloaded again.
             request.offered = max(request.offered, (tokens.device_tokens + tokens.g2_tokens) // lower.block_tokens)
@@ -239,14 +230,6 @@ class Leader(Offloading):
         """Whether a load has been started for a request that has been placed just now."""
         request = self.requests.get(request_id)
         return request is not None and request.loading is not None
-
-    def _aim(self, request: Request, hold: Pinned, count: int) -> tuple[Slots, Slots]:
-        """Where in the engine what is held goes, and which blocks of the request these are; lets go of the rest."""
-        if count < len(hold):
-            hold.narrow(count)
-        first = request.record.device_blocks
-        targets = np.asarray(request.g1[first : first + len(hold)], np.int64)
-        return targets, np.arange(first, first + len(hold))
 
     def _admit(self, request: Request, tokens: Admitted) -> Admitted:
         """Counts a prompt once, however often the request is preempted and placed again."""
@@ -296,12 +279,14 @@ class Leader(Offloading):
             self.provenance.forget(g1)
 
     @paced
-    def advance(self, request_id: str, complete: int) -> None:
-        """After this step's forward pass the request's first `complete` blocks are final and may be offloaded. To be
-        called in the order in which the engine gave requests their blocks: one may have found another's."""
+    def advance(self, request_id: str, complete: int, computed: int = 0) -> None:
+        """After this step's forward pass the request's first `complete` blocks are final and may be offloaded; before
+        it, its first `computed` tokens were computed. To be called in the order in which the engine gave requests their
+        blocks: one may have found another's."""
         request = self.requests.get(request_id)
         if request is None:
             return
+        request.computed = computed
         if request.record.outcome == "waiting":
             request.record.outcome = "computing"
         self.detour.computes(request_id)
@@ -401,12 +386,13 @@ class Leader(Offloading):
                     complete = min(complete, request.proven)
                 self._compare(request, complete)
                 self._look_again(request)
-                self._offer_last(request, complete)
+                if self._coverage.ends(request, complete):
+                    self._offer(request, complete)
             if self.shadow is not None:
                 self.shadow.finished(request)
             request.record.outcome = "finished"
             # Its blocks became idle run by run, the first run first; together, its leaf goes before its root.
-            self.pool.touch(blocks := self._in_order(request))
+            self.pool.touch(blocks := self._coverage.in_order(request))
             if self.lower is not None:
                 self.lower.finished(request.id, blocks)
 

@@ -16,7 +16,7 @@ from kvbm.blocks import Pool, Writable
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken
 from kvbm.core.keys import group_of
-from kvbm.core.region import Slots
+from kvbm.leader.coverage import Coverage, Outgoing
 from kvbm.leader.health import Housekeeping
 from kvbm.leader.requests import Request
 from kvbm.link.channel import Link
@@ -39,13 +39,17 @@ class Offloading(Housekeeping):
         pool: Pool,
         links: dict[int, Link],
         *,
+        coverage: Coverage,
         slot_bytes: int,
         gate: Gate,
         observers: Iterable[Observer],
         clock: Callable[[], float],
         lasting: Sequence[str],
     ) -> None:
-        super().__init__(settings, pool, links, gate=gate, observers=observers, clock=clock, lasting=lasting)
+        super().__init__(
+            settings, pool, links, null=coverage.null, gate=gate, observers=observers, clock=clock, lasting=lasting
+        )
+        self._coverage = coverage
         self.deferred = 0
         """Times that blocks were not offloaded at once, because copies in flight or holds had filled their share."""
         self._settings, self._slot_bytes = settings, slot_bytes
@@ -78,26 +82,18 @@ class Offloading(Housekeeping):
             self._step.compares.append(compare)
 
     def _offer(self, request: Request, complete: int) -> None:
-        """Starts offloading what G2 does not have of blocks [offered, complete)."""
+        """Starts offloading what G2 does not have of its first `complete` blocks and was not offered yet."""
         if (reason := self._no_store(request)) is not None:
             request.record.note(f"not offloaded: {reason}")
-            request.offered = complete
+            self._coverage.skip(request, complete)
             return
-        keys = request.keys[request.offered : self._worth(request, complete)]
-        self._wanted(request, complete, keys[: max(0, request.asked - request.offered)])
-        slots, absent = self._room(request, keys)
-        if slots is None and absent:
-            return
-        rest = absent
+        ready = self._coverage.ready(request, complete, self._worth(request, complete))
+        self._wanted(request, complete, ready.prompt)
+        slots, absent = self._room(request, ready.keys)
+        taken, left = ([], absent) if slots is None else (absent[: len(slots)], absent[len(slots) :])
         if slots is not None:
-            chosen, rest = absent[: len(slots)], absent[len(slots) :]
-            places = np.asarray(chosen, np.int64) + request.offered
-            sources = np.asarray([request.g1[place] for place in places.tolist()], np.int64)
-            parent = request.keys[request.offered + chosen[0] - 1] if request.offered + chosen[0] else None
-            self._store(request, slots, [keys[i] for i in chosen], parent, sources, places)
-        request.offered += chosen[-1] + 1 if rest else len(keys)
-        if request.offered >= request.worth:
-            request.offered = max(request.offered, complete)
+            self._store(request, slots, ready.take(taken))
+        self._coverage.offered(request, complete, ready, taken, left)
 
     def _look_again(self, request: Request) -> None:
         """Has blocks offered again that others were bringing to G2 when they were offered, and that did not arrive."""
@@ -124,15 +120,6 @@ class Offloading(Housekeeping):
             request.record.note(f"not offloaded: what follows its first {request.worth} blocks is not worth keeping")
         return min(request.worth, complete)
 
-    def _offer_last(self, request: Request, complete: int) -> None:
-        """The request is over, after so many blocks."""
-        if complete > request.offered:
-            self._offer(request, complete)
-
-    def _in_order(self, request: Request) -> Sequence[bytes]:
-        """What was offered of a request, from its root to its leaf."""
-        return request.keys[: request.offered]
-
     def _room(self, request: Request, keys: Sequence[bytes]) -> tuple[Writable | None, list[int]]:
         """Slots for the first of those `keys` that G2 lacks, as many as may be copied now, and where all these are."""
         absent = self.pool.absent(keys)
@@ -150,17 +137,15 @@ class Offloading(Housekeeping):
             request.record.note("some blocks were not offloaded at once: copies in flight or holds filled their share")
         return slots, absent
 
-    def _store(
-        self, request: Request, slots: Writable, keys: Sequence[bytes],
-        parent: bytes | tuple[bytes | None, ...] | None, sources: Slots, places: Slots,
-    ) -> None:  # fmt: skip
-        """Starts to copy blocks of a request out of the engine's `sources`."""
+    def _store(self, request: Request, slots: Writable, blocks: Outgoing) -> None:
+        """Starts to copy blocks of a request out of the engine."""
         params = request.params
-        staged = slots.stage(keys, parent=parent, priority=params.priority, ttl=params.ttl)
-        job = self._copies.start(request, staged, sources, places, self._settings.store_deadline_s + GRACE)
+        staged = slots.stage(blocks.keys, parent=blocks.parent, priority=params.priority, ttl=params.ttl)
+        patience = self._settings.store_deadline_s + GRACE
+        job = self._copies.start(request, staged, blocks.g1, blocks.places, patience)
         if request.variant is not None:
             self._variants.storing(job.id)
-        self._step.stores.append(Copy.of(job.id, request.id, sources, staged.slots))
+        self._step.stores.append(Copy.of(job.id, request.id, blocks.g1, staged.slots))
 
     def _drop(self, number: int, g1: Iterable[int] | None) -> int:
         """Has a copy that no worker has heard of leave out these blocks (None: all); how many it would have copied."""

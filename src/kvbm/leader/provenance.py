@@ -89,7 +89,7 @@ class Provenance:
         """A step computes the request's blocks up to `complete`, and whether that counts is not known yet: they carry
         nothing until `computed` is told of them."""
         if complete > request.expected:
-            for table in self._tables(request):
+            for table in request.tables:
                 self.expect(self._fit(table[request.expected : complete]), request.placement)
             request.expected = complete
 
@@ -122,7 +122,7 @@ class Provenance:
         )
 
     def _write(self, request: Request, first: int, end: int, by: int | None) -> None:
-        for group, table in enumerate(self._tables(request)):
+        for group, table in enumerate(request.tables):
             blocks, words = self._blocks(request, group, table, first, end)
             if by is not None:
                 self._settle(blocks, words, by)
@@ -131,7 +131,7 @@ class Provenance:
 
     def _carried(self, request: Request, first: int, end: int) -> int:
         """The block up to which all of the request's from `first` on carry its keys, `end` at most."""
-        for group, table in enumerate(self._tables(request)):
+        for group, table in enumerate(request.tables):
             blocks, words = self._blocks(request, group, table, first, end)
             wrong = np.flatnonzero((self._words[blocks] != words).any(axis=1) & (blocks != self._null))
             end = first + (int(wrong[0]) if len(wrong) else len(blocks))
@@ -142,10 +142,6 @@ class Provenance:
         keys = request.keys[first:end]
         blocks = self._fit(table[first : first + len(keys)])
         return blocks, _packed(keys[: len(blocks)], group)
-
-    @staticmethod
-    def _tables(request: Request) -> list[list[int]]:
-        return [request.g1, *request.others]
 
 
 def _packed(keys: Sequence[bytes], group: int = 0) -> _Words:

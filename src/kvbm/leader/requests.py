@@ -10,7 +10,7 @@ from typing import Any
 from kvbm.blocks import Pinned
 from kvbm.core.config import Settings
 from kvbm.leader.variants import Variant
-from kvbm.tiers.tier import Record, Seeker, Wanted
+from kvbm.tiers.tier import Record, Seeker
 
 PARAMS_KEY = "kvbm"
 """Under this name a request's `kv_transfer_params` may carry our parameters."""
@@ -134,19 +134,15 @@ class Request:
     """Its adapter, if it has one. Its keys are known once the adapter's digest is."""
     loading: bytes | None = None
     """First key of the load it started and has not been scheduled with yet; others that want it wait."""
-    # Of a model whose layer groups need different blocks (`leader/groups.py`):
-    needs: list[tuple[int, int]] = field(default_factory=list)
-    """Group and number of each block of `hold`."""
-    passed: int = 0
-    """Blocks that groups which do not keep all of theirs have been asked for."""
     computed: int = 0
     """Tokens that were computed before this step."""
-    plan: Wanted | None = None
-    """What a hit over disk and G2 needs, while that is on its way."""
-    parts: int = 0
-    """Block where others were seen to go on differently; 0: nowhere."""
-    end: int = 0
-    """Block where it ended."""
+    coverage: object = None
+    """What the leader's coverage (`leader/coverage.py`) remembers of it."""
+
+    @property
+    def tables(self) -> list[list[int]]:
+        """Its blocks in the engine, by layer group."""
+        return [self.g1, *self.others]
 
     @property
     def seeker(self) -> Seeker:

@@ -27,7 +27,6 @@ from kvbm.connect.vllm.tables import Tables
 from kvbm.core.config import Resolved
 from kvbm.core.events import Admitted, Cleared, Event, Removed, Stored
 from kvbm.core.keys import group_of, variant_keys
-from kvbm.leader.groups import HybridLeader
 from kvbm.leader.requests import RequestParams
 from kvbm.link.messages import Step, decode_step, encode
 from kvbm.observe.log import Seldom
@@ -257,10 +256,7 @@ class SchedulerSide:
         if request is not None:
             tokens = min(computed + scheduled, request.num_tokens)
             complete = min(tokens // self._block, len(request.block_hashes) // self._per_block)
-            if isinstance(self.leader, HybridLeader):
-                self.leader.reach(request_id, complete, computed)
-            else:
-                self.leader.advance(request_id, complete)
+            self.leader.advance(request_id, complete, computed)
 
     def not_loaded(self, stale: Iterable[int], again: Mapping[str, int]) -> None:
         """These device blocks hold nothing that counts, and these requests compute `again` from such a block on."""
