@@ -28,7 +28,7 @@ from kvbm.policy.lru import LRU
 from tests.marks import apart
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def default_of(name: str) -> str:
@@ -101,7 +101,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 # -- code on the pages --
 
 CODE = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-RUNNABLE = [ROOT / "README.md", ROOT / "docs" / "tutorial.md"]
+RUNNABLE = [ROOT / "docs" / "tutorial.md"]
 
 
 def run(text: str, folder: Path, name: str) -> int:
