@@ -37,16 +37,16 @@ rates: list[float] = []
 def settle(vllm: Engine) -> None:
     """Until nothing moves any more."""
     vllm.settle()
-    disk = vllm.leader.lower.tiers["g3"]
+    disk = vllm.leader.core.lower.stack.tiers["g3"]
     while any(disk.tier.in_flight()) or not disk.demotion.idle:
-        vllm.leader.tick()
+        vllm.leader.core.tick()
         time.sleep(0.005)
 
 
 def forget_memory(vllm: Engine) -> None:
     """Only the disk has it from now on."""
     vllm.forget_device()
-    with vllm.leader.pool.candidates(vllm.leader.pool.statistics().total) as held:
+    with vllm.leader.core.pool.candidates(vllm.leader.core.pool.statistics().total) as held:
         held.evict()
 
 
@@ -140,7 +140,7 @@ def partly(bench: Bench, folder: Path) -> None:
 def second_writer(vllm: Engine) -> Iterator[None]:
     """Somebody else writes WRITER_MB_S through the same store: blocks of host memory, on disk already or not."""
     over = threading.Event()
-    leader, tier = vllm.leader, vllm.leader.lower.tiers["g3"].tier
+    leader, tier = vllm.leader, vllm.leader.core.lower.stack.tiers["g3"].tier
     batch = max(1, int(WRITER_MB_S * 1e6 * PERIOD_S / vllm.status()["block_bytes"]))
     written = 0
 
@@ -149,8 +149,8 @@ def second_writer(vllm: Engine) -> Iterator[None]:
         due = time.monotonic()
         while not over.wait(max(0.0, due - time.monotonic())):
             due += PERIOD_S
-            with leader._lock:
-                hold = leader.pool.candidates(batch)
+            with leader.core.lock:
+                hold = leader.core.pool.candidates(batch)
                 taken = tier.write(hold, lambda _, hold=hold: hold.drop())
                 written += taken
                 if not taken:

@@ -59,7 +59,7 @@ class Case:
 
     @property
     def _disk(self) -> bool:
-        return self.stage.leader.lower is not None and "g3" in self.stage.leader.lower.tiers
+        return self.stage.leader.core.lower.stack is not None and "g3" in self.stage.leader.core.lower.stack.tiers
 
     def _timed(self, what: str, call: Callable[..., Any], *args: Any, **named: Any) -> Any:
         begun = time.perf_counter()
@@ -86,10 +86,7 @@ class Case:
         tokens = Admitted(BLOCKS * BLOCK_TOKENS, 0, found * BLOCK_TOKENS)
         self._timed(f"{kind}: place", leader.place, name, tables[0], found, tokens, tables[1:])
         if not found:
-            if self.groups:
-                self._timed(f"{kind}: advance", leader.reach, name, BLOCKS, 0)  # type: ignore[attr-defined]
-            else:
-                self._timed(f"{kind}: advance", leader.advance, name, BLOCKS)
+            self._timed(f"{kind}: advance", leader.advance, name, BLOCKS)
         step = self._timed(f"{kind}: seal", leader.seal, tokens=0 if found else BLOCKS * BLOCK_TOKENS)
         for copy in [*step.loads, *step.stores]:
             self.stage.answer(copy)

@@ -36,7 +36,7 @@ def model(folder: Path) -> Path:
 
 def fill(engine: Engine) -> None:
     """Registers blocks under keys of their own, leaving room for what the workload stores."""
-    pool = engine.leader.pool
+    pool = engine.leader.core.pool
     for start in range(0, BLOCKS, SLICE):
         keys = [hashlib.sha256(b"%d" % i).digest() for i in range(start, start + SLICE)]
         slots = pool.allocate(SLICE)
@@ -119,7 +119,7 @@ def main() -> int:
         with collections() as pauses:
             full = [workload(engine, dice) for _ in range(ROUNDS)]
             gc.collect()
-    assert engine.leader.pool.statistics().registered >= BLOCKS
+    assert engine.leader.core.pool.statistics().registered >= BLOCKS
     p99 = [float(np.percentile(np.concatenate(times), 99)) for times in (empty, full)]
     control = [float(np.percentile(times, 99)) for times in empty]
     bench.info(

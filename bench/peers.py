@@ -54,7 +54,7 @@ def know(*engines: Engine) -> None:
     """Waits until each knows all others, and the directory what each has."""
     for each in engines:
         each.settle()
-        peers = each.leader.lower.tiers["peers"]
+        peers = each.leader.core.lower.stack.tiers["peers"]
         wait_for(lambda: len(peers.network.peers) == len(engines) - 1 and not peers.published.pending)  # noqa: B023
         wait_for(lambda: peers.network.server.slabs[0])  # noqa: B023
 
@@ -97,7 +97,7 @@ def dead(bench: Bench, secret: str) -> None:
         once(each)
     cases = {name: lambda each=each: once(each) for name, each in engines.items()}
     median = medians_of(DEAD_ROUNDS, cases)
-    assert engines["dead"].leader.degraded()
+    assert engines["dead"].leader.core.lower.degraded()
     bench.row("first token, directory dead", "no directory", median["dead"] / median["none"], "<=", DEAD_BAR)
     bench.row("A/A: no directory", "no directory", median["none again"] / median["none"])
     for each in engines.values():

@@ -13,13 +13,13 @@ import numpy as np
 
 from bench.harness import Bench, medians
 from kvbm.stores.disk.format import RECORD, Seal
-from kvbm.stores.disk.meta import Place
+from kvbm.stores.disk.meta import DiskPlace
 from kvbm.stores.disk.recovery import recover
 
 BLOCKS, BLOCK, ROUNDS = 1_000_000, 2 << 20, 5
 
 
-def fill(place: Place) -> None:
+def fill(place: DiskPlace) -> None:
     """Index files of a million blocks that were written in another order than that of their slots; no data."""
     dice = np.random.default_rng(0)
     records = np.zeros(BLOCKS, dtype=RECORD)
@@ -34,7 +34,7 @@ def fill(place: Place) -> None:
         os.truncate(place.data(rank), place.data_bytes)
 
 
-def read(place: Place) -> int:
+def read(place: DiskPlace) -> int:
     """The limit: the same bytes, read and thrown away."""
     buffer = bytearray(8 << 20)
     total = 0
@@ -54,7 +54,7 @@ def grown(folder: str, ranks: int) -> None:
     """In a process of its own: MiB that a recovery, and its keys as Python objects, take at most."""
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
-    found = recover(Place(folder, "f" * 64, ranks, BLOCK, BLOCKS, 0), 0.0)
+    found = recover(DiskPlace(folder, "f" * 64, ranks, BLOCK, BLOCKS, 0), 0.0)
     assert len(found.slots) == len(found.key_list()) == BLOCKS
     print((memory("VmHWM") - before) / 1024)
 
@@ -63,7 +63,7 @@ def main() -> int:
     bench = Bench("recovery")
     with tempfile.TemporaryDirectory() as folder:
         for ranks in (1, 2):
-            place = Place(folder, "f" * 64, ranks, BLOCK, BLOCKS, 0)
+            place = DiskPlace(folder, "f" * 64, ranks, BLOCK, BLOCKS, 0)
             fill(place)
             begin = time.perf_counter()
             assert len(recover(place, 0.0).slots) == BLOCKS

@@ -70,7 +70,7 @@ def dump(model: str, dtype: str, kv: str, chunk: int, path: Path) -> None:
         blocks["rows"] = np.array([plane.row_bytes for plane in memory.planes])
         for number, hashes in enumerate(keys):
             for place, key in enumerate(hashes[: TOKENS // 32]):
-                address = memory.planes[0].address + vllm.leader.pool.look(key).slot * memory.planes[0].stride
+                address = memory.planes[0].address + vllm.leader.core.pool.look(key).slot * memory.planes[0].stride
                 raw = ctypes.string_at(address, int(blocks["rows"].sum()))
                 blocks[f"{run}/{number} {place}"] = np.frombuffer(raw, np.uint8)
     np.savez(path, **dict[str, Any](blocks))

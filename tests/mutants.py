@@ -84,8 +84,9 @@ MUTANTS = (
     ),
     Mutant(
         "leaf and root are exchanged where a request ends", "leader/leader.py",
-        "            self.pool.touch(blocks := self._in_order(request))\n",
-        "            self.pool.touch([*reversed(blocks := self._in_order(request))])\n", "leader/test_leader",
+        "            self.core.pool.touch(blocks := self._coverage.in_order(request))\n",
+        "            self.core.pool.touch([*reversed(blocks := self._coverage.in_order(request))])\n",
+        "leader/test_leader",
     ),
     Mutant(
         "leaf and root are exchanged on disk", "tiers/disk/side.py",
@@ -98,35 +99,36 @@ MUTANTS = (
         "tiers/test_promote tiers/test_demote",
     ),
     Mutant(
-        "demotion while KVBM stands aside", "leader/health.py",
-        "            self.lower.stand_aside()\n\n    def _disbelieve",
-        "            self.lower.stand_aside()\n"
-        "            for tier in self.lower:\n"
-        "                tier.pump()\n\n    def _disbelieve",
+        "demotion while KVBM stands aside", "leader/core.py",
+        "            stack.stand_aside()\n\n    @contextmanager",
+        "            stack.stand_aside()\n"
+        "            for tier in stack:\n"
+        "                tier.pump()\n\n    @contextmanager",
         "tiers/test_demote tiers/test_promote",
     ),
     # The leader.
     Mutant(
-        "two requests load the same blocks at once", "leader/leader.py",
-        "            if self._shares and owner is not None and owner != request_id:\n",
-        "            if self._shares and owner is not None and owner == b'':\n", "leader/test_leader",
+        "two requests load the same blocks at once", "leader/requests.py",
+        "        return None if owner == request.id else owner\n", "        return None\n", "leader/test_leader",
     ),
     Mutant(
-        "holds are not bounded", "leader/leader.py",
-        "        room = max(1, int(self.pool.total * self._settings.held_share))\n", "        room = self.pool.total\n",
+        "holds are not bounded", "leader/core.py",
+        "        return Room(max(1, int(self.pool.total * self.limits.share)), self.held)\n",
+        "        return Room(self.pool.total, self.held)\n",
         "leader/test_leader tiers/test_promote",
     ),
     Mutant(
-        "what could not be loaded stays published", "leader/health.py",
-        "zip(job.lease.keys, bad.tolist(), strict=True) if wrong)\n",
-        "zip(job.lease.keys, bad.tolist(), strict=True) if wrong is None)\n", "leader/test_leader",
+        "what could not be loaded stays published", "leader/core.py",
+        "zip(hold.keys, wrong.tolist(), strict=True) if bad)\n",
+        "zip(hold.keys, wrong.tolist(), strict=True) if bad is None)\n", "leader/test_leader",
     ),
     Mutant(
         "a step does not wait for copies of what it overwrites", "leader/leader.py",
-        "            self._step.fence |= reading\n", "            del reading\n", "leader/test_leader",
+        "            self._step.fence |= self.core.overwritten(g1)\n", "            self.core.overwritten(g1)\n",
+        "leader/test_leader",
     ),
     Mutant(
-        "what was computed before a reset is stored after it", "leader/health.py",
+        "what was computed before a reset is stored after it", "leader/leader.py",
         "            request.stale = True\n", "            request.stale = False\n",
         "leader/test_leader leader/test_provenance",
     ),
@@ -136,7 +138,7 @@ MUTANTS = (
     ),
     Mutant(
         "an answer of an adapter that changed is published", "leader/variants.py",
-        "            job.outcomes[job.places >= job.request.confirmed] = Outcome.FAILED\n", "            pass\n",
+        "            job.outcomes[job.places >= request.confirmed] = Outcome.FAILED\n", "            pass\n",
         "leader/test_variants leader/test_variants_machine",
     ),
     # The disk, up and down.
@@ -146,8 +148,8 @@ MUTANTS = (
     ),
     Mutant(
         "the answer to an older probe counts", "tiers/disk/tier.py",
-        "        if answer.number != self._asked or self._stale or self._left:\n",
-        "        if self._stale or self._left:\n", "tiers/disk/test_tier",
+        "        if answer.number != self._asked or self._stale or self.left:\n",
+        "        if self._stale or self.left:\n", "tiers/disk/test_tier",
     ),
     Mutant(
         "what was given up counts as the disk's failure", "tiers/disk/tier.py",
@@ -189,8 +191,8 @@ MUTANTS = (
     # Layer groups.
     Mutant(
         "blocks that left the window are offloaded", "leader/groups.py",
-        "            least = max(request.passed, group.after(request.computed))\n",
-        "            least = request.passed\n", "leader/test_windows",
+        "            least = max(_of(request).passed, group.after(request.computed))\n",
+        "            least = _of(request).passed\n", "leader/test_windows",
     ),
     Mutant(
         "what is in G2 already is read first", "leader/groups.py",

@@ -98,6 +98,18 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+OPENINGS = re.compile(r"(?:^|[.:] |\"\"\"|\| |- )(Who|Whoever|Of so many) ", re.MULTILINE)
+"""Of sentences that leave open who does something."""
+
+
+@pytest.mark.parametrize("folder", ["docs", "src/kvbm", "README.md", "CONTRIBUTING.md"])
+def test_sentences_say_who(folder: str) -> None:
+    root = ROOT / folder
+    for page in [root] if root.is_file() else [*root.rglob("*.md"), *root.rglob("*.py")]:
+        found = [page.read_text()[match.start() : match.end() + 40] for match in OPENINGS.finditer(page.read_text())]
+        assert not found, page
+
+
 # -- code on the pages --
 
 CODE = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

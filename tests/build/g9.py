@@ -171,19 +171,19 @@ class G9:
     keeps: ClassVar[bool] = True
 
     def __init__(self, ground: Ground, clock: Callable[[], float] = time.monotonic) -> None:
-        leader = ground.leader
-        self.gate = leader.gate.beside()
+        core = ground.core
+        self.gate = ground.gate.beside()
         self.known: dict[bytes, tuple[bytes | None, int, float]] = {}
         """Key -> the key before it, its priority, and when it ends."""
         self.corrupt = self.lent = 0
         self._clock = clock
         self._breaker = Breaker((0.5,), clock, most=2)
-        self._moves = Moves(ground.links, leader.next_job, clock, judge=self._judge)
+        self._moves = Moves(ground.links, core.copies.next_id, clock, judge=self._judge)
         self._coming: set[bytes] = set()
         self._demotion = Demotion(
-            self, leader.pool, admission=admission("all", 1), hot=admission("all", 1), exclusive=False,
+            self, core.pool, admission=admission("all", 1), hot=admission("all", 1), exclusive=False,
             budget=Budget(None, 1.0, clock), block_bytes=ground.block_bytes, most=lambda: 64, batch=4,
-            emit=leader.emit,
+            emit=core.emit,
         )  # fmt: skip
 
     pool: ClassVar[None] = None

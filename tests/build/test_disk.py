@@ -56,9 +56,9 @@ def test_what_is_wrong_with_the_disk_costs_the_disk_tier_only(
             monkeypatch.setattr(build_disk, "Shard", broken)
     given = {"g2_blocks": 3, "g3_blocks": 3, "g3_dir": str(tmp_path / "g3")}
     side = start(tmp_path, **given)
-    assert side.leader.lower is None
-    assert side.leader.degraded().keys() == {"g3"}
-    assert side.leader.problems == []
+    assert side.leader.core.lower.stack is None
+    assert side.leader.core.lower.degraded().keys() == {"g3"}
+    assert side.leader.core.health.problems == []
     with pytest.raises(Broken, match=r"engine somebody|it is broken"):
         start(tmp_path, **given, strict=True)
     if what == "taken":

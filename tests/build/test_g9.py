@@ -108,8 +108,8 @@ class Apart(Engine):
 
     @property
     def g9(self) -> G9:
-        assert self.leader.lower is not None
-        g9 = self.leader.lower.tiers["g9"]
+        assert self.leader.core.lower.stack is not None
+        g9 = self.leader.core.lower.stack.tiers["g9"]
         assert isinstance(g9, G9)
         return g9
 
@@ -123,7 +123,7 @@ class Apart(Engine):
         return (0, 0) if copies is None else (copies.blocks, copies.failed)
 
     def degraded(self) -> Any:
-        return self.leader.degraded().get("g9")
+        return self.leader.core.lower.degraded().get("g9")
 
 
 Start = Callable[..., Apart]
@@ -156,7 +156,7 @@ def test_blocks_go_there_and_come_back_on_every_rank(start: Start) -> None:
     assert engine.serve(keys) == 0
     engine.written(keys)
     assert (engine.copied("g2", "g9"), engine.copied("g9", "g2")) == ((5, 0), (0, 0))
-    engine.leader.pool.discard(keys)
+    engine.leader.core.pool.discard(keys)
     assert engine.serve(keys) == 5, "every byte is compared"
     assert engine.copied("g9", "g2") == (5, 0)
     record = next(reversed(engine.leader.records.values()))
@@ -183,20 +183,20 @@ def test_what_is_not_what_it_was_is_computed(start: Start) -> None:
     engine = start(bad=keys[3:4])
     engine.serve(keys)
     engine.written(keys)
-    engine.leader.pool.discard(keys)
+    engine.leader.core.pool.discard(keys)
     assert engine.serve(keys) < 4
     assert engine.g9.corrupt == 1
     assert engine.copied("g9", "g2")[1] == 1
-    engine.leader.pool.discard(keys)
+    engine.leader.core.pool.discard(keys)
     engine.written(keys)
-    assert not engine.leader.problems
+    assert not engine.leader.core.health.problems
 
 
 def test_a_place_that_fails_is_left_alone_until_it_works(start: Start, tmp_path: Path) -> None:
     engine, keys = start(), keys_of("a", 4)
     engine.serve(keys)
     engine.written(keys)
-    engine.leader.pool.discard(keys)
+    engine.leader.core.pool.discard(keys)
     (tmp_path / "fails").touch()
     for name in "bcde":
         engine.serve(keys_of(name, 4))  # its writes fail
@@ -207,9 +207,9 @@ def test_a_place_that_fails_is_left_alone_until_it_works(start: Start, tmp_path:
     assert engine.serve(keys) == 0, "nothing is read meanwhile"
     (tmp_path / "fails").unlink()
     engine.until(lambda: engine.degraded() is None)
-    engine.leader.pool.discard(keys)
+    engine.leader.core.pool.discard(keys)
     assert engine.serve(keys) == 4
-    assert not engine.leader.problems, "host memory never had one"
+    assert not engine.leader.core.health.problems, "host memory never had one"
 
 
 def test_a_rank_that_cannot_go_on_ends_the_tier_and_nothing_else(start: Start, tmp_path: Path) -> None:
@@ -220,22 +220,22 @@ def test_a_rank_that_cannot_go_on_ends_the_tier_and_nothing_else(start: Start, t
     engine.until(lambda: [engine.step("nobody", 0), engine.degraded()][1])
     assert "the dict died" in engine.degraded()
     assert engine.serve(keys) == 4, "host memory has them"
-    engine.leader.pool.discard(keys)
+    engine.leader.core.pool.discard(keys)
     assert engine.serve(keys) == 0
-    assert not engine.leader.problems
+    assert not engine.leader.core.health.problems
 
 
 def test_a_request_that_goes_lets_go(start: Start) -> None:
     engine, keys = start(delay=0.05), keys_of("a", 6)
     engine.serve(keys)
     engine.written(keys)
-    engine.leader.pool.discard(keys)
-    before = engine.leader.pool.statistics()
+    engine.leader.core.pool.discard(keys)
+    before = engine.leader.core.pool.statistics()
     engine.leader.begin("gone", keys, RequestParams(), 7 * 32)
     assert engine.leader.match("gone", 0, 6) is None
     engine.leader.finish("gone", [], 0)
-    engine.until(lambda: engine.leader.pool.statistics().staged == 0)
-    now = engine.leader.pool.statistics()
+    engine.until(lambda: engine.leader.core.pool.statistics().staged == 0)
+    now = engine.leader.core.pool.statistics()
     assert (now.active, now.free + now.inactive) == (0, before.free + before.inactive)
     assert engine.g9.lent == 0
     assert engine.serve(keys) == 6
@@ -255,11 +255,11 @@ def test_a_reset_ends_what_it_has(start: Start) -> None:
 
 def test_nothing_goes_there_while_kvbm_stands_aside(start: Start) -> None:
     engine, keys = start(), keys_of("a", 4)
-    engine.leader.pause()
+    engine.leader.core.pause()
     assert engine.serve(keys) == 0
     time.sleep(0.1)
-    engine.leader.tick()
-    engine.leader.resume()
+    engine.leader.core.tick()
+    engine.leader.core.resume()
     assert not engine.g9.known
     assert engine.serve(keys) == 0
     engine.written(keys)
@@ -271,7 +271,7 @@ def test_what_comes_from_there_is_compared(start: Start, settings: dict[str, Any
     engine, keys = start(**settings), keys_of("a", 4)
     engine.serve(keys)
     engine.written(keys)
-    engine.leader.pool.discard(keys)
+    engine.leader.core.pool.discard(keys)
     assert engine.serve(keys) == 0, "the hit is declined"
     engine.until(lambda: engine.side.control.status()["trust"]["compared"])
     trust = engine.side.control.status()["trust"]
@@ -284,5 +284,5 @@ def test_where_there_is_no_such_row_there_is_no_such_tier(tmp_path: Path) -> Non
     """The control."""
     engine = Engine(tmp_path, 1, g3_blocks=None)
     engine.serve(keys_of("a", 4))
-    assert engine.leader.lower is None
+    assert engine.leader.core.lower.stack is None
     engine.close()

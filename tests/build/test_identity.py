@@ -72,7 +72,7 @@ def slow(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Slow:
 
 
 def waiting(engine: Engine) -> dict[str, str]:
-    return engine.leader.degraded()
+    return engine.leader.core.lower.degraded()
 
 
 def attached(engine: Engine) -> None:
@@ -198,7 +198,7 @@ def test_a_reset_before_the_disk_comes_ends_what_lasts(make: Make, slow: Slow) -
 
 def test_a_disk_that_nobody_wants_any_more(make: Make, slow: Slow, tmp_path: Path) -> None:
     engine = make(choose=slow)
-    engine.leader.isolate("other weights came")
+    engine.leader.core.isolate("other weights came")
     slow.go.set()
     engine.until(lambda: all(not thread.name.startswith("kvbm-attach") for thread in threading.enumerate()))
     assert engine.leader.disk is None
@@ -242,14 +242,14 @@ def test_from_some_moment_on_nothing_is_known(make: Make, caplog: pytest.LogCapt
         engine.serve(before)
         engine.settle()
         for _ in range(2):
-            engine.leader.isolate("other weights came")
-        engine.leader.isolate("again")
+            engine.leader.core.isolate("other weights came")
+        engine.leader.core.isolate("again")
         assert waiting(engine) == {"g3": "other weights came"}
         assert [record.message for record in caplog.records].count(
             "KVBM: other weights came: nothing is stored on disk, shared with others, or read from there"
         ) == 1
         assert engine.serve(before) == 4, "host memory goes on"
-        engine.leader.pool.discard(before)
+        engine.leader.core.pool.discard(before)
         assert engine.serve(before) == 0, "it was read from disk"
         assert engine.serve(after) == 0
         assert engine.serve(after) == 3
@@ -259,7 +259,7 @@ def test_from_some_moment_on_nothing_is_known(make: Make, caplog: pytest.LogCapt
         assert lower is not None
         monotonic = time.monotonic() + 0.3
         while time.monotonic() < monotonic:
-            engine.leader.tick()
+            engine.leader.core.tick()
         assert engine.side.totals.demote.blocks == written == 4
         assert lower.tier.in_flight() == (0, 0)
         assert engine.leader.check(PATIENCE)["problems"] == []
@@ -267,7 +267,7 @@ def test_from_some_moment_on_nothing_is_known(make: Make, caplog: pytest.LogCapt
         assert engine.serve(after) == 0
         assert engine.serve(before) == 4
         engine.settle()
-        engine.leader.isolate("other weights came")
+        engine.leader.core.isolate("other weights came")
         engine.leader.reset()
         engine.until(lambda: not engine.leader.disk.tier.clearing)  # type: ignore[union-attr]
         assert engine.serve(before) == 0
@@ -286,10 +286,10 @@ def test_what_is_on_its_way_is_given_up(make: Make) -> None:
     assert lower is not None
     engine.until(lambda: lower.tier.in_flight()[1])
     assert engine.leader.match("r", 0, 6) is None, "it waits for the disk"
-    engine.leader.isolate("other weights came")
+    engine.leader.core.isolate("other weights came")
     assert engine.leader.match("r", 0, 6) == 0
     engine.until(lambda: lower.tier.in_flight() == (0, 0))
-    counts = engine.leader.pool.statistics()
+    counts = engine.leader.core.pool.statistics()
     assert (counts.staged, counts.active) == (0, 0)
     assert engine.leader.check(PATIENCE)["problems"] == []
     assert json.dumps(engine.side.control.status())

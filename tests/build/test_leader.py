@@ -67,30 +67,30 @@ def test_other_layers_on_a_rank_are_another_namespace(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_size_is_the_total_over_ranks(tmp_path: Path, ranks: int) -> None:
     side = start(tmp_path, ranks=ranks, g2_gb=0.001)
-    assert side.leader.pool.statistics().total == 1_000_000 // (8192 * ranks)
-    assert side.leader.problems == []
+    assert side.leader.core.pool.statistics().total == 1_000_000 // (8192 * ranks)
+    assert side.leader.core.health.problems == []
     assert list(tmp_path.iterdir()) == []
 
 
 def test_blocks_win(tmp_path: Path) -> None:
-    assert start(tmp_path, g2_gb=0.001, g2_blocks=3).leader.pool.statistics().total == 3
+    assert start(tmp_path, g2_gb=0.001, g2_blocks=3).leader.core.pool.statistics().total == 3
 
 
 def test_the_order_of_g2_by_name(tmp_path: Path) -> None:
-    assert start(tmp_path, g2_blocks=3, g2_order="arc").leader.problems == []
+    assert start(tmp_path, g2_blocks=3, g2_order="arc").leader.core.health.problems == []
     with pytest.raises(ConfigError, match=r"setting g2_order \(from extra config\): there is no 'lruu'; there are"):
         start(tmp_path, g2_blocks=3, g2_order="lruu")
 
 
 def test_a_share_of_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: (1 << 30) + 819_200)
-    assert start(tmp_path, g2_share=0.5).leader.pool.statistics().total == 50
+    assert start(tmp_path, g2_share=0.5).leader.core.pool.statistics().total == 50
 
 
 def test_what_another_engine_still_touches_is_not_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: (1 << 30) + 819_200)
     monkeypatch.setattr(memory, "promised", lambda: 409_600)
-    assert start(tmp_path, g2_share=0.5).leader.pool.statistics().total == 25
+    assert start(tmp_path, g2_share=0.5).leader.core.pool.statistics().total == 25
     with pytest.raises(ConfigError, match=r"G2 of 51 blocks.* 0\.00 GB for engines that are starting"):
         start(tmp_path, g2_blocks=51)
 

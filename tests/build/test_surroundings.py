@@ -30,7 +30,7 @@ def crowded() -> Iterator[None]:
 def test_leader_workers_and_control_socket_work(tmp_path: Path) -> None:
     """Blocks go down to disk and come back; `kvbm status` gets its answer."""
     with closing(Engine(tmp_path, ranks=2)) as engine:
-        assert min(link.fileno() for link in engine.leader.links.values()) > 1024
+        assert min(link.fileno() for link in engine.leader.core.links.values()) > 1024
         keys = [bytes([number]).ljust(32) for number in range(4)]
         assert [engine.serve(keys), engine.serve(keys)] == [0, len(keys)]
         engine.settle()

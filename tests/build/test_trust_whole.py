@@ -47,14 +47,14 @@ def compute(engine: Engine, keys: Sequence[bytes], *, noise: float = 0.0) -> int
     blocks = list(range(len(keys)))
     engine.leader.place(name, blocks, found or 0, Admitted(len(keys) * TOKENS, 0, 0))
     engine.step(name, 0)
-    engine.until(lambda: engine.leader.in_flight() == (0, 0))
+    engine.until(lambda: engine.leader.core.in_flight() == (0, 0))
     for rank, memory in enumerate(engine.g1):
         for block in blocks[found:]:
             values = np.frombuffer(numbers(keys[block], rank), np.float32)
             wobble = 1 + noise * np.random.default_rng(block).normal(size=len(values)).astype(np.float32)
             memory.put(block, (values * wobble).astype(np.float32).tobytes())
     engine.step(name, len(keys))
-    engine.until(lambda: engine.leader.in_flight() == (0, 0))
+    engine.until(lambda: engine.leader.core.in_flight() == (0, 0))
     engine.leader.finish(name, blocks, len(keys))
     engine.step(name, 0)
     return found
@@ -75,7 +75,7 @@ def test_what_is_computed_again_is_compared_on_every_rank(make: Make, ranks: int
     shadow = engine.leader.shadow
     assert shadow is not None
     assert (shadow.sampled, shadow.compared, shadow.wrong, shadow.skipped, shadow.held) == (1, 5, 0, 0, 0)
-    assert engine.leader.quarantined is None
+    assert engine.leader.core.health.quarantined is None
     assert engine.leader.check(10)["problems"] == []
 
 
@@ -84,7 +84,7 @@ def test_a_block_of_another_prompt_is_found_on_either_rank(make: Make, rank: int
     engine, keys, others = shadowed(make, 2), keys_of("a", 5), keys_of("b", 5)
     compute(engine, keys)
     compute(engine, others)
-    ours, theirs = engine.leader.pool.look(keys[3]), engine.leader.pool.look(others[3])
+    ours, theirs = engine.leader.core.pool.look(keys[3]), engine.leader.core.pool.look(others[3])
     assert ours is not None
     assert theirs is not None
     region = engine.workers[rank]._g2
@@ -92,8 +92,8 @@ def test_a_block_of_another_prompt_is_found_on_either_rank(make: Make, rank: int
     start, size = region.planes[0].address, region.planes[0].stride
     ctypes.memmove(start + ours.slot * size, start + theirs.slot * size, size)
     assert compute(engine, keys) == 0
-    assert engine.leader.quarantined is not None
-    assert engine.leader.pool.statistics().registered == 0
+    assert engine.leader.core.health.quarantined is not None
+    assert engine.leader.core.pool.statistics().registered == 0
 
 
 def test_what_has_no_known_numbers_is_skipped(make: Make) -> None:
@@ -102,7 +102,7 @@ def test_what_has_no_known_numbers_is_skipped(make: Make) -> None:
     compute(engine, keys)
     shadow = engine.leader.shadow
     assert shadow is not None
-    assert (shadow.compared, shadow.skipped, engine.leader.quarantined) == (0, 5, None)
+    assert (shadow.compared, shadow.skipped, engine.leader.core.health.quarantined) == (0, 5, None)
 
 
 def test_a_quarantine_outlives_a_restart(make: Make, tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_a_quarantine_outlives_a_restart(make: Make, tmp_path: Path) -> None:
     assert region is not None
     ctypes.memset(region.planes[0].address, 0, 64 * region.planes[0].stride)
     compute(engine, keys)
-    assert engine.leader.quarantined is not None
-    engine.until(lambda: not engine.leader.degraded())
+    assert engine.leader.core.health.quarantined is not None
+    engine.until(lambda: not engine.leader.core.lower.degraded())
     engine.close()
     again = make(g3_blocks=64, engine="f")
     assert again.disk.peek(keys) == 0
@@ -126,7 +126,7 @@ def test_a_quarantine_outlives_a_restart(make: Make, tmp_path: Path) -> None:
 def test_bits_that_flip_in_host_memory(make: Make, verify: bool, onboard: str) -> None:
     engine, keys = make(2, g2_verify=verify, onboard=onboard), keys_of("a", 5)
     engine.serve(keys)
-    block = engine.leader.pool.look(keys[2])
+    block = engine.leader.core.pool.look(keys[2])
     region = engine.workers[1]._g2
     assert block is not None
     assert region is not None
@@ -144,15 +144,15 @@ def test_bits_that_flip_in_host_memory(make: Make, verify: bool, onboard: str) -
     for worker in engine.workers:
         worker.before_step(step)
         worker.before_forward(step)
-    engine.until(lambda: engine.leader.in_flight() == (0, 0))
+    engine.until(lambda: engine.leader.core.in_flight() == (0, 0))
     if onboard == "sync":
         assert [worker.take_bad_blocks() for worker in engine.workers] == [set(), {2}]
     else:
         ended = [worker.collect(idle=False) for worker in engine.workers]
         assert [each.failed for each in ended] == [set(), {name}]
-    assert engine.leader.corrupt == 1
-    assert engine.leader.pool.peek(keys) == 2  # the bad one is gone, and nothing else
-    assert engine.leader.pool.absent(keys) == [2]
+    assert engine.leader.core.counts.corrupt == 1
+    assert engine.leader.core.pool.peek(keys) == 2  # the bad one is gone, and nothing else
+    assert engine.leader.core.pool.absent(keys) == [2]
     engine.leader.finish(name, list(range(5)), 0)
 
 
@@ -163,7 +163,7 @@ def test_bits_that_flip_on_the_way_to_host_memory(make: Make, verify: bool) -> N
     engine.serve(keys)
     if verify:
         assert engine.serve(keys) == 0
-        assert engine.leader.corrupt == 5
+        assert engine.leader.core.counts.corrupt == 5
     else:
         with pytest.raises(AssertionError, match="wrong bytes were served"):
             engine.serve(keys)
@@ -184,8 +184,8 @@ def test_a_copy_that_hangs_costs_its_deadline_and_no_more(make: Make) -> None:
         failed = engine.workers[0].collect(idle=True).failed
         assert time.monotonic() - begun < 20
     assert failed == {name}
-    engine.until(lambda: engine.leader.in_flight() == (0, 0))
-    assert engine.leader.pool.peek(keys) == 0
+    engine.until(lambda: engine.leader.core.in_flight() == (0, 0))
+    assert engine.leader.core.pool.peek(keys) == 0
     assert engine.side.control.health()["healthy"]
     engine.leader.finish(name, list(range(5)), 0)
 

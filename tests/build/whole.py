@@ -120,9 +120,11 @@ class Engine:
     def until(self, what: Callable[[], object]) -> None:
         deadline = time.monotonic() + PATIENCE
         while not what():
-            assert time.monotonic() < deadline, f"{self.leader.problems} {self.leader.degraded()}"
+            assert time.monotonic() < deadline, (
+                f"{self.leader.core.health.problems} {self.leader.core.lower.degraded()}"
+            )
             time.sleep(0.002)
-            self.leader.tick()
+            self.leader.core.tick()
 
     def step(self, name: str, complete: int) -> None:
         if complete:
@@ -154,7 +156,7 @@ class Engine:
         tokens = len(keys) * TOKENS
         self.leader.place(name, blocks, found, Admitted(tokens, 0, found * TOKENS))
         self.step(name, 0)
-        self.until(lambda: self.leader.in_flight() == (0, 0))
+        self.until(lambda: self.leader.core.in_flight() == (0, 0))
         if found and self._failed(name):
             found = 0
         for rank, memory in enumerate(self.g1):
@@ -163,7 +165,7 @@ class Engine:
             for block in blocks[found:]:
                 memory.put(block, kv(keys[block], self.parts[rank]))
         self.step(name, len(keys))
-        self.until(lambda: self.leader.in_flight() == (0, 0))
+        self.until(lambda: self.leader.core.in_flight() == (0, 0))
         self.leader.finish(name, blocks, len(keys))
         self.step(name, 0)
         return found
@@ -190,7 +192,9 @@ class Engine:
     def settle(self) -> None:
         lower = self.leader.disk
         assert lower is not None
-        self.until(lambda: lower.demotion.idle and lower.tier.in_flight() == (0, 0) and not self.leader.degraded())
+        self.until(
+            lambda: lower.demotion.idle and lower.tier.in_flight() == (0, 0) and not self.leader.core.lower.degraded()
+        )
 
     def spoil(self, key: bytes, rank: int) -> None:
         """One bit in the file."""

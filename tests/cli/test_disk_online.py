@@ -38,7 +38,7 @@ def test_inspect_says_what_the_engine_says(kvbm: Kvbm, engine: Whole) -> None:
     assert (told[engine.own.name]["blocks"], told[A[:16]]["blocks"]) == (5, 2)
     assert told[engine.own.name]["engine"] == {"corrupt": 0, "problem": None}
     assert "engine" not in told[A[:16]]
-    with engine.leader.below() as lower:
+    with engine.leader.core.below() as lower:
         assert lower is not None
         disk = engine.leader.disk
         disk.tier.fail("[Errno 5] it is broken")

@@ -13,7 +13,7 @@ from kvbm.stores.disk import meta
 from kvbm.tiers.disk import sweep as verify
 from kvbm.tiers.disk.orders import Read
 from kvbm.tiers.disk.side import DiskSide
-from kvbm.tiers.disk.sweep import Verification
+from kvbm.tiers.disk.sweep import Sweep
 from kvbm.tiers.gate import Gate
 from tests.build.test_lower_whole import start
 from tests.build.whole import Engine
@@ -75,8 +75,8 @@ def test_host_memory_keeps_what_it_can_while_all_is_read(start: Start) -> None:
     stored(engine, "a", 12)
     recent = stored(engine, "b", 12)
     assert verified(engine)["whole"] == 24
-    assert engine.leader.pool.peek(recent) == 12
-    now = engine.leader.pool.statistics()
+    assert engine.leader.core.pool.peek(recent) == 12
+    now = engine.leader.core.pool.statistics()
     assert (now.writable, now.staged, now.active) == (0, 0, 0)
     assert now.registered + now.free == 16
 
@@ -85,10 +85,10 @@ def test_serving_goes_on_between_slices(start: Start, monkeypatch: pytest.Monkey
     engine = start()
     stored(engine, "a", 12)
     monkeypatch.setattr(Gate, "soon", lambda *_: 1)
-    with engine.leader.below() as lower:
+    with engine.leader.core.below() as lower:
         assert lower is not None
         disk = lower_of(engine)
-        run = disk.verification = Verification(disk.tier, engine.leader.pool)
+        run = disk.verification = Sweep(disk.tier, engine.leader.core.pool)
         run.pump()
         assert (run.looked, run.over, disk.tier.in_flight()) == (0, False, (0, 1))
         run.pump()
@@ -101,7 +101,7 @@ def test_serving_goes_on_between_slices(start: Start, monkeypatch: pytest.Monkey
 def test_without_memory_to_read_into_it_waits(start: Start) -> None:
     engine = start()
     stored(engine, "a", 12)
-    held = engine.leader.pool.allocate(16)
+    held = engine.leader.core.pool.allocate(16)
     assert held is not None
     assert ask(engine.side.control, "disk.verify", action="begin")["running"]
     assert ask(engine.side.control, "disk.verify")["looked"] == 0
@@ -114,7 +114,7 @@ def test_without_memory_to_read_into_it_waits(start: Start) -> None:
     ("what", "problem"),
     [
         (lambda engine: ask(engine.side.control, "disk.verify", action="stop"), "stopped"),
-        (lambda engine: engine.leader.pause(), "paused"),
+        (lambda engine: engine.leader.core.pause(), "paused"),
         (lambda engine: engine.leader.reset(), "a new generation began"),
         (lambda engine: lower_of(engine).tier.fail("[Errno 5]"), "[Errno 5]"),
     ],
@@ -122,11 +122,11 @@ def test_without_memory_to_read_into_it_waits(start: Start) -> None:
 def test_what_ends_it_early(start: Start, what: Callable[[Engine], object], problem: str) -> None:
     engine = start()
     stored(engine, "a", 12)
-    held = engine.leader.pool.allocate(16)
+    held = engine.leader.core.pool.allocate(16)
     assert held is not None
     assert ask(engine.side.control, "disk.verify", action="begin")["running"]
     what(engine)
-    engine.leader.tick()
+    engine.leader.core.tick()
     state = ask(engine.side.control, "disk.verify")
     held.drop()
     assert (state["running"], state["problem"]) == (False, problem)
@@ -144,7 +144,7 @@ def test_blocks_whose_time_is_over_are_passed_over(make_stage: Callable[..., Sta
     assert read.keys == keys
     stage.moved(read)
     stage.tick()
-    assert stage.leader.off is None
+    assert stage.leader.core.health.off is None
     state = stage.disk_commands().verify(None)
     assert (state["whole"], state["problem"], state["running"]) == (2, None, False)
 
@@ -152,13 +152,13 @@ def test_blocks_whose_time_is_over_are_passed_over(make_stage: Callable[..., Sta
 def test_a_new_generation_while_a_slice_is_read_counts_nothing_as_bad(start: Start) -> None:
     engine = start()
     stored(engine, "a", 12)
-    with engine.leader.below() as lower:
+    with engine.leader.core.below() as lower:
         assert lower is not None
         disk = lower_of(engine)
-        run = disk.verification = Verification(disk.tier, engine.leader.pool)
+        run = disk.verification = Sweep(disk.tier, engine.leader.core.pool)
         run.pump()
         lower.clear()
-    engine.until(lambda: lower_of(engine).tier.in_flight() == (0, 0) and not engine.leader.degraded())
+    engine.until(lambda: lower_of(engine).tier.in_flight() == (0, 0) and not engine.leader.core.lower.degraded())
     assert (run.problem, run.bad) == ("a new generation began", 0)
 
 
@@ -193,7 +193,7 @@ def test_a_purge_empties_its_own_and_deletes_others(start: Start, tmp_path: Path
     while state["running"]:
         state = ask(control, "disk.purge")
     assert engine.own.is_dir()
-    assert engine.leader.degraded() == {}
+    assert engine.leader.core.lower.degraded() == {}
     stored(engine, "b", 3)
     engine.close()
     assert start().disk.statistics().registered == 3

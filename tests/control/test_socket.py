@@ -16,7 +16,11 @@ from kvbm.control.socket import About, Control
 from kvbm.observe.totals import Totals
 from tests.leader.roles import BLOCK_BYTES, BLOCK_TOKENS, Stage, keys_of
 
-ABOUT = About("engine-1", "0.0", "f" * 64, 1, BLOCK_BYTES, BLOCK_TOKENS)
+ABOUT = About("engine-1", "0.0", 1, BLOCK_BYTES, BLOCK_TOKENS)
+
+
+def fingerprint() -> str:
+    return "f" * 64
 
 
 def send(path: Path, line: bytes) -> Any:
@@ -37,8 +41,8 @@ def ask(control: Control, command: str, **arguments: str) -> Any:
 @pytest.fixture
 def control(stage: Stage, tmp_path: Path) -> Iterator[Control]:
     totals = Totals()
-    stage.leader._observers.append(totals)
-    control = Control(stage.leader, totals, ABOUT, tmp_path)
+    stage.leader.core.observers._observers.append(totals)
+    control = Control(stage.leader, totals, ABOUT, tmp_path, fingerprint)
     yield control
     control.close()
     assert not (tmp_path / "engine-1.sock").exists()
@@ -103,16 +107,16 @@ def test_status(control: Control, stage: Stage) -> None:
 
 def test_pause_and_resume(control: Control, stage: Stage) -> None:
     assert ask(control, "pause") == {"engine": "engine-1", "paused": True}
-    assert stage.leader.paused
+    assert stage.leader.core.health.paused
     assert ask(control, "status")["paused"]
     assert ask(control, "resume") == {"engine": "engine-1", "paused": False}
-    assert not stage.leader.paused
+    assert not stage.leader.core.health.paused
 
 
 def test_health(control: Control, stage: Stage) -> None:
     rest = {"degraded": {}, "smaller": {}, "namesakes": [], "paused": False, "quarantined": None}
     health = ask(control, "health")
-    assert health.pop("last_check") is None or time.time() - stage.leader.audit.last < 60
+    assert health.pop("last_check") is None or time.time() - stage.leader.invariants.last < 60
     assert health == {"engine": "engine-1", "model": "", "healthy": True, "problems": [], **rest}
     stage.workers[0].close()
     problem = ["the worker of rank 0 is gone"]
@@ -123,8 +127,8 @@ def test_health(control: Control, stage: Stage) -> None:
 
 
 def test_housekeeping_that_hangs_is_seen_without_it(control: Control, stage: Stage) -> None:
-    with stage.leader._lock:  # whoever waits for it waits for ever
-        stage.leader.ticked -= 60
+    with stage.leader.core.lock:  # whoever waits for it waits for ever
+        stage.leader.core.health.ticked -= 60
         (problem,) = control.health()["problems"]
         assert problem.startswith("housekeeping has not been done for 6")
 
@@ -210,7 +214,7 @@ def test_results_are_taken_while_the_engine_sleeps(control: Control, stage: Stag
 def test_a_socket_that_is_taken_does_not_end_the_start(
     control: Control, make_stage: Callable[..., Stage], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    other = Control(make_stage().leader, Totals(), ABOUT, tmp_path)
+    other = Control(make_stage().leader, Totals(), ABOUT, tmp_path, fingerprint)
     assert "no control socket" in caplog.text
     other.close()
     assert ask(control, "health")["healthy"]

@@ -67,13 +67,13 @@ class History(Below):
             (2, self._returns),
             (0.7, self._serve),
             (0.2, engine.goes_on),
-            (0.12, lambda: self._named("pause", leader.pause)),
-            (0.6, lambda: self._named("resume", leader.resume)),
+            (0.12, lambda: self._named("pause", leader.core.pause)),
+            (0.6, lambda: self._named("resume", leader.core.resume)),
             (0.1, lambda: self._named("reset", leader.reset)),
             (0.1, lambda: self._named("check", lambda: leader.check(1.0))),
             (0.1, self._bar),
-            (0.06, lambda: self._named("reset and quiesce", lambda: (leader.reset(), leader.quiesce(1.0)))),
-            (0.1, lambda: self._named("quiesce", lambda: leader.quiesce(0.3))),
+            (0.06, lambda: self._named("reset and quiesce", lambda: (leader.reset(), leader.core.quiesce(1.0)))),
+            (0.1, lambda: self._named("quiesce", lambda: leader.core.quiesce(0.3))),
             (0.03, self._drag),
             (0.05, lambda: ranks.say(0, "refused", "nobody asked")),
         ]
@@ -85,7 +85,7 @@ class History(Below):
                 (0.5, self._breaks),
                 (0.3, lambda: self._command("begin")),
                 (0.2, lambda: self._command(dice.choice(["stop", None]))),
-                (0.1, lambda: self._named("drain", lambda: leader.drain(1.0))),
+                (0.1, lambda: self._named("drain", lambda: leader.core.drain(1.0))),
                 (0.06, self._purge),
             ]
         if self.plan.peers:
@@ -146,7 +146,7 @@ class History(Below):
         leader, rank = self.stage.leader, self._ranks - 1
         match fate:
             case "off":
-                leader.turn_off("something raised")
+                leader.core.turn_off("something raised")
             case "sick":
                 self.ranks.say(rank, "sick", "a copy thread died")
             case "gone":
@@ -155,7 +155,7 @@ class History(Below):
             case "bye":
                 self.ranks.say_only("bye")
             case "isolate":
-                leader.isolate("the weights have changed")
+                leader.core.isolate("the weights have changed")
             case "disk":
                 self.ranks.say(rank, "sick", "a disk thread died", "g3")
         self._effects()
@@ -166,7 +166,7 @@ class History(Below):
             self._below(None)
             self._named("attach", self.stage.attach)
         for _ in range(2):
-            self._named("tell", self.stage.leader.tell_earlier)
+            self._named("tell", self.stage.leader.core.tell_earlier)
 
     def _other_adapter(self) -> None:
         """Other weights under an adapter's number; mostly on every rank."""
@@ -194,7 +194,7 @@ class History(Below):
     def _end(self) -> None:
         """Everybody is done with everything, and nothing may be left over."""
         stage, engine = self.stage, self.engine
-        stage.leader.resume()
+        stage.leader.core.resume()
         self.ranks.mood, self.ranks.probes = 0, None
         self.ranks.broken.clear()
         if self._disk_there:
@@ -220,7 +220,7 @@ class History(Below):
         for pool in self._pools():
             now = pool.statistics()
             left = (now.active, now.staged, now.writable, now.orphaned)
-            excused = self._gone or stage.leader.off is not None  # its comparisons are not ended
+            excused = self._gone or stage.leader.core.health.off is not None  # its comparisons are not ended
             assert excused or left == (0, 0, 0, 0), f"something holds blocks at the end: {now}"
         self._close()
 
@@ -233,7 +233,7 @@ class History(Below):
         self._leave()
 
     def _leave(self) -> None:
-        self.stage.leader.close()
+        self.stage.leader.core.close()
 
         for link in self.stage.workers.values():
             link.close()

@@ -175,10 +175,8 @@ class Scene:
             for told in stage.network.told:
                 self._log(f"  network {told}")
             stage.network.told.clear()
-        leader = stage.leader
-        state = (
-            f"  now aside {leader.standing_aside()}, degraded {plain(leader.degraded())}, copies {leader.in_flight()}"
-        )
+        core = stage.leader.core
+        state = f"  now aside {core.health.aside()}, degraded {plain(core.lower.degraded())}, copies {core.in_flight()}"
         if state != self._state:
             self._state = state
             self._log(state)

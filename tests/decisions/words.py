@@ -39,7 +39,7 @@ MESSAGES: Mapping[type, tuple[str, str]] = {
 STEP = "loads stores compares fence:jobs idle waiting sync adapters:adapters"
 
 ANSWERS: Mapping[str, type] = {
-    "probed": disk.Probed, "foreseen": wire.Foreseen, "used": wire.Used, "unlike": wire.Unlike, "mine": peers.Mine,
+    "probed": disk.Probed, "foreseen": wire.Foreseen, "used": wire.Used, "unlike": wire.Unlike, "mine": peers.Shared,
     "sick": wire.Sick, "bye": wire.Bye, "refused": wire.Refused,
 }  # fmt: skip
 """What ranks say, but for the ends of copies."""

@@ -32,7 +32,7 @@ def live(workload: Workload, g2: int, g3: int, *, exclusive: bool) -> int:
         while moves := stage.hear(Read) + stage.hear(Write):
             for move in moves:
                 stage.moved(move)
-            leader.tick()
+            leader.core.tick()
 
     for number, prompt in enumerate(workload.prompts):
         name, keys = f"r{number}", [workload.keys[block] for block in prompt.blocks.tolist()]
@@ -46,14 +46,14 @@ def live(workload: Workload, g2: int, g3: int, *, exclusive: bool) -> int:
         stage.place(name, blocks, found)
         for copy in stage.step(reuse=blocks[found:]).loads:
             stage.answer(copy)
-        leader.tick()
+        leader.core.tick()
         for copy in stage.step({name: len(keys)}).stores:
             stage.answer(copy)
-        leader.tick()
+        leader.core.tick()
         leader.finish(name, blocks, len(keys))
         for copy in stage.step().stores:
             stage.answer(copy)
-        leader.tick()
+        leader.core.tick()
         answer()
     stage.close()
     return hits

@@ -6,23 +6,26 @@ import hashlib
 import itertools
 import socket
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kvbm.blocks import LayerGroup, Pool
-from kvbm.control.disk import Upkeep
+from kvbm.control.disk import DiskCommands
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken
 from kvbm.core.events import Admitted, Event
 from kvbm.core.outcome import Outcome
-from kvbm.leader.earlier import Earlier
+from kvbm.leader.core import Core, Limits
 from kvbm.leader.coverage import Prefix
 from kvbm.leader.groups import Groups
+from kvbm.leader.health import Health
 from kvbm.leader.leader import Leader
-from kvbm.leader.requests import RequestParams
-from kvbm.leader.variants import Variant
+from kvbm.leader.lower import LowerTiers
+from kvbm.leader.observers import Observers
+from kvbm.leader.requests import RequestParams, Variant
 from kvbm.link.channel import Link
 from kvbm.link.messages import Adapter, Copy, Message, Result, Step, pack
 from kvbm.policy import admission
@@ -37,14 +40,14 @@ from kvbm.tiers.disk.orders import Probe, Probed, Read, Write
 from kvbm.tiers.disk.side import DiskSide
 from kvbm.tiers.disk.tier import DiskTier
 from kvbm.tiers.gate import Gate
+from kvbm.tiers.host import Host
 from kvbm.tiers.peers.messages import Memory, Promise, Reserve, Slab
-from kvbm.tiers.peers.orders import Mine
+from kvbm.tiers.peers.orders import Shared
 from kvbm.tiers.peers.published import Published
 from kvbm.tiers.peers.serving import Serving
 from kvbm.tiers.peers.tier import Peers
 from kvbm.tiers.promote import Promotion
 from kvbm.tiers.stack import Stack
-from kvbm.tiers.sums import Sums
 from tests import before  # noqa: F401
 from tests.leader.played import Chores, Keys, Others
 from tests.link.orders import off_channel, on_channel
@@ -129,18 +132,14 @@ class Stage:
         self.events: list[Event] = []
         self.pool = Pool(slots, order=LRU(slots), most_doubted=most_doubted, clock=self.clock)
         given = Settings(**settings)
-        self.leader = Leader(
-            given,
-            self.pool,
-            {rank: Link(theirs) for rank, (_, theirs) in ends.items()},
-            coverage=Groups(self.pool, groups, given.checkpoint_tokens) if groups else Prefix(self.pool),
-            slot_bytes=BLOCK_BYTES,
-            gate=Gate(BLOCK_TOKENS, self.clock),
-            shares_device_blocks=shares,
-            observers=[self],
-            clock=self.clock,
-        )
-
+        core = Core(
+            Host(self.pool), {rank: Link(theirs) for rank, (_, theirs) in ends.items()}, LowerTiers(),
+            Health(paused=not given.enabled, clock=self.clock), Observers([self]), Limits.of(given, BLOCK_BYTES),
+            self.clock,
+        )  # fmt: skip
+        coverage = Groups(self.pool, groups, given.checkpoint_tokens) if groups else Prefix(self.pool)
+        gate = Gate(BLOCK_TOKENS, self.clock)
+        self.leader = Leader(given, core, coverage, gate, shares_device_blocks=shares, clock=self.clock)
         self.heard: dict[int, list[Any]] = {rank: [] for rank in range(ranks)}
 
     def on_event(self, event: Event) -> None:
@@ -204,7 +203,7 @@ class Stage:
             error = None if not any(bytes_) else "injected"
             self.say(Result(copy.job, one, bytes_, blocks * BLOCK_BYTES, seconds, error), one)
 
-    def say(self, message: Message | Probed | Mine, rank: int = 0) -> None:
+    def say(self, message: Message | Probed | Shared, rank: int = 0) -> None:
         self.workers[rank].send(on_channel(message))
 
     def reply(self, job: int, rank: int, outcomes: Sequence[Outcome], seconds: float, **more: Any) -> None:
@@ -235,13 +234,13 @@ class Stage:
         chores: Chores | None = None,
     ) -> Stage:
         """Puts a disk tier below, with what was `found` there; sizes in blocks. `chores` are its thread's."""
-        leader = self.leader
+        leader, core = self.leader, self.leader.core
         self.folder = FakeFolder()
         self.disk = Pool(slots, order=LRU(slots), tier="g3", clock=self.clock)
         self.tier = DiskTier(
-            self.disk, leader.links, self.folder, leader.gate,
+            self.disk, core.links, self.folder, leader.gate,
             generation=0, sequence=found.next_sequence if found is not None else 0, patience=patience,
-            next_id=leader.next_job, clock=self.clock,
+            next_id=core.copies.next_id, clock=self.clock,
         )  # fmt: skip
         if found is not None:
             adopt(self.disk, found)
@@ -251,14 +250,14 @@ class Stage:
             self.tier, self.pool,
             admission=admission(admit, slots), hot=Frequency(slots), exclusive=exclusive,
             budget=Budget(write_bytes, 3600, self.clock),
-            block_bytes=BLOCK_BYTES, most=lambda: in_flight, batch=batch, emit=leader.emit,
+            block_bytes=BLOCK_BYTES, most=lambda: in_flight, batch=batch, emit=core.emit,
         )  # fmt: skip
         self.promotion = Promotion(
-            leader.host, most=lambda: most, in_flight=in_flight, batch=batch, unmeasured=batch,
-            emit=leader.emit, clock=self.clock,
+            core.host, most=lambda: most, in_flight=in_flight, batch=batch, unmeasured=batch,
+            emit=core.emit, clock=self.clock,
         )  # fmt: skip
         self.side = DiskSide(self.tier, self.demotion, exclusive=exclusive)
-        leader.lower = Stack(self.promotion, block_tokens, [self.side], self.clock)
+        core.lower.stack = Stack(self.promotion, block_tokens, [self.side], self.clock)
         return self
 
     def hear(self, kind: type[Any], rank: int = 0) -> list[Any]:
@@ -315,16 +314,17 @@ class Stage:
         self.pool.discard(keys)
         assert self.disk.peek(keys) == len(keys)
 
-    def disk_commands(self) -> Upkeep:
+    def disk_commands(self) -> DiskCommands:
         """What operators ask of the disk tier."""
-        if self.leader.disk is not None:
-            self.leader.disk.folder = Path("nowhere")
-        return Upkeep(self.leader)
+        stack = self.leader.core.lower.stack
+        if stack is not None and "g3" in stack.tiers:
+            self.side.folder = Path("nowhere")
+        return DiskCommands(self.leader.core)
 
     def purge(self) -> None:
         """They empty the engine's part of the folder."""
-        assert self.leader.lower is not None
-        self.leader.lower.purge("g3")
+        assert self.leader.core.lower.stack is not None
+        self.leader.core.lower.stack.purge("g3")
 
     def fail_disk(self, why: str) -> None:
         """The disk tier is left alone until it answers a probe."""
@@ -337,19 +337,19 @@ class Stage:
         patience_s: float = 60.0, most: int = 32, in_flight: int = 64, batch: int = 4,
     ) -> Stage:  # fmt: skip
         """Shares blocks with other instances; sizes in blocks. Below there is the disk tier, if that was added."""
-        leader = self.leader
-        nearer = [] if leader.lower is None else [*leader.lower]
-        if leader.lower is None:
+        leader, core = self.leader, self.leader.core
+        nearer = [] if core.lower.stack is None else [*core.lower.stack]
+        if core.lower.stack is None:
             self.promotion = Promotion(
-                leader.host, most=lambda: most, in_flight=in_flight, batch=batch, unmeasured=batch,
-                emit=leader.emit, clock=self.clock,
+                core.host, most=lambda: most, in_flight=in_flight, batch=batch, unmeasured=batch,
+                emit=core.emit, clock=self.clock,
             )  # fmt: skip
         total = self.pool.statistics().total
-        sums = leader.earlier.sums if leader.earlier is not None else Sums(len(self.workers), total)
+        sums = core.lower.sums(len(self.workers), total)
         serving = Serving(
             self.pool, sums, begin=lambda seeker, wanted: self.promotion.begin(seeker, wanted, nearer),
             drop=self.promotion.drop, coming=self.promotion.coming, expects=leader.expects, most=lambda: held,
-            seconds=lease_s, aside=leader.standing_aside, clock=self.clock,
+            seconds=lease_s, aside=core.health.aside, clock=self.clock,
         )  # fmt: skip
         pools = [self.pool, *(tier.pool for tier in nearer if tier.pool is not None)]
         published = Published(lambda key: any(pool.peek([key]) for pool in pools))
@@ -357,11 +357,11 @@ class Stage:
             pool.add_observer(published)
         self.network: Any = Others()
         self.peers = Peers(
-            self.network, serving, published, leader.gate, leader.links,
-            deadline_s=deadline_s, patience_s=patience_s, keeps=keep, next_id=leader.next_job, lock=leader.below,
+            self.network, serving, published, leader.gate, core.links,
+            deadline_s=deadline_s, patience_s=patience_s, keeps=keep, next_id=core.copies.next_id, lock=core.below,
             clock=self.clock,
         )  # fmt: skip
-        leader.lower = Stack(self.promotion, BLOCK_TOKENS, [*nearer, self.peers], self.clock)
+        core.lower.stack = Stack(self.promotion, BLOCK_TOKENS, [*nearer, self.peers], self.clock)
         self._numbers = itertools.count(1)
         return self
 
@@ -410,13 +410,14 @@ class Stage:
 
     def expect(self) -> None:
         """Nobody knows yet what may be below host memory."""
-        self.leader.earlier = Earlier(self.pool, len(self.workers))
+        self.leader.core.lower.expect(self.pool, len(self.workers), "nobody knows yet")
 
     def attach(self) -> bool:
         """What `add_disk` and `add_peers` made is there only now."""
-        lower, self.leader.lower = self.leader.lower, None
-        assert lower is not None
-        return self.leader.attach(lower)
+        core = self.leader.core
+        stack, core.lower.stack = core.lower.stack, None
+        assert stack is not None
+        return core.attach(stack)
 
     def rates(self) -> dict[str, float | None]:
         """What the gate has measured."""
@@ -424,10 +425,9 @@ class Stage:
 
     def counts(self) -> dict[str, int]:
         """What is counted, and is no copy."""
-        leader = self.leader
-        counts = {name: getattr(leader, name) for name in ("dropped", "deferred", "corrupt")}
-        counts |= leader.shadow.counts() if leader.shadow is not None else {}
-        below = leader.lower.counts().values() if leader.lower is not None else ()
+        shadow, stack = self.leader.shadow, self.leader.core.lower.stack
+        counts = asdict(self.leader.core.counts) | (asdict(shadow.counts) if shadow is not None else {})
+        below = stack.counts().values() if stack is not None else ()
         return counts | {name: count for tier in below for name, count in tier.items()}
 
     def measure(self, *, computed: float | None = None, read: float | None = None) -> None:
@@ -442,12 +442,13 @@ class Stage:
 
     def close(self) -> None:
         """Proves that nothing but copies in flight held a block."""
-        for job in self.leader._copies._jobs.values():
+        core = self.leader.core
+        for job in core.copies._jobs.values():
             job.lease.drop()
-        self.leader._copies._jobs.clear()
+        core.copies._jobs.clear()
         pools = [self.pool]
-        disk = self.leader.disk
-        if self.leader.lower is not None:
+        disk = core.lower.stack.tiers.get("g3") if core.lower.stack is not None else None
+        if core.lower.stack is not None:
             if disk is not None:
                 self.settle()
             for name in list(self.leader.requests):
@@ -460,11 +461,11 @@ class Stage:
             assert not self.demotion._in_flight
             assert not self.leader.gate.reading
             pools.append(self.disk)
-        if self.leader.lower is not None:
+        if core.lower.stack is not None:
             assert not self.promotion._stagings
             assert not self.promotion._coming
         self.leader.seal(tokens=0)
-        self.leader.close()
+        core.close()
         for link in self.workers.values():
             link.close()
         for pool in pools:

@@ -145,4 +145,4 @@ def test_what_is_gated_holds_nothing(stage: Stage) -> None:
     keys = measured(stage)
     assert found(stage, "short", keys[:2]) == 0
     step: Step = stage.step()
-    assert (step.loads, stage.pool.statistics().active, stage.leader.in_flight()) == ([], 0, (0, 0))
+    assert (step.loads, stage.pool.statistics().active, stage.leader.core.in_flight()) == ([], 0, (0, 0))

@@ -35,14 +35,14 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 @pytest.mark.parametrize(("ranks", "replicated"), [(1, False), (2, False), (3, True)])
 def test_hits_before_and_after(tmp_path: Path, gate: threading.Event, ranks: int, replicated: bool) -> None:
     with closing(Engine(tmp_path, ranks, replicated=replicated, strict=False)) as engine:
-        pool = engine.leader.pool
+        pool = engine.leader.core.pool
         assert (pool.total, pool.capacity) == (4, 16)
         assert [engine.serve(FIRST), engine.serve(FIRST)] == [0, 2]  # holds are half of what is there
         gate.set()
         engine.until(lambda: pool.total == 16)
         assert engine.serve(FIRST) == 3
         assert [engine.serve(MANY), engine.serve(MANY[:8])] == [0, 8]
-        assert engine.leader.problems == []
+        assert engine.leader.core.health.problems == []
         engine.settle()
         pool.check()
 
@@ -65,7 +65,7 @@ def test_once_it_is_full_it_hurries(tmp_path: Path, gate: threading.Event, monke
         assert [engine.serve(FIRST), engine.serve(FIRST)] == [0, 2]
         assert begun == [True, True]  # three of four slots are in use
         engine.serve(MANY[:4])
-        engine.until(lambda: engine.leader.pool.total == 16)
+        engine.until(lambda: engine.leader.core.pool.total == 16)
         assert begun == [True, True, False, False]
         engine.settle()
 
@@ -75,10 +75,10 @@ def test_a_start_with_more_on_disk_than_host_memory_has_yet(tmp_path: Path, gate
         assert engine.serve(MANY) == 0
         engine.settle()
     with closing(Engine(tmp_path, strict=False)) as engine:
-        assert engine.leader.pool.total == 4
+        assert engine.leader.core.pool.total == 4
         assert engine.serve(MANY) == 2
         gate.set()
-        engine.until(lambda: engine.leader.pool.total == 16)
+        engine.until(lambda: engine.leader.core.pool.total == 16)
         assert engine.serve(MANY[:8]) == 8
         engine.settle()
 
@@ -92,4 +92,4 @@ def test_the_end_before_all_is_touched(tmp_path: Path, gate: threading.Event) ->
 
 def test_strict_waits(tmp_path: Path, gate: threading.Event) -> None:
     with closing(Engine(tmp_path, strict=True)) as engine:
-        assert engine.leader.pool.total == 16
+        assert engine.leader.core.pool.total == 16

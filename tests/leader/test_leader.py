@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from kvbm.core.events import Admitted, Event, Unread
-from kvbm.leader import offload
+from kvbm.leader import core as offload
 from kvbm.leader.growing import Growing
 from kvbm.leader.pace import Answers
 from kvbm.leader.requests import RequestParams

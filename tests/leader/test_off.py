@@ -22,15 +22,15 @@ def test_what_is_being_copied_is_not_published(stage: Stage) -> None:
     stage.keep("first", first)
     load = stage.load("c", first, [1, 2])
     (store,) = stage.compute("b", second, [3, 4]).stores
-    stage.leader.turn_off("something raised")
-    stage.leader.turn_off("and once more")
+    stage.leader.core.turn_off("something raised")
+    stage.leader.core.turn_off("and once more")
     stage.answer(load)
     stage.answer(store)
     assert stage.matchable(second) == 0
     assert stage.matchable(first) == 2
-    assert stage.leader.in_flight() == (0, 0)
+    assert stage.leader.core.in_flight() == (0, 0)
     assert stage.pool.statistics().staged == stage.pool.statistics().active == 0
-    assert stage.leader.problems == ["something raised"]
+    assert stage.leader.core.health.problems == ["something raised"]
     assert stage.leader.check(5.0)["problems"] == [], "its books are right"
     stage.begin("d", first)
     assert stage.leader.match("d", 0, 2) == 0
@@ -43,7 +43,7 @@ def test_what_was_promised_is_not_loaded_if_it_stands_aside_by_then(stage: Stage
     stage.keep("first", keys)
     stage.begin("b", keys)
     assert stage.leader.match("b", 0, 2) == 2
-    stage.leader._sick("quarantined")
+    stage.leader.core.health.sick("quarantined")
     stage.place("b", [1, 2], 2)
     assert not stage.leader.loads("b")
     assert not stage.step().loads
@@ -51,11 +51,11 @@ def test_what_was_promised_is_not_loaded_if_it_stands_aside_by_then(stage: Stage
 
 
 def test_it_stays_off(stage: Stage) -> None:
-    stage.leader.turn_off("something raised")
-    stage.leader.resume()
+    stage.leader.core.turn_off("something raised")
+    stage.leader.core.resume()
     stage.clock.advance(1000)
-    stage.leader.tick()
-    assert stage.leader.standing_aside() == "KVBM is not healthy: something raised"
+    stage.leader.core.tick()
+    assert stage.leader.core.health.aside() == "KVBM is not healthy: something raised"
 
 
 def test_a_worker_that_raised_turns_the_leader_off(stage: Stage) -> None:
@@ -65,37 +65,37 @@ def test_a_worker_that_raised_turns_the_leader_off(stage: Stage) -> None:
     stage.answer(store)
     stage.say(Bye())
     assert stage.matchable(keys) == 0
-    assert stage.leader.off == "rank 0: before_step raised"
-    assert stage.leader.standing_aside() is not None
+    assert stage.leader.core.health.off == "rank 0: before_step raised"
+    assert stage.leader.core.health.aside() is not None
     stage.workers[0].close()
-    stage.leader.tick()
-    assert stage.leader.problems == ["rank 0: before_step raised"], "it said goodbye"
+    stage.leader.core.tick()
+    assert stage.leader.core.health.problems == ["rank 0: before_step raised"], "it said goodbye"
 
 
 def test_what_goes_below_is_not_published(stage: Stage) -> None:
     keys = keys_of("a", 2)
     stage.add_disk()
     stage.keep("a", keys)
-    stage.leader.tick()
+    stage.leader.core.tick()
     (write,) = stage.hear(Write)
-    stage.leader.turn_off("something raised")
+    stage.leader.core.turn_off("something raised")
     stage.moved(write)
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert stage.disk.peek(keys) == 0
-    stage.leader.drain(5.0)
+    stage.leader.core.drain(5.0)
     assert not stage.hear(Write)
 
 
-def test_housekeeping_that_raises_turns_it_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_housekeeping_that_raises_turns_it_off(tmp_path: Path) -> None:
     from tests.build.whole import Engine
 
     engine = Engine(tmp_path, g3_blocks=None)
     try:
-        monkeypatch.setattr(engine.leader, "_look", lambda: 1 / 0)
-        engine.leader.tick()
-        assert "housekeeping raised ZeroDivisionError" in str(engine.leader.off)
-        engine.leader.tick()
-        assert len(engine.leader.problems) == 1
+        engine.leader.core.often(lambda: 1 / 0)
+        engine.leader.core.tick()
+        assert "housekeeping raised ZeroDivisionError" in str(engine.leader.core.health.off)
+        engine.leader.core.tick()
+        assert len(engine.leader.core.health.problems) == 1
         assert not engine.side.control.health()["healthy"]
     finally:
         engine.close()

@@ -11,7 +11,7 @@ import pytest
 
 from kvbm.blocks import Pool
 from kvbm.core.events import Admitted, Cleared, Gated, Removed, Stored
-from kvbm.leader.invariants import Audit
+from kvbm.leader.invariants import Invariants
 from kvbm.leader.pace import Pace
 from kvbm.leader.reports import Reports
 from kvbm.link.messages import Result
@@ -26,18 +26,18 @@ KEYS = keys_of("a", 4)
 
 
 def _hold_more(stage: Stage) -> Callable[[], None]:
-    stage.leader._held += 1
-    return lambda: setattr(stage.leader, "_held", stage.leader._held - 1)
+    stage.leader.core.held += 1
+    return lambda: setattr(stage.leader.core, "held", stage.leader.core.held - 1)
 
 
 def _load_nothing(stage: Stage) -> Callable[[], None]:
-    stage.leader._loading[b"key"] = "nobody"
-    return stage.leader._loading.clear
+    stage.leader._book._loading[b"key"] = "nobody"
+    return stage.leader._book._loading.clear
 
 
 def _read_more(stage: Stage) -> Callable[[], None]:
-    stage.leader._copies._sources |= dict.fromkeys(range(99), 7)
-    return stage.leader._copies._sources.clear
+    stage.leader.core.copies._sources |= dict.fromkeys(range(99), 7)
+    return stage.leader.core.copies._sources.clear
 
 
 def _expire(stage: Stage) -> Callable[[], None]:
@@ -61,11 +61,11 @@ def test_an_idle_engine_finds_what_is_wrong(
     stage.leader.reports = Reports(tmp_path, "e")
     stage.keep("first", KEYS)
     stage.tick()
-    assert stage.leader.problems == []
+    assert stage.leader.core.health.problems == []
     undo = lie(stage)
     stage.tick()
     stage.tick()
-    (problem,) = stage.leader.problems
+    (problem,) = stage.leader.core.health.problems
     assert text in problem
     assert caplog.text.count("an invariant does not hold") == 1
     stage.leader.reports.wait(10)
@@ -93,23 +93,23 @@ def test_books_are_right_whatever_goes_on(make_stage: Make) -> None:
             assert stage.leader.check(10)["problems"] == []
             for copy in [*step.loads, *step.stores]:
                 stage.answer(copy)
-            stage.leader.tick()
+            stage.leader.core.tick()
         stage.leader.finish(name, list(range(100 * number, 100 * number + 5)), 0)
         assert stage.leader.check(10)["problems"] == []
         if number % 20 == 19:
             stage.leader.reset()
             stage.settle()
             assert stage.leader.check(10)["problems"] == []
-    for job in list(stage.leader._copies._jobs.values()):
+    for job in list(stage.leader.core.copies._jobs.values()):
         for rank in tuple(job.ranks):
             stage.say(Result(job.id, rank, bytes([3] * job.blocks), 0, 0.0, "injected"), rank)
-    stage.leader.tick()
-    assert stage.leader.audit.violations == 0
+    stage.leader.core.tick()
+    assert stage.leader.invariants.violations == 0
 
 
 def test_a_busy_engine_looks_less_often() -> None:
     clock, asked = ManualClock(), []
-    audit = Audit(lambda: asked.append(1) or [], clock)
+    audit = Invariants(lambda: asked.append(1) or [], clock)
     pools = {"g2": Pool(3000, order=LRU(3000))}
     for _ in range(10):
         audit.tick(pools, idle=False)
@@ -164,14 +164,14 @@ def test_a_leader_that_is_slow_for_long_rests(stage: Stage) -> None:
         stage.step()
     stage.step()  # one that is not
     for _ in range(32):
-        assert stage.leader.problems == []
+        assert stage.leader.core.health.problems == []
         stage.leader.pace.add(0.2)
         stage.step()
-    (problem,) = stage.leader.problems
+    (problem,) = stage.leader.core.health.problems
     assert "more than 100 ms in each of the last 32 steps" in problem
     stage.begin("b", KEYS)
     assert stage.leader.match("b", 0, 4) == 0
     stage.tick(61)
-    assert stage.leader.problems == []
+    assert stage.leader.core.health.problems == []
     assert stage.leader.match("b", 0, 4) == 4
     stage.leader.finish("b", [], 0)

@@ -35,7 +35,7 @@ def sources(stage: Stage, name: str, complete: int, fresh: list[int]) -> list[in
     stores = stage.step({name: complete}, reuse=fresh).stores
     for copy in stores:
         stage.answer(copy)
-    stage.leader.tick()
+    stage.leader.core.tick()
     return [block for copy in stores for block in copy.g1_slots().tolist()]
 
 
@@ -64,7 +64,7 @@ def test_another_connector_fills_blocks_from_which_nothing_was_copied_yet(stage:
     stage.place("x", [1, 2, 3, 4])
     step = stage.leader.seal(tokens=0)
     assert (step.stores, step.fence) == ([], [copy.job])
-    assert stage.leader.dropped == 2
+    assert stage.leader.core.counts.dropped == 2
     stage.answer(copy)
     stage.leader.finish("x", [1, 2, 3, 4], 0)
     assert found(stage, "again", [1, 2, 9, 10], 2, keys=begun + keys_of("more", 2)) == []
@@ -74,7 +74,7 @@ def test_what_it_saw_computed_is(stage: Stage) -> None:
     """Also what is gone from G2 since."""
     assert found(stage, "x", [1, 2, 3, 4], 0) == [1, 2, 3, 4]
     stage.leader.finish("x", [1, 2, 3, 4], 4)
-    stage.leader.tick()
+    stage.leader.core.tick()
     stage.pool.discard(KEYS)
     assert found(stage, "y", [1, 2, 3, 7], 3) == [1, 2, 3, 7]
 
@@ -108,9 +108,9 @@ def test_a_reset(stage: Stage) -> None:
 
 
 def test_a_pause_sees_what_is_computed(stage: Stage) -> None:
-    stage.leader.pause()
+    stage.leader.core.pause()
     assert found(stage, "x", [1, 2, 3, 4], 0) == []
-    stage.leader.resume()
+    stage.leader.core.resume()
     assert found(stage, "y", [1, 2, 3, 5], 3) == [1, 2, 3, 5]
 
 
@@ -147,7 +147,7 @@ def test_a_load_whose_blocks_were_handed_out_meanwhile(stage: Stage) -> None:
     stage.leader.finish("x", [11, 12, 13, 14], 0)
     stage.step(reuse=[12])
     stage.answer(copy)
-    stage.leader.tick()
+    stage.leader.core.tick()
     stage.pool.discard(KEYS)
     assert found(stage, "y", [11, 12, 13, 15], 3) == [11]
 
@@ -220,7 +220,7 @@ def test_a_session_goes_on_at_a_block_it_had_offered(stage: Stage) -> None:
     keys[2:] = keys_of("next", 2)
     stage.leader.go_on("x", [1, 2, 3, 4], 2)
     assert sources(stage, "x", 2, [3, 4]) == []
-    assert stage.leader.provenance.carried(stage.leader.requests["x"], 3) == 2
+    assert stage.leader._provenance.carried(stage.leader.requests["x"], 3) == 2
     assert sources(stage, "x", 4, []) == [4]
     stage.leader.finish("x", [1, 2, 3, 4], 4)
     assert found(stage, "y", [1, 2, 3, 4], 4, keys=keys) == [3]
@@ -296,7 +296,7 @@ def test_several_layer_groups(make_stage: Make) -> None:
             copies = leader.seal(tokens=1).stores
             for copy in copies:
                 stage.answer(copy)
-            leader.tick()
+            leader.core.tick()
             stage.pool.discard([group_key(key, group) for key in KEYS for group in (0, 1)])
         assert {block for copy in copies for block in copy.g1_slots().tolist()} == stored
 

@@ -61,7 +61,7 @@ def test_a_size_is_that_of_the_one_copy(tmp_path: Path) -> None:
         path.mkdir(mode=0o700)
         settings = {"g3_blocks": None, "g2_blocks": None, "g2_gb": size}
         with closing(Engine(path, ranks=2, replicated=replicated, **settings)) as engine:
-            found.append(engine.leader.pool.statistics().total)
+            found.append(engine.leader.core.pool.statistics().total)
     assert found == [20, 10]
 
 
@@ -73,10 +73,10 @@ def test_a_load_that_fails_on_a_rank_that_stores_nothing_is_a_failed_load(tmp_pa
         assert engine.leader.match("r", 0, len(KEYS)) == len(KEYS)
         engine.leader.place("r", list(range(8)), 8, TOKENS)
         engine.step("r", 0)
-        engine.until(lambda: engine.leader.in_flight() == (0, 0))
+        engine.until(lambda: engine.leader.core.in_flight() == (0, 0))
         assert engine.workers[0].collect(idle=False).failed == set()
         assert engine.workers[1].collect(idle=False).failed == {"r"}
-        assert engine.leader.pool.peek(KEYS) == 0
+        assert engine.leader.core.pool.peek(KEYS) == 0
 
 
 def test_what_was_computed_with_a_failed_load_on_any_rank_is_not_stored(tmp_path: Path) -> None:
@@ -90,10 +90,10 @@ def test_what_was_computed_with_a_failed_load_on_any_rank_is_not_stored(tmp_path
         assert engine.leader.match("r", 0, len(KEYS)) == len(KEYS)
         engine.leader.place("r", list(range(12)), 8, TOKENS)
         engine.step("r", 12)
-        engine.until(lambda: engine.leader.in_flight() == (0, 0))
+        engine.until(lambda: engine.leader.core.in_flight() == (0, 0))
         assert engine.workers[1].take_bad_blocks() == set(range(8))
-        assert engine.leader.pool.peek(more) == 0
-        assert engine.leader.pool.peek(KEYS) == 0
+        assert engine.leader.core.pool.peek(more) == 0
+        assert engine.leader.core.pool.peek(KEYS) == 0
 
 
 def test_memory_that_is_not_what_was_said(tmp_path: Path) -> None:
@@ -117,10 +117,10 @@ def test_one_copy_is_verified_and_compared(tmp_path: Path) -> None:
                 worker._comparisons._dtype = "float32"
             assert engine.serve(KEYS) == 0
             found = engine.serve(KEYS)
-            engine.until(lambda engine=engine: engine.leader.in_flight() == (0, 0))
+            engine.until(lambda engine=engine: engine.leader.core.in_flight() == (0, 0))
             if engine.leader.shadow is not None:
                 assert found == 0
                 assert (engine.leader.shadow.compared, engine.leader.shadow.wrong) == (len(KEYS), 0)
             else:
                 assert found == len(KEYS)
-            assert not engine.leader.problems
+            assert not engine.leader.core.health.problems

@@ -12,9 +12,8 @@ import pytest
 
 from kvbm.core.outcome import Outcome
 from kvbm.leader.reports import Reports
-from kvbm.leader.requests import RequestParams
+from kvbm.leader.requests import RequestParams, Variant
 from kvbm.leader.shadow import Shadow
-from kvbm.leader.variants import Variant
 from kvbm.link.messages import Adapter, Compare, Result, unpack
 from kvbm.tiers.disk.orders import Read
 from kvbm.tiers.host import Landing
@@ -48,7 +47,7 @@ def declined(stage: Stage, name: str = "b", keys: list[bytes] = KEYS, start: int
 def answer(stage: Stage, compare: Compare, *outcomes: Outcome, rank: int = 0) -> None:
     errors = np.array([1.4 if each == CORRUPT else 0 for each in outcomes], np.float32)
     stage.say(Result(compare.job, rank, bytes(outcomes), 0, 0.1, None, errors=errors.tobytes()), rank)
-    stage.leader.tick()
+    stage.leader.core.tick()
 
 
 def test_a_declined_hit_is_compared_as_it_is_computed(stage: Stage) -> None:
@@ -96,15 +95,15 @@ def test_blocks_that_differ_end_all_trust(stage: Stage, tmp_path: Path, caplog: 
     (compare,) = stage.step({"b": 4}).compares
     answer(stage, compare, DONE, CORRUPT, DONE, FAILED)
     assert stage.matchable(KEYS) == 0
-    assert stage.leader.quarantined is not None
-    assert stage.leader.problems == [stage.leader.quarantined]
+    assert stage.leader.core.health.quarantined is not None
+    assert stage.leader.core.health.problems == [stage.leader.core.health.quarantined]
     assert len([record for record in caplog.records if "quarantined" in record.message]) == 1
     shadow = shadow_of(stage)
     assert (shadow.compared, shadow.wrong, shadow.skipped) == (3, 1, 1)
 
     stage.leader.reports.wait(10)
     (path,) = (tmp_path / "reports").iterdir()
-    assert str(path) in stage.leader.quarantined
+    assert str(path) in stage.leader.core.health.quarantined
     assert path.stat().st_mode & 0o777 == 0o600
     report = json.loads(path.read_text())
     assert (report["kind"], report["engine"], report["request_id"]) == ("shadow", "engine-1", "b")
@@ -116,8 +115,8 @@ def test_blocks_that_differ_end_all_trust(stage: Stage, tmp_path: Path, caplog: 
 
     # Nothing new is stored, nor found, by requests that live now or later, until an operator says so.
     assert stage.compute("c", keys_of("c", 2), [1, 2]).stores == []
-    stage.leader.resume()
-    assert (stage.leader.problems, stage.leader.quarantined) == ([], None)
+    stage.leader.core.resume()
+    assert (stage.leader.core.health.problems, stage.leader.core.health.quarantined) == ([], None)
     assert stage.matchable(KEYS) == 0
     stage.leader.finish("b", [20, 21, 22, 23], 4)
     stage.keep("d", KEYS)
@@ -147,16 +146,16 @@ def test_one_rank_is_enough(make_stage: Make) -> None:
     declined(stage)
     (compare,) = stage.step({"b": 4}).compares
     answer(stage, compare, DONE, DONE, CORRUPT, DONE, rank=1)
-    assert stage.leader.quarantined is None
+    assert stage.leader.core.health.quarantined is None
     answer(stage, compare, DONE, DONE, DONE, DONE, rank=0)
-    assert stage.leader.quarantined is not None
+    assert stage.leader.core.health.quarantined is not None
 
 
 def test_what_cannot_be_compared_is_no_alarm(stage: Stage) -> None:
     declined(stage)
     (compare,) = stage.step({"b": 4}).compares
     answer(stage, compare, FAILED, FAILED, FAILED, FAILED)
-    assert stage.leader.quarantined is None
+    assert stage.leader.core.health.quarantined is None
     assert shadow_of(stage).skipped == 4
 
 
@@ -232,7 +231,7 @@ def test_a_new_generation_says_nothing_of_the_old(stage: Stage) -> None:
     (compare,) = stage.step({"b": 2}).compares
     stage.leader.reset()
     answer(stage, compare, CORRUPT, CORRUPT)
-    assert stage.leader.quarantined is None
+    assert stage.leader.core.health.quarantined is None
     assert shadow_of(stage).wrong == 0
     assert stage.step({"b": 4}).compares == []
     assert shadow_of(stage).held == 0
@@ -322,7 +321,7 @@ def careful(make_stage: Make) -> Stage:
     stage = make_stage(64, prove_first=True)
     stage.keep("first", KEYS)
     theirs = stage.pool.scan(THEIRS)[0]
-    shadow_of(stage).landed(theirs, Landing("g3"))
+    shadow_of(stage).origins.landed(theirs, Landing("g3"))
     theirs.drop()
     return stage
 
@@ -349,7 +348,7 @@ def test_what_others_stored_is_used_once_it_agreed(careful: Stage) -> None:
     careful.leader.reset()
     careful.keep("again", KEYS)
     theirs = careful.pool.scan(THEIRS)[0]
-    shadow_of(careful).landed(theirs, Landing("peers"))
+    shadow_of(careful).origins.landed(theirs, Landing("peers"))
     theirs.drop()
     assert _asks(careful, "e") == 2, "a reset begins anew"
     _ends(careful, "e")
@@ -361,7 +360,7 @@ def test_nothing_is_used_until_all_agreed(careful: Stage, outcomes: tuple[Outcom
     _compared(careful, "b", *outcomes)
     _ends(careful, "b")
     if CORRUPT in outcomes:
-        assert careful.leader.quarantined is not None
+        assert careful.leader.core.health.quarantined is not None
         assert careful.matchable(KEYS) == 0
     else:
         assert _asks(careful, "c") == 2

@@ -10,8 +10,7 @@ import pytest
 from kvbm.blocks import LayerGroup
 from kvbm.core.events import Admitted
 from kvbm.core.keys import group_key, variant_keys
-from kvbm.leader.requests import RequestParams
-from kvbm.leader.variants import Variant
+from kvbm.leader.requests import RequestParams, Variant
 from kvbm.link.messages import Adapter, Copy, Foresee, Foreseen, Step, Unlike, Used
 from tests.leader.roles import BLOCK_TOKENS, DONE, FAILED, Stage, keys_of
 
@@ -134,7 +133,7 @@ def test_what_was_copied_is_published_only_if_all_ranks_computed_with_what_was_e
         if digest is not None:
             used(stage, step, digest, rank=rank)
         stage.answer(step.stores[0], rank=rank)
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert stage.pool.statistics().registered == BLOCKS
     assert not finish(stage, "a")
     assert stage.pool.statistics().staged == 0
@@ -146,7 +145,7 @@ def test_what_no_rank_has_reported_yet_at_the_end_is_not_stored(stage: Stage) ->
     step = advance(stage, "a", BLOCKS, range(BLOCKS))
     assert not finish(stage, "a")
     used(stage, step, ONE)
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert stage.pool.peek(keys_with("p", ONE)) == 0
 
 
@@ -191,11 +190,11 @@ def test_a_report_about_blocks_that_the_request_lost_says_nothing_of_its_new_one
     before = advance(stage, "a", BLOCKS, range(BLOCKS))
     again = advance(stage, "a", 1, range(10, 10 + BLOCKS))  # preempted, and begun anew
     used(stage, before, ONE)
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert stage.leader.requests["a"].proven == 0
-    assert not stage.leader.provenance._words[10:14].all(axis=1).any()
+    assert not stage.leader._provenance._words[10:14].all(axis=1).any()
     used(stage, again, ONE)
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert stage.leader.requests["a"].proven == 1
 
 
@@ -310,7 +309,7 @@ def test_a_worker_that_never_answers_is_asked_seldom(stage: Stage) -> None:
         stage.clock.advance(1)
     assert asked == 13  # after 4, 8, ... 512 seconds, then every 600
     assert waited == 2 * asked
-    assert len(stage.leader._variants._asked) == 1
+    assert len(stage.leader._variants._outlook._asked) == 1
 
 
 def test_what_a_step_was_computed_with_is_known_better_than_what_a_worker_foresaw(stage: Stage) -> None:
@@ -320,7 +319,7 @@ def test_what_a_step_was_computed_with_is_known_better_than_what_a_worker_foresa
     stage.leader.finish("x", [], 0)
     compute(stage, "b", number=2, digest=TWO)
     stage.say(Foreseen(question.question, ONE))
-    stage.leader.tick()
+    stage.leader.core.tick()
     begin(stage, "c", number=2)
     step = loading(stage, "c")
     assert step.adapters is not None

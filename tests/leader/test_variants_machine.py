@@ -133,7 +133,7 @@ class Engine:
 
     def look(self) -> int:
         """How many blocks are stored; each is what its key says."""
-        self.stage.leader.tick()
+        self.stage.leader.core.tick()
         count = 0
         for prompt in PROMPTS:
             for digest in DIGESTS:

@@ -26,7 +26,7 @@ def on_channel(message: Any) -> Message:
     match message:
         case disk.Probed():
             return disk.to_leader(message)
-        case peers.Mine():
+        case peers.Shared():
             return peers.to_leader(message)
         case disk.Write() | disk.Read() | disk.Forget() | disk.Generation() | disk.Probe():
             return disk.to_rank(message)

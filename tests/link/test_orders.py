@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from kvbm.link.messages import decode_message, encode
-from kvbm.stores.disk.meta import Place
+from kvbm.stores.disk.meta import DiskPlace
 from kvbm.tiers.disk.orders import Forget, Generation, Probe, Probed, Read, Write, decode_place, to_open
-from kvbm.tiers.peers.orders import Attach, Detach, Mine, Pull
+from kvbm.tiers.peers.orders import Attach, Detach, Pull, Shared
 from tests.link.orders import off_channel, on_channel
 
 KEY = bytes(range(32))
@@ -27,8 +27,8 @@ KEY = bytes(range(32))
         Attach("p", b"metadata", 1 << 40, 4096, 8, "before"),
         Detach("p"),
         Pull(1, "p", b"theirs", b"ours", b"sums"),
-        Mine(1, b"metadata", 1 << 40, 4096, 8),
-        Mine(1, problem="no NIXL"),
+        Shared(1, b"metadata", 1 << 40, 4096, 8),
+        Shared(1, problem="no NIXL"),
     ],
 )
 def test_orders_survive(said: Any) -> None:
@@ -36,5 +36,5 @@ def test_orders_survive(said: Any) -> None:
 
 
 def test_a_place_survives() -> None:
-    place = Place("/a", "f", 2, 4096, 7, 1)
+    place = DiskPlace("/a", "f", 2, 4096, 7, 1)
     assert decode_place(to_open(place).body) == place

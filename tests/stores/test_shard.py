@@ -15,7 +15,7 @@ import pytest
 
 from kvbm.core.errors import Broken, Misuse
 from kvbm.stores.disk.format import PAGE
-from kvbm.stores.disk.meta import Place
+from kvbm.stores.disk.meta import DiskPlace as Place
 from kvbm.stores.disk.shard import Shard
 from kvbm.testing.store import key_of, labels, slots
 

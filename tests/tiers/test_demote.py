@@ -21,16 +21,16 @@ Make = Callable[..., Stage]
 def test_what_is_new_in_g2_is_written_and_can_be_matched_once_every_rank_is_done(make_stage: Make) -> None:
     stage, keys = make_stage(ranks=2).add_disk(), keys_of("a", 3)
     stage.keep("a", keys)
-    stage.leader.tick()
+    stage.leader.core.tick()
     (write,) = stage.hear(Write)
     assert stage.hear(Write, 1) == [write]
     assert (write.keys, write.parents, write.generation) == (keys, [None, *keys[:2]], 0)
     assert write.g2 == np.array([stage.pool.look(key).slot for key in keys], np.int32).tobytes()
     stage.moved(write, rank=0)
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert stage.disk.peek(keys) == 0
     stage.moved(write, DONE, FAILED, DONE, rank=1)
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert stage.disk.present(keys).tolist() == [True, False, True]
     assert unpack(write.g3).tolist()[0] == stage.disk.look(keys[0]).slot
     assert Demoted(2, 1, 5 * BLOCK_BYTES, 0.001) in stage.events
@@ -47,11 +47,11 @@ def test_what_is_in_flight_is_bounded_and_what_is_held_given_back(make_stage: Ma
     stage = make_stage().add_disk(in_flight=6, batch=4)
     keys = keys_of("a", 20)
     stage.keep("a", keys)
-    stage.leader.tick()
+    stage.leader.core.tick()
     writes = stage.hear(Write)
     assert [len(write.keys) for write in writes] == [4, 2]
     assert stage.pool.statistics().active == 6
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert not stage.hear(Write)
     assert not stage.demotion.idle
     for write in writes:
@@ -259,10 +259,10 @@ def test_exclusive_writes_what_would_be_evicted_next_and_frees_it(make_stage: Ma
 def test_exclusive_keeps_in_g2_what_could_not_be_written(make_stage: Make) -> None:
     stage = exclusive(make_stage)
     stage.keep("a", keys_of("a", 16))
-    stage.leader.tick()
+    stage.leader.core.tick()
     (write,) = stage.hear(Write)
     stage.moved(write, DONE, FAILED)
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert stage.pool.present(write.keys).tolist() == [False, True]
     assert stage.disk.present(write.keys).tolist() == [True, False]
 
@@ -271,13 +271,13 @@ def test_exclusive_does_not_evict_what_was_matched_meanwhile(make_stage: Make) -
     stage = exclusive(make_stage, admit="all")
     keys = keys_of("a", 16)
     stage.keep("a", keys)
-    stage.leader.tick()
+    stage.leader.core.tick()
     (write,) = stage.hear(Write)
     assert stage.load("b", keys[:1], [1])
     hold = stage.pool.match(keys, 14)
     assert len(hold) == 2
     stage.moved(write)
-    stage.leader.tick()
+    stage.leader.core.tick()
     hold.drop()
     assert stage.pool.peek(keys) == 16
 
@@ -293,7 +293,7 @@ def test_exclusive_leaves_g2_alone_while_the_disk_is_broken(make_stage: Make) ->
     stage = exclusive(make_stage)
     stage.tier.fail("broken")
     stage.keep("a", keys_of("a", 16))
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert not stage.hear(Write)
     assert stage.pool.peek(keys_of("a", 16)) == 16
 
@@ -315,10 +315,10 @@ def test_a_drain_writes_all_the_hottest_first(make_stage: Make) -> None:
     for name in ("old", "middle", "hot"):
         stage.keep(name, keys_of(name, 3))
     assert stage.write_all() == []
-    stage.leader.drain(0.001)
+    stage.leader.core.drain(0.001)
     written = [key for write in stage.write_all() for key in write.keys]
     assert written == keys_of("hot", 3) + keys_of("middle", 3) + keys_of("old", 3)
-    stage.leader.drain(10.0)  # nothing is left
+    stage.leader.core.drain(10.0)  # nothing is left
     assert stage.demotion.idle
 
 
@@ -326,7 +326,7 @@ def test_a_drain_does_not_mind_what_waited_before(make_stage: Make) -> None:
     stage = make_stage().add_disk(in_flight=1, batch=1)
     for name in ("old", "hot"):
         stage.keep(name, keys_of(name, 2))
-    stage.leader.drain(0.001)
+    stage.leader.core.drain(0.001)
     written = [write.keys[0] for write in stage.write_all()]
     assert written == [*keys_of("old", 1), *keys_of("hot", 2), keys_of("old", 2)[1]]
 
@@ -338,10 +338,10 @@ def test_a_drain_ends_when_its_time_is_over_or_nobody_writes(
     stage = make_stage().add_disk()
     stage.keep("a", keys_of("a", 6))
     before = time.monotonic()
-    stage.leader.drain(0.05)
+    stage.leader.core.drain(0.05)
     assert 0.05 <= time.monotonic() - before < 5
     assert "0 of 6 blocks of host memory are on disk" in caplog.text
-    stage.leader.pause()
-    stage.leader.drain(60.0)
+    stage.leader.core.pause()
+    stage.leader.core.drain(60.0)
     assert time.monotonic() - before < 10
-    make_stage().leader.drain(60.0)
+    make_stage().leader.core.drain(60.0)

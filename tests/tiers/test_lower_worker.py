@@ -19,7 +19,7 @@ from kvbm.link.messages import Allot, Cancel, Copy, Hello, Opened, Ready, Result
 from kvbm.policy.lru import LRU
 from kvbm.stores.disk.disk import Disk
 from kvbm.stores.disk.folder import Folder, NamespaceFolder
-from kvbm.stores.disk.meta import Place, bytes_of
+from kvbm.stores.disk.meta import DiskPlace, bytes_of
 from kvbm.stores.disk.shard import Shard
 from kvbm.testing.transport import HostMemory
 from kvbm.tiers.disk.adopt import adopt
@@ -43,7 +43,7 @@ DONE, MISSING, CORRUPT, FAILED = (bytes([outcome]) for outcome in Outcome)
 class Rank:
     """One rank's worker over numpy memory and a file, and its leader's end of the channel."""
 
-    def __init__(self, run_dir: Path, place: Place, rank: int) -> None:
+    def __init__(self, run_dir: Path, place: DiskPlace, rank: int) -> None:
         self.g1 = HostMemory(ROWS, G1, name="g1")
         random = np.random.default_rng(rank)
         for slot in range(G1):
@@ -70,7 +70,7 @@ class Rank:
         self.link.send(to_open(place))
         assert self.hear() == Opened(rank, "g3")
 
-    def open_disk(self, place: Place, side: RankSide) -> Disk:
+    def open_disk(self, place: DiskPlace, side: RankSide) -> Disk:
         shard = Shard(place, side.rank, sync="never", direct=False)
         return Disk(shard, side.memory("G2 for the disk"), side.executor.submit, side.executor.cancel)
 

@@ -48,10 +48,10 @@ def test_the_disk_says_it_once_and_only_where_nothing_is_found(
 ) -> None:
     settings = Settings(g3_blocks=64)
 
-    def start(seed: str) -> build_disk.Found:
+    def start(seed: str) -> build_disk.FolderFound:
         namespace = Namespace(FACTS | {"hash.seed": seed}, "w")
         nobody: Any = None
-        ground = Ground(settings, Place("e", 1), nobody, {0: nobody}, 4096)
+        ground = Ground(settings, Place("e", 1), nobody, nobody, {0: nobody}, 4096)
         found = build_disk.find(ground, build_disk.Folder.claim(tmp_path, "e"), namespace)
         found.folder.close()
         return found

@@ -55,7 +55,7 @@ def test_reading_begins_when_a_request_arrives_and_is_promised_when_all_is_there
     assert load.g2 == read.g2
     assert not stage.promotion._stagings
     stage.answer(load)
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert stage.pool.statistics().active == 0
     assert Promoted(4, 0, ranks * 4 * BLOCK_BYTES, 0.001) in stage.events
     assert Admitted(5 * BLOCK_TOKENS, 0, 4 * BLOCK_TOKENS, 4 * BLOCK_TOKENS) in stage.events
@@ -145,10 +145,10 @@ def test_a_block_that_ends_on_disk_before_it_is_read_does_not_live_on_in_g2(make
     stage.clock.advance(2)
     stage.disk.present(keys)  # the disk tier drops them
     stage.moved(first)
-    stage.leader.tick()
+    stage.leader.core.tick()
     (second,) = stage.hear(Read)
     stage.moved(second)
-    stage.leader.tick()
+    stage.leader.core.tick()
     stage.clock.advance(1)
     assert stage.pool.peek(keys, 1) == 0
 
@@ -188,7 +188,7 @@ def test_what_is_slower_from_the_start_is_read_only_while_the_request_waits_for_
     first, *others = start(stage, "a", keys)
     stage.moved(first)
     stage.clock.advance(0.2)
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert match(stage, "a", keys) == 1
     assert stage.hear(Cancel) == [Cancel([read.job for read in others])]
     for read in others:
@@ -223,13 +223,13 @@ def test_a_disk_that_does_not_answer_makes_nobody_wait_for_ever(make_stage: Make
     stage.tick(9.0)
     assert match(stage, "a", keys) is None  # nothing is known of how fast the engine computes
     stage.tick(2.0)
-    assert stage.leader.degraded() == {"g3": "no answer about a move within its deadline"}
+    assert stage.leader.core.lower.degraded() == {"g3": "no answer about a move within its deadline"}
     assert match(stage, "a", keys) == 0
     assert stage.hear(Cancel) == [Cancel([read.job])]
     assert start(stage, "b", keys) == []
     assert match(stage, "b", keys) == 0
     stage.moved(read)  # it comes after all: published, for it is right
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert stage.pool.peek(keys) == 4
     assert not stage.promotion._stagings
 
@@ -263,7 +263,7 @@ def test_a_dropped_request_cancels_its_reads_and_gives_everything_back(make_stag
     stage.on_disk("first", keys)
     first, second = start(stage, "a", keys)
     stage.moved(first)
-    stage.leader.tick()
+    stage.leader.core.tick()
     (third,) = stage.hear(Read)
     stage.leader.finish("a", [], 0)
     (cancel,) = stage.hear(Cancel)
@@ -272,7 +272,7 @@ def test_a_dropped_request_cancels_its_reads_and_gives_everything_back(make_stag
     assert stage.disk.statistics().active == 12  # some of it is still being read
     stage.moved(second, DONE, FAILED, error="cancelled")
     stage.moved(third, *[FAILED] * 4, error="cancelled")
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert not stage.hear(Cancel)
     assert stage.disk.statistics().active == 0
     assert stage.pool.peek(keys) == 5
@@ -331,7 +331,7 @@ def test_what_is_held_for_requests_is_bounded(make_stage: Make) -> None:
     for i in range(6):
         for read in start(stage, f"{i}", keys_of(f"{i}", 6)):
             stage.moved(read)
-        stage.leader.tick()
+        stage.leader.core.tick()
         assert sum(staging.held for staging in stage.promotion._stagings) <= 10
         assert stage.pool.statistics().active <= 10
     assert match(stage, "0", keys_of("0", 6)) == 6
@@ -400,12 +400,12 @@ def test_damage_counts_also_when_the_read_was_given_up(make_stage: Make) -> None
     stage.leader.finish("a", [], 0)
     stage.moved(read, FAILED, FAILED, rank=0, error="cancelled")
     stage.moved(read, DONE, Outcome.CORRUPT, rank=1)
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert stage.disk.peek(keys) == 2  # the worst outcome counts: given up
     (read,) = start(stage, "b", keys)
     stage.leader.finish("b", [], 0)
     stage.moved(read, DONE, Outcome.CORRUPT)
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert stage.disk.present(keys).tolist() == [True, False]
 
 
@@ -510,12 +510,12 @@ def test_a_pause_lets_go_of_what_was_read(make_stage: Make) -> None:
     stage.on_disk("first", keys)
     (read,) = start(stage, "a", keys)
     stage.moved(read)
-    stage.leader.pause()
-    stage.leader.tick()
+    stage.leader.core.pause()
+    stage.leader.core.tick()
     assert not stage.hear(Read)
     assert not stage.promotion._stagings
     assert match(stage, "a", keys) == 0
-    stage.leader.resume()
+    stage.leader.core.resume()
     assert match(stage, "a", keys) is None
     assert len(stage.hear(Read)) == 1
 
@@ -526,13 +526,13 @@ def test_a_tier_that_breaks_holds_nothing_for_those_who_do_not_ask(make_stage: M
     (read,) = start(stage, "a", keys)
     stage.tier.fail("broken")
     stage.moved(read)
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert stage.disk.statistics().active == 0
     assert match(stage, "a", keys) == 2
     stage.tick(1.0)
     (probe,) = stage.hear(Probe)
     stage.say(Probed(0, None, probe.number))
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert stage.tier.problem is None
 
 
@@ -553,7 +553,7 @@ def test_exclusive_gives_up_on_disk_what_has_come_up_and_writes_it_again(make_st
     (read,) = stage.hear(Read)
     bad = len(read.keys) > 1
     stage.moved(read, DONE, *([FAILED] * (len(read.keys) - 1)))
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert stage.disk.present(gone).tolist() == [False] + [True] * (len(gone) - 1)
     assert match(stage, "again", gone) == 1
     assert not bad or stage.leader.records["again"].gated

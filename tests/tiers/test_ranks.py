@@ -17,7 +17,7 @@ from kvbm.core.region import Region
 from kvbm.link.messages import pack
 from kvbm.stores.disk.disk import Disk
 from kvbm.stores.disk.folder import Folder
-from kvbm.stores.disk.meta import Place, bytes_of
+from kvbm.stores.disk.meta import DiskPlace, bytes_of
 from kvbm.stores.disk.shard import Shard
 from kvbm.testing.ranks import PATIENCE_S, SLOTS, RankTierRig, RankTierSuite, Side
 from kvbm.tiers.disk.orders import Read, Write, to_open
@@ -48,7 +48,7 @@ class OnDisk(RankTierRig):
         self.slots: dict[bytes, int] = {}
 
     @staticmethod
-    def _open(place: Place, side: RankSide) -> Disk:
+    def _open(place: DiskPlace, side: RankSide) -> Disk:
         shard = Shard(place, side.rank, sync="never", direct=False)
         return Disk(shard, side.memory("G2 for the disk"), side.executor.submit, side.executor.cancel)
 

@@ -69,7 +69,7 @@ class Staged(TierRig):
             offer.drop()
 
     def lock(self) -> AbstractContextManager[object]:
-        return self.stage.leader.below()
+        return self.stage.leader.core.below()
 
     def close(self) -> None:
         """The stage is closed by its fixture."""
@@ -134,7 +134,9 @@ class Others(Staged):
 class Dict(Staged):
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
-        ground = Ground(Settings(), Place("e", RANKS), stage.leader, stage.leader.links, 4096)
+        ground = Ground(
+            Settings(), Place("e", RANKS), stage.leader.core, stage.leader.gate, stage.leader.core.links, 4096
+        )
         self.tier: G9 = G9(ground, stage.clock)
 
     def offer(self, keys: Sequence[bytes]) -> Offer:

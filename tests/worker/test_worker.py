@@ -21,7 +21,7 @@ from kvbm.link.messages import Allot, Bye, Copy, GiveUp, Hello, Message, Ready, 
 from kvbm.stores import memory
 from kvbm.testing.faults import FaultTransport
 from kvbm.testing.transport import HostMemory
-from kvbm.tiers.peers.orders import Mine
+from kvbm.tiers.peers.orders import Shared
 from kvbm.tiers.peers.rank import PeerMemory, PeerRank
 from kvbm.tiers.tier import RankSide
 from kvbm.transfer.executor import Executor
@@ -192,11 +192,11 @@ def test_others_read_it_once_all_is_touched(
     rank = make_rank(allot=0, tiers={"peers": lambda side: PeerRank(side, open_memory)})
     rank.link.send(Allot(SLOTS))
     heard = [off_channel(rank.hear())]
-    while not isinstance(heard[-1], Mine):
+    while not isinstance(heard[-1], Shared):
         heard.append(off_channel(rank.hear()))
     assert heard[0] == Ready(3, 3)
     assert isinstance(heard[-2], Touched)
-    assert (heard[-2].slots, heard[-1], opened) == (slots, Mine(3, problem="no NIXL"), [slots])
+    assert (heard[-2].slots, heard[-1], opened) == (slots, Shared(3, problem="no NIXL"), [slots])
 
 
 def test_memory_that_is_not_there_at_the_start(make_rank: Make, slices: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Who hears what happened to blocks."""
+"""What hears of what happened to blocks."""
 
 from __future__ import annotations
 

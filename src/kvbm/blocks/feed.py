@@ -22,7 +22,7 @@ class Feed:
 
     def __init__(self, observers: Iterable[Observer]) -> None:
         self.observers: tuple[Observer, ...] = tuple(observers)
-        """Whoever would `put` looks here first, and does not make an event nobody hears."""
+        """Whether anybody hears. Callers of `put` look here first, and make no event that nobody hears."""
         self.watchers: tuple[Observer, ...] = ()
         """Those observers that hear `Moved` too."""
         self.queue: deque[Event] = deque()

@@ -71,7 +71,7 @@ class Where(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class GroupMatch:
     """The longest hit."""
 
     length: int
@@ -85,7 +85,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Hit(Found):
+class Hit(GroupMatch):
     """The longest hit, held."""
 
     held: Pinned
@@ -114,7 +114,7 @@ class Either:
 
 def find_groups(
     where: Where, groups: Sequence[LayerGroup], keys: Sequence[Sequence[bytes]], start: int = 0, most: int | None = None
-) -> Found:
+) -> GroupMatch:
     """What the longest hit over all groups needs, of at most `most` blocks. Holds nothing.
 
     `keys[g]` are the keys of the prompt's blocks in `groups[g]`: as many in each, and no key in two. A hit of n blocks
@@ -146,7 +146,7 @@ def find_groups(
         for number, group in enumerate(groups)
         for block in (range(int(firsts[group][at]), length) if length else ())
     ]
-    return Found(length, blocks, longest, total if full else longest)
+    return GroupMatch(length, blocks, longest, total if full else longest)
 
 
 def match_groups(

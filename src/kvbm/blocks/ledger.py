@@ -11,7 +11,7 @@ from kvbm.abc.policy import Mask
 from kvbm.blocks.pins import Hold
 from kvbm.blocks.slots import NEVER, REGISTERED, as_array
 from kvbm.blocks.statistics import Block, PoolStatistics
-from kvbm.blocks.transitions import SLOT_BYTES, Found, Priorities, Seconds, Terms, Transitions
+from kvbm.blocks.transitions import SLOT_BYTES, Adopted, Priorities, Seconds, Terms, Transitions
 from kvbm.core.events import Cleared
 
 
@@ -60,7 +60,7 @@ class Ledger(Transitions):
             self._feed.deliver()
         return held
 
-    def adopt(self, found: Found) -> None:
+    def adopt(self, found: Adopted) -> None:
         """Free to registered and inactive, the first to go first. TypeError or ValueError: nothing was changed."""
         with self._lock:
             if len(self._table.absent(found.keys)) < len(found.keys):

@@ -17,7 +17,7 @@ class Hold(NamedTuple):
 
 
 class Pins:
-    """Who holds blocks without having a handle. No lock of its own."""
+    """Blocks that are held without a handle, and in whose name. No lock of its own."""
 
     def __init__(self) -> None:
         self._holds: list[Hold] = []

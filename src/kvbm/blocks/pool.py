@@ -13,7 +13,7 @@ from kvbm.abc.policy import EvictionOrder, Mask
 from kvbm.blocks.leases import Pinned, Writable
 from kvbm.blocks.ledger import Ledger
 from kvbm.blocks.statistics import Block, PoolStatistics
-from kvbm.blocks.transitions import SLOT_BYTES, Duplicates, Found, Priorities, Seconds
+from kvbm.blocks.transitions import SLOT_BYTES, Adopted, Duplicates, Priorities, Seconds
 from kvbm.core.errors import Misuse
 from kvbm.core.region import Slots
 
@@ -178,7 +178,7 @@ class Pool:
         if not (ttls > 0).all():
             raise Misuse("a ttl is not positive")
         try:
-            self._ledger.adopt(Found(slots.astype(np.int64).tobytes(), tuple(keys), tuple(parents), priorities, ttls))
+            self._ledger.adopt(Adopted(slots.astype(np.int64).tobytes(), tuple(keys), tuple(parents), priorities, ttls))
         except (TypeError, ValueError) as error:
             raise Misuse(f"these blocks cannot be adopted: {error}") from None
 

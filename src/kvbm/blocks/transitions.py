@@ -43,7 +43,7 @@ class Terms(msgspec.Struct, frozen=True):
     generation: int
 
 
-class Found(msgspec.Struct, frozen=True):
+class Adopted(msgspec.Struct, frozen=True):
     """Blocks whose bytes lie in free slots already: one entry each, the one that should go first first."""
 
     slots: bytes
@@ -155,7 +155,7 @@ class Transitions:
             for first, end in runs:
                 self._tell_stored(terms.keys, terms.parent, first, end)
 
-    def _adopt(self, found: Found) -> None:
+    def _adopt(self, found: Adopted) -> None:
         """Staged slots, whose keys are new, are registered and held by nobody."""
         slots, keys, priorities = found.slots, found.keys, found.priorities
         self._table.register(slots, None, False)

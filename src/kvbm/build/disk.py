@@ -14,7 +14,7 @@ from kvbm.abc.policy import Drop, Move, Placement
 from kvbm.abc.transport import Transport
 from kvbm.blocks import Pool
 from kvbm.build.parts import MOVE_BYTES, Ground, Needs, Wrap
-from kvbm.build.place import Place as Engine
+from kvbm.build.place import Place
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.core.folders import NO_HOME
@@ -26,7 +26,7 @@ from kvbm.stores.disk.cipher import Cipher
 from kvbm.stores.disk.disk import Disk
 from kvbm.stores.disk.folder import Folder, NamespaceFolder
 from kvbm.stores.disk.format import padded
-from kvbm.stores.disk.meta import Place, as_facts, bytes_of, listed
+from kvbm.stores.disk.meta import DiskPlace, as_facts, bytes_of, listed
 from kvbm.stores.disk.recovery import Recovered
 from kvbm.stores.disk.shard import Shard
 from kvbm.tiers.demote import Budget, Demotion
@@ -121,14 +121,14 @@ class DiskClaim:
 
     def _open_ranks(self, part: NamespaceFolder) -> None:
         """Has every rank that stores open its file. Raises Broken."""
-        leader, ranks = self._ground.leader, [*self._ground.links]
-        opened = leader.opened[TIER] = {}
+        core, ranks = self._ground.core, [*self._ground.links]
+        opened = core.lower.open(TIER)
         for rank in ranks:
-            leader.links[rank].send(to_open(part.place))
+            core.links[rank].send(to_open(part.place))
         deadline = time.monotonic() + self._ground.settings.init_timeout_s
         while len(opened) < len(ranks):
-            leader.tick()
-            if time.monotonic() > deadline or not all(leader.links[rank].open for rank in ranks):
+            core.tick()
+            if time.monotonic() > deadline or not all(core.links[rank].open for rank in ranks):
                 raise Broken("not every rank said whether its file is open")
             time.sleep(_TICK_S)
         if problem := next((each.problem for each in opened.values() if each.problem), None):
@@ -138,7 +138,7 @@ class DiskClaim:
         self._folder.close()
 
 
-def disk_folder(settings: Settings, place: Engine) -> Path:
+def disk_folder(settings: Settings, place: Place) -> Path:
     """The folder of one engine's disk tier. Raises Broken: nothing says where it could be."""
     folder = settings.g3_dir or (settings.cache_dir and settings.cache_dir / "g3")
     if folder is None:
@@ -163,13 +163,13 @@ def transport(settings: Settings) -> FileTransport:
     return FileTransport(_THREADS, 1, "threads")
 
 
-def _open_shard(settings: Settings, place: Place, side: RankSide) -> Disk:
+def _open_shard(settings: Settings, place: DiskPlace, side: RankSide) -> Disk:
     shard = Shard(place, side.rank, sync=settings.g3_sync, direct=settings.g3_direct)
     memory, executor = side.memory("G2 for the disk"), side.executor
     return Disk(shard, memory, executor.submit, executor.cancel, cipher=_cipher(settings))
 
 
-class Found(NamedTuple):
+class FolderFound(NamedTuple):
     """This namespace's part of the folder, and what was in it at the start."""
 
     folder: NamespaceFolder
@@ -178,7 +178,7 @@ class Found(NamedTuple):
     """Where there was nothing: why blocks of the same model that lie beside it are not found."""
 
 
-def find(ground: Ground, folder: Folder, namespace: Namespace) -> Found:
+def find(ground: Ground, folder: Folder, namespace: Namespace) -> FolderFound:
     """Look into this namespace's part of the folder, which people know by the name of its model. Raises Broken."""
     settings, slot_bytes, ranks = ground.settings, ground.slot_bytes, len(ground.links)
     if settings.g3_blocks is not None:
@@ -194,7 +194,7 @@ def find(ground: Ground, folder: Folder, namespace: Namespace) -> Found:
         zerofill=settings.g3_zerofill,
     )  # fmt: skip
     blocks = part.recover()
-    found = Found(part, blocks, () if len(blocks.slots) else tuple(_namesakes(folder.path, part, facts)))
+    found = FolderFound(part, blocks, () if len(blocks.slots) else tuple(_namesakes(folder.path, part, facts)))
     log.info(
         "KVBM: G3 holds %d blocks, %.2f GB, in %s; %d of them are there from before (%.2f s)",
         part.num_slots, part.num_slots * slot_bytes * ranks / 1e9, part.path, len(blocks.slots),
@@ -216,26 +216,26 @@ def _namesakes(path: Path, mine: NamespaceFolder, facts: Mapping[str, object]) -
     return sentences
 
 
-def _side(ground: Ground, found: Found) -> DiskSide:
-    settings, leader, part, blocks = ground.settings, ground.leader, found.folder, found.blocks
+def _side(ground: Ground, found: FolderFound) -> DiskSide:
+    settings, core, part, blocks = ground.settings, ground.core, found.folder, found.blocks
     slots, below = part.num_slots, placement(settings.placement)
     pool = Pool(slots, order=eviction_order(settings.g3_order, slots), tier=TIER)
     adopt(pool, blocks)
     tier = DiskTier(
-        pool, ground.links, part, leader.gate,
+        pool, ground.links, part, ground.gate,
         generation=part.generation, sequence=blocks.next_sequence,
-        patience=settings.g3_deadline_s + 5.0, next_id=leader.next_job,
+        patience=settings.g3_deadline_s + 5.0, next_id=core.copies.next_id,
     )  # fmt: skip
     in_flight = max(1, settings.g3_inflight_mb * 1_000_000 // ground.block_bytes)
     demotion = Demotion(
-        tier, leader.pool,
+        tier, core.pool,
         admission=admission(settings.g3_admission, slots),
         hot=Frequency(slots),
         exclusive=isinstance(below.evict("g2", _TIERS), Move),
         budget=_budget(settings),
         block_bytes=ground.block_bytes,
-        most=lambda: min(in_flight, leader.pool.total // 4),  # what is being written is held
-        batch=max(1, MOVE_BYTES // ground.block_bytes), emit=leader.emit,
+        most=lambda: min(in_flight, core.pool.total // 4),  # what is being written is held
+        batch=max(1, MOVE_BYTES // ground.block_bytes), emit=core.emit,
     )  # fmt: skip
     exclusive = isinstance(below.promote(TIER, _TIERS), Drop)
     return DiskSide(tier, demotion, exclusive=exclusive, folder=part.path, namesakes=found.namesakes)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from kvbm import __version__
 from kvbm.blocks import LayerGroup, Pool
@@ -17,46 +17,68 @@ from kvbm.build.stack import Below, Choose, Look
 from kvbm.build.tiers import TIERS, needs, wanted
 from kvbm.control import http
 from kvbm.control.socket import About, Control
-from kvbm.core.config import Resolved
+from kvbm.core.config import Resolved, Settings
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.core.folders import check_folder
 from kvbm.core.keys import Namespace
+from kvbm.leader.core import Core, Limits
 from kvbm.leader.coverage import Prefix
 from kvbm.leader.groups import Groups
 from kvbm.leader.growing import Growing
+from kvbm.leader.health import Health
 from kvbm.leader.leader import Leader
+from kvbm.leader.lower import LowerTiers
+from kvbm.leader.observers import Observers
 from kvbm.leader.reports import Reports
-from kvbm.link.messages import Allot
+from kvbm.link.channel import Link
+from kvbm.link.messages import Allot, Touched
 from kvbm.observe.totals import Totals
 from kvbm.policy import eviction_order
 from kvbm.tiers.gate import Gate
+from kvbm.tiers.host import Host
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class CoreSide:
+    """A core whose ranks have their memory, and what lies below it. `tick` it a few times a second."""
+
+    core: Core
+    gate: Gate
+    below: Below
+
+    def close(self) -> None:
+        """Stops threads and says goodbye to the workers."""
+        self.below.close()
+        if (stack := self.core.lower.stack) is not None:
+            stack.stop()
+        self.core.close()
+
+
+@dataclass(frozen=True, slots=True)
 class LeaderSide:
     """Everything that lives beside the scheduler."""
 
     leader: Leader
     totals: Totals
     control: Control
-    stop_metrics: object
+    stop_metrics: Callable[[], None] | None
     below: Below
 
     def drain(self, seconds: float) -> None:
         """Writes to disk what only G2 has, the hottest first, for so long at most. Any thread but the engine's."""
-        self.leader.drain(seconds)
+        self.leader.core.drain(seconds)
 
     def close(self) -> None:
         """Stops threads and says goodbye to the workers."""
         self.below.close()
         self.control.close()
-        if self.leader.lower is not None:
-            self.leader.lower.stop()
-        if callable(self.stop_metrics):
+        if (stack := self.leader.core.lower.stack) is not None:
+            stack.stop()
+        if self.stop_metrics is not None:
             self.stop_metrics()
-        self.leader.close()
+        self.leader.core.close()
 
 
 def check(resolved: Resolved, engine: str = "", tiers: Sequence[Part] = TIERS) -> None:
@@ -92,6 +114,77 @@ def check_size(resolved: Resolved, block_bytes: int) -> None:
         size(resolved, Place("", 1), block_bytes)
 
 
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A core whose ranks have their memory, and with what its tiers are put in place."""
+
+    core: Core
+    gate: Gate
+    growing: Growing
+    totals: Totals
+    storing: Mapping[int, Link]
+    slot_bytes: int
+    namespace: Namespace
+    look: Look | None
+
+    def below(
+        self, settings: Settings, place: Place, tiers: Sequence[Part], expects: Callable[[bytes, int], bool]
+    ) -> Below:
+        ground = Ground(settings, place, self.core, self.gate, self.storing, self.slot_bytes, expects)
+        below = Below(ground, tiers, self.namespace, self.gate.block_tokens)
+        below.begin(self.look)
+        return below
+
+
+def _make(
+    resolved: Resolved, place: Place, namespace: Namespace, block_tokens: int, choose: Choose | None,
+    tiers: Sequence[Part], undo: ExitStack,
+) -> _Made:  # fmt: skip
+    settings = resolved.settings
+    check(resolved, tiers=tiers)
+    for note in resolved.notes:
+        log.warning("KVBM: %s", note)
+    links, slot_bytes, namespace, began = gather(settings, place, namespace, undo)
+    lasting = [part.name for part in wanted(settings, tiers)]
+    look = Look(settings, choose, began) if choose is not None and lasting else None
+    if look is not None:
+        undo.callback(look.close)
+    parts = len(place.storing)
+    block_bytes = slot_bytes * parts
+    with one_at_a_time(settings):
+        slots, why = size(resolved, place, block_bytes, tiers)
+        log.info(
+            "KVBM: G2 holds %d blocks of %d tokens, %.2f GB over %d rank(s): %s",
+            slots, block_tokens, slots * block_bytes / 1e9, parts, why,
+        )  # fmt: skip
+        begun = time.monotonic()
+        usable = allot(settings, place, links, Allot(slots, **asdict(needs(settings, tiers, slot_bytes))))
+    totals, order = Totals(), eviction_order(settings.g2_order, slots)
+    pool = Pool(slots, order=order, tier="g2", most_doubted=settings.answers_share)
+    core = Core(
+        Host(pool), links, LowerTiers(lasting), Health(paused=not settings.enabled, clock=time.monotonic),
+        Observers([totals]), Limits.of(settings, block_bytes),
+    )  # fmt: skip
+    growing = Growing(pool, usable, links.values(), block_bytes, begun)
+    core.hears((Touched,), growing.take)
+    known = choose is None or lasting
+    return _Made(
+        core, Gate(block_tokens), growing, totals, {rank: links[rank] for rank in place.storing}, slot_bytes,
+        namespace if known else namespace.private(), look,
+    )  # fmt: skip
+
+
+def build_core(
+    resolved: Resolved, place: Place, namespace: Namespace, *, block_tokens: int, tiers: Sequence[Part] = TIERS
+) -> CoreSide:
+    """For an engine that keeps a tree of its own: blocks by key, without requests and steps. See `build_leader`."""
+    with ExitStack() as undo:
+        made = _make(resolved, place, namespace, block_tokens, None, tiers, undo)
+        below = made.below(resolved.settings, place, tiers, lambda key, at: False)
+        undo.pop_all()
+    return CoreSide(made.core, made.gate, below)
+
+
 def build_leader(
     resolved: Resolved, place: Place, namespace: Namespace, *, block_tokens: int, shares_device_blocks: bool,
     groups: Sequence[LayerGroup] = (), choose: Choose | None = None, tiers: Sequence[Part] = TIERS,
@@ -101,58 +194,24 @@ def build_leader(
     is known as it is. `tiers` are those that settings may ask for, the nearest first. Raises ConfigError for a size
     that cannot be, Broken if a worker does not come or cannot get its memory."""
     settings = resolved.settings
-    check(resolved, tiers=tiers)
-    for note in resolved.notes:
-        log.warning("KVBM: %s", note)
     with ExitStack() as undo:
-        links, slot_bytes, namespace, began = gather(settings, place, namespace, undo)
-        lasting = [part.name for part in wanted(settings, tiers)]
-        look = Look(settings, choose, began) if choose is not None and lasting else None
-        if look is not None:
-            undo.callback(look.close)
-        parts = len(place.storing)
-        block_bytes = slot_bytes * parts
-        with one_at_a_time(settings):
-            slots, why = size(resolved, place, block_bytes, tiers)
-            log.info(
-                "KVBM: G2 holds %d blocks of %d tokens, %.2f GB over %d rank(s): %s",
-                slots, block_tokens, slots * block_bytes / 1e9, parts, why,
-            )  # fmt: skip
-            begun = time.monotonic()
-            usable = allot(settings, place, links, Allot(slots, **asdict(needs(settings, tiers, slot_bytes))))
-        totals = Totals()
-        order = eviction_order(settings.g2_order, slots)
-        pool = Pool(slots, order=order, tier="g2", most_doubted=settings.answers_share)
+        made = _make(resolved, place, namespace, block_tokens, choose, tiers, undo)
+        core = made.core
         leader = Leader(
-            settings,
-            pool,
-            links,
-            coverage=Groups(pool, groups, settings.checkpoint_tokens) if groups else Prefix(pool),
-            slot_bytes=block_bytes,
-            gate=Gate(block_tokens),
-            shares_device_blocks=shares_device_blocks,
-            observers=[totals],
-            lasting=lasting,
-        )
-        leader.growing = Growing(pool, usable, links.values(), block_bytes, begun)
-        leader.reports = Reports((settings.cache_dir or settings.run_dir) / "reports", place.engine)
-        ground = Ground(settings, place, leader, {rank: links[rank] for rank in place.storing}, slot_bytes)
-        known = choose is None or lasting
-        below = Below(ground, tiers, namespace if known else namespace.private(), block_tokens)
-        below.begin(look)
+            settings, core, Groups(core.pool, groups, settings.checkpoint_tokens) if groups else Prefix(core.pool),
+            made.gate, shares_device_blocks=shares_device_blocks,
+            reports=Reports((settings.cache_dir or settings.run_dir) / "reports", place.engine),
+        )  # fmt: skip
+        below = made.below(settings, place, tiers, leader.expects)
         undo.pop_all()
     about = About(
-        place.engine, __version__, below.namespace.fingerprint, place.ranks, block_bytes, block_tokens, place.model
+        place.engine, __version__, place.ranks, made.slot_bytes * len(made.storing), block_tokens, place.model
     )  # fmt: skip
-    control = Control(leader, totals, about, settings.run_dir)
-
-    def told() -> None:
-        control.about = replace(about, fingerprint=below.namespace.fingerprint)
-
-    below.told = told
-    told()  # it may have changed in between
+    control = Control(
+        leader, made.totals, about, settings.run_dir, lambda: below.namespace.fingerprint, made.growing.shortage
+    )
     stop = None
     if settings.metrics:
         port = settings.metrics_port + place.dp_rank
         stop = http.serve(settings.metrics_host, port, control.sources(), control.health)
-    return LeaderSide(leader, totals, control, stop, below)
+    return LeaderSide(leader, made.totals, control, stop, below)

@@ -10,8 +10,9 @@ from kvbm.abc.transport import Transport
 from kvbm.build.place import Place
 from kvbm.core.config import Settings
 from kvbm.core.keys import Namespace
-from kvbm.leader.leader import Leader
+from kvbm.leader.core import Core
 from kvbm.link.channel import Link
+from kvbm.tiers.gate import Gate
 from kvbm.tiers.promote import Promotion
 from kvbm.tiers.tier import RankSide, RankTier, Tier
 
@@ -39,9 +40,12 @@ class Ground:
 
     settings: Settings
     place: Place
-    leader: Leader
+    core: Core
+    gate: Gate
     links: Mapping[int, Link]
     slot_bytes: int
+    expects: Callable[[bytes, int], bool] = lambda key, at: False
+    """Whether a living request is going to compute and store a block, by key and place in its prompt."""
 
     @property
     def block_bytes(self) -> int:

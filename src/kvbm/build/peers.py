@@ -21,7 +21,7 @@ from kvbm.core.config import Settings, set_for_library
 from kvbm.core.errors import ConfigError
 from kvbm.core.keys import Namespace
 from kvbm.tiers.namesakes import facts_of
-from kvbm.tiers.peers.client import Us
+from kvbm.tiers.peers.client import Identity
 from kvbm.tiers.peers.directory import Directory
 from kvbm.tiers.peers.network import Address, Network
 from kvbm.tiers.peers.orders import TIER
@@ -30,7 +30,6 @@ from kvbm.tiers.peers.rank import PeerMemory, PeerRank
 from kvbm.tiers.peers.serving import Serving
 from kvbm.tiers.peers.tier import Peers
 from kvbm.tiers.promote import Promotion
-from kvbm.tiers.sums import Sums
 from kvbm.tiers.tier import RankSide, Tier
 from kvbm.transfer.executor import Executor
 from kvbm.transfer.nixl.agent import installed
@@ -145,18 +144,18 @@ def peer_name(settings: Settings, place: Place) -> str:
 def peers(ground: Ground, namespace: Namespace, promotion: Promotion, nearer: Sequence[Tier]) -> Peers:
     """What the leader has of it. Raises ConfigError, and Broken where it cannot be had now."""
     installed()
-    settings, leader = ground.settings, ground.leader
+    settings, core = ground.settings, ground.core
     name = peer_name(settings, ground.place)
     secret, incarnation = _secret(settings), random.SystemRandom().getrandbits(63)
-    sums = leader.earlier.sums if leader.earlier is not None else Sums(len(ground.links), leader.pool.capacity)
+    sums = core.lower.sums(len(ground.links), core.pool.capacity)
     serving = Serving(
-        leader.pool, sums,
+        core.pool, sums,
         begin=lambda seeker, wanted: promotion.begin(seeker, wanted, nearer),
-        drop=promotion.drop, coming=promotion.coming, expects=leader.expects,
-        most=partial(held, settings, leader.pool), seconds=settings.peer_lease_s,
-        aside=leader.standing_aside, clock=time.monotonic,
+        drop=promotion.drop, coming=promotion.coming, expects=ground.expects,
+        most=partial(held, settings, core.pool), seconds=settings.peer_lease_s,
+        aside=core.health.aside, clock=time.monotonic,
     )  # fmt: skip
-    pools = [leader.pool, *(tier.pool for tier in nearer if tier.pool is not None)]
+    pools = [core.pool, *(tier.pool for tier in nearer if tier.pool is not None)]
     published = Published(lambda key: any(pool.peek([key]) for pool in pools))
     for pool in pools:
         pool.add_observer(published)
@@ -165,16 +164,16 @@ def peers(ground: Ground, namespace: Namespace, promotion: Promotion, nearer: Se
     network = Network(
         lambda: Directory(url, _shared(namespace), name, incarnation, lease_s=settings.directory_lease_s,
                           timeout=_DIRECTORY_S, facts=facts_of(namespace)),
-        Us(name, incarnation, namespace.fingerprint, __version__, secret),
-        Address(settings.peer_host, port), serving, published, leader.below,
+        Identity(name, incarnation, namespace.fingerprint, __version__, secret),
+        Address(settings.peer_host, port), serving, published, core.below,
         lease_s=settings.directory_lease_s, deadline_s=settings.peer_deadline_s, facts=facts_of(namespace),
     )  # fmt: skip
     network.wait(_START_S)
     log.info("KVBM: shares blocks with other instances as %s", name)
     return Peers(
-        network, serving, published, leader.gate, ground.links,
+        network, serving, published, ground.gate, ground.links,
         deadline_s=settings.peer_deadline_s, patience_s=settings.pull_wait_s, keeps=settings.peer_copies == "keep",
-        next_id=leader.next_job, lock=leader.below, clock=time.monotonic,
+        next_id=core.copies.next_id, lock=core.below, clock=time.monotonic,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Final
 from kvbm.blocks import Pool
 from kvbm.build.parts import MOVE_BYTES
 from kvbm.core.config import Settings
-from kvbm.leader.leader import Leader
+from kvbm.leader.core import Core
 from kvbm.tiers.promote import Promotion
 
 _UNMEASURED: Final = 16
@@ -21,11 +21,11 @@ def held(settings: Settings, g2: Pool) -> int:
     return max(1, int(g2.total * settings.held_share))
 
 
-def promotion(settings: Settings, leader: Leader, block_bytes: int) -> Promotion:
+def promotion(settings: Settings, core: Core, block_bytes: int) -> Promotion:
     """What brings blocks up to host memory. `block_bytes` are those of a block over all ranks."""
     batch = max(1, MOVE_BYTES // block_bytes)
     in_flight = max(1, settings.g3_inflight_mb * 1_000_000 // block_bytes)
     return Promotion(
-        leader.host, most=partial(held, settings, leader.pool), in_flight=in_flight, batch=batch,
-        unmeasured=min(batch, in_flight) // _UNMEASURED, emit=leader.emit, clock=time.monotonic,
+        core.host, most=partial(held, settings, core.pool), in_flight=in_flight, batch=batch,
+        unmeasured=min(batch, in_flight) // _UNMEASURED, emit=core.emit, clock=time.monotonic,
     )  # fmt: skip

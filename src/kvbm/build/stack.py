@@ -17,7 +17,6 @@ from kvbm.build.tiers import wanted
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken, KvbmError
 from kvbm.core.keys import Namespace
-from kvbm.leader.earlier import Earlier
 from kvbm.stores.content import Chosen, Contents
 from kvbm.stores.stamps import recorded
 from kvbm.tiers.stack import Stack
@@ -75,12 +74,11 @@ class Look:
 
 class Below:
     """What is below one engine's host memory: of `parts`, what its settings ask for. `namespace` is what is known so
-    far; `told` is called when that changes later."""
+    far."""
 
     def __init__(self, ground: Ground, parts: Sequence[Part], namespace: Namespace, block_tokens: int) -> None:
         self._ground, self._parts, self._block_tokens = ground, wanted(ground.settings, parts), block_tokens
         self.namespace = namespace
-        self.told: Callable[[], None] = lambda: None
         self._look: Look | None = None
         self._claims: dict[str, Claim] = {}
         """By tier, until that is there."""
@@ -88,7 +86,7 @@ class Below:
     def begin(self, look: Look | None) -> None:
         """Without `look` the namespace is known as it is. Where it is not known soon, the rest is done later. Raises
         Broken where `strict` is set and something cannot be had, ConfigError for what cannot be used."""
-        self._look, strict, leader = look, self._ground.settings.strict, self._ground.leader
+        self._look, strict, core = look, self._ground.settings.strict, self._ground.core
         for part in self._parts:
             with self._without(part, strict):
                 self._claims[part.name] = part.claim(self._ground)
@@ -98,8 +96,7 @@ class Below:
             self._conclude(look, strict=strict)
         else:
             log.warning("KVBM: %s", _OPENING)
-            leader.absent = dict.fromkeys(leader.shared, _OPENING) | leader.absent
-            leader.earlier = Earlier(leader.pool, len(self._ground.links))
+            core.lower.expect(core.pool, len(self._ground.links), _OPENING)
             threading.Thread(target=self._later, args=(look,), name="kvbm-attach", daemon=True).start()
 
     def close(self) -> None:
@@ -111,20 +108,19 @@ class Below:
         look.known()
         if look.stopped:
             return
-        leader = self._ground.leader
+        core = self._ground.core
         try:
             self._conclude(look, strict=False)
-            self.told()
-            while leader.tell_earlier() and not look.stopped:
+            while core.tell_earlier() and not look.stopped:
                 time.sleep(_TICK_S)
         except Exception as error:  # the engine serves, and goes on doing so
             log.exception("KVBM: what is below host memory could not be put in place")
-            leader.isolate(f"it could not be put in place ({type(error).__name__}: {error})")
+            core.isolate(f"it could not be put in place ({type(error).__name__}: {error})")
 
     def _conclude(self, look: Look, *, strict: bool) -> None:
         if look.digest is None:
             self.namespace = self.namespace.private()
-            self._ground.leader.isolate(f"it is not known what the weights contain: {look.why}")
+            self._ground.core.isolate(f"it is not known what the weights contain: {look.why}")
             self._let_go()
             return
         self.namespace = replace(self.namespace, weights=look.digest)
@@ -132,10 +128,10 @@ class Below:
 
     def _attach(self, *, strict: bool) -> None:
         """Puts in place what there is to be, or lets go of all of it."""
-        ground, leader = self._ground, self._ground.leader
+        ground, core = self._ground, self._ground.core
         with ExitStack() as undo:
             undo.callback(self._let_go)
-            up = promotion(ground.settings, leader, ground.block_bytes)
+            up = promotion(ground.settings, core, ground.block_bytes)
             tiers: list[Tier] = []
             for part in self._parts:
                 if part.name not in self._claims:
@@ -144,10 +140,10 @@ class Below:
                     tiers.append(tier := self._claims[part.name].open(self.namespace, up, tuple(tiers)))
                     undo.callback(tier.close)
                     undo.callback(tier.stop)
-                    leader.absent.pop(part.name, None)
+                    core.lower.there(part.name)
                     continue
                 self._claims.pop(part.name).close()
-            if tiers and leader.attach(Stack(up, self._block_tokens, tiers, time.monotonic)):
+            if tiers and core.attach(Stack(up, self._block_tokens, tiers, time.monotonic)):
                 undo.pop_all()
 
     def _let_go(self) -> None:
@@ -163,4 +159,4 @@ class Below:
             log.error("KVBM: %s: %s", part.without, error)
             if strict:
                 raise
-            self._ground.leader.absent[part.name] = str(error)
+            self._ground.core.lower.without(part.name, str(error))

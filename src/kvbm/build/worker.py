@@ -18,7 +18,7 @@ from kvbm.core.keys import Namespace
 from kvbm.core.region import Region
 from kvbm.transfer.executor import Executor
 from kvbm.transfer.memcpy import MemcpyTransport
-from kvbm.worker.residents import Holder
+from kvbm.worker.residents import AdapterHolder
 from kvbm.worker.worker import Worker
 
 MakeTransport = Callable[[Settings, Place], Transport]
@@ -40,7 +40,7 @@ def build_worker(
     rank: int,
     facts: Mapping[str, str] | None = None,
     began: int = 0,
-    adapters: Holder | None = None,
+    adapters: AdapterHolder | None = None,
     tiers: Sequence[Part] = TIERS,
     transports: Sequence[MakeTransport] = TRANSPORTS,
 ) -> Worker:

@@ -8,31 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from kvbm.core.errors import Broken
-from kvbm.leader.leader import Leader
+from kvbm.leader.core import Core
 from kvbm.stores.disk.files import reported
 from kvbm.stores.disk.meta import delete, listed
 from kvbm.tiers.disk.orders import TIER
 from kvbm.tiers.disk.side import DiskSide
-from kvbm.tiers.disk.sweep import Verification
+from kvbm.tiers.disk.sweep import Sweep
 from kvbm.tiers.stack import Stack
 
 log = logging.getLogger(__name__)
 
 
-class Upkeep:
+class DiskCommands:
     """Answers are for JSON. On the control thread.
 
     Every method raises LookupError with a sentence where it cannot be done.
     """
 
-    def __init__(self, leader: Leader) -> None:
-        self._leader = leader
+    def __init__(self, core: Core) -> None:
+        self._core = core
         self._purging: threading.Thread | None = None
         self._left: dict[str, str] = {}
 
     def inspect(self) -> dict[str, Any]:
         """What this engine has there now."""
-        with self._leader.below() as lower:
+        with self._core.below() as lower:
             folder, disk = self._there(lower)
             pool = disk.tier.pool.statistics()
             return {
@@ -45,11 +45,12 @@ class Upkeep:
 
     def verify(self, action: str | None) -> dict[str, Any]:
         """How far the last verification is; `begin` starts one unless one is going on, `stop` ends it."""
-        with self._leader.below() as lower:
+        with self._core.below() as lower:
             _, disk = self._there(lower)
-            aside = self._leader.problems[0] if self._leader.problems else "paused" if self._leader.paused else None
+            health = self._core.health
+            aside = health.problems[0] if health.problems else "paused" if health.paused else None
             if action == "begin" and aside is None and (disk.verification is None or disk.verification.over):
-                disk.verification = Verification(disk.tier, self._leader.pool)
+                disk.verification = Sweep(disk.tier, self._core.pool)
                 disk.verification.pump()
             if (run := disk.verification) is None:
                 raise LookupError(f"KVBM stands aside: {aside}" if aside else "no verification was begun")
@@ -60,7 +61,7 @@ class Upkeep:
 
     def purge(self, names: object) -> dict[str, Any]:
         """Begin to delete a list of namespaces of the folder; None: how far that is. Its own is emptied and stays."""
-        with self._leader.below() as lower:
+        with self._core.below() as lower:
             folder, disk = self._there(lower)
             if isinstance(names, list):
                 if self._purging is not None and self._purging.is_alive():

@@ -1,6 +1,6 @@
 """The engine's control socket: `kvbm status`, `explain`, `pause`, `resume`, and the leader's housekeeping.
 
-One JSON object per line in, one out. The thread also calls `Leader.tick`, so results are taken and silent workers
+One JSON object per line in, one out. The thread also calls `Core.tick`, so results are taken and silent workers
 noticed while the engine sleeps.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbm.blocks import PoolStatistics
-from kvbm.control.disk import Upkeep
+from kvbm.control.disk import DiskCommands
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.leader.leader import Leader
 from kvbm.leader.pace import SECONDS
@@ -39,11 +39,10 @@ _MAX_REQUEST = 1 << 16
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class About:
-    """What does not change while the engine runs, but for what is not known before its weights are."""
+    """What does not change while the engine runs."""
 
     engine: str
     version: str
-    fingerprint: str
     ranks: int
     slot_bytes: int
     """Of one block, over all ranks."""
@@ -53,11 +52,16 @@ class About:
 
 
 class Control:
-    """Answers on `<run_dir>/<engine>.sock`. A socket that cannot be made is logged; the engine goes on without."""
+    """Answers on `<run_dir>/<engine>.sock`. `fingerprint` says what the namespace's is now, `shortage` why G2 stays
+    smaller than it was to be. A socket that cannot be made is logged; the engine goes on without."""
 
-    def __init__(self, leader: Leader, totals: Totals, about: About, run_dir: Path) -> None:
-        self._leader, self._totals, self.about = leader, totals, about
-        self._upkeep = Upkeep(leader)
+    def __init__(
+        self, leader: Leader, totals: Totals, about: About, run_dir: Path, fingerprint: Callable[[], str],
+        shortage: Callable[[], str | None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._leader, self._core, self._totals, self.about = leader, leader.core, totals, about
+        self._fingerprint, self._shortage = fingerprint, shortage
+        self._upkeep = DiskCommands(leader.core)
         self._started = time.monotonic()
         self._stop = threading.Event()
         self._sock: socket.socket | None = None
@@ -81,12 +85,12 @@ class Control:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                watched: list[socket.socket | Link] = [*self._leader.channels()]
+                watched: list[socket.socket | Link] = [*self._core.channels()]
                 watched += [self._sock] if self._sock is not None else []
                 ready = readable(watched, _TICK)
                 if self._sock is not None and self._sock.fileno() in ready:
                     self._serve(self._sock.accept()[0])
-                self._leader.tick()
+                self._core.tick()
             except OSError as error:
                 log.warning("KVBM: control socket: %s", error)
             except Exception:
@@ -119,8 +123,8 @@ class Control:
             "status": lambda _: self.status(),
             "health": lambda _: self.health(),
             "explain": lambda request: self.explain(str(request.get("request_id", ""))),
-            "pause": lambda _: self._switch(self._leader.pause),
-            "resume": lambda _: self._switch(self._leader.resume),
+            "pause": lambda _: self._switch(self._core.pause),
+            "resume": lambda _: self._switch(self._core.resume),
             "check": lambda _: {"engine": self.about.engine, **self._leader.check(_CHECK_S)},
             "disk.inspect": lambda _: self._upkeep.inspect(),
             "disk.verify": lambda request: self._upkeep.verify(request.get("action")),
@@ -129,12 +133,12 @@ class Control:
 
     def _switch(self, action: Callable[[], None]) -> dict[str, Any]:
         action()
-        return {"engine": self.about.engine, "paused": self._leader.paused}
+        return {"engine": self.about.engine, "paused": self._core.health.paused}
 
     def health(self) -> dict[str, Any]:
         """Whether KVBM works, and if not why; tiers that are left alone, or not there, and why. Waits for nobody."""
-        leader = self._leader
-        problems, silent = list(leader.problems), time.monotonic() - leader.ticked
+        health, stack, shortage = self._core.health, self._core.lower.stack, self._shortage()
+        problems, silent = list(health.problems), time.monotonic() - health.ticked
         if silent > _SILENT:
             problems.append(f"housekeeping has not been done for {silent:.0f} s")
         return {
@@ -142,26 +146,27 @@ class Control:
             "model": self.about.model,
             "healthy": not problems,
             "problems": problems,
-            "degraded": leader.degraded(),
-            "smaller": leader.smaller(),
-            "paused": leader.paused,
-            "namesakes": [*leader.lower.namesakes()] if leader.lower is not None else [],
-            "quarantined": leader.quarantined,
-            "last_check": leader.audit.last,
+            "degraded": self._core.lower.degraded(),
+            "smaller": {} if shortage is None else {"g2": shortage},
+            "paused": health.paused,
+            "namesakes": [*stack.namesakes()] if stack is not None else [],
+            "quarantined": health.quarantined,
+            "last_check": self._leader.invariants.last,
         }
 
     def status(self) -> dict[str, Any]:
         """Everything live, in one snapshot."""
         leader, totals, about = self._leader, self._totals, self.about
-        leader.tick()
+        core = self._core
+        core.tick()
         tiers = self._pools()
         pool = tiers["g2"]
-        stores, loads = leader.in_flight()
+        stores, loads = core.in_flight()
         return {
             **self.health(),
             "version": about.version,
             "pid": os.getpid(),
-            "fingerprint": about.fingerprint,
+            "fingerprint": self._fingerprint(),
             "uptime_s": time.monotonic() - self._started,
             "generation": pool.generation,
             "ranks": about.ranks,
@@ -182,8 +187,8 @@ class Control:
             "offload": {
                 **_copies(totals.offload),
                 "in_flight": stores,
-                "skipped": leader.deferred,
-                "dropped": leader.dropped,
+                "skipped": core.counts.deferred,
+                "dropped": core.counts.dropped,
             },
             "onboard": {**_copies(totals.onboard), "in_flight": loads, "gated": totals.gated_g2},
             "least_tokens": leader.detour.shown(),
@@ -195,43 +200,43 @@ class Control:
 
     def sources(self) -> Sources:
         """What metrics are made of."""
-        leader = self._leader
+        leader, core = self._leader, self._core
         return Sources(
             totals=self._totals,
             block_tokens=self.about.block_tokens,
-            healthy=lambda: not leader.problems,
-            tiers=lambda: dict.fromkeys(self._pools(), not leader.problems) | dict.fromkeys(leader.degraded(), False),
+            healthy=lambda: not core.health.problems,
+            tiers=lambda: (
+                dict.fromkeys(self._pools(), not core.health.problems) | dict.fromkeys(core.lower.degraded(), False)
+            ),
             pools=lambda: {name: dataclasses.asdict(pool) for name, pool in self._pools().items()},
-            lower=lambda: leader.lower.counts() if leader.lower is not None else {},
+            lower=lambda: core.lower.stack.counts() if core.lower.stack is not None else {},
             trust=self._trust,
-            quarantined=lambda: leader.quarantined is not None,
+            quarantined=lambda: core.health.quarantined is not None,
             steps=lambda: (SECONDS, leader.pace.counts, leader.pace.total),
         )
 
     def _trust(self) -> dict[str, int]:
-        leader = self._leader
-        shadow = leader.shadow.counts() if leader.shadow is not None else {}
-        return {**shadow, "violations": leader.audit.violations, "corrupt": leader.corrupt}
+        shadow, violations = self._leader.shadow, self._leader.invariants.violations
+        compared = dataclasses.asdict(shadow.counts) if shadow is not None else {}
+        return {**compared, "violations": violations, "corrupt": self._core.counts.corrupt}
 
     def _pools(self) -> dict[str, PoolStatistics]:
-        lower = self._leader.lower
-        pools = {"g2": self._leader.pool} | (lower.pools() if lower is not None else {})
-        return {name: pool.statistics() for name, pool in pools.items()}
+        return {name: pool.statistics() for name, pool in self._core.pools().items()}
 
     def _named(self) -> list[str]:
         """Tiers that blocks may have come from."""
-        lower = self._leader.lower
-        return [*dict.fromkeys((*SHOWN, *(lower.tiers if lower is not None else ())))]
+        stack = self._core.lower.stack
+        return [*dict.fromkeys((*SHOWN, *(stack.tiers if stack is not None else ())))]
 
     def _others(self) -> list[dict[str, Any]]:
         """Tiers whose slots nobody here keeps account of."""
-        with self._leader.below() as lower:
+        with self._core.below() as lower:
             others = [] if lower is None else [tier for tier in lower if tier.pool is None]
             return [{"name": tier.name, "problem": tier.problem, **tier.counts()} for tier in others]
 
     def _below(self) -> dict[str, Any]:
         """What each tier says of itself, with what is counted of its copies."""
-        with self._leader.below() as lower:
+        with self._core.below() as lower:
             said = lower.status() if lower is not None else {}
         gated = {"gated": self._totals.gated - self._totals.gated_g2}
         ways: dict[str, Any] = {

@@ -101,7 +101,7 @@ class Settings(BaseSettings):
     onboard: Literal["async", "sync"] = "async"
     """When blocks come back: between engine steps (async) or inside the step, before its forward pass (sync)."""
     shadow_every: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
-    """Of so many requests with a hit one is declined it: what it computes is compared with what is stored. 0: none."""
+    """Decline one hit in this many, and compare the blocks that are computed with the stored ones. 0: none."""
     prove_first: bool = False
     """Whether what another process stored is used only after some of it, of each adapter, was compared and agreed."""
     g2_verify: bool = False

@@ -1,30 +1,52 @@
-"""Copies in flight: one job runs on every rank and ends when the last rank has answered."""
+"""Copies in flight: one copy runs on every rank and ends when the last rank has answered."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from kvbm.blocks import Pinned, Staged, Writable
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Slots
-from kvbm.leader.requests import Request
 from kvbm.link.messages import Result
 from kvbm.link.tally import Tally
 
 
+class Owner(Protocol):
+    """What asked for a copy. Each copy ends with one call of `stored`, `loaded`, `compared` or `dropped`."""
+
+    def judge(self, copy: StepCopy) -> None:
+        """Every rank has answered about a store. Outcomes that are to count as failed may still be changed."""
+
+    def stored(self, copy: StepCopy, there: Pinned, failed: int, late: int) -> None:
+        """A store ended. `there` are the blocks that are found from now on; they are held meanwhile. `failed` blocks
+        were not copied, and `late` ones because the engine needed them again."""
+
+    def loaded(self, copy: StepCopy, failed: int) -> npt.NDArray[np.bool_]:
+        """A load ended. `failed` blocks did not arrive. Returns which blocks are not in host memory what their keys
+        say, and are not found any more."""
+
+    def compared(self, copy: StepCopy) -> None:
+        """A comparison ended. Drops the lease."""
+
+    def dropped(self, copy: StepCopy) -> None:
+        """No worker will hear of the copy: the engine handed its blocks out before."""
+
+
 @dataclass(slots=True, kw_only=True)
-class Job(Tally):
+class StepCopy(Tally):
     """A copy between the engine's memory and host memory. `lease` holds the host slots until every rank is done: staged
     ones for a store, pinned ones for a load, writable ones for a comparison."""
 
-    request: Request
+    owner: Owner
     lease: Staged | Pinned | Writable
     g1: Slots
     places: Slots
-    """Which blocks of the request these are."""
+    """Which blocks of its prompt these are."""
     dropped: int = 0
     """Blocks that were handed out before the copy could begin."""
     fenced: bool = False
@@ -37,17 +59,18 @@ class Job(Tally):
 
 
 class InFlight:
-    """The jobs that some rank has not answered, and which engine blocks stores still read. Under the leader's lock."""
+    """The copies that some rank has not answered, and which engine blocks stores still read. Under the leader's
+    lock."""
 
     def __init__(self, ranks: Iterable[int], clock: Callable[[], float]) -> None:
         self._ranks, self._clock = frozenset(ranks), clock
-        self._jobs: dict[int, Job] = {}
+        self._jobs: dict[int, StepCopy] = {}
         self._sources: dict[int, int | tuple[int, ...]] = {}
-        """G1 block that is being copied from -> the store job that reads it, or several. Not a tuple for each: so many
+        """G1 block that is being copied from -> the store that reads it, or several. Not a tuple for each: so many
         would set off the garbage collector, which takes longer than all else that a step does here."""
         self._last = 0
         self._sealed = (0, 0)
-        """The last job of the step before the last, and of the last."""
+        """The last copy of the step before the last, and of the last."""
 
     def next_id(self) -> int:
         """A number no other job of this leader has."""
@@ -55,11 +78,11 @@ class InFlight:
         return self._last
 
     def start(
-        self, request: Request, lease: Staged | Pinned | Writable, g1: Slots, places: Slots, patience: float
-    ) -> Job:
-        """A job that every rank will answer."""
-        job = Job(
-            id=self.next_id(), ranks=set(self._ranks), blocks=len(g1), patience=patience, request=request, lease=lease,
+        self, owner: Owner, lease: Staged | Pinned | Writable, g1: Slots, places: Slots, patience: float
+    ) -> StepCopy:
+        """A copy that every rank will answer."""
+        job = StepCopy(
+            id=self.next_id(), ranks=set(self._ranks), blocks=len(g1), patience=patience, owner=owner, lease=lease,
             g1=g1, places=places,
         )  # fmt: skip
         self._jobs[job.id] = job
@@ -74,7 +97,7 @@ class InFlight:
         readers = self._sources.get(block, ())
         return readers if isinstance(readers, tuple) else (readers,)
 
-    def answer(self, result: Result) -> Job | None:
+    def answer(self, result: Result) -> StepCopy | None:
         """Takes one rank's result; the job if that was the last one it waited for."""
         job = self._jobs.get(result.job)
         if job is None or not job.answer(result):
@@ -83,7 +106,7 @@ class InFlight:
         self._read(job, job.g1)
         return job
 
-    def _read(self, job: Job, g1: Slots) -> None:
+    def _read(self, job: StepCopy, g1: Slots) -> None:
         """The job does not read these blocks any more."""
         for block in g1.tolist() if job.is_store else ():
             readers = self._sources.get(block)
@@ -100,7 +123,7 @@ class InFlight:
         """Those of `jobs` that no worker has heard of: they belong to the step that is being described."""
         return sorted(job for job in jobs if job > self._sealed[1])
 
-    def drop(self, number: int, g1: Iterable[int] | None) -> tuple[Job, int]:
+    def drop(self, number: int, g1: Iterable[int] | None) -> tuple[StepCopy, int]:
         """A job that no worker has heard of does not copy these blocks (None: any): they end as failed, whatever the
         copy does. If none is left of it, or it is a comparison, it is over. Also says how many these are."""
         job = self._jobs[number]
@@ -113,7 +136,7 @@ class InFlight:
             del self._jobs[number]
         return job, count
 
-    def stores(self) -> list[Job]:
+    def stores(self) -> list[StepCopy]:
         """Those that read the engine's blocks."""
         return [job for job in self._jobs.values() if job.is_store]
 
@@ -144,7 +167,7 @@ class InFlight:
             if job.id <= begun and job.due is None:
                 job.due = self._clock() + job.patience
 
-    def overdue(self) -> Job | None:
+    def overdue(self) -> StepCopy | None:
         """A job whose ranks have been silent for too long."""
         now = self._clock()
         return next((job for job in self._jobs.values() if job.due is not None and now > job.due), None)

@@ -13,19 +13,13 @@ import numpy as np
 
 from kvbm.blocks import Pinned, Pool
 from kvbm.core.region import Slots
+from kvbm.leader.core import Outgoing, Room
 from kvbm.leader.requests import Request
 from kvbm.tiers.stack import Stack
 from kvbm.tiers.tier import Wanted
 
 
-class Room(NamedTuple):
-    """How many blocks of host memory all requests may hold together, and how many they hold."""
-
-    most: int
-    held: int
-
-
-class Found(NamedTuple):
+class Match(NamedTuple):
     """`blocks` of a prompt can be loaded. `hold` are the blocks of host memory that the load copies; None for no
     load."""
 
@@ -33,20 +27,10 @@ class Found(NamedTuple):
     hold: Pinned | None
 
 
-NOTHING = Found(0, None)
+NOTHING = Match(0, None)
 
 
-class Outgoing(NamedTuple):
-    """Blocks that are to be copied to host memory: their keys, the keys before them (`Writable.stage`), the engine's
-    blocks, and which blocks of the request these are."""
-
-    keys: Sequence[bytes]
-    parent: bytes | tuple[bytes | None, ...] | None
-    g1: Slots
-    places: Slots
-
-
-class Ready(Protocol):
+class Complete(Protocol):
     """Blocks of a request that are complete and worth keeping, in the order in which they are to be stored."""
 
     @property
@@ -78,7 +62,7 @@ class Coverage(Protocol):
 
     def match(
         self, request: Request, keys: Sequence[bytes], computed: int, room: Room, stack: Stack | None
-    ) -> Found | None:
+    ) -> Match | None:
         """What can be loaded after the first `computed` blocks; None: ask again later."""
 
     def aim(self, request: Request, hold: Pinned, count: int) -> tuple[Slots, Slots]:
@@ -91,10 +75,12 @@ class Coverage(Protocol):
 
     # Down.
 
-    def ready(self, request: Request, complete: int, worth: int) -> Ready:
+    def ready(self, request: Request, complete: int, worth: int) -> Complete:
         """What is new of the request's first `complete` blocks, of which the first `worth` are worth keeping."""
 
-    def offered(self, request: Request, complete: int, ready: Ready, taken: Sequence[int], left: Sequence[int]) -> None:
+    def offered(
+        self, request: Request, complete: int, ready: Complete, taken: Sequence[int], left: Sequence[int]
+    ) -> None:
         """Of what was `ready`, G2 lacked those at the places `taken`, which are being copied, and `left`, which are not
         for want of room."""
 
@@ -125,7 +111,7 @@ class Prefix:
 
     def match(
         self, request: Request, keys: Sequence[bytes], computed: int, room: Room, stack: Stack | None
-    ) -> Found | None:
+    ) -> Match | None:
         hold = self._pool.match(keys, computed)
         found = request.record.matched = len(hold)
         rest = keys[computed + found : computed + room.most]
@@ -143,7 +129,7 @@ class Prefix:
             hold.drop()
             request.record.note("G2 did not hold the next block")
             return NOTHING
-        return Found(len(hold), hold)
+        return Match(len(hold), hold)
 
     def aim(self, request: Request, hold: Pinned, count: int) -> tuple[Slots, Slots]:
         if count < len(hold):
@@ -155,10 +141,12 @@ class Prefix:
     def tokens_each(self, request: Request, tokens: int) -> float | None:
         return None
 
-    def ready(self, request: Request, complete: int, worth: int) -> Ready:
+    def ready(self, request: Request, complete: int, worth: int) -> Complete:
         return _Run(request, request.keys[request.offered : worth])
 
-    def offered(self, request: Request, complete: int, ready: Ready, taken: Sequence[int], left: Sequence[int]) -> None:
+    def offered(
+        self, request: Request, complete: int, ready: Complete, taken: Sequence[int], left: Sequence[int]
+    ) -> None:
         if left and not taken:
             return
         request.offered += taken[-1] + 1 if left else len(ready.keys)

@@ -30,8 +30,10 @@ class Detour:
         self, settings: Settings, gate: Gate, requests: Container[str], emit: Callable[[Event], None],
         clock: Callable[[], float],
     ) -> None:  # fmt: skip
-        self._fixed, self._asynchronous = settings.load_min_tokens, settings.onboard == "async"
-        self._gate, self._requests, self._emit, self._clock = gate, requests, emit, clock
+        self._fixed: float | None = settings.load_min_tokens
+        if self._fixed is None and settings.onboard != "async":
+            self._fixed = 0  # inside a step nobody waits for the next one
+        self.gate, self._requests, self._emit, self._clock = gate, requests, emit, clock
         self._copied = Rate()
         self._waits: deque[float] = deque(maxlen=2 * _SAMPLES)
         """What loads took that a request waited for while the engine did nothing else, without the copy."""
@@ -80,13 +82,13 @@ class Detour:
         nothing else to do; 0 while that is not known, inf where it never is."""
         if self._fixed is not None:
             return self._fixed
-        tokens, copied = self._gate.block_tokens, self._copied.get()
-        computing = self._gate.computing_s(1)
-        if not self._asynchronous or computing is None or not copied or self._clock() - self._known > FORGET_S:
+        tokens, copied = self.gate.block_tokens, self._copied.get()
+        computing = self.gate.computing_s(1)
+        if computing is None or not copied or self._clock() - self._known > FORGET_S:
             return 0
         wait = min(self._waits) if len(self._waits) >= _SAMPLES else 0.0
         if beside:
-            wait = max(wait, self._gate.step_s or 0.0)
+            wait = max(wait, self.gate.step_s or 0.0)
         if wait <= _SLACK_S:
             return 0
         return tokens * (wait - _SLACK_S) / (computing - 1 / copied) if computing > 1 / copied else math.inf
@@ -99,7 +101,7 @@ class Detour:
     def refuses(self, request: Request, blocks: int) -> bool:
         """Whether so many blocks are better computed. Counted once for a request."""
         beside = any(other != request.id and other in self._requests for other in self._beside)
-        tokens, least = blocks * self._gate.block_tokens, self.least(beside=beside)
+        tokens, least = blocks * self.gate.block_tokens, self.least(beside=beside)
         if tokens >= least or request.params.pull_from is not None:  # it was sent here for that
             return False
         if not request.short:

@@ -12,7 +12,8 @@ from kvbm.blocks import LayerGroup, Pinned, Pool, find_groups, match_groups
 from kvbm.core.errors import Misuse
 from kvbm.core.keys import group_key
 from kvbm.core.region import Slots
-from kvbm.leader.coverage import NOTHING, Found, Outgoing, Ready, Room
+from kvbm.leader.core import Outgoing, Room
+from kvbm.leader.coverage import NOTHING, Complete, Match
 from kvbm.leader.requests import Request
 from kvbm.tiers.stack import Stack
 from kvbm.tiers.tier import Wanted
@@ -110,7 +111,7 @@ class Groups:
 
     def match(
         self, request: Request, keys: Sequence[bytes], computed: int, room: Room, stack: Stack | None
-    ) -> Found | None:
+    ) -> Match | None:
         if stack is not None and self._comes(request, keys, computed, stack):
             return None
         hit = match_groups(self._pool, self._groups, self._views(keys), computed, max(0, room.most - room.held))
@@ -131,7 +132,7 @@ class Groups:
                 record.note("G2 did not hold what a longer prefix needs")
             return NOTHING
         state.needs = hit.blocks
-        return Found(hit.length - computed, hit.held)
+        return Match(hit.length - computed, hit.held)
 
     def aim(self, request: Request, hold: Pinned, count: int) -> tuple[Slots, Slots]:
         needs, tables = _of(request).needs, request.tables
@@ -154,7 +155,7 @@ class Groups:
 
     # ------------------------------------------------------------------ down
 
-    def ready(self, request: Request, complete: int, worth: int) -> Ready:
+    def ready(self, request: Request, complete: int, worth: int) -> Complete:
         tables = request.tables
         # First what cannot wait.
         blocks = [(group, block) for group, block in self._ending_in(request, worth) if tables[group][block] != _NULL]
@@ -162,7 +163,9 @@ class Groups:
         _of(request).passed = complete
         return _Chosen(request, blocks)
 
-    def offered(self, request: Request, complete: int, ready: Ready, taken: Sequence[int], left: Sequence[int]) -> None:
+    def offered(
+        self, request: Request, complete: int, ready: Complete, taken: Sequence[int], left: Sequence[int]
+    ) -> None:
         assert isinstance(ready, _Chosen)
         rest = (ready.blocks[at] for at in left)
         request.offered = min((block for group, block in rest if group in self._full), default=complete)

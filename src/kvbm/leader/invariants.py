@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from kvbm.blocks import Pool
+from kvbm.leader.reports import Reports
+from kvbm.observe.recent import Recent
 
 _SLICE = 1024
 """Slots that are looked at in one go: their pool is locked for about 2 ms."""
@@ -13,11 +16,16 @@ _BUSY_EVERY = 10.0
 """Seconds between two looks while the engine works; when it is idle each tick has one."""
 
 
-class Audit:
-    """Whether what the leader and its pools count is so. `accounting` says what is wrong in the leader's own books."""
+class Invariants:
+    """Whether what the leader and its pools count is so. `accounting` says what is wrong in the leader's own books;
+    `reports` are where it is written down."""
 
-    def __init__(self, accounting: Callable[[], list[str]], clock: Callable[[], float]) -> None:
-        self._accounting, self._clock = accounting, clock
+    def __init__(
+        self, accounting: Callable[[], list[str]], clock: Callable[[], float], reports: Reports | None = None
+    ) -> None:
+        self._accounting, self._clock, self._reports = accounting, clock, reports
+        self.recent = Recent()
+        """What happened last."""
         self._next: dict[str, int] = {}
         self._due = clock()
         self.passes: dict[str, int] = {}
@@ -49,6 +57,10 @@ class Audit:
         self._next[name] = last if last > first else 0
         self.passes[name] = self.passes.get(name, 0) + (last == first)
         return self._counted([f"{name}: {problem}" for problem in problems])
+
+    def report(self, kind: str, found: Mapping[str, Any]) -> str:
+        """Writes down what is wrong; returns where, as the end of a sentence."""
+        return f", see {self._reports.save(kind, found)}" if self._reports is not None else ""
 
     def _counted(self, problems: list[str]) -> list[str]:
         self.violations += len(problems)

@@ -1,77 +1,108 @@
-"""The leader: which block is where, who holds it, what moves next. Runs beside the engine's scheduler.
+"""The leader: which request holds, loads and offloads which blocks. Runs beside the engine's scheduler.
 
 It speaks of requests, keys and block numbers only; an adapter in `connect` turns an engine's calls into these. One
 engine step looks like this: any number of `match` and `place` calls, `advance` for each request that will compute
 something, then `seal`, whose `Step` goes to every worker.
 
-Threads: `match`, `place`, `advance`, `seal`, `finish` belong to the engine's scheduler thread; `tick`, `status`,
-`explain`, `pause`, `resume`, `reset` (`leader/health.py`) may come from any. One lock covers all of it.
+Threads: `tick`, `check`, `reset`, `isolate` and what `core` allows may come from any; all else belongs to the engine's
+scheduler thread. The core's lock covers all of it.
 """
 
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
 
-from kvbm.abc.observer import Observer
-from kvbm.blocks import Pool
+import numpy as np
+
+from kvbm.blocks import Writable
 from kvbm.core.config import Settings
 from kvbm.core.events import Admitted, Unread
-from kvbm.leader.coverage import Coverage, Prefix, Room
+from kvbm.core.keys import group_of
+from kvbm.leader.core import Core, Outgoing
+from kvbm.leader.coverage import Coverage
 from kvbm.leader.detour import Detour
-from kvbm.leader.offload import GRACE, Draft, Offloading
-from kvbm.leader.pace import paced
-from kvbm.leader.requests import Request, RequestParams
+from kvbm.leader.endings import Endings
+from kvbm.leader.invariants import Invariants
+from kvbm.leader.pace import Pace, paced
+from kvbm.leader.provenance import Provenance
+from kvbm.leader.reports import Reports
+from kvbm.leader.requests import Request, RequestParams, Requests, Variant
 from kvbm.leader.shadow import Shadow
-from kvbm.leader.variants import Variant
-from kvbm.link.channel import Link
-from kvbm.link.messages import Copy, Step
+from kvbm.leader.variants import Variants
+from kvbm.link.messages import Compare, Copy, Foreseen, Step, Unlike, Used
 from kvbm.tiers.gate import Gate
 from kvbm.tiers.stack import Stack
 from kvbm.tiers.tier import Record
 
+_FOREIGN: Final = "not offloaded: the engine holds a block of it that KVBM has neither seen computed nor loaded"
+_BROKEN: Final = "an invariant does not hold"
 
-class Leader(Offloading):
-    """See the module. `links` are the connected workers by rank; `coverage` says which blocks of a prompt are needed
-    and stored (`Prefix` where nothing else is given); `shares_device_blocks` says whether a request can use
-    blocks another one has just loaded (the engine's own prefix cache is on); `lasting` are tiers that were asked for
-    and outlive this process, or are shared with others."""
+
+class Draft:
+    """The step that is being described."""
+
+    def __init__(self) -> None:
+        self.loads: list[Copy] = []
+        self.stores: list[Copy] = []
+        self.compares: list[Compare] = []
+        self.fence: set[int] = set()
+        self.waiting: list[Request] = []
+        """Requests that hold a match made in this step and may not get their blocks."""
+
+    def undo(self, number: int) -> None:
+        """A copy is not part of it after all."""
+        self.stores = [copy for copy in self.stores if copy.job != number]
+        self.compares = [copy for copy in self.compares if copy.job != number]
+
+
+class Leader:
+    """See the module. `coverage` says which blocks of a prompt are needed and stored; `shares_device_blocks`, whether a
+    request can use blocks another one has just loaded (the engine's own prefix cache is on); `reports` are where what
+    is found wrong is written down."""
 
     def __init__(
-        self,
-        settings: Settings,
-        pool: Pool,
-        links: dict[int, Link],
-        *,
-        coverage: Coverage | None = None,
-        slot_bytes: int,
-        gate: Gate,
-        shares_device_blocks: bool,
-        observers: Iterable[Observer] = (),
-        clock: Callable[[], float] = time.monotonic,
-        lasting: Sequence[str] = (),
-    ) -> None:
-        super().__init__(
-            settings,
-            pool,
-            links,
-            coverage=coverage or Prefix(pool),
-            slot_bytes=slot_bytes,
-            gate=gate,
-            observers=observers,
-            clock=clock,
-            lasting=lasting,
-        )
+        self, settings: Settings, core: Core, coverage: Coverage, gate: Gate, *, shares_device_blocks: bool,
+        reports: Reports | None = None, clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.core, self._settings, self._coverage = core, settings, coverage
+        self._book = Requests(settings.explain_requests, shares=shares_device_blocks)
+        self._provenance = Provenance(core.copies.next_id, coverage.null)
+        self._variants = Variants(core.links, clock, self._seek, self._unlike, self.confirm)
+        self.shadow: Shadow | None = None
+        """What compares stored blocks with computed ones, if that is wanted."""
         if settings.shadow_every or settings.prove_first:
-            patience, prove = settings.store_deadline_s + GRACE, settings.prove_first
-            self.shadow = Shadow(settings.shadow_every, pool, patience, clock, prove=prove)
-            self.host.listen(self.shadow)
-        self._shares = shares_device_blocks
-        self.detour = Detour(settings, gate, self.requests, self.emit, clock)
-        self._observers.append(self.detour)
-        self._loading: dict[bytes, str] = {}
-        self._waiting: list[Request] = []
-        """Requests that hold a match made in this step and may not get their blocks."""
+            patience, prove = core.limits.store_s, settings.prove_first
+            self.shadow = Shadow(settings.shadow_every, core, patience, clock, prove=prove)
+            core.often(self.shadow.tick)
+        self._endings = Endings(core, self._provenance, self._variants, self.shadow, self._quarantine, self._undo)
+        self.detour = Detour(settings, gate, self._book.living, core.emit, clock)
+        core.observers.add(self.detour)
+        self.pace = Pace(settings.slow_step_ms / 1e3)
+        """How long the engine waits for KVBM."""
+        self.invariants = Invariants(self._accounting, clock, reports)
+        core.observers.add(self.invariants.recent)
+        core.pool.add_observer(self.invariants.recent)
+        self._step = Draft()
+        core.hears((Used, Foreseen, Unlike), self._heard)
+        core.often(self._look)
+
+    @property
+    def requests(self) -> dict[str, Request]:
+        """Those that live, by id."""
+        return self._book.living
+
+    @property
+    def records(self) -> OrderedDict[str, Record]:
+        """Of the last requests, by id, for `kvbm explain`."""
+        return self._book.records
+
+    @property
+    def gate(self) -> Gate:
+        """How fast the engine computes, and how fast blocks are read."""
+        return self.detour.gate
 
     # ------------------------------------------------------------------ a request arrives
 
@@ -83,27 +114,27 @@ class Leader(Offloading):
         """A request exists from now on. `keys` is a view: it may grow while the request generates, and with an adapter
         (`variant`) is empty until it is known which that is. `barred`: nothing is loaded or stored for it, for this
         reason. `notes` are for who asks what happened to it."""
-        with self._lock:
-            record = Record(request_id, prompt_tokens, why=list(notes))
-            self.records[request_id] = record
-            while len(self.records) > self._settings.explain_requests:
-                self.records.popitem(last=False)
+        with self.core.lock:
+            tokens = self.gate.block_tokens
             request = Request(
-                request_id, keys, params, record, late=variant is not None, variant=variant, barred=barred,
-                worth=params.kept_tokens(self._settings, prompt_tokens) // self.gate.block_tokens,
-                asked=prompt_tokens // self.gate.block_tokens, coverage=self._coverage.state(),
+                request_id, keys, params, self._book.record(request_id, prompt_tokens, notes),
+                late=variant is not None, variant=variant, barred=barred,
+                worth=params.kept_tokens(self._settings, prompt_tokens) // tokens,
+                asked=prompt_tokens // tokens, coverage=self._coverage.state(),
             )  # fmt: skip
             self.requests[request_id] = request
             if variant is None:
                 self._seek(request)
             else:
-                self._variants.begin(request, variant, found_elsewhere=self.lower is not None)
+                self._variants.begin(request, variant, found_elsewhere=self.core.lower.stack is not None)
 
     def _seek(self, request: Request) -> None:
-        if request.barred is None and self.lower is not None and self.standing_aside() is None:
-            keys = request.keys[: (request.record.prompt_tokens - 1) // self.lower.block_tokens]
-            wants = self._coverage.wants(request, keys, self.lower)
-            self.lower.begin(request.seeker, *wants, loads=request.params.load)
+        """A request's keys are known: what is below host memory starts to move."""
+        stack = self.core.lower.stack
+        if request.barred is None and stack is not None and self.core.health.aside() is None:
+            keys = request.keys[: (request.record.prompt_tokens - 1) // stack.block_tokens]
+            wants = self._coverage.wants(request, keys, stack)
+            stack.begin(request.seeker, *wants, loads=request.params.load)
 
     @paced
     def match(self, request_id: str, computed: int, limit: int) -> int | None:
@@ -111,8 +142,8 @@ class Leader(Offloading):
 
         What is found is held until `seal`; `place` turns it into a load. May be called any number of times.
         """
-        with self._lock:
-            self._drain()
+        with self.core.lock:
+            self.core.hear()
             request = self.requests.get(request_id)
             if request is None:
                 return 0
@@ -129,36 +160,31 @@ class Leader(Offloading):
             if computed >= len(keys):
                 record.note("nothing to load: the engine itself holds all but the block of the last token")
                 return 0
-            owner = self._loading.get(keys[computed])
-            if self._shares and owner is not None and owner != request_id:
+            if (owner := self._book.loader(keys[computed], request)) is not None:
                 record.note(f"waited for request {owner}, which loads the same blocks")
                 return None
-            found = self._hold(request, keys, computed)
-            if found and self.detour.refuses(request, found):
-                self._release(request)
-                return 0
-            if self.shadow is None or request.hold is None:
-                return found
-            allowed = self.shadow.allows(request, computed, request.hold)
-            if allowed < len(request.hold):
-                record.note("declined: the engine computes it, to be compared with what is stored")
-                self._held -= len(request.hold) - allowed
-                request.hold.narrow(allowed)
-            return allowed
+            return self._hold(request, keys, computed)
 
     def _hold(self, request: Request, keys: Sequence[bytes], computed: int) -> int | None:
-        room = Room(max(1, int(self.pool.total * self._settings.held_share)), self._held)
-        found = self._coverage.match(request, keys, computed, room, self.lower)
+        found = self._coverage.match(request, keys, computed, self.core.room, self.core.lower.stack)
         if found is None:
             return None
         if found.hold is not None:
-            request.hold = found.hold
-            self._held += len(found.hold)
-            self._waiting.append(request)
-        return found.blocks
+            request.hold = self.core.keep(found.hold)
+            self._step.waiting.append(request)
+        if found.blocks and self.detour.refuses(request, found.blocks):
+            self._release(request)
+            return 0
+        if self.shadow is None or request.hold is None:
+            return found.blocks
+        allowed = self.shadow.allows(request, computed, request.hold)
+        if allowed < len(request.hold):
+            request.record.note("declined: the engine computes it, to be compared with what is stored")
+            self.core.narrow(request.hold, allowed)
+        return allowed
 
     def _no_load(self, request: Request) -> str | None:
-        if (reason := self.standing_aside()) is not None:
+        if (reason := self.core.health.aside()) is not None:
             return reason
         return request.barred or (None if request.params.load else "the request may not read, or opted out of loading")
 
@@ -172,51 +198,54 @@ class Leader(Offloading):
         returned, and counted the first time a request is placed.
         `others` are, here and below, its blocks in the second and further layer groups.
         """
-        with self._lock:
+        with self.core.lock:
             request = self.requests.get(request_id)
             if request is None:
                 return tokens
             self._end_loading(request)
             had = set[int]().union(*request.tables)
             request.g1, request.others = list(g1), [list(table) for table in others]
-            self.provenance.placed(request, request.record.device_blocks + count)
+            self._provenance.placed(request, request.record.device_blocks + count)
             if self.shadow is not None:
                 self.shadow.placed(request)  # before what was read for it is let go
-            if self.lower is not None:
-                tokens = self._placed(self.lower, request, tokens)
-            hold = request.hold
-            if count == 0 or hold is None or self.standing_aside() is not None:  # a quarantine in between, say
+            if (stack := self.core.lower.stack) is not None:
+                tokens = self._placed(stack, request, tokens)
+            if count == 0 or request.hold is None or self.core.health.aside() is not None:  # a quarantine in between
                 # Another connector may fill what is new before any step of this request.
                 for table in request.tables:
                     self.reuse([block for block in table[request.record.device_blocks :] if block not in had])
                 self._release(request)
-                return self._admit(request, tokens)
-            matched = len(hold)
-            targets, places = self._coverage.aim(request, hold, count)
-            request.hold = None
-            self._held += len(hold) - matched
-            record = request.record
-            record.load, record.outcome = self._settings.onboard, "loading"
-            request.loading = request.keys[record.device_blocks]
-            self._loading[request.loading] = request_id
-            self.detour.begins(request_id, len(hold))
-            self.reuse(targets.tolist())
-            job = self._copies.start(request, hold, targets, places, self._settings.load_deadline_s + GRACE)
-            self._step.loads.append(Copy.of(job.id, request_id, targets, hold.slots))
-            if request.variant is not None:
-                before = record.device_blocks
-                self._variants.loading(request, job.id, sound=self.provenance.carried(request, before) == before)
-            self.provenance.expect(targets, job.id)
-            if self._settings.onboard == "sync":  # the step that computes from it fails with it
-                self.provenance.arrived(targets, hold.keys, job.id)
+            else:
+                self._load(request, count)
             return self._admit(request, tokens)
 
-    def _placed(self, lower: Stack, request: Request, tokens: Admitted) -> Admitted:
-        block = self._coverage.tokens_each(request, tokens.g2_tokens) or float(lower.block_tokens)
-        if not lower.kept(request.record):
+    def _placed(self, stack: Stack, request: Request, tokens: Admitted) -> Admitted:
+        block = self._coverage.tokens_each(request, tokens.g2_tokens) or float(stack.block_tokens)
+        if not stack.kept(request.record):
             # Or what is not to be kept would be offloaded again.
-            request.offered = max(request.offered, (tokens.device_tokens + tokens.g2_tokens) // lower.block_tokens)
-        return lower.placed(request.seeker, tokens, block)
+            request.offered = max(request.offered, (tokens.device_tokens + tokens.g2_tokens) // stack.block_tokens)
+        return stack.placed(request.seeker, tokens, block)
+
+    def _load(self, request: Request, count: int) -> None:
+        """Starts to copy the first `count` blocks of what the request holds."""
+        hold, record = request.hold, request.record
+        assert hold is not None
+        matched = len(hold)
+        targets, places = self._coverage.aim(request, hold, count)
+        request.hold = None
+        self.core.held += len(hold) - matched
+        record.load, record.outcome = self._settings.onboard, "loading"
+        self._book.loads(request, request.keys[record.device_blocks])
+        self.detour.begins(request.id, len(hold))
+        self.reuse(targets.tolist())
+        copy = self.core.load(hold, targets, places, self._endings.of(request))
+        self._step.loads.append(Copy.of(copy.id, request.id, targets, hold.slots))
+        if request.variant is not None:
+            before = record.device_blocks
+            self._variants.loading(request, copy.id, sound=self._provenance.carried(request, before) == before)
+        self._provenance.expect(targets, copy.id)
+        if self._settings.onboard == "sync":  # the step that computes from it fails with it
+            self._provenance.arrived(targets, hold.keys, copy.id)
 
     def expects(self, key: bytes, at: int) -> bool:
         """Whether a living request is going to compute and store this block, block `at` of its prompt. Under the
@@ -236,7 +265,7 @@ class Leader(Offloading):
         if not request.admitted:
             request.admitted = True
             reads = request.params.load and request.barred is None
-            self.emit(tokens if reads else Unread())
+            self.core.emit(tokens if reads else Unread())
         return tokens
 
     # ------------------------------------------------------------------ the engine steps
@@ -247,12 +276,12 @@ class Leader(Offloading):
     ) -> None:  # fmt: skip
         """The engine gave a request more blocks, or (`replace`) a new table, which it does not compute the first
         `found` blocks of."""
-        with self._lock:
+        with self.core.lock:
             if (request := self.requests.get(request_id)) is None:
                 return
             if replace:
                 request.g1, request.others = list(g1), [list(table) for table in others]
-                self.provenance.placed(request, found)
+                self._provenance.placed(request, found)
             else:
                 request.g1.extend(g1)
                 for table, more in zip(request.others, others, strict=True):
@@ -261,22 +290,16 @@ class Leader(Offloading):
     def go_on(self, request_id: str, g1: Sequence[int], first: int, others: Sequence[Sequence[int]] = ()) -> None:
         """A request that was computed with the blocks it has goes on from within its block `first`; other tokens may
         follow there than before. It may have more blocks now."""
-        with self._lock:
+        with self.core.lock:
             if (request := self.requests.get(request_id)) is not None:
                 request.g1, request.others = list(g1), [list(table) for table in others]
-                self.provenance.take_back(request, first)
+                self._provenance.take_back(request, first)
 
     def reuse(self, g1: Iterable[int]) -> None:
-        """This step may overwrite these blocks of the engine: copies that still read them are waited for first. A copy
-        that no worker has heard of would read what is written there next: it is dropped for these blocks."""
-        with self._lock:
-            # Now, not in `seal`: a block may become the source of another copy in this very step.
-            reading = self._copies.reading(g1)
-            for job in self._copies.unsent(reading):
-                self.dropped += self._drop(job, g1)
-                reading.discard(job)
-            self._step.fence |= reading
-            self.provenance.forget(g1)
+        """This step may overwrite these blocks of the engine: copies that still read them are waited for first."""
+        with self.core.lock:
+            self._step.fence |= self.core.overwritten(g1)
+            self._provenance.forget(g1)
 
     @paced
     def advance(self, request_id: str, complete: int, computed: int = 0) -> None:
@@ -294,13 +317,13 @@ class Leader(Offloading):
             self._with_adapter(request, complete)
         if request.loading is None and complete <= request.settled and not request.awaited:
             return
-        with self._lock:
+        with self.core.lock:
             self._end_loading(request)
             if request.late:
                 self._offer_early(request, complete)
                 if request.confirmed:  # else not even its keys may be known
                     self._computed(request, request.confirmed)
-                self.provenance.computing(request, complete)
+                self._provenance.computing(request, complete)
             else:
                 self._computed(request, complete)
             hopeless = request.variant is not None and request.variant.refused is not None
@@ -308,52 +331,51 @@ class Leader(Offloading):
                 request.settled = complete
 
     def _with_adapter(self, request: Request, complete: int) -> None:
-        with self._lock:
+        with self.core.lock:
             if not self._variants.describing:
-                self._drain()  # what the last step was computed with may be known by now
+                self.core.hear()  # what the last step was computed with may be known by now
             self._variants.computing(request, complete)
 
     def confirm(self, request_id: str, complete: int) -> None:
         """Of a `late` request: what was computed of its first `complete` blocks has its keys. What was not offered of
         them is with the next step that the request is part of, or at its end: between steps the engine may hand them
         out."""
-        with self._lock:
+        with self.core.lock:
             if (request := self.requests.get(request_id)) is not None:
                 request.confirmed = complete
-                self.provenance.computed(request, complete)
+                self._provenance.computed(request, complete)
 
     def redo(self, request_id: str, first: int) -> None:
         """The engine computes this request again from its block `first` on; what is there carries no key."""
-        with self._lock:
+        with self.core.lock:
             if (request := self.requests.get(request_id)) is not None:
-                self.provenance.redo(request, first)
+                self._provenance.redo(request, first)
 
     def forget(self, g1: Iterable[int]) -> None:
         """These blocks of the engine are not what they seemed to be."""
-        with self._lock:
-            self.provenance.forget(g1)
+        with self.core.lock:
+            self._provenance.forget(g1)
 
     @paced
     def seal(self, *, tokens: int) -> Step:
         """Ends the description of a step that computes so many tokens. Matches that got no blocks are let go."""
-        with self._lock:
-            self._drain()
+        with self.core.lock:
+            self.core.hear()
             if tokens:
                 self.gate.step_begins(tokens)
-            for request in self._waiting:
+            for request in self._step.waiting:
                 self._release(request)
-            self._waiting.clear()
-            self._copies.seal()
             self.detour.seal()
             if (slow := self.pace.step()) is not None:
-                self._rest(slow)
+                self.core.health.rest(slow)
             draft, self._step = self._step, Draft()
+            stack = self.core.lower.stack
             return Step(
                 loads=draft.loads,
                 stores=draft.stores,
-                fence=self._copies.fence(draft.fence),
+                fence=self.core.seal(draft.fence),
                 idle=not tokens,
-                waiting=self.lower is not None and self.lower.waiting,
+                waiting=stack is not None and stack.waiting,
                 sync=self._settings.onboard == "sync" and bool(draft.loads),
                 compares=draft.compares,
                 adapters=self._variants.seal(),
@@ -361,15 +383,15 @@ class Leader(Offloading):
 
     def stepped(self) -> None:
         """The oldest step that computed something is over."""
-        with self._lock:
+        with self.core.lock:
             self.gate.step_ends()
 
     @paced
     def finish(self, request_id: str, g1: Sequence[int], complete: int, others: Sequence[Sequence[int]] = ()) -> None:
         """The request is over, and the engine may hand out its blocks at once (see `reuse`). Offers its last blocks,
         unless it still waits for a load: then what the engine calls computed may never have arrived."""
-        with self._lock:
-            self._drain()
+        with self.core.lock:
+            self.core.hear()
             request = self.requests.pop(request_id, None)
             if request is None:
                 return
@@ -379,48 +401,214 @@ class Leader(Offloading):
             self._end_loading(request)
             request.g1, request.others = list(g1), [list(table) for table in others]
             if not loading:
-                if not request.late:
-                    self.provenance.computed(request, min(complete, len(request.g1)))
-                complete = min(complete, len(request.g1))
-                if not request.stale:
-                    complete = min(complete, request.proven)
-                self._compare(request, complete)
-                self._look_again(request)
-                if self._coverage.ends(request, complete):
-                    self._offer(request, complete)
+                self._offer_last(request, min(complete, len(request.g1)))
             if self.shadow is not None:
                 self.shadow.finished(request)
             request.record.outcome = "finished"
             # Its blocks became idle run by run, the first run first; together, its leaf goes before its root.
-            self.pool.touch(blocks := self._coverage.in_order(request))
-            if self.lower is not None:
-                self.lower.finished(request.id, blocks)
-
-    def _accounting(self) -> list[str]:
-        now, (stored, loaded, scratch) = self.pool.statistics(), self._copies.blocks()
-        held = loaded + sum(len(request.hold) for request in self.requests.values() if request.hold is not None)
-        owners = {self.requests[name].loading if name in self.requests else None for name in self._loading.values()}
-        found = {
-            f"{self._held} blocks of G2 count as held by requests, {held} are": self._held != held,
-            f"{stored} blocks are being stored, {now.staged} are staged": stored > now.staged,
-            f"{scratch} blocks are being compared, {now.writable} are writable": scratch > now.writable,
-            f"{self._copies.blocks_read} blocks of the engine are read by {stored + scratch}": (
-                self._copies.blocks_read > stored + scratch
-            ),
-            "a block counts as being loaded by a request that does not load it": owners != set(self._loading),
-        }
-        return [text for text, wrong in found.items() if wrong]
+            self.core.pool.touch(blocks := self._coverage.in_order(request))
+            if (stack := self.core.lower.stack) is not None:
+                stack.finished(request.id, blocks)
 
     def _release(self, request: Request) -> None:
         if request.hold is not None:
-            self._held -= len(request.hold)
-            request.hold.drop()
+            self.core.let_go(request.hold)
             request.hold = None
 
     def _end_loading(self, request: Request) -> None:
         if request.loading is not None:
-            self._drain()  # whether it ended well was said before the engine heard that it ended
-            if self._loading.get(request.loading) == request.id:
-                del self._loading[request.loading]
-            request.loading = None
+            self.core.hear()  # whether it ended well was said before the engine heard that it ended
+            self._book.loaded(request)
             self.detour.ends(request.id)
+
+    # ------------------------------------------------------------------ down
+
+    def _computed(self, request: Request, complete: int) -> None:
+        """What was computed of the request's first `complete` blocks has its keys."""
+        self._provenance.computed(request, complete)
+        known = complete if request.stale else min(complete, request.proven)
+        self._compare(request, known)
+        self._look_again(request)
+        if known > request.offered:
+            self._offer(request, known)
+        if known < complete and known <= request.offered:
+            request.record.note(_FOREIGN)
+            request.offered = max(request.offered, complete)
+
+    def _offer_early(self, request: Request, complete: int) -> None:
+        """Offers what this step computes of a request with an adapter, under keys that are not yet certain: by then a
+        layer group may not have the block any more. What is copied is published if they were right."""
+        variant = request.variant
+        if variant is None or not variant.digest or complete <= request.offered:
+            return
+        if variant.refused is not None or self._provenance.begun(request):
+            self._offer(request, complete)
+
+    def _offer_last(self, request: Request, complete: int) -> None:
+        """The request is over, after so many blocks."""
+        if not request.late:
+            self._provenance.computed(request, complete)
+        if not request.stale:
+            complete = min(complete, request.proven)
+        self._compare(request, complete)
+        self._look_again(request)
+        if self._coverage.ends(request, complete):
+            self._offer(request, complete)
+
+    def _compare(self, request: Request, complete: int) -> None:
+        """Has what the engine computed compared with what is stored, where it was declined that."""
+        if self.shadow is not None:
+            compare = self.shadow.compare(request, complete, self._endings.of(request))
+            if compare is not None:
+                self._step.compares.append(compare)
+
+    def _offer(self, request: Request, complete: int) -> None:
+        """Starts offloading what G2 does not have of its first `complete` blocks and was not offered yet."""
+        if (reason := self._no_store(request)) is not None:
+            request.record.note(f"not offloaded: {reason}")
+            self._coverage.skip(request, complete)
+            return
+        if request.worth < complete:
+            request.record.note(f"not offloaded: what follows its first {request.worth} blocks is not worth keeping")
+        ready = self._coverage.ready(request, complete, min(request.worth, complete))
+        self._want(request, complete, ready.prompt)
+        slots, absent, coming = self.core.space(ready.keys)
+        request.awaited += coming
+        taken, left = ([], absent) if slots is None else (absent[: len(slots)], absent[len(slots) :])
+        if slots is not None:
+            self._store(request, ready.take(taken), slots)
+        elif absent:
+            request.record.note("some blocks were not offloaded at once: copies in flight or holds filled their share")
+        self._coverage.offered(request, complete, ready, taken, left)
+
+    def _store(self, request: Request, blocks: Outgoing, slots: Writable) -> None:
+        """Starts to copy blocks of a request out of the engine."""
+        params = request.params
+        owner = self._endings.of(request)
+        copy = self.core.store(slots, blocks, owner, priority=params.priority, ttl=params.ttl)
+        if request.variant is not None:
+            self._variants.storing(copy.id)
+        self._step.stores.append(Copy.of(copy.id, request.id, copy.g1, copy.lease.slots))
+
+    def _want(self, request: Request, complete: int, keys: Sequence[bytes]) -> None:
+        """Of its blocks [offered, complete) G2 may have `keys`, which are its prompt's: others' answers may be among
+        them, that the engine itself has found."""
+        if request.offered < request.asked:
+            self._endings.answers.prompted(request.keys[request.offered : min(complete, request.asked)])
+            self.core.pool.want(keys)
+
+    def _look_again(self, request: Request) -> None:
+        """Has blocks offered again that others were bringing to G2 when they were offered, and that did not arrive."""
+        if not (keys := request.awaited):
+            return
+        there, lost = self.core.pool.present(keys), self.core.pool.absent(keys)
+        request.awaited = [keys[at] for at in np.flatnonzero(~there).tolist()]
+        if lost:
+            left = {group_of(key)[0] for key in request.awaited}
+            places = (place for place, key in enumerate(request.keys[: request.offered]) if key in left)
+            request.offered, request.awaited = next(places, request.offered), []
+
+    def _no_store(self, request: Request) -> str | None:
+        if (reason := self.core.health.aside()) is not None:
+            return reason
+        if request.barred is not None:
+            return request.barred
+        if not request.params.save:
+            return "the request opted out of saving"
+        if request.variant is not None and request.variant.refused is not None:
+            return request.variant.refused
+        return "the cache was reset while it ran" if request.stale else None
+
+    # ------------------------------------------------------------------ what is heard, and what is wrong
+
+    def _heard(self, message: Used | Foreseen | Unlike) -> None:
+        self._variants.take(message, self.requests)
+
+    def _undo(self, number: int) -> None:
+        self._step.undo(number)
+
+    def _unlike(self, request: Request) -> None:
+        """Its keys are not those of what it computes."""
+        if self.shadow is not None:
+            self.shadow.finished(request)
+
+    def bar(self, request_id: str, reason: str) -> None:
+        """Load and store nothing more for a request: its keys may not be those of what it computes."""
+        with self.core.lock:
+            if (request := self.requests.get(request_id)) is not None:
+                request.barred = reason
+                self._unlike(request)  # what it computes proves nothing
+
+    def _quarantine(self, found: dict[str, Any]) -> None:
+        """Blocks are stored that are not what their keys say. Which others are is not known: nothing that is stored is
+        served any more, in no tier and to nobody, and nothing new is stored, until `resume`."""
+        if self.core.health.quarantined is not None:
+            return
+        where = self.invariants.report("shadow", found)
+        self.core.health.quarantine(
+            f"quarantined: {len(found['differ'])} stored blocks are not what the engine computes for request "
+            f"{found['request_id']}{where}"
+        )
+        self._clear()
+
+    def reset(self) -> None:
+        """A new generation: nothing stored so far is ever matched again. Requests that live now may carry KV of the old
+        one (other weights), so none of their blocks is offloaded any more. Copies that no worker has begun are dropped;
+        those that have, end (see `Core.quiesce`)."""
+        with self.core.lock:
+            self.core.hear()
+            self._clear()
+
+    def _clear(self) -> None:
+        self.core.clear()
+        self._provenance.clear()
+        if self.shadow is not None:
+            self.shadow.clear()
+        for request in self.requests.values():
+            request.stale = True
+        self.core.drop_unsent()
+
+    def _look(self) -> None:
+        """Whether KVBM itself is as it should be."""
+        idle = not self.requests and self.core.copies.count() == (0, 0)
+        self._broken(self.invariants.tick(self.core.pools(), idle=idle))
+
+    def _broken(self, problems: list[str]) -> None:
+        """An invariant does not hold: whatever is decided from now on may be wrong."""
+        health = self.core.health
+        if problems and not any(problem.startswith(_BROKEN) for problem in health.problems):
+            where = self.invariants.report("check", {"problems": problems, "events": self.invariants.recent.listed()})
+            health.sick(f"{_BROKEN}: {'; '.join(problems)}{where}")
+
+    def check(self, seconds: float) -> dict[str, Any]:
+        """Looks at the books and at all slots of all pools, for so long at most; what is wrong, for JSON. Any thread;
+        nobody waits for it longer than for a slice."""
+        begun, looked, books = time.monotonic(), dict[str, bool](), self.invariants
+        with self.core.lock:
+            problems, pools = books.books(), self.core.pools()
+        for name, pool in pools.items():
+            passes = books.passes.get(name, 0)
+            books.begin(name)
+            while not (done := books.passes.get(name, 0) > passes) and time.monotonic() - begun < seconds:
+                with self.core.lock:
+                    problems += books.look(name, pool)
+            looked[name] = done
+        with self.core.lock:
+            self._broken(problems)
+        return {"problems": problems, "complete": all(looked.values()), "violations": books.violations}
+
+    def _accounting(self) -> list[str]:
+        """What is wrong in the leader's books."""
+        core = self.core
+        now, (stored, loaded, scratch) = core.pool.statistics(), core.copies.blocks()
+        held = loaded + sum(len(request.hold) for request in self.requests.values() if request.hold is not None)
+        found = {
+            f"{core.held} blocks of G2 count as held by requests, {held} are": core.held != held,
+            f"{stored} blocks are being stored, {now.staged} are staged": stored > now.staged,
+            f"{scratch} blocks are being compared, {now.writable} are writable": scratch > now.writable,
+            f"{core.copies.blocks_read} blocks of the engine are read by {stored + scratch}": (
+                core.copies.blocks_read > stored + scratch
+            ),
+            "a block counts as being loaded by a request that does not load it": self._book.strays(),
+        }
+        return [text for text, wrong in found.items() if wrong]

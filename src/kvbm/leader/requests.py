@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from kvbm.blocks import Pinned
 from kvbm.core.config import Settings
-from kvbm.leader.variants import Variant
+from kvbm.link.messages import Adapter
 from kvbm.tiers.tier import Record, Seeker
 
 PARAMS_KEY = "kvbm"
@@ -87,6 +88,36 @@ def _short(value: object) -> str:
     return reprlib.repr(value)
 
 
+class KeysUnder(Protocol):
+    """A request's keys, which are known once the adapter's digest is."""
+
+    def under(self, digest: bytes) -> None:
+        """From now on these are the keys of its blocks with this adapter."""
+
+
+@dataclass(slots=True)
+class Variant:
+    """The adapter of one request. `files` is what changes when the adapter's files do, as far as can be seen. `refused`
+    says why nothing is loaded or stored for it."""
+
+    adapter: Adapter
+    files: Hashable
+    keys: KeysUnder
+    unsteady: bool = False
+    """The engine reads it again at every step."""
+    refused: str | None = None
+    digest: bytes = b""
+    """What the keys are of; empty while that is not known."""
+    until: float | None = None
+    """How long the request waits to hear it."""
+    loads: bool = False
+    """It loads blocks under this digest, or has."""
+    begun: bool = False
+    """A step computes with it."""
+    seen: bool = False
+    """A step was computed with it."""
+
+
 @dataclass(slots=True)
 class Request:
     """A living request. `keys` grows as blocks fill; `g1` are its blocks in the engine, in order, `others` those in the
@@ -153,3 +184,44 @@ class Request:
     def family(self) -> bytes:
         """The same for requests with the same adapter."""
         return self.variant.digest if self.variant is not None else b""
+
+
+class Requests:
+    """The living requests of one leader, by id, and the records of the last ones (`kept` of them). Also which of them
+    load what: others that want the same blocks wait, if the engine `shares` its blocks between requests."""
+
+    def __init__(self, kept: int, *, shares: bool) -> None:
+        self.living: dict[str, Request] = {}
+        self.records: OrderedDict[str, Record] = OrderedDict()
+        self._kept, self._shares = kept, shares
+        self._loading: dict[bytes, str] = {}
+        """First key of a load -> its request."""
+
+    def record(self, request: str, prompt_tokens: int, notes: Sequence[str]) -> Record:
+        """A new one."""
+        record = self.records[request] = Record(request, prompt_tokens, why=list(notes))
+        while len(self.records) > self._kept:
+            self.records.popitem(last=False)
+        return record
+
+    def loader(self, key: bytes, request: Request) -> str | None:
+        """Another request that loads this block, if there is one to wait for."""
+        owner = self._loading.get(key) if self._shares else None
+        return None if owner == request.id else owner
+
+    def loads(self, request: Request, key: bytes) -> None:
+        """It loads blocks from this one on."""
+        request.loading = key
+        self._loading[key] = request.id
+
+    def loaded(self, request: Request) -> None:
+        """It does not any more."""
+        if request.loading is not None and self._loading.get(request.loading) == request.id:
+            del self._loading[request.loading]
+        request.loading = None
+
+    def strays(self) -> bool:
+        """Whether a block counts as being loaded by a request that does not load it."""
+        living = self.living
+        owners = {living[name].loading if name in living else None for name in self._loading.values()}
+        return owners != set(self._loading)

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from kvbm.blocks import Pinned, Pool
+from kvbm.blocks import Pinned
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Slots
-from kvbm.leader.copies import InFlight, Job
+from kvbm.leader.copies import Owner, StepCopy
+from kvbm.leader.core import Core
 from kvbm.leader.requests import Request
 from kvbm.link.messages import Compare, pack
 from kvbm.observe.names import json_key
@@ -53,33 +54,14 @@ class _Sample:
     """A new generation began: what is found out says nothing any more."""
 
 
-class Shadow:
-    """One of `every` requests with a hit is declined it; none where that is 0. `prove`: to each family of requests
-    (those with the same adapter) what comes from another process is declined until some of it agreed."""
+class Origins:
+    """Where the blocks of host memory come from, and how old they are. A listener of the host."""
 
-    def __init__(
-        self, every: int, pool: Pool, patience: float, clock: Callable[[], float], *, prove: bool = False
-    ) -> None:
-        self._every, self._pool, self._patience, self._clock = every, pool, patience + _PATIENCE, clock
-        self._seed = random.SystemRandom().getrandbits(64)
-        self._prove, self._proven = prove, set[bytes]()
-        self._since = np.full(pool.capacity, np.nan)
-        self._from = np.zeros(pool.capacity, np.uint8)
+    def __init__(self, slots: int) -> None:
+        self._since = np.full(slots, np.nan)
+        self._from = np.zeros(slots, np.uint8)
         self._places = [ENGINE]
-        """Where blocks have come from: what a number in `_from` means."""
-        self._declined: dict[str, tuple[int, tuple[bytes, ...]]] = {}
-        self._samples: dict[str, _Sample] = {}
-        self._jobs: dict[int, _Sample] = {}
-        self.held = 0
-        """Blocks of host memory that comparisons hold."""
-        self.sampled = self.compared = self.wrong = self.skipped = 0
-        """Requests; blocks that were compared; of these, those that differ; blocks that could not be compared."""
-
-    @property
-    def _most(self) -> int:
-        return max(1, min(_MOST, self._pool.total // _SHARE))
-
-    # ------------------------------------------------------------------ where blocks come from
+        """What a number in `_from` means."""
 
     def landing(self, slots: Slots, keys: Sequence[bytes], how: Landing) -> None:
         """See `tiers.host.Listener`."""
@@ -91,12 +73,55 @@ class Shadow:
         slots = blocks.slots
         self._since[slots], self._from[slots] = time.time(), self._places.index(how.origin)
 
-    def _origins(self, slots: Slots) -> list[dict[str, Any]]:
+    def of(self, slots: Slots) -> list[dict[str, Any]]:
+        """For JSON."""
         ages = time.time() - self._since[slots]
         return [
             {"from": json_key(self._places[origin]), "age_s": None if np.isnan(age) else round(float(age), 3)}
             for origin, age in zip(self._from[slots].tolist(), ages, strict=True)
         ]
+
+    def own(self, slots: Slots) -> int:
+        """How many of these, from the first on, this process has computed."""
+        foreign = np.flatnonzero(self._from[slots])
+        return int(foreign[0]) if len(foreign) else len(slots)
+
+
+@dataclass(slots=True)
+class Compared:
+    """Requests that were declined a hit; blocks that were compared; of these, those that differ; blocks that could not
+    be compared."""
+
+    sampled: int = 0
+    compared: int = 0
+    mismatched: int = 0
+    skipped: int = 0
+
+
+class Shadow:
+    """One of `every` requests with a hit is declined it; none where that is 0. `prove`: to each family of requests
+    (those with the same adapter) what comes from another process is declined until some of it agreed."""
+
+    def __init__(
+        self, every: int, core: Core, patience: float, clock: Callable[[], float], *, prove: bool = False
+    ) -> None:
+        self._core, self._patience, self._clock = core, patience + _PATIENCE, clock
+        seed = random.SystemRandom().getrandbits(64)
+        # The answer for a request is always the same.
+        self._drawn: Callable[[str], bool] = lambda request: bool(every) and not hash((seed, request)) % every
+        self._prove, self._proven = prove, set[bytes]()
+        self.origins = Origins(core.pool.capacity)
+        self._declined: dict[str, tuple[int, tuple[bytes, ...]]] = {}
+        self._samples: dict[str, _Sample] = {}
+        self._jobs: dict[int, _Sample] = {}
+        self.held = 0
+        """Blocks of host memory that comparisons hold."""
+        self.counts = Compared()
+        core.host.listen(self.origins)
+
+    @property
+    def _most(self) -> int:
+        return max(1, min(_MOST, self._core.pool.total // _SHARE))
 
     # ------------------------------------------------------------------ a request
 
@@ -105,9 +130,7 @@ class Shadow:
         compute; as far as there is room they are compared."""
         allowed, room = self._trusted(request, hold.slots), max(0, self._most - self.held)
         if allowed == len(hold):
-            # The answer for a request is always the same.
-            drawn = self._every and not hash((self._seed, request.id)) % self._every
-            if not drawn or not room:
+            if not self._drawn(request.id) or not room:
                 return allowed
             allowed = 0
         if room:
@@ -118,25 +141,24 @@ class Shadow:
         """How many of these, from the first on, are this process's own, or of a kind that was compared."""
         if not self._prove or request.family in self._proven:
             return len(slots)
-        foreign = np.flatnonzero(self._from[slots])
-        return int(foreign[0]) if len(foreign) else len(slots)
+        return self.origins.own(slots)
 
     def placed(self, request: Request) -> None:
         """The request got its blocks: what it was declined is held from now on, until it is compared."""
         if (declined := self._declined.pop(request.id, None)) is None or request.id in self._samples:
             return
         first, keys = declined[0], declined[1][: max(0, self._most - self.held)]  # others may have been faster
-        hold = self._pool.scan(keys)[0]
+        hold = self._core.pool.scan(keys)[0]
         if hold.keys != keys or not len(hold):  # evicted meanwhile
             hold.drop()
             return
-        self.sampled += 1
+        self.counts.sampled += 1
         self.held += len(hold)
         self._samples[request.id] = _Sample(
-            request, first, hold, self._origins(hold.slots), until=self._clock() + _KEEP
+            request, first, hold, self.origins.of(hold.slots), until=self._clock() + _KEEP
         )  # fmt: skip
 
-    def compare(self, request: Request, complete: int, copies: InFlight) -> Compare | None:
+    def compare(self, request: Request, complete: int, owner: Owner) -> Compare | None:
         """The request's first `complete` blocks are computed after this step: what of them is to be compared then."""
         sample = self._samples.get(request.id)
         if sample is None or sample.over:
@@ -149,13 +171,13 @@ class Shadow:
             return None
         sample.done, sample.until = end, self._clock() + _KEEP
         places = np.arange(sample.first + begin, sample.first + end)
-        scratch = self._pool.allocate(end - begin) if int(places[-1]) < len(request.g1) else None
+        scratch = self._core.pool.allocate(end - begin) if int(places[-1]) < len(request.g1) else None
         if scratch is None:
-            self.skipped += end - begin
+            self.counts.skipped += end - begin
             self._settle(sample)
             return None
         sources = np.asarray([request.g1[place] for place in places.tolist()], np.int64)
-        job = copies.start(request, scratch, sources, places, self._patience)
+        job = self._core.compare(scratch, sources, places, owner, self._patience)
         sample.jobs.add(job.id)
         self._jobs[job.id] = sample
         return Compare(job.id, request.id, pack(sources), pack(scratch.slots), pack(sample.hold.slots[begin:end]))
@@ -168,7 +190,7 @@ class Shadow:
 
     # ------------------------------------------------------------------ answers
 
-    def answered(self, job: Job) -> dict[str, Any] | None:
+    def answered(self, job: StepCopy) -> dict[str, Any] | None:
         """A comparison ended on every rank; what is to be reported, if blocks differ."""
         sample = self._jobs.pop(job.id)
         job.lease.drop()
@@ -177,9 +199,9 @@ class Shadow:
         wrong = np.flatnonzero(job.outcomes == Outcome.CORRUPT)
         report = None
         if not sample.void:
-            self.compared += int(looked.sum())
-            self.skipped += int((~looked).sum())
-            self.wrong += len(wrong)
+            self.counts.compared += int(looked.sum())
+            self.counts.skipped += int((~looked).sum())
+            self.counts.mismatched += len(wrong)
             if looked.all() and not len(wrong):
                 self._agrees(sample, job)
             if len(wrong):
@@ -187,14 +209,14 @@ class Shadow:
         self._settle(sample)
         return report
 
-    def _agrees(self, sample: _Sample, job: Job) -> None:
+    def _agrees(self, sample: _Sample, job: StepCopy) -> None:
         """All that could be compared is right."""
         foreign = any(sample.origins[at - sample.first]["from"] != ENGINE for at in job.places.tolist())
         if self._prove and foreign and sample.request.family not in self._proven:
             self._proven.add(sample.request.family)
             log.info("KVBM: what another process stored agrees with what request %.100s computed", sample.request.id)
 
-    def _report(self, sample: _Sample, job: Job, wrong: Slots) -> dict[str, Any]:
+    def _report(self, sample: _Sample, job: StepCopy, wrong: Slots) -> dict[str, Any]:
         by_rank = {rank: np.frombuffer(errors, np.float32) for rank, errors in sorted(job.errors.items())}
         blocks = []
         for at in wrong.tolist():
@@ -225,7 +247,7 @@ class Shadow:
     def _end(self, sample: _Sample) -> None:
         """Compare nothing more of it."""
         if not sample.void:
-            self.skipped += len(sample.hold) - sample.done
+            self.counts.skipped += len(sample.hold) - sample.done
         sample.done, sample.over = len(sample.hold), True
         self._settle(sample)
 
@@ -251,7 +273,3 @@ class Shadow:
         for sample in list(self._samples.values()):
             sample.void = True
             self._end(sample)
-
-    def counts(self) -> dict[str, int]:
-        """For metrics."""
-        return {"sampled": self.sampled, "compared": self.compared, "mismatched": self.wrong, "skipped": self.skipped}

@@ -1,6 +1,6 @@
 """Why an engine's start ended, in a sentence, from the process that knows it to the one that started the engine.
 
-Who wants to know makes an empty file beforehand; where there is none, nothing is written."""
+The process that wants to know makes an empty file beforehand; where there is none, nothing is written."""
 
 from __future__ import annotations
 

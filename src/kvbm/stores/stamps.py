@@ -1,7 +1,7 @@
 """Whether files are still those that a process read when it began: every file, link and folder on the way to them.
 
-Whoever writes a file, or puts another in its place by name or by link, leaves a new inode or a new ctime, which nobody
-can set back. So what had the same stamps before the process began and after its files were digested was the same
+A process that writes a file, or puts another in its place by name or by link, leaves a new inode or a new ctime, which
+nobody can set back. So what had the same stamps before the process began and after its files were digested was the same
 meanwhile.
 """
 

@@ -27,7 +27,7 @@ class Landing:
 
 
 class Listener(Protocol):
-    """Who wants to know."""
+    """What wants to know of blocks that land."""
 
     def landing(self, slots: Slots, keys: Sequence[bytes], how: Landing) -> None:
         """These are about to be found under their keys, some of them maybe not."""

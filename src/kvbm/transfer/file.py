@@ -21,7 +21,7 @@ from kvbm.abc.transport import Completion, Plan
 from kvbm.core.errors import Broken, Misuse
 from kvbm.core.region import Region, Slots
 from kvbm.native import Ring, run_io
-from kvbm.transfer.lanes import Job, LaneTransport
+from kvbm.transfer.lanes import LaneJob, LaneTransport
 from kvbm.transfer.plan import checked_slots, coalesce
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def _sums(values: Slots, starts: npt.NDArray[np.bool_]) -> Slots:
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class _Transfer(Job):
+class _Transfer(LaneJob):
     """Its parts are operations. It has a descriptor of its own: the region's may be closed, and its number reused."""
 
     file: Region
@@ -199,7 +199,7 @@ class FileTransport(LaneTransport):
     def reaches(self, source: Region, destination: Region) -> bool:
         return source.fits(destination) and _obstacle(source, destination) is None
 
-    def _job(self, plan: Plan, done: Callable[[Completion], None]) -> Job:
+    def _job(self, plan: Plan, done: Callable[[Completion], None]) -> LaneJob:
         if (obstacle := _obstacle(plan.source, plan.destination)) is not None:
             raise Misuse(obstacle)
         source, destination = checked_slots(plan)

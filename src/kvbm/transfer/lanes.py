@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class LaneJob:
     """One plan. Everything but the counter in `control` is written under the transport's lock.
 
     A kind of job moves the next `step` of its `parts` at a time, and says in `moved` which blocks it has moved.
@@ -106,11 +106,11 @@ class LaneTransport(Transport):
         self._quiet = threading.Condition(lock)
         self._name, self._background_threads, self._spread = name, background, spread
         self._patience_s: Final = patience_s
-        self._urgent: deque[Job] = deque()
-        self._background: deque[Job] = deque()
+        self._urgent: deque[LaneJob] = deque()
+        self._background: deque[LaneJob] = deque()
         self._in_background = 0
-        self._over: deque[Job] = deque()
-        self._jobs: dict[int, Job] = {}
+        self._over: deque[LaneJob] = deque()
+        self._jobs: dict[int, LaneJob] = {}
         self._tickets = 0
         self._closed = False
         self._dead: str | None = None
@@ -121,7 +121,7 @@ class LaneTransport(Transport):
             thread.start()
 
     @abstractmethod
-    def _job(self, plan: Plan, done: Callable[[Completion], None]) -> Job:
+    def _job(self, plan: Plan, done: Callable[[Completion], None]) -> LaneJob:
         """The plan made ready, or `Misuse`. Nothing is touched and nothing kept."""
 
     def submit(self, plan: Plan, done: Callable[[Completion], None]) -> int:
@@ -199,7 +199,7 @@ class LaneTransport(Transport):
         job.started = job.started or time.perf_counter()
         return partial(self._move, job, thread)
 
-    def _choose(self, lane: deque[Job]) -> Job | None:
+    def _choose(self, lane: deque[LaneJob]) -> LaneJob | None:
         while lane and not lane[0].open and not lane[0].running:
             lane.popleft()
         jobs = (job for job in lane if job.open)
@@ -210,7 +210,7 @@ class LaneTransport(Transport):
             return first
         return next((job for job in jobs if not job.running), first)
 
-    def _move(self, job: Job, thread: int) -> None:
+    def _move(self, job: LaneJob, thread: int) -> None:
         try:
             job.move(thread)
         except BaseException as error:
@@ -236,13 +236,13 @@ class LaneTransport(Transport):
         for job in list(self._jobs.values()):
             self._fail(job, reason)
 
-    def _fail(self, job: Job, reason: str) -> None:
+    def _fail(self, job: LaneJob, reason: str) -> None:
         """Let no thread take another part of this job. Lock held."""
         job.error = job.error or reason
         job.control[1] = 1
         self._end(job)
 
-    def _end(self, job: Job) -> None:
+    def _end(self, job: LaneJob) -> None:
         """Have the job reported, once, if no thread is in it any more. Lock held."""
         if not job.running and job.ticket in self._jobs:
             del self._jobs[job.ticket]

@@ -19,7 +19,7 @@ from kvbm.abc.transport import Completion, Plan
 from kvbm.core.errors import Misuse
 from kvbm.core.region import Region, Slots
 from kvbm.native import XXH3_FROM, copy_rows
-from kvbm.transfer.lanes import Job, LaneTransport
+from kvbm.transfer.lanes import LaneJob, LaneTransport
 from kvbm.transfer.plan import Rows, checked_slots, chunk_blocks, coalesce
 
 CHUNK_BYTES: Final = 4 << 20
@@ -27,7 +27,7 @@ CHUNK_BYTES: Final = 4 << 20
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class _Copy(Job):
+class _Copy(LaneJob):
     """Its parts are blocks."""
 
     rows: Rows
@@ -67,7 +67,7 @@ class MemcpyTransport(LaneTransport):
     def reaches(self, source: Region, destination: Region) -> bool:
         return source.kind == destination.kind == "host" and source.fits(destination)
 
-    def _job(self, plan: Plan, done: Callable[[Completion], None]) -> Job:
+    def _job(self, plan: Plan, done: Callable[[Completion], None]) -> LaneJob:
         if not plan.source.kind == plan.destination.kind == "host":
             raise Misuse(f"memcpy does not reach from {plan.source.kind!r} to {plan.destination.kind!r}")
         source, destination = checked_slots(plan)

@@ -16,7 +16,7 @@ from kvbm.link.messages import Adapter, Adapters, Foresee, Foreseen, Step, Unlik
 log = logging.getLogger(__name__)
 
 
-class Holder(Protocol):
+class AdapterHolder(Protocol):
     """The engine's adapters on this rank. Digests are empty where nothing is held, or it cannot be known what.
 
     Methods may raise any `Exception`. All but `foresee` are called on the engine's worker thread.
@@ -67,8 +67,10 @@ class _Unreachable:
 class Residents:
     """See the module. Without a `holder` nothing is known of any adapter."""
 
-    def __init__(self, holder: Holder | None, rank: int, tell: Callable[[Used | Foreseen | Unlike], None]) -> None:
-        self._holder: Holder = holder or _Unreachable()
+    def __init__(
+        self, holder: AdapterHolder | None, rank: int, tell: Callable[[Used | Foreseen | Unlike], None]
+    ) -> None:
+        self._holder: AdapterHolder = holder or _Unreachable()
         self._rank, self._tell = rank, tell
         self._kept: dict[tuple[int, bytes], Any] = {}
         """What requests that loaded are still to be computed with, should the engine give it up before."""

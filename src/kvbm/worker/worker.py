@@ -48,7 +48,7 @@ from kvbm.stores.memory import Arena
 from kvbm.tiers.tier import RankSide, RankTier
 from kvbm.transfer.executor import Executor
 from kvbm.worker.compare import Comparisons
-from kvbm.worker.residents import Holder, Residents
+from kvbm.worker.residents import AdapterHolder, Residents
 from kvbm.worker.telling import Telling
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Worker(Telling):
         make_executor: Callable[[], Executor],
         tiers: Mapping[str, MakeTier] | None = None,
         stores: bool = True,
-        adapters: Holder | None = None,
+        adapters: AdapterHolder | None = None,
     ) -> None:
         super().__init__(settings, rank, make_executor(), g1)
         self._stores = stores

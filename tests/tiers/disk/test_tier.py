@@ -25,10 +25,10 @@ def break_it(stage: Stage, problem: str = "EIO") -> None:
         assert stage.tier.problem is None
         name = f"broken {stage.clock()} {i}"
         stage.keep(name, keys_of(name, 1))
-        stage.leader.tick()
+        stage.leader.core.tick()
         (write,) = stage.hear(Write)
         stage.moved(write, FAILED, error=problem)
-        stage.leader.tick()
+        stage.leader.core.tick()
     assert stage.tier.problem == problem
 
 
@@ -41,8 +41,8 @@ def test_a_tier_that_fails_is_left_alone_until_a_probe_goes_well(
     stage, keys = make_stage(ranks=2).add_disk(), keys_of("a", 3)
     stage.on_disk("first", keys)
     break_it(stage)
-    assert stage.leader.degraded() == {"g3": "EIO"}
-    assert not stage.leader.problems
+    assert stage.leader.core.lower.degraded() == {"g3": "EIO"}
+    assert not stage.leader.core.health.problems
     assert sum("is left alone" in line for line in caplog.messages) == 1
     stage.keep("b", keys_of("b", 2))
     assert not stage.hear(Write)
@@ -53,7 +53,7 @@ def test_a_tier_that_fails_is_left_alone_until_a_probe_goes_well(
     assert not stage.hear(Probe)
     stage.tick(0.2)
     stage.probed()
-    assert stage.leader.degraded() == {}
+    assert stage.leader.core.lower.degraded() == {}
     assert stage.leader.gate.rates()["read_blocks_per_s"] is None  # it may be faster now
     assert not stage.folder.calls
     assert stage.disk.peek(keys) == 3  # nothing had happened to the files
@@ -80,12 +80,12 @@ def test_what_fails_after_it_was_left_alone_delays_no_probe(make_stage: Make) ->
     stage = make_stage().add_disk(batch=1)
     stage.folder.problem = "still read-only"
     stage.keep("a", keys_of("a", 8))
-    stage.leader.tick()
+    stage.leader.core.tick()
     writes = stage.hear(Write)
     assert len(writes) == 8
     for write in writes:
         stage.moved(write, FAILED)
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert stage.tier.problem is not None
     times, begun = [], stage.clock()
     for _ in range(32):
@@ -219,7 +219,7 @@ def test_writes_that_fail_are_noticed_although_reads_go_well(make_stage: Make) -
         stage.begin(f"r{i}", [*keys, LAST])
         for read in stage.hear(Read):
             stage.moved(read)
-        stage.leader.tick()
+        stage.leader.core.tick()
         stage.leader.finish(f"r{i}", [], 0)
         stage.pool.discard(keys)
     assert stage.tier.problem == "injected"
@@ -235,7 +235,7 @@ def test_damage_and_what_was_given_up_are_no_failures_of_the_disk(make_stage: Ma
         if i % 2:  # given up by the leader, or by a worker that ends
             stage.leader.finish(f"r{i}", [], 0)
         stage.moved(read, FAILED, FAILED, error="the tier was cleared" if i % 2 else "cancelled")
-        stage.leader.tick()
+        stage.leader.core.tick()
     assert stage.tier.problem is None
 
 
@@ -243,7 +243,7 @@ def test_damage_and_what_was_given_up_are_no_failures_of_the_disk(make_stage: Ma
 def test_a_rank_that_says_nothing(make_stage: Make, silent: int) -> None:
     stage, keys = make_stage(ranks=2).add_disk(patience=5.0), keys_of("a", 2)
     stage.keep("a", keys)
-    stage.leader.tick()
+    stage.leader.core.tick()
     (write,) = stage.hear(Write)
     stage.moved(write, rank=1 - silent)
     stage.tick(4.0)
@@ -258,7 +258,7 @@ def test_a_rank_that_says_nothing(make_stage: Make, silent: int) -> None:
     stage.tick(4.0)
     assert stage.tier.problem is None
     stage.moved(write, rank=silent)
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert stage.disk.peek(keys) == 2
     assert stage.tier.in_flight() == (0, 0)
 
@@ -281,19 +281,19 @@ def test_a_rank_whose_threads_died_ends_the_disk_tier_alone(make_stage: Make, ca
     assert sorted(stage.hear(Cancel)[0].jobs) == sorted(move.job for move in [*writes, *reads])
     for move in [*writes, *reads]:  # whatever they say now
         stage.moved(move)
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert stage.disk.peek(new) == stage.pool.peek(disk) == 0
     assert stage.tier.in_flight() == (0, 0)
     assert stage.pool.statistics().active == 0
-    assert stage.leader.problems == []
-    assert stage.leader.degraded() == {"g3": "rank 1: a thread died"}
+    assert stage.leader.core.health.problems == []
+    assert stage.leader.core.lower.degraded() == {"g3": "rank 1: a thread died"}
     assert caplog.text.count("rank 1: a thread died") == 1
     # The rest goes on: host memory, and nothing of the disk.
     stage.load("again", both, [1, 2])
     stage.keep("more", keys_of("more", 2))
     for _ in range(50):
         stage.tick(30)
-    stage.leader.drain(10)
+    stage.leader.core.drain(10)
     assert stage.demotion.idle
     for kind in (Write, Read, Probe):
         assert not stage.hear(kind)
@@ -301,7 +301,7 @@ def test_a_rank_whose_threads_died_ends_the_disk_tier_alone(make_stage: Make, ca
     stage.leader.reset()  # also of what another process will find there
     stage.settle()
     assert stage.hear(Generation) == [Generation(1)]
-    assert stage.leader.degraded() == {"g3": "rank 1: a thread died"}
+    assert stage.leader.core.lower.degraded() == {"g3": "rank 1: a thread died"}
 
 
 def test_what_was_being_looked_for_on_disk_when_threads_died_does_not_wake_it(make_stage: Make) -> None:
@@ -314,19 +314,19 @@ def test_what_was_being_looked_for_on_disk_when_threads_died_does_not_wake_it(ma
     assert stage.tier._waited
     stage.say(Sick(0, "a thread died", "g3"))
     stage.settle()
-    assert stage.leader.degraded() == {"g3": "rank 0: a thread died"}
+    assert stage.leader.core.lower.degraded() == {"g3": "rank 0: a thread died"}
 
 
 def test_threads_may_die_before_there_is_a_disk_tier(make_stage: Make) -> None:
     stage = make_stage()
     stage.say(Sick(0, "a thread died", "g3"))
-    stage.leader.tick()
+    stage.leader.core.tick()
     stage.add_disk()
-    lower, stage.leader.lower = stage.leader.lower, None
+    lower, stage.leader.core.lower.stack = stage.leader.core.lower.stack, None
     assert lower is not None
-    assert stage.leader.attach(lower)
-    assert stage.leader.degraded() == {"g3": "rank 0: a thread died"}
-    assert stage.leader.problems == []
+    assert stage.leader.core.attach(lower)
+    assert stage.leader.core.lower.degraded() == {"g3": "rank 0: a thread died"}
+    assert stage.leader.core.health.problems == []
 
 
 def test_answers_for_unknown_moves_are_nothing(make_stage: Make) -> None:
@@ -334,7 +334,7 @@ def test_answers_for_unknown_moves_are_nothing(make_stage: Make) -> None:
     stage.say(Result(12345, 0, bytes(3), 0, 0.0))
     stage.say(Probed(0, None, 0))
     stage.say(Probed(0, "no", 17))
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert not stage.tier.answer(Result(12345, 0, bytes(3), 0, 0.0))
     assert stage.tier.problem is None
 
@@ -347,7 +347,7 @@ def test_a_reset_begins_a_new_generation_on_disk(make_stage: Make) -> None:
     stage.on_disk("first", keys)
     stage.leader.reset()
     assert stage.disk.peek(keys) == 0
-    assert stage.leader.degraded() == {"g3": "a new generation is being written down"}
+    assert stage.leader.core.lower.degraded() == {"g3": "a new generation is being written down"}
     stage.keep("b", keys_of("b", 2))
     stage.leader.reset()
     assert stage.demotion.idle  # nothing of before waits
@@ -356,7 +356,7 @@ def test_a_reset_begins_a_new_generation_on_disk(make_stage: Make) -> None:
     stage.settle()
     for rank in range(2):
         assert stage.hear(Generation, rank) == [Generation(1)]
-    assert stage.leader.degraded() == {}
+    assert stage.leader.core.lower.degraded() == {}
     (write,) = stage.write_all()
     assert write.generation == 1
 
@@ -364,7 +364,7 @@ def test_a_reset_begins_a_new_generation_on_disk(make_stage: Make) -> None:
 def test_writes_in_flight_at_a_reset_are_cancelled_never_served_and_no_failure(make_stage: Make) -> None:
     stage, keys = make_stage().add_disk(batch=1), keys_of("a", 5)
     stage.keep("a", keys)
-    stage.leader.tick()
+    stage.leader.core.tick()
     writes = stage.hear(Write)
     assert len(writes) == 5
     stage.leader.reset()
@@ -373,7 +373,7 @@ def test_writes_in_flight_at_a_reset_are_cancelled_never_served_and_no_failure(m
     stage.moved(writes[0])
     for write in writes[1:]:
         stage.moved(write, FAILED, error="blocks of generation 0, it is now 1")
-    stage.leader.tick()
+    stage.leader.core.tick()
     assert stage.disk.peek(keys) == 0
     assert stage.tier.problem is None
     assert stage.disk.statistics().free == 64
@@ -385,7 +385,7 @@ def test_a_generation_that_cannot_be_written_down_keeps_the_tier_unused(make_sta
     stage.folder.problem = "EROFS"
     stage.leader.reset()
     stage.settle()
-    assert stage.leader.degraded() == {"g3": "EROFS"}
+    assert stage.leader.core.lower.degraded() == {"g3": "EROFS"}
     stage.tick(1.0)
     stage.settle()
     stage.leader.reset()  # once more
@@ -410,10 +410,10 @@ def test_a_reset_of_a_broken_tier_does_not_declare_it_well(make_stage: Make) -> 
     stage.leader.reset()
     stage.settle()
     assert stage.hear(Generation) == [Generation(1)]
-    assert stage.leader.degraded() == {"g3": "EIO"}
+    assert stage.leader.core.lower.degraded() == {"g3": "EIO"}
     stage.tick(1.0)
     stage.probed()
-    assert stage.leader.degraded() == {}
+    assert stage.leader.core.lower.degraded() == {}
 
 
 def test_blocks_found_before_a_reset_are_not_served_after_it(make_stage: Make) -> None:
@@ -425,7 +425,7 @@ def test_blocks_found_before_a_reset_are_not_served_after_it(make_stage: Make) -
     stage.settle()
     for probe in stage.hear(Probe):
         stage.say(Probed(0, None, probe.number))
-    stage.leader._drain()  # the folder's thread is reading the index now
+    stage.leader.core.hear()  # the folder's thread is reading the index now
     assert stage.tier._waited
     stage.leader.reset()
     stage.settle()

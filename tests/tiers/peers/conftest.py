@@ -32,8 +32,8 @@ def secret(tmp_path: Path) -> Path:
 
 
 def peers_of(engine: Engine) -> Peers:
-    assert engine.leader.lower is not None
-    peers = engine.leader.lower.tiers["peers"]
+    assert engine.leader.core.lower.stack is not None
+    peers = engine.leader.core.lower.stack.tiers["peers"]
     assert isinstance(peers, Peers)
     return peers
 
@@ -44,8 +44,8 @@ def know_each_other(*engines: Engine) -> None:
     for engine in engines:
         network = peers_of(engine).network
         while len(network.peers) < len(engines) - 1 or not network.server.slabs[0]:
-            engine.leader.tick()
-            assert time.monotonic() < deadline, (network.peers, network.problem, engine.leader.degraded())
+            engine.leader.core.tick()
+            assert time.monotonic() < deadline, (network.peers, network.problem, engine.leader.core.lower.degraded())
             time.sleep(0.01)
 
 

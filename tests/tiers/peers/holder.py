@@ -33,7 +33,7 @@ def main(path: str, name: str, url: str, secret: str, host: str, prompt: str, bl
     engine.until(lambda: peers.network.server.slabs[0] and not peers.published.pending and not peers.network.problem)
     print("ready", flush=True)
     while True:
-        engine.leader.tick()
+        engine.leader.core.tick()
         if not select.select([sys.stdin], [], [], 0.02)[0]:
             continue
         if not (line := sys.stdin.readline()):
@@ -42,11 +42,11 @@ def main(path: str, name: str, url: str, secret: str, host: str, prompt: str, bl
             starve()
             continue
         wanted, count = line.split()
-        engine.leader.pool.discard(keys_of(wanted, int(count)))
+        engine.leader.core.pool.discard(keys_of(wanted, int(count)))
         begun = time.monotonic()
         found = engine.serve(keys_of(wanted, int(count)))
         answer = {
-            "found": found, "seconds": time.monotonic() - begun, "staged": engine.leader.pool.statistics().staged,
+            "found": found, "seconds": time.monotonic() - begun, "staged": engine.leader.core.pool.statistics().staged,
             "peers": len(peers.network.peers),
         }  # fmt: skip
         print(json.dumps(answer), flush=True)

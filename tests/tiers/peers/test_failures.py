@@ -21,7 +21,7 @@ from valkey import Valkey
 from kvbm import __version__
 from kvbm.core.errors import Broken
 from kvbm.tiers.breaker import Breaker
-from kvbm.tiers.peers.client import Client, Us
+from kvbm.tiers.peers.client import Client, Identity
 from kvbm.tiers.peers.directory import Instance, entry
 from kvbm.tiers.peers.messages import Ping, Pong
 from kvbm.tiers.peers.serving import Serving
@@ -72,7 +72,7 @@ def hold(tmp_path: Path, valkey: Server, secret: Path) -> Iterator[Hold]:
 def until(engine: Engine, what: Callable[[], object], seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not what():
-        engine.leader.tick()
+        engine.leader.core.tick()
         assert time.monotonic() < deadline, (peers_of(engine).network.peers, peers_of(engine).problem)
         time.sleep(0.01)
 
@@ -89,10 +89,10 @@ def timed(engine: Engine, name: str, count: int) -> tuple[int, float]:
 
 def clean(engine: Engine) -> None:
     """Nothing is held for anybody once all that flew has ended."""
-    until(engine, lambda: engine.leader.pool.statistics().staged == 0, 60.0)
+    until(engine, lambda: engine.leader.core.pool.statistics().staged == 0, 60.0)
     until(engine, lambda: peers_of(engine).in_flight() == 0 and not peers_of(engine).serving.held)
-    engine.leader.pool.check()
-    now = engine.leader.pool.statistics()
+    engine.leader.core.pool.check()
+    now = engine.leader.core.pool.statistics()
     assert (now.active, now.staged, now.writable, now.orphaned) == (0, 0, 0, 0)
 
 
@@ -112,7 +112,7 @@ def test_a_killed_holder_costs_at_most_the_deadline_once(start: Start, hold: Hol
     found, seconds = timed(reader, "p", 6)
     assert found == 0
     assert seconds < DEADLINE + 0.5
-    reader.leader.pool.clear()
+    reader.leader.core.pool.clear()
     assert timed(reader, "p", 6)[1] < 0.3  # nobody asks it again
     until(reader, lambda: not peers_of(reader).network.peers)  # its lease is over
     clean(reader)
@@ -125,13 +125,13 @@ def test_a_frozen_holder_is_left_alone_and_used_again_when_it_answers(start: Sta
     found, seconds = timed(reader, "p", 6)
     assert found == 0
     assert seconds < DEADLINE + 0.5
-    reader.leader.pool.clear()
+    reader.leader.core.pool.clear()
     assert timed(reader, "p", 6)[1] < 0.3
     holder.send_signal(signal.SIGCONT)
-    reader.leader.pool.clear()
+    reader.leader.core.pool.clear()
 
     def served() -> bool:
-        reader.leader.pool.clear()
+        reader.leader.core.pool.clear()
         return reader.serve(keys_of("p", 6)) == 6
 
     until(reader, served)
@@ -150,12 +150,12 @@ def test_a_holder_that_is_out_of_memory_costs_at_most_the_deadline(start: Start,
     found, seconds = timed(reader, "p", 6)
     assert found == 0  # it cannot even answer
     assert seconds < DEADLINE + 0.5
-    reader.leader.pool.clear()
+    reader.leader.core.pool.clear()
     assert timed(reader, "p", 6)[1] < 0.3
     holder.kill()
     holder.wait()
     hold()
-    until(reader, lambda: timed(reader, "p", 6)[0] == 6 or reader.leader.pool.clear())
+    until(reader, lambda: timed(reader, "p", 6)[0] == 6 or reader.leader.core.pool.clear())
     clean(reader)
 
 
@@ -171,8 +171,8 @@ def test_who_is_gone_is_forgotten(start: Start, hold: Hold) -> None:
     holder.wait()
     until(reader, lambda: not (memory._known or memory._regions or peers_of(reader)._peers))
     hold("two")
-    reader.leader.pool.clear()
-    until(reader, lambda: timed(reader, "p", 6)[0] == 6 or reader.leader.pool.clear())
+    reader.leader.core.pool.clear()
+    until(reader, lambda: timed(reader, "p", 6)[0] == 6 or reader.leader.core.pool.clear())
     assert set(peers_of(reader)._peers) == {"two"}
     clean(reader)
 
@@ -191,10 +191,10 @@ def test_strangers_take_no_place_from_instances(
     server = peers_of(holder).network.server
     until(holder, lambda: server._strangers == 4)  # the others are sent away
     until(holder, lambda: server._strangers == 0)
-    until(reader, lambda: timed(reader, "p", 6)[0] == 6 or reader.leader.pool.clear())
+    until(reader, lambda: timed(reader, "p", 6)[0] == 6 or reader.leader.core.pool.clear())
     more = [socket.create_connection(("127.0.0.1", port)) for _ in range(8)]
     until(holder, lambda: server._strangers == 4)
-    reader.leader.pool.clear()
+    reader.leader.core.pool.clear()
     assert timed(reader, "p", 6)[0] == 6  # who is connected stays so
     for each in (*strangers, *more):
         each.close()
@@ -208,7 +208,7 @@ def test_a_holder_that_came_back_under_its_name_is_another(start: Start, hold: H
     holder.kill()
     holder.wait()
     hold(prompt="q")
-    until(reader, lambda: timed(reader, "q", 6)[0] == 6 or reader.leader.pool.clear())
+    until(reader, lambda: timed(reader, "q", 6)[0] == 6 or reader.leader.core.pool.clear())
     clean(reader)
 
 
@@ -225,7 +225,7 @@ def test_a_holder_that_promises_the_wrong_slots_is_found_out(
     assert peers_of(reader).corrupt == 6
     assert "not what it promised" in caplog.text
     monkeypatch.undo()
-    until(reader, lambda: reader.serve(keys_of("q", 6)) == 6 or reader.leader.pool.clear())
+    until(reader, lambda: reader.serve(keys_of("q", 6)) == 6 or reader.leader.core.pool.clear())
     clean(reader)
 
 
@@ -244,7 +244,7 @@ def test_flipped_bits_in_a_holders_memory_are_found(start: Start) -> None:
     keys = keys_of("p", 6)
     holder.serve(keys)
     published(holder, 6)
-    block = holder.leader.pool.look(keys[3])
+    block = holder.leader.core.pool.look(keys[3])
     assert block is not None
     region = holder.workers[0]._g2
     assert region is not None
@@ -265,14 +265,14 @@ def test_a_dead_directory_costs_nothing_and_comes_back_empty(start: Start, valke
     valkey.kill()
     until(reader, lambda: peers_of(reader).problem is not None)
     until(holder, lambda: peers_of(holder).problem is not None)
-    assert reader.leader.degraded() == {"peers": "the directory does not answer (ConnectionError)"}
+    assert reader.leader.core.lower.degraded() == {"peers": "the directory does not answer (ConnectionError)"}
     begun = time.monotonic()
     assert reader.serve(keys_of("p", 6)) == 0
     assert time.monotonic() - begun < 0.3
     valkey.start()
-    reader.leader.pool.clear()
+    reader.leader.core.pool.clear()
     until(reader, lambda: peers_of(reader).problem is None and peers_of(reader).network.peers)
-    until(reader, lambda: reader.serve(keys_of("p", 6)) == 6 or reader.leader.pool.clear())
+    until(reader, lambda: reader.serve(keys_of("p", 6)) == 6 or reader.leader.core.pool.clear())
     clean(reader)
 
 
@@ -293,7 +293,7 @@ def test_a_wrong_entry_costs_a_question(start: Start) -> None:
     holder.serve(keys_of("p", 6))
     published(holder, 6)
     peers_of(holder).published.on_event = lambda event: None  # type: ignore[method-assign]
-    holder.leader.pool.discard(keys_of("p", 6)[2:])
+    holder.leader.core.pool.discard(keys_of("p", 6)[2:])
     assert reader.serve(keys_of("p", 6)) == 2
     clean(reader)
 
@@ -310,7 +310,7 @@ def test_entries_go_with_their_blocks(start: Start, valkey: Server) -> None:
         return set(client.smembers(name))
 
     until(holder, lambda: written() == {entry(key) for key in keys})
-    holder.leader.pool.discard(keys[2:])
+    holder.leader.core.pool.discard(keys[2:])
     published(holder, 2)
     until(holder, lambda: written() == {entry(key) for key in keys[:2]})
 
@@ -322,7 +322,7 @@ def test_another_model_or_version_is_refused_on_both_sides(
     holder = start("h")
     know_each_other(holder)
     network = peers_of(holder).network
-    wanted = Us("other", 1, namespace or network._us.namespace, version, network._us.secret)
+    wanted = Identity("other", 1, namespace or network._us.namespace, version, network._us.secret)
     instance = Instance("127.0.0.1", network._port, network._us.incarnation)
 
     async def ask() -> str:
@@ -363,10 +363,10 @@ def test_blocks_on_the_holders_disk_come_through_its_memory(start: Start) -> Non
     holder.serve(keys)
     holder.settle()
     published(holder, 6)
-    holder.leader.pool.discard(keys[1:])
+    holder.leader.core.pool.discard(keys[1:])
     stop = threading.Event()
     ticking = threading.Thread(
-        target=lambda: [holder.leader.tick() or time.sleep(0.002) for _ in iter(stop.is_set, True)]
+        target=lambda: [holder.leader.core.tick() or time.sleep(0.002) for _ in iter(stop.is_set, True)]
     )
     ticking.start()
     try:
@@ -403,9 +403,9 @@ def test_a_lease_that_nobody_ends_ends(start: Start, monkeypatch: pytest.MonkeyP
     published(holder, 6)
     monkeypatch.setattr(Serving, "release", lambda *_: None)
     assert reader.serve(keys_of("p", 6)) in (0, 6)
-    assert holder.leader.pool.statistics().active == 6
+    assert holder.leader.core.pool.statistics().active == 6
     monkeypatch.undo()
-    until(holder, lambda: holder.leader.pool.statistics().active == 0)
+    until(holder, lambda: holder.leader.core.pool.statistics().active == 0)
     assert peers_of(holder).serving.lapsed == 6
 
 
@@ -417,7 +417,7 @@ def test_after_a_reset_nothing_is_shared(start: Start) -> None:
     holder.leader.reset()
     assert reader.serve(keys_of("p", 6)) == 0
     holder.serve(keys_of("p", 6))
-    reader.leader.pool.clear()
+    reader.leader.core.pool.clear()
     until(reader, lambda: not peers_of(reader).network.peers)
     assert reader.serve(keys_of("p", 6)) == 0
-    assert holder.leader.degraded() == {"peers": "a reset began a new generation"}
+    assert holder.leader.core.lower.degraded() == {"peers": "a reset began a new generation"}

@@ -8,6 +8,7 @@ import pytest
 
 from kvbm.tiers.peers.messages import (
     PROTOCOL,
+    Declined,
     Describe,
     Done,
     Join,
@@ -15,7 +16,6 @@ from kvbm.tiers.peers.messages import (
     Ping,
     Pong,
     Promise,
-    Refused,
     Release,
     Reserve,
     Said,
@@ -30,7 +30,7 @@ RECORDED: list[tuple[Said, str]] = [
     (Join("a", 7, "ffffffff", "0.1"), "85a474797065a44a6f696ea46e616d65a161ab696e6361726e6174696f6e07a96e616d6573706163"
     "65a86666666666666666a776657273696f6ea3302e31"),
     (Welcome("b", 9), "83a474797065a757656c636f6d65a46e616d65a162ab696e6361726e6174696f6e09"),
-    (Refused("no"), "82a474797065a752656675736564a6726561736f6ea26e6f"),
+    (Declined("no"), "82a474797065a752656675736564a6726561736f6ea26e6f"),
     (Reserve(3, 4, KEYS, 5, 0.25, True), "87a474797065a752657365727665a2696403a673656172636804a46b65797392c420" +
     "01" * 32 + "c420" + "02" * 32 + "a5737461727405a6776169745f73cb3fd0000000000000a86578706563746564c3"),
     (Promise(

@@ -87,7 +87,7 @@ def test_a_promise_that_makes_no_sense_is_not_used(
             patch.setattr(Serving, "reserve", lie(**changes))
             assert reader.serve(keys_of("p", 6)) == 0, name
         assert peers_of(reader).found == 0, name
-        reader.leader.pool.clear()
+        reader.leader.core.pool.clear()
         forgiven(reader)
     assert "Traceback" not in caplog.text
     assert reader.serve(keys_of("p", 6)) == 6
@@ -116,7 +116,7 @@ def test_memory_that_cannot_be_is_not_read(start: Start) -> None:
         number += 1
         server.slabs = number, [msgspec.structs.replace(slab, **wrong) for slab in right]
         assert reader.serve(keys_of("p", 6)) == 0, wrong
-        reader.leader.pool.clear()
+        reader.leader.core.pool.clear()
         forgiven(reader)
     server.slabs = number + 1, right
     assert reader.serve(keys_of("p", 6)) == 6
@@ -173,8 +173,8 @@ def test_who_answers_probes_only_is_asked_ever_less_often(start: Start, monkeypa
         waited.append(timed(reader, "p", 6)[1] > 0.2)
         for _ in range(20):
             time.sleep(0.005)
-            reader.leader.tick()
-        reader.leader.pool.clear()
+            reader.leader.core.tick()
+        reader.leader.core.pool.clear()
         assert number or waited == [True]
     assert sum(waited) <= 3
     clean(reader)
@@ -198,7 +198,7 @@ def test_two_requests_that_want_the_same_at_once(start: Start) -> None:
     reader.step("a", 0)
     assert not peers_of(reader)._sought
     until(holder, lambda: not peers_of(holder).serving.held)
-    assert reader.leader.pool.statistics().registered == 6
+    assert reader.leader.core.pool.statistics().registered == 6
     clean(reader)
 
 
@@ -219,7 +219,7 @@ def test_many_requests_at_once_do_not_make_the_directory_look_dead(start: Start)
         reader.leader.begin(f"x{number}", [*keys_of(f"n{number}", 6), LAST], RequestParams(), 7 * TOKENS)
     deadline = time.monotonic() + 2
     while peers_of(reader)._sought and time.monotonic() < deadline:
-        assert reader.leader.degraded() == {}
+        assert reader.leader.core.lower.degraded() == {}
         time.sleep(0.001)
     assert peers_of(reader).network.peers == ("h",)
     for number in range(40):
@@ -242,7 +242,7 @@ def test_blocks_that_are_here_already_are_not_read(start: Start) -> None:
     holder, reader = pair(start)
     keys = keys_of("p", 6)
     assert reader.serve(keys) == 6
-    reader.leader.pool.discard([keys[0], keys[1], keys[4]])
+    reader.leader.core.pool.discard([keys[0], keys[1], keys[4]])
     assert reader.serve(keys) == 6
     assert reader.leader.records["r1"].staged == {"peer": 3}
     until(holder, lambda: not peers_of(holder).serving.held)
@@ -258,10 +258,10 @@ def test_a_directory_that_fails_in_an_unknown_way_is_kept_all_the_same(
         raise RuntimeError("at 10.9.8.7")
 
     monkeypatch.setattr(Directory, "instances", odd)
-    until(reader, lambda: reader.leader.degraded())
-    assert reader.leader.degraded() == {"peers": "the directory cannot be used (RuntimeError)"}
+    until(reader, lambda: reader.leader.core.lower.degraded())
+    assert reader.leader.core.lower.degraded() == {"peers": "the directory cannot be used (RuntimeError)"}
     monkeypatch.undo()
-    until(reader, lambda: not reader.leader.degraded() and peers_of(reader).network.peers == ("h",))
+    until(reader, lambda: not reader.leader.core.lower.degraded() and peers_of(reader).network.peers == ("h",))
     assert reader.serve(keys_of("p", 6)) == 6
     assert "10.9.8.7" not in caplog.text
 
@@ -293,7 +293,7 @@ def test_leases_that_do_not_exist_can_be_ended(start: Start) -> None:
     assert reader.serve(keys_of("p", 6)) == 6
     for lease in (0, 1, -5, 2**63 - 1):
         talks.release(talks._client("h"), lease)
-    reader.leader.pool.clear()
+    reader.leader.core.pool.clear()
     assert reader.serve(keys_of("p", 6)) == 6
     until(holder, lambda: not peers_of(holder).serving.held)
     clean(holder)
@@ -321,7 +321,7 @@ def test_the_search_is_part_of_the_wait(start: Start, monkeypatch: pytest.Monkey
     begun = time.monotonic()
     assert reader.serve(keys_of("p", 6)) == 0
     assert 0.7 < time.monotonic() - begun < 1.4
-    assert reader.leader.pool.statistics().staged  # what may still be written to is not reused
+    assert reader.leader.core.pool.statistics().staged  # what may still be written to is not reused
     for end in held:
         end()
     clean(reader)

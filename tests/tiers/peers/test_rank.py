@@ -16,7 +16,7 @@ from kvbm.core.region import Region, Slots
 from kvbm.link.messages import Message, pack
 from kvbm.stores.checksum import Words
 from kvbm.stores.memory import Arena
-from kvbm.tiers.peers.orders import Attach, Mine, Pull
+from kvbm.tiers.peers.orders import Attach, Pull, Shared
 from kvbm.tiers.peers.rank import PeerMemory
 from kvbm.transfer.executor import Executor
 from tests.link.orders import off_channel
@@ -72,7 +72,7 @@ class Rank:
     rank = 0
 
     def __init__(self) -> None:
-        self.transport, self.said, self.ended = Played(), list[Mine](), list[tuple[int, Completion]]()
+        self.transport, self.said, self.ended = Played(), list[Shared](), list[tuple[int, Completion]]()
         self.arena = Arena(8 * SLOT)
         region = self.arena.region([SLOT], 8)
         transport: Any = self.transport

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from kvbm.core.errors import Broken
-from kvbm.tiers.peers.messages import PROTOCOL, Ping, Pong, Refused, Said, encode
+from kvbm.tiers.peers.messages import PROTOCOL, Declined, Ping, Pong, Said, encode
 from kvbm.tiers.peers.session import MAX_FIRST, MAX_FRAME, Session
 
 SECRET = b"0123456789abcdef"
@@ -256,7 +256,7 @@ async def test_closing_waits_for_nobody() -> None:
     """The other side has stopped reading, and there is more to send than the kernel takes."""
     async with wire() as middle:
         middle.from_client._transport.pause_reading()  # type: ignore[attr-defined]
-        saying = [asyncio.create_task(middle.client.say(Refused("x" * 100_000))) for _ in range(200)]
+        saying = [asyncio.create_task(middle.client.say(Declined("x" * 100_000))) for _ in range(200)]
         await asyncio.sleep(0)
         assert middle.client._writer.transport.get_write_buffer_size()
         await asyncio.wait_for(middle.client.close(), 1)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from blake3 import blake3
 
-from kvbm.leader.variants import KeysUnder, Variant
+from kvbm.leader.requests import KeysUnder, Variant
 from kvbm.link.messages import Adapter
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def find(config: VllmConfig) -> Loras | None:
 
 
 class Loras:
-    """See `Holder`: the adapters that a worker's manager holds, in vLLM's words those that are registered."""
+    """See `AdapterHolder`: the adapters that a worker's manager holds, in vLLM's words those that are registered."""
 
     def __init__(self, manager: Any) -> None:
         self._worker = weakref.ref(manager)

@@ -149,7 +149,7 @@ class SchedulerSide:
         self._resets = Resets(changing_weights(config, resolved.settings))
         self._events: list[Event] = []
         if config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events:
-            self.leader.pool.add_observer(self)
+            self.leader.core.pool.add_observer(self)
         self._stats = KvbmStats.since(self.side.totals)
         self._wrong = Seldom(log)
 
@@ -309,29 +309,29 @@ class SchedulerSide:
     def _new_generation(self, what: str) -> None:
         self.leader.reset()
         if self._resets.why is not None:
-            self.leader.isolate(f"{what}, and its weights may be others now ({self._resets.why})")
+            self.leader.core.isolate(f"{what}, and its weights may be others now ({self._resets.why})")
 
     def reset(self) -> bool:
         """vLLM's reset_cache: an explicit reset, a pause or a sleep that clears. Returns when the copies that began
         before are over or given up; vLLM may give their memory away next."""
         self._resets.noticed()
         self._new_generation("the engine's caches were reset")
-        self.leader.quiesce(self._quiet_s)
+        self.leader.core.quiesce(self._quiet_s)
         return True
 
     def forget(self) -> None:
         """Of a reset what is left to do where this side is off."""
         self.leader.reset()
-        self.leader.quiesce(self._quiet_s)
+        self.leader.core.quiesce(self._quiet_s)
 
     @property
     def off(self) -> str | None:
         """Why it does nothing any more, if so."""
-        return self.leader.off
+        return self.leader.core.health.off
 
     def turn_off(self, why: str) -> None:
         """From now on nothing is done, and nothing that is being copied is published."""
-        self.leader.turn_off(why)
+        self.leader.core.turn_off(why)
 
     def close(self) -> None:
         self.side.close()

@@ -15,7 +15,7 @@ import xxhash
 from kvbm.stores.disk.cipher import TAG_BYTES, Cipher
 from kvbm.stores.disk.files import opened, read_up_to, reported, write_all
 from kvbm.stores.disk.format import PAGE, RECORD, Records, Seal, marks, parse
-from kvbm.stores.disk.meta import Place
+from kvbm.stores.disk.meta import DiskPlace
 from kvbm.stores.disk.recovery import open_index, read_records
 
 _STRETCH: Final = 1 << 14
@@ -33,7 +33,7 @@ class Audit:
 
 
 def audit(
-    place: Place,
+    place: DiskPlace,
     rank: int,
     cipher: Cipher | None,
     *,
@@ -78,7 +78,7 @@ def audit(
     return Audit(whole, tuple(bad), tuple(damaged))
 
 
-def _is_whole(place: Place, data: int, record: Records, cipher: Cipher | None) -> bool:
+def _is_whole(place: DiskPlace, data: int, record: Records, cipher: Cipher | None) -> bool:
     block = memoryview(bytearray(place.block_bytes + TAG_BYTES))
     plain = block[: place.block_bytes]
     if read_up_to(data, plain, int(record["slot"][0]) * place.slot_bytes) < len(plain):
@@ -90,7 +90,7 @@ def _is_whole(place: Place, data: int, record: Records, cipher: Cipher | None) -
     return xxhash.xxh3_64_intdigest(plain) == int(record["checksum"][0])
 
 
-def _mark(place: Place, seal: Seal, index: int, bad: list[int], damaged: list[int]) -> None:
+def _mark(place: DiskPlace, seal: Seal, index: int, bad: list[int], damaged: list[int]) -> None:
     found = marks(np.array(bad, dtype=np.int64), place.generation, time.time())
     seal.close(found)
     for slot, record in [*zip(bad, found, strict=True), *((slot, np.zeros((), dtype=RECORD)) for slot in damaged)]:

@@ -24,7 +24,7 @@ from kvbm.core.region import Region, Slots
 from kvbm.stores.checksum import Words, extents
 from kvbm.stores.disk.cipher import Cipher
 from kvbm.stores.disk.format import PAGE, Labels
-from kvbm.stores.disk.jobs import Bounce, Done, Job, Read, Sides, Write
+from kvbm.stores.disk.jobs import Bounce, DiskJob, DiskRead, DiskWrite, Done, Sides
 from kvbm.stores.disk.shard import Shard
 
 logger = logging.getLogger(__name__)
@@ -69,13 +69,13 @@ class Disk:
         self._sides = Sides(shard, memory, cipher)
         self._submit, self._cancel, self._clock = submit, cancel, clock
         self._lock = threading.Condition()
-        self._jobs: dict[int, Job] = {}
+        self._jobs: dict[int, DiskJob] = {}
         self._work = queue.PriorityQueue[tuple[int, int, Callable[[], None] | None]]()
         self._order = itertools.count()
         self._ids = itertools.count(-1, -1)
         slots = max(1, bounce_bytes // 2 // (memory.slot_bytes + PAGE))
         self._bounces = [Bounce(memory.slot_bytes, slots) for _ in range(2)] if cipher else []
-        self._waiting: list[tuple[int, int, Job]] = []
+        self._waiting: list[tuple[int, int, DiskJob]] = []
         self._closed = False
         self._dead: str | None = None
         names = [f"kvbm-disk-{i}" for i in range(threads)]
@@ -99,7 +99,9 @@ class Disk:
         `disk_slots` is lost. Outcomes are `DONE` and `FAILED`; with `sync="always"` what is done survives a loss of
         power. Raises Misuse: a job that is pending, or a closed disk; then `done` is not called.
         """
-        self._begin(Write(self._sides, job, memory_slots, disk_slots, self._clock() + deadline_s, done, labels, sums))
+        self._begin(
+            DiskWrite(self._sides, job, memory_slots, disk_slots, self._clock() + deadline_s, done, labels, sums)
+        )
 
     def read(
         self,
@@ -117,7 +119,9 @@ class Disk:
         `DONE`: every byte is what was written. `MISSING`: that slot does not hold that key's block. `CORRUPT`: it held
         it and it is damaged; it is gone now, its slot in `shard.bad_slots()`. Raises as `write`.
         """
-        self._begin(Read(self._sides, job, memory_slots, disk_slots, self._clock() + deadline_s, done, keys, urgent))
+        self._begin(
+            DiskRead(self._sides, job, memory_slots, disk_slots, self._clock() + deadline_s, done, keys, urgent)
+        )
 
     def cancel(self, jobs: Collection[int]) -> bool:
         """End what has not begun as `FAILED` with "cancelled". True when the jobs' memory is quiet on return."""
@@ -162,7 +166,7 @@ class Disk:
             thread.join(timeout_s)
         self.shard.close()
 
-    def _begin(self, job: Job) -> None:
+    def _begin(self, job: DiskJob) -> None:
         if len(job.memory_slots) != len(job.disk_slots):
             raise Misuse(f"{len(job.disk_slots)} slots on disk, {len(job.memory_slots)} in memory")
         with self._lock:
@@ -174,7 +178,7 @@ class Disk:
             job.error = self._dead
         self._later(job, lambda: self._start(job))
 
-    def _later(self, job: Job, step: Callable[[], None]) -> None:
+    def _later(self, job: DiskJob, step: Callable[[], None]) -> None:
         self._work.put((job.rank, next(self._order), lambda: self._step(job, step)))
 
     def _run(self) -> None:
@@ -203,7 +207,7 @@ class Disk:
             self._end(job, job.error)
         return first
 
-    def _step(self, job: Job, step: Callable[[], None]) -> None:
+    def _step(self, job: DiskJob, step: Callable[[], None]) -> None:
         """One step of a job; whatever it raises ends the job, with the blocks it has not done `FAILED`."""
         with self._lock:
             if job.over:
@@ -221,11 +225,11 @@ class Disk:
             with self._lock:
                 job.busy -= 1
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job: DiskJob) -> None:
         job.prepare()
         self._next(job)
 
-    def _next(self, job: Job) -> None:
+    def _next(self, job: DiskJob) -> None:
         """Have the job's next blocks moved: all, or as many as fit into a bounce buffer once there is one."""
         with self._lock:
             if len(job.left) and job.deadline <= self._clock():
@@ -256,13 +260,13 @@ class Disk:
         if cancelled:  # in between, when there was nothing to cancel yet
             self._cancel([moving])
 
-    def _moved(self, job: Job, completion: Completion) -> None:
+    def _moved(self, job: DiskJob, completion: Completion) -> None:
         """On the transport's thread."""
         with self._lock:
             job.moving = None
         self._later(job, lambda: self._take(job, completion))
 
-    def _take(self, job: Job, completion: Completion) -> None:
+    def _take(self, job: DiskJob, completion: Completion) -> None:
         job.seconds += completion.seconds
         job.nbytes += completion.nbytes
         job.outcomes[job.piece] = completion.outcomes
@@ -273,8 +277,8 @@ class Disk:
         job.arrived(here)
         self._next(job)
 
-    def _end(self, job: Job, error: str | None) -> None:
-        waiting: Job | None = None
+    def _end(self, job: DiskJob, error: str | None) -> None:
+        waiting: DiskJob | None = None
         with self._lock:
             if job.over:
                 return

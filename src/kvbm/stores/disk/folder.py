@@ -19,9 +19,9 @@ from kvbm.stores.disk.lock import Lock
 from kvbm.stores.disk.meta import (
     OVERHEAD_BYTES,
     PASSING,
+    DiskPlace,
     Listing,
     Meta,
-    Place,
     as_facts,
     delete,
     folder_name,
@@ -183,7 +183,7 @@ class NamespaceFolder:
         return self._meta
 
     @property
-    def place(self) -> Place:
+    def place(self) -> DiskPlace:
         """What a rank has to be told to open its shard: paths, sizes, generation, and how space is reserved."""
         return place_of(self.path, self._meta, zerofill=self._zerofill)
 

@@ -34,7 +34,7 @@ class Sides:
     cipher: Cipher | None
 
 
-class Job(ABC):
+class DiskJob(ABC):
     """One call of `read` or `write`.
 
     One thread at a time has it; `error`, `moving`, `busy` (steps that somebody is in) and `over` (its end is told by
@@ -87,7 +87,7 @@ class Job(ABC):
 
 
 @final
-class Write(Job):
+class DiskWrite(DiskJob):
     rank = 1
 
     def __init__(
@@ -126,7 +126,7 @@ class Write(Job):
 
 
 @final
-class Read(Job):
+class DiskRead(DiskJob):
     rank = 0
 
     def __init__(

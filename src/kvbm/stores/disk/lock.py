@@ -1,4 +1,4 @@
-"""Who may use a folder: one process at a time, and the others can say which."""
+"""One process at a time may use a folder, and the others can say which one it is."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
+class LockHolder:
     """A living process that has a lock; as text, a sentence's part about it."""
 
     engine: str
@@ -104,7 +104,7 @@ class Holder:
         return self.text
 
 
-def holder_of(folder: Path) -> Holder | None:
+def holder_of(folder: Path) -> LockHolder | None:
     """Which living process has the lock of `folder`; None if nobody.
 
     Raises:
@@ -119,7 +119,7 @@ def holder_of(folder: Path) -> Holder | None:
             if _flock(fd, fcntl.LOCK_SH):
                 return None
             about = _read(fd)
-            return Holder(str(about.get("engine") or ""), _who(about))
+            return LockHolder(str(about.get("engine") or ""), _who(about))
         finally:
             os.close(fd)
 

@@ -98,7 +98,7 @@ class _Version(msgspec.Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DiskPlace:
     """Where one namespace's blocks lie: all that a rank has to know to open its files."""
 
     folder: str
@@ -228,9 +228,9 @@ def _is_name(name: str) -> bool:
     return len(first) == 16 and len(key) in (0, 8) and set(first + key) <= set("0123456789abcdef")
 
 
-def place_of(path: Path, meta: Meta, num_slots: int | None = None, *, zerofill: bool = False) -> Place:
+def place_of(path: Path, meta: Meta, num_slots: int | None = None, *, zerofill: bool = False) -> DiskPlace:
     """The place that `meta`, found in `path`, speaks of."""
-    return Place(
+    return DiskPlace(
         str(path),
         meta.fingerprint,
         meta.ranks,

@@ -16,7 +16,7 @@ from kvbm.core.region import Slots
 from kvbm.stores.checksum import Words
 from kvbm.stores.disk.files import opened, read_up_to, reported
 from kvbm.stores.disk.format import PAGE, RECORD, Mask, Records, Seal, parse, unpacked_keys
-from kvbm.stores.disk.meta import Place
+from kvbm.stores.disk.meta import DiskPlace
 
 _STRETCH: Final = 1 << 16
 """Records that are read at once: 8 MiB."""
@@ -53,7 +53,7 @@ class Recovered:
         return unpacked_keys(self.keys, self.tails)
 
 
-def recover(place: Place, now: float) -> Recovered:
+def recover(place: DiskPlace, now: float) -> Recovered:
     """Read the index of every rank, once and in order, a few MiB at a time.
 
     A block counts if all ranks have an intact record of it, written by the same write, of this generation and not
@@ -106,7 +106,7 @@ def read_records(fd: int, first: int, into: Records) -> None:
     octets[got:] = 0
 
 
-def open_index(place: Place, rank: int, stack: ExitStack, flags: int = os.O_RDONLY) -> int | None:
+def open_index(place: DiskPlace, rank: int, stack: ExitStack, flags: int = os.O_RDONLY) -> int | None:
     """A rank's index, open until `stack` ends; None if it is missing or not this namespace's. Raises OSError."""
     try:
         fd = opened(place.index(rank), flags)
@@ -118,7 +118,7 @@ def open_index(place: Place, rank: int, stack: ExitStack, flags: int = os.O_RDON
     return fd if os.pread(fd, PAGE, 0) == place.header(rank) else None
 
 
-def _stretches(place: Place) -> Iterator[tuple[int, list[Records]]]:
+def _stretches(place: DiskPlace) -> Iterator[tuple[int, list[Records]]]:
     """The first slot of each stretch, and its records of every rank. The arrays are used again."""
     with ExitStack() as stack, reported(f"read the index in {place.folder}"):
         files = [open_index(place, rank, stack) for rank in range(place.ranks)]

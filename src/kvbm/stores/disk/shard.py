@@ -26,7 +26,7 @@ from kvbm.core.region import Plane, Region, Slots
 from kvbm.stores.checksum import Words
 from kvbm.stores.disk.files import opened, reported, write_all, write_rows
 from kvbm.stores.disk.format import PAGE, RECORD, Labels, Mask, Records, Seal, is_empty, marks, pack, packed_keys, parse
-from kvbm.stores.disk.meta import Place
+from kvbm.stores.disk.meta import DiskPlace
 from kvbm.stores.disk.recovery import read_records
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ _STRETCH: Final = 1 << 16
 
 
 @final
-class OpenFile:
+class ShardFile:
     """A file descriptor that lives as long as somebody refers to it, and so as long as any transfer that uses it."""
 
     def __init__(self, path: Path, flags: int) -> None:
@@ -62,7 +62,7 @@ class Shard:
 
     def __init__(
         self,
-        place: Place,
+        place: DiskPlace,
         rank: int,
         *,
         sync: Sync = "batch",
@@ -230,13 +230,13 @@ class Shard:
             place.prepare(self.rank)
             flags = os.O_RDWR | (os.O_DIRECT if self._direct else 0)
             try:
-                data = OpenFile(place.data(self.rank), flags)
+                data = ShardFile(place.data(self.rank), flags)
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
                 logger.warning("disk tier: %s has no direct I/O: the page cache is used", place.folder)
-                data = OpenFile(place.data(self.rank), os.O_RDWR)
-            index = OpenFile(place.index(self.rank), os.O_RDWR)
+                data = ShardFile(place.data(self.rank), os.O_RDWR)
+            index = ShardFile(place.index(self.rank), os.O_RDWR)
             records = np.zeros(place.num_slots, dtype=RECORD)
             bad = np.zeros(place.num_slots, dtype=np.bool_)
             blank = np.zeros(place.num_slots, dtype=np.bool_)

@@ -8,7 +8,7 @@ import msgspec
 
 from kvbm.link.messages import FromTier, Open, ToTier
 from kvbm.observe.names import DISK
-from kvbm.stores.disk.meta import Place
+from kvbm.stores.disk.meta import DiskPlace
 
 TIER: Final = DISK
 
@@ -69,7 +69,7 @@ Order = Write | Read | Forget | Generation | Probe
 
 _encode = msgspec.msgpack.Encoder().encode
 decode_order = msgspec.msgpack.Decoder(Order).decode
-decode_place = msgspec.msgpack.Decoder(Place).decode
+decode_place = msgspec.msgpack.Decoder(DiskPlace).decode
 decode_answer = msgspec.msgpack.Decoder(Probed).decode
 
 
@@ -78,7 +78,7 @@ def to_rank(order: Order) -> ToTier:
     return ToTier(TIER, _encode(order))
 
 
-def to_open(place: Place) -> Open:
+def to_open(place: DiskPlace) -> Open:
     """As the channel carries it."""
     return Open(TIER, _encode(place))
 

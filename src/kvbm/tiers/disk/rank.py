@@ -18,7 +18,7 @@ from kvbm.link.messages import Sick, unpack
 from kvbm.stores.checksum import Words
 from kvbm.stores.disk.disk import Disk
 from kvbm.stores.disk.format import Labels
-from kvbm.stores.disk.meta import Place
+from kvbm.stores.disk.meta import DiskPlace
 from kvbm.tiers.disk.orders import (
     TIER,
     Forget,
@@ -35,7 +35,7 @@ from kvbm.tiers.tier import RankSide
 
 log = logging.getLogger(__name__)
 
-OpenDisk = Callable[[Place, RankSide], Disk]
+OpenDisk = Callable[[DiskPlace, RankSide], Disk]
 """Opens a rank's file; raises Broken."""
 
 

@@ -13,7 +13,7 @@ from kvbm.core.region import Slots
 from kvbm.link.messages import Result
 from kvbm.tiers.demote import Demotion
 from kvbm.tiers.disk.orders import TIER
-from kvbm.tiers.disk.sweep import Verification
+from kvbm.tiers.disk.sweep import Sweep
 from kvbm.tiers.disk.tier import DiskTier
 from kvbm.tiers.gate import Gate
 from kvbm.tiers.host import ENGINE, Landing
@@ -107,7 +107,7 @@ class DiskSide:
         self.folder = folder
         """The namespace's, on disk."""
         self.suspects = Suspects(tier)
-        self.verification: Verification | None = None
+        self.verification: Sweep | None = None
         """The last that was asked for."""
 
     @property

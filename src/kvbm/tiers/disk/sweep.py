@@ -19,7 +19,7 @@ _PATIENCE = 64
 """Stretches without a block that are passed at once."""
 
 
-class Verification:
+class Sweep:
     """One reading of all blocks on disk, a slice at a time, while the engine goes on. Under the leader's lock.
 
     They are read into slots of host memory that are given back. What is not what was written is un-published.

@@ -13,6 +13,7 @@ from kvbm.core.errors import Broken
 from kvbm.tiers.breaker import Breaker
 from kvbm.tiers.peers.directory import Instance
 from kvbm.tiers.peers.messages import (
+    Declined,
     Describe,
     Done,
     Join,
@@ -20,7 +21,6 @@ from kvbm.tiers.peers.messages import (
     Ping,
     Pong,
     Promise,
-    Refused,
     Release,
     Reserve,
     Said,
@@ -32,7 +32,7 @@ _Answer = TypeVar("_Answer", Promise, Memory, Pong)
 
 
 @dataclass(frozen=True, slots=True)
-class Us:
+class Identity:
     """This instance, as it introduces itself."""
 
     name: str
@@ -45,7 +45,7 @@ class Us:
 class Client:
     """`breaker` says whether it is asked."""
 
-    def __init__(self, name: str, instance: Instance, us: Us, breaker: Breaker) -> None:
+    def __init__(self, name: str, instance: Instance, us: Identity, breaker: Breaker) -> None:
         self.name, self.instance = name, instance
         self.breaker = breaker
         self.connections = 0
@@ -137,7 +137,7 @@ class Client:
                         pass
                     case Welcome():
                         raise Broken(f"another instance answers where the directory has peer {self.name}")
-                    case Refused(reason=reason):
+                    case Declined(reason=reason):
                         raise Broken(f"peer {self.name} refuses: {reason}")
                     case _:
                         raise Broken(f"peer {self.name} does not keep to the protocol")

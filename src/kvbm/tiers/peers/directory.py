@@ -1,4 +1,4 @@
-"""Who is alive and who holds what, in Valkey or Redis.
+"""Which instances live and what each holds, in Valkey or Redis.
 
 Every instance of a namespace has a lease, and beside it one set of what it holds, which ends with the lease: a dead
 instance's entries are gone when its time is over, without anybody removing them. What is looked up is asked of every

@@ -18,7 +18,7 @@ class Slab(msgspec.Struct, frozen=True):
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):
-    """Who wants to read. `namespace` is the fingerprint of what it runs, `version` that of KVBM."""
+    """An instance that wants to read. `namespace` is the fingerprint of what it runs, `version` that of KVBM."""
 
     name: str
     incarnation: int
@@ -27,13 +27,13 @@ class Join(msgspec.Struct, frozen=True, tag=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
-    """It may. Who answers."""
+    """It may. The name of the instance that answers."""
 
     name: str
     incarnation: int
 
 
-class Refused(msgspec.Struct, frozen=True, tag=True):
+class Declined(msgspec.Struct, frozen=True, tag="Refused"):
     """It may not, and why."""
 
     reason: str
@@ -112,7 +112,7 @@ class Pong(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
-Said = Join | Welcome | Refused | Reserve | Promise | Release | Done | Describe | Memory | Ping | Pong
+Said = Join | Welcome | Declined | Reserve | Promise | Release | Done | Describe | Memory | Ping | Pong
 
 encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(Said).decode

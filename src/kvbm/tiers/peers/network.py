@@ -20,7 +20,7 @@ import msgspec
 from kvbm.core.errors import Broken, KvbmError
 from kvbm.tiers.breaker import Breaker
 from kvbm.tiers.namesakes import Namesake, told
-from kvbm.tiers.peers.client import Client, Us
+from kvbm.tiers.peers.client import Client, Identity
 from kvbm.tiers.peers.directory import Directory, Instance, entry, indexed
 from kvbm.tiers.peers.messages import Done, Memory, Ping, Pong, Promise, Release, Reserve
 from kvbm.tiers.peers.published import Published
@@ -54,7 +54,7 @@ class PeerSearch(Search):
 
 
 class Asker(Protocol):
-    """Who is told what was found; from the network's thread, without the leader's lock."""
+    """What is told of blocks that were found; from the network's thread, without the leader's lock."""
 
     def promised(self, search: PeerSearch, client: Client, promise: Promise, memory: Memory, start: int) -> bool:
         """A peer holds blocks `start` and following. False: nobody wants them any more."""
@@ -74,7 +74,7 @@ class Network:
     def __init__(
         self,
         directory: Callable[[], Directory],
-        us: Us,
+        us: Identity,
         address: Address,
         serving: Serving,
         published: Published,

@@ -40,7 +40,7 @@ class Pull(msgspec.Struct, frozen=True, tag=True):
     sums: bytes
 
 
-class Mine(msgspec.Struct, frozen=True):
+class Shared(msgspec.Struct, frozen=True):
     """Where a rank's host memory is, for other instances: NIXL's metadata, address, bytes between slots. Said again
     when that changes; `problem` says why nobody can read it."""
 
@@ -56,7 +56,7 @@ Order = Attach | Detach | Pull
 
 _encode = msgspec.msgpack.Encoder().encode
 decode_order = msgspec.msgpack.Decoder(Order).decode
-decode_answer = msgspec.msgpack.Decoder(Mine).decode
+decode_answer = msgspec.msgpack.Decoder(Shared).decode
 
 
 def to_rank(order: Order) -> ToTier:
@@ -64,6 +64,6 @@ def to_rank(order: Order) -> ToTier:
     return ToTier(TIER, _encode(order))
 
 
-def to_leader(answer: Mine) -> FromTier:
+def to_leader(answer: Shared) -> FromTier:
     """As the channel carries it."""
     return FromTier(TIER, _encode(answer))

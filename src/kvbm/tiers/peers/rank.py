@@ -20,7 +20,7 @@ from kvbm.core.outcome import Outcome
 from kvbm.core.region import Region, Slots, packed
 from kvbm.link.messages import unpack
 from kvbm.stores.checksum import Words, checksums
-from kvbm.tiers.peers.orders import Attach, Detach, Mine, Pull, decode_order, to_leader
+from kvbm.tiers.peers.orders import Attach, Detach, Pull, Shared, decode_order, to_leader
 from kvbm.tiers.tier import RankSide
 from kvbm.transfer.executor import Executor
 from kvbm.transfer.nixl.agent import RemoteMemory
@@ -98,10 +98,12 @@ class PeerMemory:
             self._transport.register(self._memory)
             metadata = self._transport.metadata()
         except KvbmError as error:
-            self._side.tell(to_leader(Mine(self._side.rank, problem=str(error))))
+            self._side.tell(to_leader(Shared(self._side.rank, problem=str(error))))
             return
         plane = self._memory.planes[0]
-        self._side.tell(to_leader(Mine(self._side.rank, metadata, plane.address, plane.stride, self._memory.num_slots)))
+        self._side.tell(
+            to_leader(Shared(self._side.rank, metadata, plane.address, plane.stride, self._memory.num_slots))
+        )
 
     def _attach(self, message: Attach) -> None:
         if message.old is not None:
@@ -169,7 +171,7 @@ class PeerRank:
         try:
             self._memory = self._open_memory(self._side)
         except Broken as error:
-            self._side.tell(to_leader(Mine(self._side.rank, problem=str(error))))
+            self._side.tell(to_leader(Shared(self._side.rank, problem=str(error))))
 
     def take(self, body: bytes) -> None:
         memory, message = self._memory, decode_order(body)

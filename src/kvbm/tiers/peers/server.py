@@ -11,15 +11,15 @@ from typing import Final
 import msgspec
 
 from kvbm.core.errors import Broken
-from kvbm.tiers.peers.client import Us
+from kvbm.tiers.peers.client import Identity
 from kvbm.tiers.peers.messages import (
+    Declined,
     Describe,
     Done,
     Join,
     Memory,
     Ping,
     Pong,
-    Refused,
     Release,
     Reserve,
     Said,
@@ -44,7 +44,7 @@ class Server:
     """`lock` is the leader's, under which `serving` is used. No question waits longer than `deadline_s`."""
 
     def __init__(
-        self, us: Us, serving: Serving, lock: Callable[[], AbstractContextManager[object]], deadline_s: float
+        self, us: Identity, serving: Serving, lock: Callable[[], AbstractContextManager[object]], deadline_s: float
     ) -> None:
         self._us, self._serving, self._lock, self._deadline_s = us, serving, lock, deadline_s
         self.slabs: tuple[int, list[Slab]] = 0, []
@@ -68,7 +68,7 @@ class Server:
                     session = await Session.open(reader, writer, self._us.secret, client=False)
                     join = await session.hear()
                     refusal = self._objection(join)
-                    await session.say(Refused(refusal) if refusal else Welcome(self._us.name, self._us.incarnation))
+                    await session.say(Declined(refusal) if refusal else Welcome(self._us.name, self._us.incarnation))
             finally:
                 self._strangers -= 1
             if refusal:

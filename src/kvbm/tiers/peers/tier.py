@@ -28,7 +28,7 @@ from kvbm.tiers.peers.client import Client
 from kvbm.tiers.peers.messages import Memory, Promise, Slab
 from kvbm.tiers.peers.network import Network, PeerSearch
 from kvbm.tiers.peers.offer import PeerOffer
-from kvbm.tiers.peers.orders import TIER, Attach, Detach, Mine, Pull, decode_answer, to_rank
+from kvbm.tiers.peers.orders import TIER, Attach, Detach, Pull, Shared, decode_answer, to_rank
 from kvbm.tiers.peers.published import Published
 from kvbm.tiers.peers.serving import Serving
 from kvbm.tiers.sums import bound
@@ -91,7 +91,7 @@ class Peers:
         self._known: WeakValueDictionary[int, PeerSearch] = WeakValueDictionary()
         """Searches that somebody still knows."""
         self._numbers = itertools.count(1)
-        self._mine: dict[int, Mine] = {}
+        self._mine: dict[int, Shared] = {}
         self._closed: str | None = None
         network.asker = self
 

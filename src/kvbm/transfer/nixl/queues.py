@@ -20,7 +20,7 @@ one has no more."""
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class NixlJob:
     """One plan."""
 
     plan: Plan
@@ -57,7 +57,7 @@ class Job:
 class Flight:
     """One piece of a job, and NIXL's handle of it once it is posted."""
 
-    job: Job
+    job: NixlJob
     blocks: slice
     begun: float
     handle: Any = None
@@ -67,16 +67,16 @@ class Queues:
     """Urgent plans, the others, and what flies."""
 
     def __init__(self) -> None:
-        self._urgent: deque[Job] = deque()
-        self._background: deque[Job] = deque()
+        self._urgent: deque[NixlJob] = deque()
+        self._background: deque[NixlJob] = deque()
         self._window = Counter[tuple[str, bool]]()
         """Pieces that fly, by peer and by whether they are urgent."""
 
-    def add(self, job: Job) -> None:
+    def add(self, job: NixlJob) -> None:
         """A job whose pieces are to be posted."""
         (self._urgent if job.plan.urgent else self._background).append(job)
 
-    def ready(self) -> Job | None:
+    def ready(self) -> NixlJob | None:
         """The job whose piece goes next, None where none may go now."""
         for queue in (self._urgent, self._background):
             while queue and not queue[0].open:
@@ -86,7 +86,7 @@ class Queues:
                     return job
         return None
 
-    def take(self, job: Job) -> Flight:
+    def take(self, job: NixlJob) -> Flight:
         """The job's next piece, which flies from now on."""
         blocks = slice(job.next, min(job.next + job.step, len(job.source)))
         job.next = blocks.stop
@@ -95,12 +95,12 @@ class Queues:
         self._window[job.peer, job.plan.urgent] += 1
         return Flight(job, blocks, time.monotonic())
 
-    def settled(self, job: Job) -> None:
+    def settled(self, job: NixlJob) -> None:
         """One of the job's pieces does not fly any more."""
         job.flying -= 1
         job.ended = time.perf_counter()
         self._window -= Counter([(job.peer, job.plan.urgent)])  # which leaves no zeros
 
-    def _room(self, job: Job) -> bool:
+    def _room(self, job: NixlJob) -> bool:
         urgent, background = (self._window[job.peer, kind] for kind in (True, False))
         return urgent + background < WINDOW if job.plan.urgent else not urgent and background < WINDOW // 2

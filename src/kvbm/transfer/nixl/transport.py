@@ -25,7 +25,7 @@ from kvbm.core.errors import Broken, Misuse
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Region
 from kvbm.transfer.nixl.agent import MEMORY, Agent, Lost
-from kvbm.transfer.nixl.queues import Flight, Job, Queues
+from kvbm.transfer.nixl.queues import Flight, NixlJob, Queues
 from kvbm.transfer.plan import checked_slots, chunk_blocks
 
 logger = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ class NixlTransport(Transport):
         self._work = threading.Condition(self._lock)
         self._quiet = threading.Condition(self._lock)
         self._queues = Queues()
-        self._over: deque[Job] = deque()
-        self._jobs: dict[int, Job] = {}
+        self._over: deque[NixlJob] = deque()
+        self._jobs: dict[int, NixlJob] = {}
         self._flights: list[Flight] = []
         self._commands: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._lost: set[str] = set()
@@ -116,7 +116,7 @@ class NixlTransport(Transport):
             if self._closed:
                 raise Misuse("this transport is closed")
             self._tickets += 1
-            job = Job(plan, source, destination, done, self._tickets, outcomes, step)
+            job = NixlJob(plan, source, destination, done, self._tickets, outcomes, step)
             self._jobs[job.ticket] = job
             job.error = self._dead
             if job.open:
@@ -352,7 +352,7 @@ class NixlTransport(Transport):
                     job.error = job.error or why
                     self._end(job)
 
-    def _end(self, job: Job) -> None:
+    def _end(self, job: NixlJob) -> None:
         """Have a job reported, once, when no piece of it flies and none is to come. Lock held."""
         if not job.open and not job.flying and job.ticket in self._jobs:
             del self._jobs[job.ticket]
