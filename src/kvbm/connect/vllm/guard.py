@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
@@ -98,23 +97,6 @@ class Guard(Generic[Side]):
             self.side.close()
         except Exception:
             log.exception("KVBM: its end went wrong")
-
-
-def harmless(call: Callable[..., None]) -> Callable[..., None]:
-    """For what vLLM calls in its server's process: what it raises is logged once, and goes no further."""
-    told = False
-
-    @wraps(call)
-    def guarded(*args: Any, **kwargs: Any) -> None:
-        nonlocal told
-        try:
-            call(*args, **kwargs)
-        except Exception:
-            if not told:
-                told = True
-                log.exception("KVBM: %s went wrong", call.__qualname__)
-
-    return guarded
 
 
 class SchedulerGuard(Guard["SchedulerSide"]):

@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client import Counter
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from kvbm.connect.vllm.guard import harmless
+from kvbm.connect.vllm.harmless import harmless
 from kvbm.observe.names import PEERS, WAYS
 from kvbm.observe.totals import Totals
 

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Protocol
 
 from kvbm.blocks import Staged
 from kvbm.core.outcome import Outcome
@@ -18,10 +18,42 @@ from kvbm.tiers.peers.messages import Memory
 from kvbm.tiers.peers.orders import TIER
 from kvbm.tiers.sums import Words
 
-if TYPE_CHECKING:
-    from kvbm.tiers.peers.tier import Peers
-
 log = logging.getLogger(__name__)
+
+
+class Contacts(Protocol):
+    """The network, as far as an offer needs it."""
+
+    def slow(self, client: Client, problem: str) -> None: ...
+
+    def works(self, client: Client) -> None: ...
+
+    def failed(self, client: Client, problem: str) -> None: ...
+
+    def release(self, client: Client, lease: int) -> None: ...
+
+
+class Source(Protocol):
+    """The tier, as far as an offer of its needs it."""
+
+    corrupt: int
+
+    @property
+    def network(self) -> Contacts: ...
+
+    def clock(self) -> float: ...
+
+    def attach(self, client: Client, memory: Memory, gate: Gate) -> str:
+        """Has ranks attach the peer's memory; by what name they know it."""
+
+    def due(self, blocks: int) -> float:
+        """When the peer counts as dead if none of so many blocks has come."""
+
+    def pull(self, offer: PeerOffer, at: Slots, into: Staged, ended: Ended) -> int:
+        """Has ranks read these blocks of the offer."""
+
+    def cancel(self, jobs: Collection[int]) -> None:
+        """Nobody wants these any more."""
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +63,7 @@ class PeerOffer:
     tier: ClassVar[str] = TIER
     words: ClassVar[str] = "a peer"
 
-    peers: Peers
+    peers: Source
     client: Client
     gate: Gate
     keeps: bool
