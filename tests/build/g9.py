@@ -24,7 +24,7 @@ from kvbm.link.messages import Result, Sick, ToTier, pack, unpack
 from kvbm.policy import admission
 from kvbm.stores.checksum import checksums
 from kvbm.tiers.breaker import Breaker
-from kvbm.tiers.demote import Budget, Demotion
+from kvbm.tiers.demote import Budget, Demotion, Rules
 from kvbm.tiers.gate import Gate
 from kvbm.tiers.host import ENGINE, Landing
 from kvbm.tiers.moves import Ended, Moves, Passage
@@ -180,11 +180,11 @@ class G9:
         self._breaker = Breaker((0.5,), clock, most=2)
         self._moves = Moves(ground.links, core.copies.next_id, clock, judge=self._judge)
         self._coming: set[bytes] = set()
-        self._demotion = Demotion(
-            self, core.pool, admission=admission("all", 1), hot=admission("all", 1), exclusive=False,
-            budget=Budget(None, 1.0, clock), block_bytes=ground.block_bytes, most=lambda: 64, batch=4,
-            emit=core.emit,
+        rules = Rules(
+            admission("all", 1), admission("all", 1), Budget(None, 1.0, clock), exclusive=False,
+            block_bytes=ground.block_bytes, batch=4,
         )  # fmt: skip
+        self._demotion = Demotion(self, core.pool, rules, most=lambda: 64, emit=core.emit)
 
     pool: ClassVar[None] = None
 

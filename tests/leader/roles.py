@@ -34,7 +34,7 @@ from kvbm.policy.lru import LRU
 from kvbm.stores.disk.format import heads, packed_keys
 from kvbm.stores.disk.recovery import Recovered
 from kvbm.testing.clock import ManualClock
-from kvbm.tiers.demote import Budget, Demotion
+from kvbm.tiers.demote import Budget, Demotion, Rules
 from kvbm.tiers.disk.adopt import adopt
 from kvbm.tiers.disk.orders import Probe, Probed, Read, Write
 from kvbm.tiers.disk.side import DiskSide
@@ -44,7 +44,7 @@ from kvbm.tiers.host import Host
 from kvbm.tiers.peers.messages import Memory, Promise, Reserve, Slab
 from kvbm.tiers.peers.orders import Shared
 from kvbm.tiers.peers.published import Published
-from kvbm.tiers.peers.serving import Serving
+from kvbm.tiers.peers.serving import Around, Serving
 from kvbm.tiers.peers.tier import Peers
 from kvbm.tiers.promote import Promotion
 from kvbm.tiers.stack import Stack
@@ -246,12 +246,11 @@ class Stage:
             adopt(self.disk, found)
         if chores is not None:
             self.tier._chores = chores  # type: ignore[assignment]
-        self.demotion = Demotion(
-            self.tier, self.pool,
-            admission=admission(admit, slots), hot=Frequency(slots), exclusive=exclusive,
-            budget=Budget(write_bytes, 3600, self.clock),
-            block_bytes=BLOCK_BYTES, most=lambda: in_flight, batch=batch, emit=core.emit,
+        rules = Rules(
+            admission(admit, slots), Frequency(slots), Budget(write_bytes, 3600, self.clock), exclusive=exclusive,
+            block_bytes=BLOCK_BYTES, batch=batch,
         )  # fmt: skip
+        self.demotion = Demotion(self.tier, self.pool, rules, most=lambda: in_flight, emit=core.emit)
         self.promotion = Promotion(
             core.host, most=lambda: most, in_flight=in_flight, batch=batch, unmeasured=batch,
             emit=core.emit, clock=self.clock,
@@ -346,11 +345,11 @@ class Stage:
             )  # fmt: skip
         total = self.pool.statistics().total
         sums = core.lower.sums(len(self.workers), total)
-        serving = Serving(
-            self.pool, sums, begin=lambda seeker, wanted: self.promotion.begin(seeker, wanted, nearer),
-            drop=self.promotion.drop, coming=self.promotion.coming, expects=leader.expects, most=lambda: held,
-            seconds=lease_s, aside=core.health.aside, clock=self.clock,
+        around = Around(
+            lambda seeker, wanted: self.promotion.begin(seeker, wanted, nearer), self.promotion.drop,
+            self.promotion.coming, leader.expects, core.health.aside,
         )  # fmt: skip
+        serving = Serving(self.pool, sums, around, most=lambda: held, seconds=lease_s, clock=self.clock)
         pools = [self.pool, *(tier.pool for tier in nearer if tier.pool is not None)]
         published = Published(lambda key: any(pool.peek([key]) for pool in pools))
         for pool in pools:

@@ -182,12 +182,12 @@ def test_below_half_the_budget_only_hot_blocks_are_written_and_without_one_nothi
     assert stage.write_all() == []
     stage.keep("hot", hot)
     assert [write.keys for write in stage.write_all()] == [hot[:3]]
-    assert stage.demotion._budget.left() == pytest.approx(0.1)
+    assert stage.demotion._rules.budget.left() == pytest.approx(0.1)
     more = keys_of("more", 5)
     stage.begin("1", more)
     stage.keep("more", more)
     assert len(stage.write_all()) == 1
-    assert stage.demotion._budget.left() < 0
+    assert stage.demotion._rules.budget.left() < 0
     again = keys_of("again", 5)
     stage.begin("2", again)
     stage.keep("again", again)

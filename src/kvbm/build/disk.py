@@ -29,7 +29,7 @@ from kvbm.stores.disk.format import padded
 from kvbm.stores.disk.meta import DiskPlace, as_facts, bytes_of, listed
 from kvbm.stores.disk.recovery import Recovered
 from kvbm.stores.disk.shard import Shard
-from kvbm.tiers.demote import Budget, Demotion
+from kvbm.tiers.demote import Budget, Demotion, Rules
 from kvbm.tiers.disk.adopt import adopt
 from kvbm.tiers.disk.orders import TIER, to_open
 from kvbm.tiers.disk.rank import DiskRank
@@ -227,18 +227,23 @@ def _side(ground: Ground, found: FolderFound) -> DiskSide:
         patience=settings.g3_deadline_s + 5.0, next_id=core.copies.next_id,
     )  # fmt: skip
     in_flight = max(1, settings.g3_inflight_mb * 1_000_000 // ground.block_bytes)
-    demotion = Demotion(
-        tier, core.pool,
-        admission=admission(settings.g3_admission, slots),
-        hot=Frequency(slots),
+    rules = Rules(
+        admission(settings.g3_admission, slots),
+        Frequency(slots),
+        _budget(settings),
         exclusive=isinstance(below.evict("g2", _TIERS), Move),
-        budget=_budget(settings),
         block_bytes=ground.block_bytes,
-        most=lambda: min(in_flight, core.pool.total // 4),  # what is being written is held
-        batch=max(1, MOVE_BYTES // ground.block_bytes), emit=core.emit,
-    )  # fmt: skip
+        batch=MOVE_BYTES // ground.block_bytes,
+    )
+    most = partial(_writing, in_flight, core.pool)
+    demotion = Demotion(tier, core.pool, rules, most=most, emit=core.emit)
     exclusive = isinstance(below.promote(TIER, _TIERS), Drop)
     return DiskSide(tier, demotion, exclusive=exclusive, folder=part.path, namesakes=found.namesakes)
+
+
+def _writing(most: int, g2: Pool) -> int:
+    """Blocks that may be written at once: they are held meanwhile."""
+    return min(most, g2.total // 4)
 
 
 def _budget(settings: Settings) -> Budget:

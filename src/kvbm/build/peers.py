@@ -27,7 +27,7 @@ from kvbm.tiers.peers.network import Address, Network
 from kvbm.tiers.peers.orders import TIER
 from kvbm.tiers.peers.published import Published
 from kvbm.tiers.peers.rank import PeerMemory, PeerRank
-from kvbm.tiers.peers.serving import Serving
+from kvbm.tiers.peers.serving import Around, Serving
 from kvbm.tiers.peers.tier import Peers
 from kvbm.tiers.promote import Promotion
 from kvbm.tiers.tier import RankSide, Tier
@@ -148,13 +148,12 @@ def peers(ground: Ground, namespace: Namespace, promotion: Promotion, nearer: Se
     name = peer_name(settings, ground.place)
     secret, incarnation = _secret(settings), random.SystemRandom().getrandbits(63)
     sums = core.lower.sums(len(ground.links), core.pool.capacity)
-    serving = Serving(
-        core.pool, sums,
-        begin=lambda seeker, wanted: promotion.begin(seeker, wanted, nearer),
-        drop=promotion.drop, coming=promotion.coming, expects=ground.expects,
-        most=partial(held, settings, core.pool), seconds=settings.peer_lease_s,
-        aside=core.health.aside, clock=time.monotonic,
+    around = Around(
+        lambda seeker, wanted: promotion.begin(seeker, wanted, nearer), promotion.drop, promotion.coming,
+        ground.expects, core.health.aside,
     )  # fmt: skip
+    most = partial(held, settings, core.pool)
+    serving = Serving(core.pool, sums, around, most=most, seconds=settings.peer_lease_s, clock=time.monotonic)
     pools = [core.pool, *(tier.pool for tier in nearer if tier.pool is not None)]
     published = Published(lambda key: any(pool.peek([key]) for pool in pools))
     for pool in pools:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -54,32 +54,30 @@ class Written(Protocol):
         (`blocks` are no others then)."""
 
 
-class Demotion:
-    """Copies what is new in G2 (write-through), or what is about to leave it (exclusive), as far as admission, budget
-    and the bound on what is in flight allow. What leaves G2 before its write began is not written.
+class Rules(NamedTuple):
+    """Which blocks are written to a tier, and how many at once. `hot` says which blocks are asked for again and again;
+    it counts them, whatever `admission` does. With `exclusive` only what is about to leave G2 is written."""
 
-    `hot` says which blocks are asked for again and again; it counts them, whatever `admission` does.
-    """
+    admission: Admission
+    hot: Admission
+    budget: Budget
+    exclusive: bool
+    block_bytes: int
+    """Of a block over all ranks."""
+    batch: int
+    """Blocks in one move."""
+
+
+class Demotion:
+    """Copies what is new in G2 (write-through), or what is about to leave it (exclusive), as far as the rules and the
+    bound on what is in flight (`most` blocks) allow. What leaves G2 before its write began is not written."""
 
     def __init__(
-        self,
-        tier: Written,
-        g2: Pool,
-        *,
-        admission: Admission,
-        hot: Admission,
-        exclusive: bool,
-        budget: Budget,
-        block_bytes: int,
-        most: Callable[[], int],
-        batch: int,
-        emit: Callable[[Copied], None],
+        self, tier: Written, g2: Pool, rules: Rules, *, most: Callable[[], int], emit: Callable[[Copied], None]
     ) -> None:
         self._tier, self._g2 = tier, g2
-        self._admission, self._hot, self._budget = admission, hot, budget
-        self._exclusive, self._block_bytes = exclusive, block_bytes
-        self._in_flight_most, self._batch = most, max(1, batch)
-        self._emit = emit
+        self._rules = rules._replace(batch=max(1, rules.batch))
+        self._in_flight_most, self._emit = most, emit
         self._queue: deque[Sequence[bytes]] = deque()
         self._queued: set[bytes] = set()
         self._in_flight = 0
@@ -105,8 +103,8 @@ class Demotion:
     def used(self, keys: Sequence[bytes]) -> None:
         """A request asked for these."""
         tags = tags_of(keys)
-        self._admission.use(tags)
-        self._hot.use(tags)
+        self._rules.admission.use(tags)
+        self._rules.hot.use(tags)
         if self._tier.problem is None:
             # What was not worth a write when it was new may be by now.
             near = self._g2.present(keys)
@@ -115,7 +113,7 @@ class Demotion:
     def offer(self, keys: Sequence[bytes]) -> None:
         """These are in G2, in prompt order, and may not be in the tier."""
         new = [key for key in keys if key not in self._queued]
-        if self._exclusive or not new:
+        if self._rules.exclusive or not new:
             return
         self._queue.append(new)
         self._queued.update(new)
@@ -134,7 +132,7 @@ class Demotion:
         self.clear()
         self._draining = True
         with self._g2.candidates(self._g2.total) as hold:
-            self._queue.extend(hold.keys[at : at + self._batch] for at in range(0, len(hold), self._batch))
+            self._queue.extend(hold.keys[at : at + self._rules.batch] for at in range(0, len(hold), self._rules.batch))
             self._queued.update(hold.keys)
 
     def pump(self) -> None:
@@ -149,11 +147,11 @@ class Demotion:
             self.cancelled += len(now) - len(hold)
             with hold:
                 self._write(hold)
-        if self._exclusive and not self._draining and self._tier.problem is None:
+        if self._rules.exclusive and not self._draining and self._tier.problem is None:
             self._make_room()
 
     def _room(self) -> int:
-        return min(self._batch, self._most - self._in_flight)
+        return min(self._rules.batch, self._most - self._in_flight)
 
     def _make_room(self) -> None:
         """Exclusive: what would be evicted next is written before it has to go."""
@@ -202,7 +200,7 @@ class Demotion:
         if not (count := self._tier.write(hold, ended)):
             hold.drop()
         self._in_flight += count
-        self._budget.spend(count * self._block_bytes)
+        self._rules.budget.spend(count * self._rules.block_bytes)
         return count
 
     def _worth(self, hold: Pinned) -> list[int]:
@@ -213,10 +211,10 @@ class Demotion:
         missing = np.zeros(len(hold), np.bool_)
         missing[absent] = True
         tags = tags_of(hold.keys)
-        mask = self._admission.admit(tags, ~missing) & missing
-        left = self._budget.left()
+        mask = self._rules.admission.admit(tags, ~missing) & missing
+        left = self._rules.budget.left()
         if left < 0.5:
-            mask &= self._hot.admit(tags, ~missing)
+            mask &= self._rules.hot.admit(tags, ~missing)
         if left <= 0:
             mask[:] = False
         self.refused += int(missing.sum() - mask.sum())

@@ -19,28 +19,29 @@ class Lease(NamedTuple):
     until: float
 
 
+class Around(NamedTuple):
+    """What serving asks of the rest of its instance."""
+
+    begin: Callable[[Seeker, Wanted], object]
+    """What is below host memory of these is read, until `drop`."""
+    drop: Callable[[str], None]
+    coming: Callable[[bytes], bool]
+    """Whether a block is on its way to host memory."""
+    expects: Callable[[bytes, int], bool]
+    """Whether a request is going to compute a block, as a block with this number."""
+    aside: Callable[[], str | None]
+    """Why the instance stands aside, if it does."""
+
+
 class Serving:
-    """`most` blocks are held for others at once, each promise for `seconds`. What others want of what is below host
-    memory is read for them (`begin`) until they are served (`drop`); `coming` says whether a block is on its way,
-    `expects` whether a request is going to compute it, as a block with this number."""
+    """`most` blocks are held for others at once, each promise for `seconds`."""
 
     def __init__(
-        self,
-        pool: Pool,
-        sums: Sums,
-        *,
-        begin: Callable[[Seeker, Wanted], object],
-        drop: Callable[[str], None],
-        coming: Callable[[bytes], bool],
-        expects: Callable[[bytes, int], bool],
-        most: Callable[[], int],
-        seconds: float,
-        aside: Callable[[], str | None],
-        clock: Callable[[], float],
-    ) -> None:
-        self._pool, self.sums = pool, sums
-        self._begin, self._drop, self._coming, self._expects = begin, drop, coming, expects
-        self._most, self.seconds, self._aside, self._clock = most, seconds, aside, clock
+        self, pool: Pool, sums: Sums, around: Around, *,
+        most: Callable[[], int], seconds: float, clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self._pool, self.sums, self._around = pool, sums, around
+        self._most, self.seconds, self._clock = most, seconds, clock
         self.closed = False
         """Whether nothing is promised any more."""
         self._leases: dict[int, Lease] = {}
@@ -53,7 +54,7 @@ class Serving:
     def reserve(self, asked: Reserve, memory: int) -> Promise:
         """Hold what is there of the first of the keys; nothing while this instance stands aside."""
         hold = self._pool.match(asked.keys)
-        room = 0 if self.closed or self._aside() else max(0, self._most() - self.held)
+        room = 0 if self.closed or self._around.aside() else max(0, self._most() - self.held)
         hold.narrow(self.sums.known(hold.slots))
         if len(hold) > room:
             hold.narrow(room)
@@ -77,12 +78,12 @@ class Serving:
         """Whether `keys[0]`, block `at` of a prompt, is on its way to host memory. What is on disk is fetched; with
         `expected`, what a request will compute is on its way too."""
         key = keys[0]
-        if self.closed or self._aside():
+        if self.closed or self._around.aside():
             return False
-        if not self._pool.absent([key]) or self._coming(key):
+        if not self._pool.absent([key]) or self._around.coming(key):
             return True
-        self._begin(Seeker(search, Record(search, 0), keys), Wanted(keys))
-        return self._coming(key) or (expected and self._expects(key, at))
+        self._around.begin(Seeker(search, Record(search, 0), keys), Wanted(keys))
+        return self._around.coming(key) or (expected and self._around.expects(key, at))
 
     def release(self, lease: int) -> None:
         """Its reader has what it wanted."""
@@ -92,7 +93,7 @@ class Serving:
 
     def done(self, search: str) -> None:
         """Nobody waits any more for what was fetched from disk for this search."""
-        self._drop(search)
+        self._around.drop(search)
 
     def tick(self) -> None:
         """Let go of what nobody came back for."""
