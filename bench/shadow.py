@@ -66,7 +66,7 @@ def dump(model: str, dtype: str, kv: str, chunk: int, path: Path) -> None:
         for text in [texts] if run == "one batch" else [[text] for text in texts]:
             vllm.run(text, 1)
             vllm.settle()
-        memory = get_kv_transfer_group()._worker.side.worker._g2
+        memory = get_kv_transfer_group()._worker.side.worker.memory.g2
         blocks["rows"] = np.array([plane.row_bytes for plane in memory.planes])
         for number, hashes in enumerate(keys):
             for place, key in enumerate(hashes[: TOKENS // 32]):

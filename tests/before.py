@@ -15,6 +15,7 @@ from kvbm.leader.leader import Leader
 from kvbm.leader.shadow import Compared, Shadow
 from kvbm.link.messages import Touched
 from kvbm.tiers.stack import Stack
+from kvbm.worker.worker import Worker
 
 HybridLeader = Leader
 
@@ -44,6 +45,8 @@ def _name(name: str, at: str) -> property:
 
 for _old, _at in _PLACES.items():
     setattr(Leader, _old, _name(_old, _at))
+for _old, _at in {"_g1": "memory.g1", "_g2": "memory.g2"}.items():
+    setattr(Worker, _old, _name(_old, _at))
 
 
 def _limit(leader: Leader, **changes: Any) -> None:

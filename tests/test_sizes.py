@@ -23,8 +23,6 @@ LARGE: dict[str, tuple[int, int]] = {
     "tiers.peers.tier.Peers": (18, 11),
     "transfer.lanes.LaneTransport": (15, 5),
     "transfer.nixl.transport.NixlTransport": (22, 5),
-    "worker.telling.Telling": (18, 4),
-    "worker.worker.Worker": (21, 12),
 }
 """Class -> its attributes and the parameters of its constructor. Only to be made smaller."""
 
@@ -66,7 +64,7 @@ def test_classes_are_small() -> None:
         if not is_record(node) and (attributes > ATTRIBUTES or parameters > PARAMETERS):
             found[f"{module}.{node.name}"] = attributes, parameters
     assert found == LARGE
-    assert not [name for name in found if name.startswith("leader.")]
+    assert not [name for name in found if name.startswith(("leader.", "worker.", "build."))]
 
 
 def test_no_two_public_classes_share_a_name() -> None:

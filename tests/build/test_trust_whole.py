@@ -63,7 +63,7 @@ def compute(engine: Engine, keys: Sequence[bytes], *, noise: float = 0.0) -> int
 def shadowed(make: Make, ranks: int = 1, **settings: Any) -> Engine:
     engine = make(ranks, g2_blocks=64, shadow_every=1, **settings)
     for worker in engine.workers:
-        worker._comparisons._dtype = "float32"
+        worker.copying.comparisons._dtype = "float32"
     return engine
 
 
@@ -87,7 +87,7 @@ def test_a_block_of_another_prompt_is_found_on_either_rank(make: Make, rank: int
     ours, theirs = engine.leader.core.pool.look(keys[3]), engine.leader.core.pool.look(others[3])
     assert ours is not None
     assert theirs is not None
-    region = engine.workers[rank]._g2
+    region = engine.workers[rank].memory.g2
     assert region is not None
     start, size = region.planes[0].address, region.planes[0].stride
     ctypes.memmove(start + ours.slot * size, start + theirs.slot * size, size)
@@ -110,7 +110,7 @@ def test_a_quarantine_outlives_a_restart(make: Make, tmp_path: Path) -> None:
     compute(engine, keys)
     engine.settle()
     assert engine.disk.peek(keys) == 5
-    region = engine.workers[0]._g2
+    region = engine.workers[0].memory.g2
     assert region is not None
     ctypes.memset(region.planes[0].address, 0, 64 * region.planes[0].stride)
     compute(engine, keys)
@@ -127,7 +127,7 @@ def test_bits_that_flip_in_host_memory(make: Make, verify: bool, onboard: str) -
     engine, keys = make(2, g2_verify=verify, onboard=onboard), keys_of("a", 5)
     engine.serve(keys)
     block = engine.leader.core.pool.look(keys[2])
-    region = engine.workers[1]._g2
+    region = engine.workers[1].memory.g2
     assert block is not None
     assert region is not None
     at = region.planes[0].address + block.slot * region.planes[0].stride + 777

@@ -50,10 +50,12 @@ class DiskPart:
         return part.disk
 
     _read = property(
-        lambda self: self._worker._read_ended, lambda self, ended: setattr(self._worker, "_read_ended", ended)
+        lambda self: self._worker.copying._read_ended,
+        lambda self, ended: setattr(self._worker.copying, "_read_ended", ended),
     )
     _report = property(
-        lambda self: self._worker._write_ended, lambda self, ended: setattr(self._worker, "_write_ended", ended)
+        lambda self: self._worker.copying._write_ended,
+        lambda self, ended: setattr(self._worker.copying, "_write_ended", ended),
     )
 
 

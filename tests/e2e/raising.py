@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 
 from kvbm.testing.faults import _peek
+from tests import before  # noqa: F401
 
 SCHEDULER = ("on_new_request", "match", "place", "step", "stepped", "finish", "take_events", "stats", "reset")
 WORKER = ("before_step", "before_forward", "after_forward", "results", "bad_blocks")

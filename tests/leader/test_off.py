@@ -142,7 +142,7 @@ def test_copies_are_given_up_and_count_as_failed(make_rank: Make) -> None:
 
 def test_a_copy_that_ended_well_meanwhile_counts_as_failed(make_rank: Make) -> None:
     rank = make_rank()
-    rank.worker.off = "something raised"
+    rank.worker.voice.off = "something raised"
     rank.step(Step(stores=[Copy.of(1, "a", [0], [0])]))
     result = rank.result()
     assert (result.outcomes, result.error) == (bytes([Outcome.FAILED]), "something raised")
@@ -152,7 +152,7 @@ def test_a_copy_that_ended_well_meanwhile_counts_as_failed(make_rank: Make) -> N
 def test_a_copy_whose_end_raises_fails(make_rank: Make, monkeypatch: pytest.MonkeyPatch, is_load: bool) -> None:
     """Else a request would wait for it for ever."""
     rank = make_rank()
-    monkeypatch.setattr(rank.worker, "_report", lambda *_: 1 / 0)
+    monkeypatch.setattr(rank.worker.copying, "report", lambda *_: 1 / 0)
     copies = [Copy.of(1, "a", [0], [0])]
     rank.step(Step(loads=copies) if is_load else Step(stores=copies))
     message = rank.hear()
@@ -164,7 +164,7 @@ def test_a_copy_whose_end_raises_fails(make_rank: Make, monkeypatch: pytest.Monk
 
 def test_a_channel_that_raises_turns_it_off(make_rank: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     rank = make_rank()
-    monkeypatch.setattr(rank.worker, "_give_up", lambda _: 1 / 0)
+    monkeypatch.setattr(rank.worker.copying, "give_up", lambda _: 1 / 0)
     rank.link.send(GiveUp([1]))
     message = rank.hear()
     assert isinstance(message, Sick)

@@ -55,12 +55,10 @@ class Rank:
             self.worker = Worker(
                 Settings(),
                 self.g1.region,
-                rank=rank,
-                world=place.ranks,
-                fingerprint="f",
-                address=path,
-                make_executor=lambda: Executor([MemcpyTransport(1), FileTransport(2, 8, "threads")]),
-                tiers={"g3": lambda side: DiskRank(side, self.open_disk, Settings().g3_deadline_s)},
+                Hello(rank, place.ranks, "f", BLOCK),
+                path,
+                Executor([MemcpyTransport(1), FileTransport(2, 8, "threads")]),
+                {"g3": lambda side: DiskRank(side, self.open_disk, Settings().g3_deadline_s)},
             )
             sock.settimeout(PATIENCE)
             self.link = Link(sock.accept()[0])
@@ -132,7 +130,7 @@ class Rank:
         return answer.problem
 
     def spoil_arena(self, slot: int) -> None:
-        region = self.worker._extents
+        region = self.worker.memory.extents
         assert region is not None
         plane = region.planes[0]
         ctypes.memset(plane.address + slot * plane.stride + 5000, 0xEE, 1)

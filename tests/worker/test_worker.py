@@ -51,12 +51,10 @@ class Rank:
             self.worker = Worker(
                 Settings(**settings),
                 self.g1.region,
-                rank=3,
-                world=4,
-                fingerprint="f",
-                address=path,
-                make_executor=lambda: Executor([FaultTransport(MemcpyTransport(2), **faults)]),
-                tiers=tiers,
+                Hello(3, 4, "f", sum(ROWS)),
+                path,
+                Executor([FaultTransport(MemcpyTransport(2), **faults)]),
+                tiers,
             )
             sock.settimeout(PATIENCE)
             self.link = Link(sock.accept()[0])
@@ -75,7 +73,7 @@ class Rank:
         return {slot: self.g1.get(slot) for slot in range(SLOTS)}
 
     def g2(self, slot: int) -> bytes:
-        region = self.worker._g2
+        region = self.worker.memory.g2
         assert region is not None
         return ctypes.string_at(region.planes[0].address + slot * region.slot_bytes, region.slot_bytes)
 
@@ -222,11 +220,9 @@ def test_a_leader_that_never_comes(tmp_path: Path, caplog: pytest.LogCaptureFixt
     worker = Worker(
         Settings(init_timeout_s=0.05),
         HostMemory(ROWS, SLOTS).region,
-        rank=0,
-        world=1,
-        fingerprint="f",
-        address=tmp_path / "e.chan",
-        make_executor=lambda: Executor([MemcpyTransport(1)]),
+        Hello(0, 1, "f", sum(ROWS)),
+        tmp_path / "e.chan",
+        Executor([MemcpyTransport(1)]),
     )
     worker._thread.join(PATIENCE)
     worker.close()
@@ -326,8 +322,8 @@ class Stubborn(MemcpyTransport):
 
 
 def _instead(rank: Rank, transport: Stubborn) -> Stubborn:
-    rank.worker.executor._transports[0].close()
-    rank.worker.executor._transports = (transport,)
+    rank.worker.copying.executor._transports[0].close()
+    rank.worker.copying.executor._transports = (transport,)
     return transport
 
 
@@ -451,7 +447,7 @@ def test_a_copy_that_cannot_be_stopped_does_not_count(make_rank: Make, is_load: 
     assert (result.outcomes, result.error) == (bytes([Outcome.FAILED]), "it was given up at a reset")
     if is_load:
         assert rank.collect().failed == {"a"}
-    assert not rank.worker._fence._condemned
+    assert not rank.worker.copying.fence._condemned
 
 
 @pytest.mark.parametrize("sync", [False, True])
@@ -463,7 +459,7 @@ def test_copies_that_were_given_up_never_begin(make_rank: Make, monkeypatch: pyt
     results = [rank.result(), rank.result()]
     assert {result.job for result in results} == {1, 2}
     assert {result.outcomes for result in results} == {b""}, "which counts as failed"
-    monkeypatch.setattr(rank.worker.executor, "submit", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(rank.worker.copying.executor, "submit", lambda *_: pytest.fail("it began"))
     assert rank.step(step) == ({1} if sync else set())
     if not sync:
         assert rank.collect() == Collected(loaded={"b"}, failed={"b"})
@@ -474,13 +470,13 @@ def test_copies_that_were_given_up_never_begin(make_rank: Make, monkeypatch: pyt
 
 def test_a_copy_that_is_given_up_while_it_is_submitted(make_rank: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     rank = make_rank({"store_delay": FOREVER})
-    submit = rank.worker.executor.submit
+    submit = rank.worker.copying.executor.submit
 
     def late(job: int, *args: Any) -> None:
-        rank.worker._give_up([job])
+        rank.worker.copying.give_up([job])
         submit(job, *args)
 
-    monkeypatch.setattr(rank.worker.executor, "submit", late)
+    monkeypatch.setattr(rank.worker.copying.executor, "submit", late)
     rank.step(Step(stores=[Copy.of(1, "a", [0], [0])]))
     assert rank.result().error == "it was given up at a reset"
 
@@ -510,7 +506,7 @@ def test_a_failed_asynchronous_load_is_named_after_the_leader_knows(make_rank: M
     assert (result.outcomes, result.error) == (bytes([Outcome.FAILED] * 2), "injected")
     assert rank.worker.collect(idle=True) == Collected()
     assert rank.worker.take_bad_blocks() == set()
-    assert rank.worker._bad == {}
+    assert rank.worker.copying._bad == {}
 
 
 def test_a_busy_step_does_not_wait(make_rank: Make) -> None:
@@ -519,7 +515,7 @@ def test_a_busy_step_does_not_wait(make_rank: Make) -> None:
     before = time.monotonic()
     assert rank.worker.collect(idle=False) == Collected()
     assert time.monotonic() - before < 1.0
-    rank.worker.executor.cancel([1])
+    rank.worker.copying.executor.cancel([1])
 
 
 # ---------------------------------------------------------------------- loads inside a step
@@ -553,7 +549,7 @@ def test_a_failed_synchronous_load_spoils_what_its_step_stores(make_rank: Make) 
     assert [rank.g2(slot) for slot in (2, 3)] == [bytes(sum(ROWS))] * 2
     assert rank.worker.take_bad_blocks() == set()
     rank.store(4, [6], [2])
-    assert rank.worker._bad == {}
+    assert rank.worker.copying._bad == {}
 
 
 def test_a_late_synchronous_load_is_cancelled_and_bad(make_rank: Make) -> None:
@@ -567,9 +563,9 @@ def test_a_late_synchronous_load_is_cancelled_and_bad(make_rank: Make) -> None:
 def test_a_load_whose_end_cannot_be_seen_is_bad(make_rank: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     rank = make_rank({"load_delay": FOREVER}, load_deadline_s=0.01)
     with monkeypatch.context() as patch:
-        patch.setattr(rank.worker.executor, "cancel", lambda jobs: False)
+        patch.setattr(rank.worker.copying.executor, "cancel", lambda jobs: False)
         assert rank.step(Step(loads=[Copy.of(1, "a", [4], [0])], sync=True)) == {4}
-    rank.worker.executor.cancel([1])
+    rank.worker.copying.executor.cancel([1])
 
 
 # ---------------------------------------------------------------------- what breaks
@@ -591,7 +587,9 @@ def test_a_dead_transport_is_told_once(make_rank: Make) -> None:
 
 def test_closing_ends_what_is_in_flight(make_rank: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     rank = make_rank({"store_delay": FOREVER})
-    monkeypatch.setattr(rank.worker.executor, "close", lambda _, close=rank.worker.executor.close: close(0.0))
+    monkeypatch.setattr(
+        rank.worker.copying.executor, "close", lambda _, close=rank.worker.copying.executor.close: close(0.0)
+    )
     rank.step(Step(stores=[Copy.of(1, "a", [0], [0])]))
     rank.worker.close()
     assert rank.result().error == "the transport was closed"

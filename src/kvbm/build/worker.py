@@ -16,6 +16,7 @@ from kvbm.core.config import Settings
 from kvbm.core.errors import ConfigError
 from kvbm.core.keys import Namespace
 from kvbm.core.region import Region
+from kvbm.link.messages import Hello
 from kvbm.transfer.executor import Executor
 from kvbm.transfer.memcpy import MemcpyTransport
 from kvbm.worker.residents import AdapterHolder
@@ -55,23 +56,16 @@ def build_worker(
     def wrapped(transport: Transport) -> Transport:
         return _wrap(settings.transport_wrapper, transport, rank) if settings.transport_wrapper else transport
 
-    def make_executor() -> Executor:
-        made = [make(settings, place) for make in transports]
-        for part in parts:
-            made += part.transports(settings)
-        return Executor([wrapped(transport) for transport in made])
-
+    made = [make(settings, place) for make in transports]
+    for part in parts:
+        made += part.transports(settings)
     return Worker(
         settings,
         g1,
-        rank=rank,
-        world=place.ranks,
-        fingerprint=namespace.rank_fingerprint,
-        facts=facts,
-        began=began,
-        address=channel_path(settings, place.engine),
-        make_executor=make_executor,
-        tiers={part.name: partial(part.on_rank, settings, wrapped) for part in parts},
+        Hello(rank, place.ranks, namespace.rank_fingerprint, g1.slot_bytes, dict(facts or {}), began),
+        channel_path(settings, place.engine),
+        Executor([wrapped(transport) for transport in made]),
+        {part.name: partial(part.on_rank, settings, wrapped) for part in parts},
         stores=stores,
         adapters=adapters,
     )

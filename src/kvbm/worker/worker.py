@@ -14,15 +14,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
-from kvbm.abc.transport import Completion, Plan
+from kvbm.abc.transport import Completion
 from kvbm.core import cpus
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken
 from kvbm.core.outcome import Outcome
-from kvbm.core.region import Region, Slots
+from kvbm.core.region import Region
 from kvbm.link.channel import Link, connect
 from kvbm.link.messages import (
     Allot,
@@ -34,80 +35,55 @@ from kvbm.link.messages import (
     GiveUp,
     Hello,
     Hurry,
+    Message,
     Open,
     Opened,
     Ready,
     Refused,
     Step,
     ToTier,
-    Touched,
-    unpack,
 )  # fmt: skip
-from kvbm.stores.checksum import sums_of, verified
-from kvbm.stores.memory import Arena
 from kvbm.tiers.tier import RankSide, RankTier
 from kvbm.transfer.executor import Executor
-from kvbm.worker.compare import Comparisons
+from kvbm.worker.copying import Copying
+from kvbm.worker.memory import RankMemory
 from kvbm.worker.residents import AdapterHolder, Residents
-from kvbm.worker.telling import Telling
+from kvbm.worker.voice import Voice
 
 log = logging.getLogger(__name__)
 
-_TOUCH_LOG = 2.0
-_TOUCH_REPORT = 0.2
-"""Seconds from one word on slots that can be used to the next: the leader stops for each."""
-_TOUCH_END = 0.8
-_TIER_END = 2.0
-_LOOK_S = 0.5
+_TIER_END: Final = 2.0
+_LOOK_S: Final = 0.5
 """Seconds from one look at late copies to the next, where the engine does not step."""
 
 MakeTier = Callable[[RankSide], RankTier]
 """Makes a tier's part on a rank."""
 
 
-class Worker(Telling):
-    """See the module. `g1` is the engine's KV cache of this rank; `make_executor` builds the copy machinery. A rank
-    without `stores` has the same KV as rank 0, and loads it from that rank's host memory."""
+class Worker:
+    """See the module. `g1` is the engine's KV cache of this rank; `hello` is what the rank says to its leader, which
+    listens at `address`. A rank without `stores` has the same KV as rank 0, and loads it from that rank's host
+    memory."""
 
     def __init__(
-        self,
-        settings: Settings,
-        g1: Region,
-        *,
-        rank: int,
-        world: int,
-        fingerprint: str,
-        facts: Mapping[str, str] | None = None,
-        began: int = 0,
-        address: Path,
-        make_executor: Callable[[], Executor],
-        tiers: Mapping[str, MakeTier] | None = None,
-        stores: bool = True,
-        adapters: AdapterHolder | None = None,
-    ) -> None:
-        super().__init__(settings, rank, make_executor(), g1)
-        self._stores = stores
-        self._verifies = settings.g2_verify and stores  # who stores has the checksums, and loads as well
-        self._hello = Hello(rank, world, fingerprint, g1.slot_bytes, dict(facts or {}), began)
-        self._address = address
-        self._arena: Arena | None = None
-        self._toucher: threading.Thread | None = None
-        self._hurry = threading.Event()
-        """Whether touching takes its share of the processors."""
-        self._stride = 0
-        """Bytes from one slot of host memory to the next."""
-        self._there = 0
-        """Slots of it that there are."""
-        self._extents: Region | None = None
-        """The same slots, one extent each, where somebody asks for their checksums."""
+        self, settings: Settings, g1: Region, hello: Hello, address: Path, executor: Executor,
+        tiers: Mapping[str, MakeTier] | None = None, *, stores: bool = True, adapters: AdapterHolder | None = None,
+    ) -> None:  # fmt: skip
+        self._settings = settings
+        self.voice = Voice(hello.rank)
+        self.memory = RankMemory(
+            g1, self.voice, stores=stores, strict=settings.strict, verifies=settings.g2_verify
+        )  # fmt: skip
+        self.copying = Copying(settings, executor, self.memory, self.voice)
         self._loads: dict[str, int] = {}
         """Request -> its asynchronous load that has not been collected."""
         self._bad_blocks: set[int] = set()
         self._spoiled = False
-        self._comparisons = Comparisons(rank, g1.dtype, self.tell)
-        self._residents = Residents(adapters, rank, self.tell)
-        self._tiers = {name: make(self) for name, make in (tiers or {}).items()}
-        self._thread = threading.Thread(target=self._run, name="kvbm-worker", daemon=True)
+        """Whether this step computes from a load that failed."""
+        self._residents = Residents(adapters, hello.rank, self.voice.tell)
+        self._tiers = {name: make(self.copying) for name, make in (tiers or {}).items()}
+        run = partial(self._run, hello, address)
+        self._thread = threading.Thread(target=run, name="kvbm-worker", daemon=True)
         self._thread.start()
 
     # ------------------------------------------------------------------ one engine step
@@ -115,7 +91,7 @@ class Worker(Telling):
     def before_step(self, step: Step) -> None:
         """Before anything of this step is overwritten: waits for the copies that still read what it will overwrite,
         then starts asynchronous loads (their blocks are nobody else's, so they run beside the forward pass)."""
-        self._fence.wait(step.fence)
+        self.copying.fence.wait(step.fence)
         self._expire()
         self._residents.before_step(step.adapters)
         if not step.sync:
@@ -125,9 +101,15 @@ class Worker(Telling):
                 self._load(copy, refused)
 
     def _expire(self) -> None:
-        self.executor.expire()
+        self.copying.executor.expire()
         for tier in self._tiers.values():
             tier.expire()
+
+    def _load(self, copy: Copy, refused: set[int]) -> None:
+        if copy.job in refused:
+            self.copying.refuse(copy.job, len(copy.g1_slots()), "a worker holds another adapter")
+        else:
+            self.copying.load(copy)
 
     def before_forward(self, step: Step) -> None:
         """Loads that this step's forward pass needs: returns when they ended, well or not."""
@@ -136,18 +118,14 @@ class Worker(Telling):
         refused = self._residents.before_loads(step)
         for copy in step.loads:
             self._load(copy, refused)
-        jobs, patience = [copy.job for copy in step.loads], self._settings.load_deadline_s
-        if not self.executor.wait(jobs, patience):
-            while not self.executor.cancel(jobs) and not self.executor.wait(jobs, patience):
-                log.error("KVBM: a load is late and may still write into the engine, which waits for it")
-            # Cancelled copies are quiet, but their completions may still be on their way.
-            self.executor.wait(jobs, patience)
-        with self._ended:
-            for copy in step.loads:
-                if copy.job in self._live:
-                    self._bad_blocks.update(copy.g1_slots().tolist())
-                elif (completion := self._bad.pop(copy.job, None)) is not None:
-                    self._bad_blocks.update(copy.g1_slots()[completion.outcomes != Outcome.DONE].tolist())
+        jobs = [copy.job for copy in step.loads]
+        self.copying.settle(jobs)
+        ended = self.copying.ended(jobs)
+        for copy in step.loads:
+            if copy.job not in ended:
+                self._bad_blocks.update(copy.g1_slots().tolist())
+            elif (completion := self.copying.take_bad(copy.job)) is not None:
+                self._bad_blocks.update(copy.g1_slots()[completion.outcomes != Outcome.DONE].tolist())
         self._spoiled = bool(self._bad_blocks)
 
     def after_forward(self, step: Step) -> None:
@@ -156,16 +134,16 @@ class Worker(Telling):
         self._residents.after_forward(step.adapters)
         wanted: list[Copy | Compare] = [*step.stores, *step.compares]
         for copy in wanted:
+            blocks = len(copy.g1_slots())
             if self._spoiled:
-                blocks = len(copy.g1_slots())
-                self._report(copy.job, Completion.failed(copy.job, blocks, "computed from a load that failed"))
-            elif not self._stores:
+                self.copying.report(copy.job, Completion.failed(copy.job, blocks, "computed from a load that failed"))
+            elif not self.memory.stores:
                 # Its word counts all the same: had it computed with a load that failed, so had the rank that stores.
-                self._report(copy.job, Completion(copy.job, np.zeros(len(copy.g1_slots()), np.uint8), None, 0.0, 0))
+                self.copying.report(copy.job, Completion(copy.job, np.zeros(blocks, np.uint8), None, 0.0, 0))
             elif isinstance(copy, Compare):
-                self._compare(copy)
+                self.copying.compare(copy)
             else:
-                self._submit(copy, is_load=False)
+                self.copying.store(copy)
         self._spoiled = False
 
     def collect(self, *, idle: bool, waiting: bool = False) -> Collected:
@@ -173,20 +151,20 @@ class Worker(Telling):
         it waits for, instead of letting the engine spin."""
         self._look()
         out = Collected()
-        with self._ended:
+        self._gather(out)
+        if idle and not out.loaded:
+            self.copying.wait(self._loads.values(), waiting=waiting)
             self._gather(out)
-            if idle and not out.loaded and (self._loads or self._reading or waiting):
-                self._ended.wait(self._settings.idle_wait_ms / 1e3)
-                self._gather(out)
         return out
 
     def _gather(self, out: Collected) -> None:
+        ended = self.copying.ended(self._loads.values()) if self._loads else ()
         for request, job in list(self._loads.items()):
-            if job not in self._live:
+            if job in ended:
                 del self._loads[request]
                 out.loaded.add(request)
                 differs = self._residents.differs(request)
-                if self._bad.pop(job, None) is not None or differs:
+                if self.copying.take_bad(job) is not None or differs:
                     out.failed.add(request)
 
     def take_bad_blocks(self) -> set[int]:
@@ -194,171 +172,75 @@ class Worker(Telling):
         bad, self._bad_blocks = self._bad_blocks, set()
         return bad
 
-    # ------------------------------------------------------------------ copies
-
-    def _load(self, copy: Copy, refused: set[int]) -> None:
-        if copy.job in refused:
-            failed = Completion.failed(copy.job, len(copy.g1_slots()), "a worker holds another adapter")
-            self._report(copy.job, failed)
-            self._bad[copy.job] = failed
-        else:
-            self._submit(copy, is_load=True)
-
-    def _submit(self, copy: Copy, *, is_load: bool) -> None:
-        assert self._g2 is not None, "the engine stepped before KVBM's arena was ready"
-        with self._ended:
-            self._live.add(copy.job)
-        g1, g2 = copy.g1_slots(), copy.g2_slots()
-        if is_load:
-            plan = Plan(self._g2, g2, self._g1, g1, urgent=True, label="load", sums=self._verifies)
-        else:
-            plan = Plan(self._g1, g1, self._g2, g2, urgent=False, label="store", sums=len(self.sums) > 0)
-        deadline = self._settings.load_deadline_s if is_load else self._settings.store_deadline_s
-        ended = partial(self._load_ended if is_load else self._store_ended, g2)
-        self._start(copy.job, plan, deadline, ended)
-
-    def _compare(self, wanted: Compare) -> None:
-        """Copies what was computed beside what is stored; the engine's blocks are not needed after that."""
-        assert self._g2 is not None, "the engine stepped before KVBM's arena was ready"
-        with self._ended:
-            self._live.add(wanted.job)
-        plan = Plan(self._g1, wanted.g1_slots(), self._g2, unpack(wanted.scratch), urgent=False, label="store")
-
-        def copied(job: int, completion: Completion) -> None:
-            completion = self._fence.judged(job, completion)
-            self._over(job)
-            self._comparisons.start(wanted, plan.destination, completion)
-
-        self._start(wanted.job, plan, self._settings.store_deadline_s, copied)
-
-    def _load_ended(self, slots: Slots, job: int, completion: Completion) -> None:
-        completion = self._fence.judged(job, completion)
-        if self._verifies:
-            assert self._extents is not None
-            completion = verified(completion, self._extents, slots, self.sums, self._g1.slot_bytes)
-        self._report(job, completion)
-        if completion.outcomes.any():
-            with self._ended:
-                self._bad[job] = completion
-        self._over(job)
-
-    def _store_ended(self, slots: Slots, job: int, completion: Completion) -> None:
-        completion = self._fence.judged(job, completion)
-        if len(self.sums):
-            assert self._extents is not None
-            self.sums[slots] = sums_of(completion, self._extents, slots, self._g1.slot_bytes)
-        self._report(job, completion, slots)
-        self._over(job)
+    def _look(self) -> None:
+        """Whether the threads that copy live. Without those of a tier, the rest goes on."""
+        for tier in self._tiers.values():
+            tier.look()
+        self.copying.look()
 
     # ------------------------------------------------------------------ the channel
 
-    def _run(self) -> None:
+    def _run(self, hello: Hello, address: Path) -> None:
         link: Link | None = None
+        voice = self.voice
         cpus.spread("kvbm-worker")  # and what it starts: threads of the disk and of peers
         try:
-            link = connect(self._address, self._settings.init_timeout_s, self._closing.is_set)
-            link.send(self._hello)
+            link = connect(address, self._settings.init_timeout_s, voice.closing.is_set)
+            link.send(hello)
             looked = time.monotonic()
-            while not self._closing.is_set():
+            while not voice.closing.is_set():
                 if time.monotonic() - looked > _LOOK_S:
                     looked = time.monotonic()
                     self._expire()  # the engine may sleep
                     self._look()
-                match link.wait(_LOOK_S):
-                    case Allot() as message:
-                        self._allot(link, message)
-                    case Hurry():
-                        self._hurry.set()
-                    case Open(tier=name, body=body):
-                        self.tell(Opened(self.rank, name, self._open(name, body)))
-                    case ToTier(tier=name, body=body):
-                        assert name in self._tiers, f"the leader uses a tier {name} that this rank does not have"
-                        self._tiers[name].take(body)
-                    case Cancel(jobs=jobs):
-                        for tier in self._tiers.values():
-                            tier.cancel(jobs)
-                    case GiveUp(jobs=jobs):
-                        self._give_up(jobs)
-                    case Foresee() as message:
-                        self._residents.foresee(message)
-                    case Bye():
-                        break
-                    case None:
-                        pass
-                    case message:
-                        log.warning("KVBM: unexpected %s from the leader", type(message).__name__)
+                message = link.wait(_LOOK_S)
+                if isinstance(message, Bye):
+                    break
+                if message is not None:
+                    self._heed(link, message)
         except (Broken, OSError) as error:
-            if not self._closing.is_set():
-                log.warning("KVBM: rank %d lost its leader: %s", self.rank, error)
+            if not voice.closing.is_set():
+                log.warning("KVBM: rank %d lost its leader: %s", voice.rank, error)
         except Exception as error:
-            log.exception("KVBM: rank %d does not hear its leader any more", self.rank)
+            log.exception("KVBM: rank %d does not hear its leader any more", voice.rank)
             self.turn_off(f"off until the engine is started anew: the channel raised {error!r}")
         finally:
-            if link is not None and link is not self._link:
+            if link is not None and link is not voice.link:
                 link.close()
 
+    def _heed(self, link: Link, message: Message) -> None:
+        match message:
+            case Allot():
+                self._allot(link, message)
+            case Hurry():
+                self.memory.hurry()
+            case Open(tier=name, body=body):
+                self.voice.tell(Opened(self.voice.rank, name, self._open(name, body)))
+            case ToTier(tier=name, body=body):
+                assert name in self._tiers, f"the leader uses a tier {name} that this rank does not have"
+                self._tiers[name].take(body)
+            case Cancel(jobs=jobs):
+                for tier in self._tiers.values():
+                    tier.cancel(jobs)
+            case GiveUp(jobs=jobs):
+                self.copying.give_up(jobs)
+            case Foresee():
+                self._residents.foresee(message)
+            case _:
+                log.warning("KVBM: unexpected %s from the leader", type(message).__name__)
+
     def _allot(self, link: Link, allot: Allot) -> None:
-        """Makes the arena, or maps that of the rank that stores. With `strict` all of it is touched here; else a first
-        part, and the rest while the engine serves. A rank that stores nothing uses what the other has touched."""
-        slots, last = allot.num_slots, time.monotonic()
-
-        def progress(done: int, total: int) -> None:
-            nonlocal last
-            if time.monotonic() - last > _TOUCH_LOG:
-                last = time.monotonic()
-                log.info("KVBM: rank %d prepared %.1f of %.1f GB of host memory", self.rank, done / 1e9, total / 1e9)
-
         try:
-            stride = allot.stride or self._g1.slot_bytes
-            arena = Arena(slots * stride, None if self._stores else link.take_file())
-            if self._settings.strict:
-                arena.touch(progress=progress)
-            elif self._stores:
-                arena.touch(stride)
+            usable, shared = self.memory.make(allot, link.take_file)
         except Broken as error:
-            link.send(Refused(self.rank, str(error)))
+            link.send(Refused(self.voice.rank, str(error)))
             return
-        self._arena = arena
-        self._g2 = arena.region([plane.row_bytes for plane in self._g1.planes], slots, stride=stride)
-        self._link = link
-        self._stride, self._there = stride, slots
-        self._sums_for_leader = allot.sums == "told"
-        if allot.sums or self._settings.g2_verify:
-            self.sums = np.zeros(slots, np.uint64)
-            self._extents = self.memory("G2 for checksums")
-        if allot.hurry:
-            self._hurry.set()
-        usable = arena.touched // stride if self._stores else slots
-        link.send(Ready(self.rank, usable), arena.fd if allot.shared else None)
-        if usable == slots:
+        self.voice.link = link
+        link.send(Ready(self.voice.rank, usable), shared)
+        if usable == allot.num_slots:
             self._all_there()
         else:
-            toucher = threading.Thread(target=self._touch, args=(arena, slots, stride), name="kvbm-memory", daemon=True)
-            toucher.start()
-            self._toucher = toucher  # `close` may look at any moment
-
-    def _touch(self, arena: Arena, slots: int, stride: int) -> None:
-        """What of the arena is missing, while the engine serves."""
-        told, last, problem = 0, time.monotonic(), None
-
-        def progress(done: int) -> None:
-            nonlocal told, last
-            if done // stride > told and time.monotonic() - last > _TOUCH_REPORT:
-                told, last = done // stride, time.monotonic()
-                self.tell(Touched(self.rank, told))
-
-        try:
-            arena.touch_beside(self._closing, self._hurry, progress)
-        except Broken as error:
-            problem = str(error)
-        except Exception as error:
-            log.exception("KVBM: host memory cannot be touched")
-            problem = repr(error)
-        if not self._closing.is_set():
-            usable = arena.touched // stride
-            self.tell(Touched(self.rank, usable, problem))
-            self._there = usable
-            self._all_there()
+            self.memory.touch_rest(self._all_there)
 
     # ------------------------------------------------------------------ tiers
 
@@ -376,10 +258,17 @@ class Worker(Telling):
             return str(error)
         return None
 
-    def memory(self, name: str, slot_bytes: int = 0) -> Region:
-        """See `RankSide`."""
-        assert self._arena is not None, "a tier wants host memory before the leader said how much there is"
-        return self._arena.region([slot_bytes or self._stride], self._there, stride=self._stride, name=name)
+    # ------------------------------------------------------------------ the end
+
+    def turn_off(self, why: str) -> None:
+        """Something raised what nobody expected, here or beside the scheduler. From now on no copy counts, and those
+        that touch the engine's blocks are given up. Any thread."""
+        self.copying.turn_off(why)
+
+    def quiet(self) -> bool:
+        """Gives up what is being copied between the engine and host memory. Whether nothing touches the engine's blocks
+        any more; waits a moment for that."""
+        return self.copying.quiet()
 
     def outlast_leader(self, seconds: float) -> None:
         """Returns when the leader has said goodbye or is gone, or after so many seconds."""
@@ -387,19 +276,17 @@ class Worker(Telling):
 
     def close(self) -> None:
         """Waits briefly for copies in flight and gives the memory back. The engine must not step any more."""
-        self._closing.set()
-        if self._toucher is not None:
-            self._toucher.join(_TOUCH_END)
+        self.voice.closing.set()
+        self.memory.stop_touching()
         for tier in reversed(self._tiers.values()):
             tier.close(_TIER_END)
-        self.executor.close(5.0)
-        self._comparisons.close()
-        if self._link is not None:
-            self.tell(Bye())
-            self._link.close()
+        self.copying.executor.close(5.0)
+        self.copying.comparisons.close()
+        if self.voice.link is not None:
+            self.voice.tell(Bye())
+            self.voice.link.close()
         self._thread.join(2.0)
-        if self._arena is not None:
-            self._arena.close()
+        self.memory.close()
 
 
 @dataclass(slots=True)

@@ -246,7 +246,7 @@ def test_flipped_bits_in_a_holders_memory_are_found(start: Start) -> None:
     published(holder, 6)
     block = holder.leader.core.pool.look(keys[3])
     assert block is not None
-    region = holder.workers[0]._g2
+    region = holder.workers[0].memory.g2
     assert region is not None
     plane = region.planes[0]
     at = ctypes.c_uint8.from_address(plane.address + block.slot * plane.stride + 99)
