@@ -92,8 +92,6 @@ _shim(
 )
 _shim(Stack, peers=property(lambda self: _tier(self, "peers")), clear_disk=lambda self: self.purge("g3"))
 _shim(Compared, __call__=asdict)
-_shim(
-    Shadow,
-    sampled=property(attrgetter("counts.sampled")), compared=property(attrgetter("counts.compared")),
-    wrong=property(attrgetter("counts.mismatched")), skipped=property(attrgetter("counts.skipped")),
-)  # fmt: skip
+for _old in ("sampled", "compared", "skipped"):
+    setattr(Shadow, _old, _name(_old, f"counts.{_old}"))
+_shim(Shadow, wrong=_name("wrong", "counts.mismatched"))
