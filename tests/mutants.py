@@ -167,7 +167,7 @@ MUTANTS = (
     ),
     Mutant(
         "nothing is refused a write", "tiers/demote.py",
-        "        mask = self._admission.admit(tags, ~missing) & missing\n", "        mask = missing.copy()\n",
+        "        mask = self._rules.admission.admit(tags, ~missing) & missing\n", "        mask = missing.copy()\n",
         "tiers/test_demote",
     ),
     Mutant(
