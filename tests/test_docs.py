@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import gc
 import importlib
@@ -96,6 +97,20 @@ def test_commands_and_targets_exist(page: Path) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_the_way_of_a_block_names_what_there_is() -> None:
+    """docs/architecture.md follows a block by file and function."""
+    members: dict[str, set[str]] = {}
+    for path in (ROOT / "src" / "kvbm").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                defined = {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
+                members.setdefault(node.name, set()).update(defined)
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = re.findall(r"`([A-Z]\w+)\.(\w+)`", page)
+    assert len(named) > 20
+    assert [f"{cls}.{name}" for cls, name in named if name not in members.get(cls, ())] == []
 
 
 OPENINGS = re.compile(r"(?:^|[.:] |\"\"\"|\| |- )(Who|Whoever|Of so many) ", re.MULTILINE)
