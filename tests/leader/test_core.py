@@ -200,6 +200,14 @@ def test_a_tree_of_its_own_gets_its_blocks_back_after_a_restart(tmp_path: Path) 
         assert again.serve(prompt(5, 6)) == (0, 6, 0)
         assert again.serve(prompt(9, 2)) == (0, 0, 2)
         again.written(26)
+        keys = prompt_keys(prompt(9, 2), BLOCK)
+        with again.core.lock:
+            again.core.pause()
+            assert again.core.hold(keys) is None, "it stands aside"
+            again.core.resume()
+            hold = again.core.hold(keys)
+            assert hold is not None
+            again.core.let_go(hold)
         assert again.core.in_flight() == (0, 0)
         assert again.core.held == 0
     finally:

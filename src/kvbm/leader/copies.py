@@ -17,7 +17,8 @@ from kvbm.link.tally import Tally
 
 
 class Owner(Protocol):
-    """What asked for a copy. Each copy ends with one call of `stored`, `loaded`, `compared` or `dropped`."""
+    """What asked for a copy. Each copy ends with one call of `stored`, `loaded`, `compared` or `dropped`; where KVBM
+    was turned off before its end, with none (`Health.off`)."""
 
     def judge(self, copy: StepCopy) -> None:
         """Every rank has answered about a store. Outcomes that are to count as failed may still be changed."""

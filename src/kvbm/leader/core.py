@@ -158,7 +158,9 @@ class Core:
 
     def hold(self, keys: Sequence[bytes], first: int = 0) -> Pinned | None:
         """The blocks of a prompt from its block `first` on that can be loaded now, as many as may be held; None: there
-        are none. They are held until `load` or `let_go`."""
+        are none, or KVBM stands aside. They are held until `load` or `let_go`."""
+        if self.health.aside() is not None:
+            return None
         hold, (most, held) = self.pool.match(keys, first), self.room
         if len(hold) > max(0, most - held):
             hold.narrow(max(0, most - held))
@@ -190,7 +192,8 @@ class Core:
     # ------------------------------------------------------------------ down
 
     def space(self, keys: Sequence[bytes]) -> Space:
-        """For blocks that are complete in the engine."""
+        """For blocks that are complete in the engine. The caller has seen that KVBM does not stand aside
+        (`Health.aside`)."""
         absent, coming = self.pool.absent(keys), list[bytes]()
         if len(absent) < len(keys):
             self.pool.touch(keys)

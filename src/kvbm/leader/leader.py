@@ -4,8 +4,8 @@ It speaks of requests, keys and block numbers only; an adapter in `connect` turn
 engine step looks like this: any number of `match` and `place` calls, `advance` for each request that will compute
 something, then `seal`, whose `Step` goes to every worker.
 
-Threads: `tick`, `check`, `reset`, `isolate` and what `core` allows may come from any; all else belongs to the engine's
-scheduler thread. The core's lock covers all of it.
+Threads: `check` and `reset`, and what the core allows (`leader/core.py`), may come from any; all else belongs to the
+engine's scheduler thread. The core's lock covers all of it.
 """
 
 from __future__ import annotations

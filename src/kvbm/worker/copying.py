@@ -74,7 +74,8 @@ class Copying:
         """A load is not made."""
         failed = Completion.failed(job, blocks, why)
         self.report(job, failed)
-        self._bad[job] = failed
+        with self._ended:
+            self._bad[job] = failed
 
     def _host(self) -> Region:
         assert self._memory.g2 is not None, "the engine stepped before KVBM's arena was ready"
