@@ -55,7 +55,11 @@ def code(page: Path) -> list[str]:
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_every_setting_has_its_row(name: str) -> None:
     page = (ROOT / "docs" / "settings.md").read_text()
-    assert f"\n| `{name}` | `{default_of(name)}` | " in page
+    row = re.search(rf"\n\| `{name}` \| `{re.escape(default_of(name))}` \| [^|]+ \| (.+) \|\n", page)
+    assert row
+    description = Settings.model_fields[name].description
+    assert description
+    assert row[1].replace("`", "").startswith(description.replace("`", ""))
 
 
 def test_every_upstream_variable_has_its_row() -> None:

@@ -33,131 +33,131 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     g2_gb: Gigabytes | None = None
-    """Host memory for KV blocks (G2), in GB of 10^9 bytes, total over all ranks of one engine; unset: g2_share."""
+    """Use this much host memory for G2, in GB of 10^9 bytes, in total over all ranks of one engine."""
     g2_blocks: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
-    """Size of G2 in blocks of the engine's block size; wins over g2_gb."""
+    """Give G2 this many blocks of the engine's block size. KVBM then ignores g2_gb."""
     g2_share: Annotated[float, Field(gt=0, le=0.9)] = 0.3
-    """Share of the memory available at start that G2 takes when neither g2_gb nor g2_blocks is set."""
+    """Give G2 this share of the memory available at the start. It applies if g2_gb and g2_blocks are unset."""
     g2_order: Annotated[str, Field(min_length=1)] = "lru"
-    """Which blocks leave G2 first: lru, fifo, lfu, multi-lru, s3-fifo, arc, lineage, or a name of your own."""
+    """Evict blocks of G2 by lru, fifo, lfu, multi-lru, s3-fifo, arc, lineage, or an order of your own."""
     g3_gb: Gigabytes | None = None
-    """Disk space for KV blocks (G3), in GB of 10^9 bytes, total over all ranks of one engine; unset: no disk tier."""
+    """Give G3 this many GB (10^9 bytes) of disk, in total over all ranks. Without this and g3_blocks: no disk tier."""
     g3_blocks: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
-    """Size of G3 in blocks of the engine's block size, for each engine; wins over g3_gb."""
+    """Give G3 of each engine this many blocks of the engine's block size. KVBM then ignores g3_gb."""
     g3_dir: Path | None = None
-    """Folder of the disk tier; data-parallel engines have a folder each in it. Unset: g3 in cache_dir."""
+    """Put the disk tier's files in this folder, each data-parallel engine in a subfolder. Unset: g3 in cache_dir."""
     g3_order: Annotated[str, Field(min_length=1)] = "lru"
-    """Which blocks leave G3 first, as g2_order."""
+    """Evict blocks of G3 by one of the orders that g2_order takes."""
     g3_admission: Annotated[str, Field(min_length=1)] = "all"
-    """Which blocks are worth a write to disk: all, presence, frequency (asked for twice), or a name of your own."""
+    """Write these blocks to disk: all, presence, frequency (asked for twice), or by a policy of your own."""
     placement: Annotated[str, Field(min_length=1)] = "write-through"
-    """write-through (what is in G2 is on disk too), exclusive (what leaves G2 goes to disk), or a name of your own."""
+    """Write every block of G2 to disk (write-through), or a block when it leaves G2 (exclusive)."""
     g3_sync: Literal["never", "batch", "always"] = "batch"
-    """What survives a loss of power: nothing promised, all but the last second or so, or all that was stored."""
+    """Keep blocks over a loss of power: no promise (never), all but the last second (batch), all (always)."""
     g3_direct: bool = True
-    """Whether the disk is read and written round the page cache, where the file system can do that."""
+    """Read and write the disk without the page cache (direct I/O), where the file system can do that."""
     g3_zerofill: bool = False
-    """Whether zeros are written to reserve space on a file system that cannot reserve it otherwise."""
+    """Write zeros to reserve space, where the file system cannot reserve space otherwise."""
     g3_engine: Literal["auto", "io_uring", "threads"] = "auto"
-    """How the disk is read and written: io_uring where the kernel has it, else threads."""
+    """Read and write the disk by io_uring or by threads. auto: io_uring where the kernel has it, else threads."""
     g3_write_mb_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Megabytes per second that may be written to disk over time; if short, hot blocks only. Beats g3_write_gb_day."""
+    """Write at most this many MB per second to disk, averaged over an hour. KVBM then ignores g3_write_gb_day."""
     g3_write_gb_day: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """The same in gigabytes per day, which may be saved up for a day instead of an hour."""
+    """Write at most this many GB per day to disk, averaged over a day."""
     g3_inflight_mb: Annotated[int, Field(ge=1, le=1_000_000)] = 256
-    """Most megabytes being written to disk, and most being read from it, at once, over all ranks of one engine."""
+    """Have at most this many MB on the way to disk, and as many on the way from it, over all ranks of one engine."""
     g3_deadline_s: Seconds = 30.0
-    """Seconds after which a read or write of the disk counts as failed."""
+    """Give up a read or write of the disk after this many seconds. The blocks then count as failed."""
     g3_drain_s: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = 10.0
-    """Longest time, in seconds, that an engine that is told to end (SIGTERM) writes to disk what only G2 has."""
+    """After SIGTERM, write what only G2 has to disk for at most this many seconds. 0: write nothing."""
     g3_key_file: Path | None = None
-    """File with the key (32 bytes, or 64 hexadecimal digits) that encrypts what is on disk. Unset: not encrypted."""
+    """Encrypt the disk tier with the key in this file: 32 bytes, or 64 hexadecimal digits. Unset: no encryption."""
     directory: Annotated[str, Field(pattern=r"^(valkey|valkeys|redis|rediss|unix)://.+")] | None = None
-    """Address of the Valkey or Redis server where instances find each other. Unset: blocks are not shared."""
+    """Find other instances in the Valkey or Redis server at this address. Unset: this instance shares no blocks."""
     directory_lease_s: Annotated[float, Field(ge=1, le=3600)] = 10.0
-    """Seconds after which an instance that is silent counts as dead, and its entries in the directory are gone."""
+    """Count an instance as dead, and remove its entries from the directory, after this many seconds of silence."""
     peer_name: Annotated[str, Field(pattern=r"^[\w.:-]{1,100}$")] | None = None
-    """Name of this instance among those that share blocks; unlike any other's. Unset: the engine's id."""
+    """Give this instance a name that no other instance has. Unset: the engine's id."""
     peer_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address on which this instance listens for others, and under which they find it."""
+    """Listen for other instances on this address. The other instances connect to the same address."""
     peer_port: Annotated[int, Field(ge=0, le=65_535)] = 0
-    """Port of that; data-parallel rank r uses this port plus r. 0: any that is free."""
+    """Listen for other instances on this port, plus the data-parallel rank. 0: any free port."""
     peer_secret_file: Path | None = None
-    """File with the secret that instances know each other by, the same for all, at least 16 bytes."""
+    """Prove to other instances that this one belongs to them, with the secret in this file (16 bytes or more)."""
     peer_deadline_s: Annotated[float, Field(ge=0.05, le=60)] = 2.0
-    """Longest time, in seconds, that a request waits for an instance that does not answer."""
+    """Let a request wait at most this many seconds for an instance that does not answer."""
     peer_lease_s: Annotated[float, Field(ge=1, le=600)] = 10.0
-    """Seconds that blocks are held for an instance which reads them and does not say that it has them."""
+    """Hold blocks for a reading instance at most this many seconds, if it does not say that it is done."""
     peer_copies: Literal["keep", "drop"] = "keep"
-    """Whether blocks from other instances stay in G2, or go once the request that wanted them has them."""
+    """Keep blocks from other instances in G2 (keep), or drop them once the request that asked has them (drop)."""
     pull_wait_s: Seconds = 60.0
-    """Longest time, in seconds, that a request with pull_from waits for the instance that computes its prompt."""
+    """Let a request with pull_from wait at most this many seconds for the instance that computes its prompt."""
     save_answers: bool = True
-    """Whether blocks of generated tokens are kept; false where reasoning is stripped from the next turn's prompt."""
+    """Store blocks with generated tokens. Set false where the next turn's prompt leaves the reasoning out."""
     save_tokens: Annotated[int, Field(ge=0, le=1_000_000_000)] | None = None
-    """Of each request only blocks of the first so many tokens are kept; unset: all."""
+    """Store only the blocks of each request's first so many tokens. Unset: all."""
     answers_share: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of G2 for answers that no prompt has contained yet; where few are contained, what is more leaves first."""
+    """Give answers that no prompt has contained yet this share of G2, where prompts rarely contain answers."""
     onboard: Literal["async", "sync"] = "async"
-    """When blocks come back: between engine steps (async) or inside the step, before its forward pass (sync)."""
+    """Load blocks between engine steps (async), or inside a step, before its forward pass (sync)."""
     shadow_every: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
-    """Decline one hit in this many, and compare the blocks that are computed with the stored ones. 0: none."""
+    """Decline one hit in this many, and compare the recomputed blocks with the stored ones. 0: decline none."""
     prove_first: bool = False
-    """Whether what another process stored is used only after some of it, of each adapter, was compared and agreed."""
+    """Use other processes' blocks only after KVBM compared some of them, for each adapter, and found no difference."""
     g2_verify: bool = False
-    """Whether each block's checksum is verified again when it goes from host memory to the engine."""
+    """Verify each block's checksum again when KVBM copies the block from host memory to the engine."""
     slow_step_ms: Annotated[float, Field(gt=0, le=1_000_000)] = 100.0
-    """Milliseconds that KVBM may take of an engine step; slower for 32 steps in a row, it stands aside for a minute."""
+    """Stand aside for a minute after 32 steps in a row in which KVBM took more than this many milliseconds."""
     trust_image_names: bool = False
-    """Whether a client names two images alike only if they are the same, where their content cannot be compared."""
+    """Trust names that clients give images (multi_modal_uuids), where KVBM cannot compare the images' content."""
     checkpoint_tokens: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
-    """Sliding-window layers are stored where prompts end, and at every multiple of so many tokens; unset: 4 windows."""
+    """Store sliding-window layers at every multiple of this many tokens, besides prompt ends. Unset: 4 windows."""
     dummy_weights_fixed: bool = False
-    """Whether weights of load format dummy are for tests: they follow from the seed, and nobody replaces them."""
+    """Treat weights of load format dummy as known: they follow from the seed, and nobody replaces them."""
     weights_seen: Path | None = None
-    """File in which `kvbm serve` hands over what it saw of the model's files before it started the engine."""
+    """Read from this file what `kvbm serve` saw of the model's files before it started the engine."""
     reset: Literal["auto", "own", "follow"] = "auto"
-    """Whether the engine's reset of its own cache means other weights: own (no), follow (yes), auto (if they may)."""
+    """After a reset of the engine's cache assume new weights: never (own), always (follow), if they can be (auto)."""
     enabled: bool = True
-    """Whether KVBM does anything; false leaves the connector in place and the engine on its own."""
+    """Use KVBM. false: the connector stays in place and does nothing."""
     without_prefix_caching: bool = False
-    """Whether KVBM serves an engine whose own prefix caching is switched off; false: it stands aside there."""
+    """Serve an engine whose own prefix caching is switched off. false: KVBM stands aside there, and says so."""
     strict: bool = False
-    """Whether trouble at start ends the engine, which then waits for all memory of G2, or it runs without KVBM."""
+    """End the engine if KVBM cannot start, and serve only once all of G2 is there. false: serve without KVBM."""
     metrics: bool = False
-    """Whether to serve Prometheus metrics over HTTP."""
+    """Serve Prometheus metrics over HTTP."""
     metrics_port: Port = 6880
-    """Port of the metrics; data-parallel rank r uses this port plus r."""
+    """Serve metrics on this port, plus the data-parallel rank."""
     metrics_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address the metrics listen on."""
+    """Serve metrics on this address."""
     run_dir: Path = Field(default_factory=lambda: default_run_dir(os.environ))
-    """Folder of the control sockets ($XDG_RUNTIME_DIR/kvbm, else /tmp/kvbm-<uid>)."""
+    """Put the control sockets in this folder. Default: $XDG_RUNTIME_DIR/kvbm, else /tmp/kvbm-<uid>."""
     cache_dir: Path | None = Field(default_factory=default_cache_dir)
-    """Folder of models that KVBM converted, of digests of weights, of the disk tier unless g3_dir is set."""
+    """Put converted models and digests of weights in this folder, and the disk tier if g3_dir is unset."""
     traces: Path | None = None
-    """Folder of request traces that `kvbm replay` finds by file name."""
+    """Find request traces for `kvbm replay` by file name in this folder."""
     copy_threads: Annotated[int, Field(ge=0, le=256)] = 0
-    """Threads per rank that copy blocks; 0 chooses."""
+    """Copy blocks with this many threads per rank. 0: KVBM chooses."""
     store_inflight_mb: Annotated[int, Field(ge=1, le=1_000_000)] = 512
-    """Most megabytes of offload copies in flight at once, over all ranks of one engine."""
+    """Have at most this many MB of offload copies in flight, over all ranks of one engine."""
     held_share: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Largest part of G2 that loads and waiting requests may hold."""
+    """Let loads and waiting requests hold at most this share of G2."""
     load_min_tokens: Annotated[int, Field(ge=0, le=100_000_000)] | None = None
-    """Fewest tokens of a hit in G2 that are loaded; unset: what the engine would have computed meanwhile. 0: any."""
+    """Load only hits in G2 of at least this many tokens. 0: any. Unset: KVBM decides by measured times."""
     load_deadline_s: Seconds = 10.0
-    """Seconds after which a load counts as failed and its tokens are computed again."""
+    """Give up a load after this many seconds. The engine then computes its tokens."""
     fence_ms: Annotated[float, Field(ge=0, le=60_000)] = 10.0
-    """Milliseconds that an engine step waits for copies of what it overwrites, before they are stopped."""
+    """Let an engine step wait this many milliseconds for copies of blocks that it overwrites, then stop the copies."""
     store_deadline_s: Seconds = 30.0
-    """Seconds after which an offload counts as failed and its blocks are not matched."""
+    """Give up an offload after this many seconds. Its blocks are then not in G2."""
     init_timeout_s: Seconds = 600.0
-    """Seconds that the leader waits at start for every rank's worker."""
+    """Let leader and workers wait for each other at the start for at most this many seconds."""
     idle_wait_ms: Annotated[float, Field(ge=0, le=1000)] = 2.0
-    """Longest wait, in milliseconds, of an engine step that has nothing to compute for a running copy."""
+    """Let a step that computes nothing wait at most this many milliseconds for a running copy."""
     explain_requests: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
-    """How many recent requests `kvbm explain` knows."""
+    """Remember this many recent requests for `kvbm explain`."""
     transport_wrapper: Annotated[str, Field(pattern=r"^([\w.]+:\w+(\?.*)?)?$")] = ""
-    """For tests: module:function?query that wraps the transport of each worker."""
+    """Wrap each worker's transport by this function, given as module:function?query. For tests."""
 
     @field_validator("run_dir", "cache_dir", "traces", "g3_dir", "g3_key_file", "peer_secret_file", "weights_seen")
     @classmethod
