@@ -164,7 +164,7 @@ def test_blocks_go_there_and_come_back_on_every_rank(start: Start) -> None:
     explained = engine.side.control.explain(record.request_id)
     assert explained["matched"]["g9"] == 5
     text = shown(render.explain("e", explained))
-    assert "- waited for blocks that come from a dict" in text
+    assert "- the request waited for blocks that come from a dict" in text
     assert "matched in G9 5 blocks = 160 tokens" in " ".join(text.split())
     status = engine.side.control.status()
     assert status["tokens"]["g9"] == 5 * status["block_tokens"]

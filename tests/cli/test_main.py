@@ -52,7 +52,7 @@ def test_json_is_the_same_everywhere() -> None:
     }
     # Servers say where they listen, and a path is for programs as it is.
     without = {("serve",), ("route",), ("model",)}
-    assert helps == {path: [] if path in without else ["For programs."] for path in commands}
+    assert helps == {path: [] if path in without else ["Print JSON."] for path in commands}
     assert len(commands) > 12
 
 

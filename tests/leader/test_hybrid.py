@@ -397,7 +397,7 @@ def test_where_prompts_were_seen_to_part_is_kept_too(make_stage: Make) -> None:
     solo, root = Solo(stage, GEMMA), tokens_of("root", 52)
     found = [solo.serve(name, root + tokens_of(name, 40)) for name in "abc"]
     assert found == [0, 8, 13]
-    assert "G2 holds more of the prompt, but not all that a hit there needs of every layer group" in (
+    assert "G2 holds more of the prompt, but not every block that its layer groups need for a hit there" in (
         stage.leader.records["b"].why
     )
 

@@ -125,7 +125,7 @@ def test_a_full_pool_evicts_and_defers_what_does_not_fit(make_stage: Make) -> No
     (store,) = stage.compute("b", keys, list(range(6))).stores
     assert len(store.g1_slots()) == 4
     assert not stage.step({"b": 6}).stores
-    assert "some blocks were not offloaded at once" in stage.leader.records["b"].why[-1]
+    assert "KVBM did not offload some blocks at once" in stage.leader.records["b"].why[-1]
 
 
 # ---------------------------------------------------------------------- up
@@ -207,7 +207,7 @@ def test_nothing_to_match(stage: Stage) -> None:
     assert stage.leader.match("a", 0, 0) == 0
     assert stage.leader.records["a"].why == [
         "G2 did not hold the next block",
-        "nothing to load: the engine itself holds all but the block of the last token",
+        "KVBM had nothing to load: the engine itself holds all blocks but that of the last token",
     ]
 
 
@@ -221,7 +221,7 @@ def test_one_prefix_is_loaded_once(stage: Stage) -> None:
     assert stage.leader.match("c", 0, 4) is None  # the engine has not taken the blocks over yet
     stage.place("b", [1, 2, 3, 4])
     assert stage.leader.match("c", 0, 4) == 4
-    assert stage.leader.records["c"].why == ["waited for request b, which loads the same blocks"]
+    assert stage.leader.records["c"].why == ["the request waited for request b, which loads the same blocks"]
 
 
 def test_a_resumed_request_stops_others_waiting_once_it_computes(stage: Stage) -> None:
@@ -277,7 +277,7 @@ def test_holds_are_bounded_by_many_waiting_requests(make_stage: Make) -> None:
     stage.place("r0", list(range(20)))
     for i in range(1, 200):
         assert stage.leader.match(f"r{i}", 0, 19) is not None or stage.pool.statistics().active == 30
-    assert "waited: loads of other requests hold their share of G2" in stage.leader.records["r199"].why
+    assert "the request waited: loads of other requests hold their share of G2" in stage.leader.records["r199"].why
 
 
 def test_a_prompt_without_a_hit_never_waits_for_holds(make_stage: Make) -> None:
@@ -293,7 +293,7 @@ def test_the_bound_leaves_room_for_one_block(make_stage: Make) -> None:
     stage.keep("first", keys)
     stage.begin("b", keys)
     assert stage.leader.match("b", 0, 3) == 1
-    assert "loaded only 1 of 3 blocks: holds of G2 are bounded" in stage.leader.records["b"].why
+    assert "KVBM loaded only 1 of 3 blocks: requests may hold only a share of G2" in stage.leader.records["b"].why
 
 
 def test_held_blocks_are_not_evicted(make_stage: Make) -> None:
@@ -540,7 +540,7 @@ def test_opting_out_of_loading(stage: Stage) -> None:
 def test_opting_out_of_saving(stage: Stage) -> None:
     assert not stage.compute("a", keys_of("a", 2), [1, 2], save=False).stores
     stage.leader.finish("a", [1, 2], 2)
-    assert stage.leader.records["a"].why[-1] == "not offloaded: the request opted out of saving"
+    assert stage.leader.records["a"].why[-1] == "KVBM offloaded nothing more: the request opted out of saving"
 
 
 def test_what_is_not_worth_keeping_is_not_copied(make_stage: Make) -> None:
@@ -555,7 +555,7 @@ def test_what_is_not_worth_keeping_is_not_copied(make_stage: Make) -> None:
             stage.answer(copy)
     stage.leader.finish("a", g1, 6)
     assert stage.pool.statistics().registered == stage.pool.peek(keys) == 3
-    assert stage.leader.records["a"].why[-1] == "not offloaded: what follows its first 3 blocks is not worth keeping"
+    assert stage.leader.records["a"].why[-1] == "KVBM offloads only the first 3 blocks: the others are not worth it"
     stage.keep("b", keys_of("b", 6), save_tokens=70)
     assert stage.pool.peek(keys_of("b", 6)) == 2
     stage.keep("c", keys_of("c", 6))
@@ -645,7 +645,7 @@ def test_a_request_whose_keys_are_in_doubt(stage: Stage) -> None:
     stage.place("b", [1, 2, 3, 4])
     assert not stage.step({"b": 4}).stores
     stage.leader.finish("b", [1, 2, 3, 4], 4)
-    assert stage.leader.records["b"].why == ["in doubt", "not offloaded: in doubt"]
+    assert stage.leader.records["b"].why == ["in doubt", "KVBM offloaded nothing more: in doubt"]
     stage.begin("c", keys)
     assert stage.leader.match("c", 0, 4) == 2
     stage.place("c", [5, 6, 7, 8])
@@ -689,7 +689,7 @@ def test_pause_and_resume(stage: Stage) -> None:
     stage.place("b", [3, 4])
     assert not stage.step({"b": 2}).stores
     stage.leader.finish("b", [3, 4], 2)
-    assert stage.leader.records["b"].why == ["KVBM is paused", "not offloaded: KVBM is paused"]
+    assert stage.leader.records["b"].why == ["KVBM is paused", "KVBM offloaded nothing more: KVBM is paused"]
     stage.leader.resume()
     stage.begin("c", keys)
     assert stage.leader.match("c", 0, 2) == 2
@@ -717,7 +717,7 @@ def test_a_reset_begins_a_new_generation(stage: Stage) -> None:
     stage.leader.requests["old"].keys = old
     stage.leader.grow("old", [5, 6], replace=False)
     assert not stage.step({"old": 4}).stores
-    assert stage.leader.records["old"].why[-1] == "not offloaded: the cache was reset while it ran"
+    assert stage.leader.records["old"].why[-1] == "KVBM offloaded nothing more: the cache was reset while it ran"
     (store,) = stage.compute("new", staged, [7, 8]).stores
     stage.answer(store)
     assert stage.matchable(staged) == 2

@@ -181,7 +181,7 @@ def test_an_adapter_that_changes_while_a_request_runs_ends_its_storing(stage: St
     assert not finish(stage, "a")
     assert stage.matchable(keys_with("p", ONE)) == 2
     assert stage.pool.statistics().registered == 2
-    assert any("nothing more loaded or stored" in why for why in stage.leader.records["a"].why)
+    assert any("KVBM loaded and stored nothing more" in why for why in stage.leader.records["a"].why)
 
 
 def test_a_report_about_blocks_that_the_request_lost_says_nothing_of_its_new_ones(stage: Stage) -> None:
@@ -206,7 +206,7 @@ def test_a_request_that_loaded_stores_only_under_what_it_loaded(stage: Stage) ->
     used(stage, advance(stage, "b", BLOCKS, range(20, 24)), TWO)
     assert not finish(stage, "b", range(20, 24))
     assert stage.pool.statistics().registered == BLOCKS
-    assert "nothing more loaded or stored: its adapter changed while it ran" in stage.leader.records["b"].why
+    assert "KVBM loaded and stored nothing more: its adapter changed while it ran" in stage.leader.records["b"].why
 
 
 def test_an_expectation_that_was_wrong_is_not_kept(stage: Stage) -> None:

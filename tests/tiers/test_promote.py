@@ -60,7 +60,7 @@ def test_reading_begins_when_a_request_arrives_and_is_promised_when_all_is_there
     assert Promoted(4, 0, ranks * 4 * BLOCK_BYTES, 0.001) in stage.events
     assert Admitted(5 * BLOCK_TOKENS, 0, 4 * BLOCK_TOKENS, 4 * BLOCK_TOKENS) in stage.events
     record = stage.leader.records["a"]
-    assert (record.staged, record.why) == ({"g3": 4}, ["waited for blocks that come from disk"])
+    assert (record.staged, record.why) == ({"g3": 4}, ["the request waited for blocks that come from disk"])
 
 
 def test_what_is_read_is_bounded_and_goes_on_as_batches_end(make_stage: Make) -> None:
@@ -241,7 +241,7 @@ def test_nobody_waits_for_reads_that_find_no_room_in_g2(make_stage: Make) -> Non
     assert raw is not None
     assert start(stage, "a", keys) == []
     assert match(stage, "a", keys) == 0
-    assert stage.leader.records["a"].why[0] == "did not wait for blocks on disk: G2 has no room for them"
+    assert stage.leader.records["a"].why[0] == "the request did not wait for blocks on disk: G2 has no room for them"
     assert not stage.promotion._stagings
     raw.drop()
 

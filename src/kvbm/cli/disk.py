@@ -27,11 +27,11 @@ from kvbm.stores.disk.recovery import recover
 
 _err = Console(stderr=True)
 
-app = typer.Typer(no_args_is_help=True, help="Look into the disk tier's folder, check it, empty it.")
+app = typer.Typer(no_args_is_help=True, help="Inspect, verify or purge the folder of the disk tier.")
 
 _Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The folder, as in the setting g3_dir.")]
 _Namespace = Annotated[
-    str, typer.Option("--namespace", metavar="PREFIX", help="Only namespaces whose folder begins with this.")
+    str, typer.Option("--namespace", metavar="PREFIX", help="Select only namespaces whose folder begins with this.")
 ]
 
 
@@ -71,9 +71,10 @@ def inspect(
 def verify(
     folder: _Dir,
     namespace: _Namespace = "",
-    repair: Annotated[bool, typer.Option("--repair", help="Drop what is bad.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Remove bad blocks.")] = False,
     key_file: Annotated[
-        Path | None, typer.Option("--key-file", metavar="FILE", help="The key of encrypted namespaces.")
+        Path | None,
+        typer.Option("--key-file", metavar="FILE", help="Read the key of encryption from this file."),
     ] = None,
     as_json: Json = False,
     run_dir: RunDir = None,
@@ -108,7 +109,13 @@ def purge(
     folder: _Dir,
     namespace: _Namespace = "",
     older_than: Annotated[
-        float | None, typer.Option("--older-than", metavar="DAYS", min=0, help="Only what was last used before then.")
+        float | None,
+        typer.Option(
+            "--older-than",
+            metavar="DAYS",
+            min=0,
+            help="Select only namespaces unused for so long.",
+        ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     as_json: Json = False,

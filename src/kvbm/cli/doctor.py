@@ -53,11 +53,11 @@ def doctor(
     context: typer.Context,
     model: Annotated[
         str | None,
-        typer.Argument(help="What `kvbm serve` would be given, with all that follows: it is looked at, too."),
+        typer.Argument(help="Check this command line of `kvbm serve`, too."),
     ] = None,
     as_json: Json = False,
-    bucket: Annotated[str, typer.Option(help="A bucket to try object storage in: small objects stay there.")] = "",
-    endpoint: Annotated[str, typer.Option(metavar="URL", help="Where it is, if not at AWS.")] = "",
+    bucket: Annotated[str, typer.Option(help="Test object storage in this bucket. Small objects stay there.")] = "",
+    endpoint: Annotated[str, typer.Option(metavar="URL", help="Connect to this endpoint instead of AWS.")] = "",
 ) -> None:
     """Ask the engines that run here what is wrong with them, and try what KVBM can use on this machine.
 

@@ -17,9 +17,9 @@ from kvbm.cli.control import Answer, ask_all
 from kvbm.core import config
 from kvbm.core.errors import KvbmError
 
-Engine = Annotated[str, typer.Option("--engine", metavar="PREFIX", help="Only engines whose id starts so.")]
-RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the control sockets.")]
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+Engine = Annotated[str, typer.Option("--engine", metavar="PREFIX", help="Show only engines whose id begins with this.")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Look for control sockets in this folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 _err = Console(stderr=True)
 _EVERY_S = 1.0
@@ -28,7 +28,7 @@ _EVERY_S = 1.0
 def status(
     engine: Engine = "",
     as_json: Json = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Again every second, until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Print again every second, until Ctrl-C.")] = False,
     run_dir: RunDir = None,
 ) -> None:
     """Show tiers, hit rates, copies in flight and health of every engine with KVBM on this machine."""
@@ -57,7 +57,7 @@ def explain(request_id: str, engine: Engine = "", as_json: Json = False, run_dir
 
 
 def check(engine: Engine = "", as_json: Json = False, run_dir: RunDir = None) -> None:
-    """Have running engines look whether their books agree with their blocks. Ends with status 1 where they do not."""
+    """Have running engines check their records against their blocks. Exits with 1 if they disagree."""
     answers = ask_all(sockets(run_dir), "check", engine=engine)
     if as_json:
         _print(answers)
@@ -72,7 +72,7 @@ def check(engine: Engine = "", as_json: Json = False, run_dir: RunDir = None) ->
 
 
 def pause(engine: Engine = "", as_json: Json = False, run_dir: RunDir = None) -> None:
-    """Switch KVBM off in running engines: they go on without it, until `kvbm resume`."""
+    """Switch KVBM off in running engines. They go on without it until `kvbm resume`."""
     _apply(sockets(run_dir), "pause", "paused: it goes on without KVBM", engine, as_json)
 
 

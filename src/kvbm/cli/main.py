@@ -65,16 +65,16 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and end.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """KV block manager for LLM inference."""
 
 
 def model(
-    name: str = typer.Argument("smollm2", help=f"One of: {', '.join(models.KNOWN)}; others are left as they are."),
+    name: str = typer.Argument("smollm2", help=f"One of: {', '.join(models.KNOWN)}. Others stay as they are."),
 ) -> None:
-    """Print the folder of a model that needs no model hub, fetching and converting it the first time."""
+    """Print the folder of a model that needs no model hub. The first time KVBM fetches and converts it."""
     print(models.resolve(name, config.load().settings.cache_dir, Console(stderr=True)))
 
 

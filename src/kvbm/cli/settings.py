@@ -18,10 +18,10 @@ from kvbm.core.errors import ConfigError
 def show(
     as_json: Json = False,
     extra: Annotated[
-        str, typer.Option("--extra", metavar="JSON", help="An engine's kv_connector_extra_config to take into account.")
+        str, typer.Option("--extra", metavar="JSON", help="Read this kv_connector_extra_config of an engine, too.")
     ] = "",
 ) -> None:
-    """List every setting as an engine started from here would see it, and check them."""
+    """Check all settings, and list them as an engine started here would see them."""
     resolved = config.load(extra=_parse(extra))
     fields = config.Settings.model_fields
     values = resolved.settings.model_dump(mode="json")

@@ -28,6 +28,9 @@ class Match(NamedTuple):
 
 
 NOTHING = Match(0, None)
+WAITED = "the request waited: loads of other requests hold their share of G2"
+BOUNDED = "requests may hold only a share of G2"
+"""Said of a request, where `Room` does not let it hold all that was found."""
 
 
 class Complete(Protocol):
@@ -121,9 +124,9 @@ class Prefix:
         if found > max(0, room.most - room.held):
             if room.held:
                 hold.drop()
-                request.record.note("waited: loads of other requests hold their share of G2")
+                request.record.note(WAITED)
                 return None
-            request.record.note(f"loaded only {room.most} of {found} blocks: holds of G2 are bounded")
+            request.record.note(f"KVBM loaded only {room.most} of {found} blocks: {BOUNDED}")
             hold.narrow(room.most)
         if not len(hold):
             hold.drop()

@@ -106,7 +106,7 @@ class Detour:
             return False
         if not request.short:
             request.short = True
-            enough = "" if math.isinf(least) else f", from {least:.0f} on it does not"
-            request.record.note(f"gated: to load {tokens} tokens takes longer than to compute them{enough}")
+            enough = "" if math.isinf(least) else f"; from {least:.0f} tokens on it does not"
+            request.record.note(f"gated: loading {tokens} tokens takes longer than computing them{enough}")
             self._emit(Gated(blocks, "g2"))
         return True

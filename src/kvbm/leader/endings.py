@@ -66,7 +66,7 @@ class _Of:
     def stored(self, copy: StepCopy, there: Pinned, failed: int, late: int) -> None:
         request = self._request
         if late:
-            request.record.note(f"not offloaded: the engine needed {late} blocks again before they were copied")
+            request.record.note(f"KVBM did not offload {late} blocks: the engine reused them before they were copied")
         if (places := copy.places[copy.done]).max(initial=-1) >= request.asked:
             self._endings.answered(request, there.keys, places)
         request.record.offloaded += int(copy.done.sum())

@@ -13,7 +13,7 @@ from kvbm.core.errors import Misuse
 from kvbm.core.keys import group_key
 from kvbm.core.region import Slots
 from kvbm.leader.core import Outgoing, Room
-from kvbm.leader.coverage import NOTHING, Complete, Match
+from kvbm.leader.coverage import BOUNDED, NOTHING, WAITED, Complete, Match
 from kvbm.leader.requests import Request
 from kvbm.tiers.stack import Stack
 from kvbm.tiers.tier import Wanted
@@ -119,17 +119,17 @@ class Groups:
         record.matched = max(0, hit.longest - computed)
         if hit.reach > hit.longest:
             state.parts = max(state.parts, hit.reach)
-            record.note("G2 holds more of the prompt, but not all that a hit there needs of every layer group")
+            record.note("G2 holds more of the prompt, but not every block that its layer groups need for a hit there")
         if hit.length < hit.longest:
             if room.held:
                 hit.held.drop()
-                record.note("waited: loads of other requests hold their share of G2")
+                record.note(WAITED)
                 return None
-            record.note(f"loaded not all of {record.matched} blocks: holds of G2 are bounded")
+            record.note(f"KVBM did not load all of {record.matched} blocks: {BOUNDED}")
         if not len(hit.held):
             hit.held.drop()
             if not hit.longest:
-                record.note("G2 did not hold what a longer prefix needs")
+                record.note("G2 did not hold the blocks that a longer prefix needs")
             return NOTHING
         state.needs = hit.blocks
         return Match(hit.length - computed, hit.held)

@@ -158,10 +158,10 @@ class Leader:
                 return ready if ready is None else 0
             keys = request.keys[:limit]
             if computed >= len(keys):
-                record.note("nothing to load: the engine itself holds all but the block of the last token")
+                record.note("KVBM had nothing to load: the engine itself holds all blocks but that of the last token")
                 return 0
             if (owner := self._book.loader(keys[computed], request)) is not None:
-                record.note(f"waited for request {owner}, which loads the same blocks")
+                record.note(f"the request waited for request {owner}, which loads the same blocks")
                 return None
             return self._hold(request, keys, computed)
 
@@ -179,7 +179,7 @@ class Leader:
             return found.blocks
         allowed = self.shadow.allows(request, computed, request.hold)
         if allowed < len(request.hold):
-            request.record.note("declined: the engine computes it, to be compared with what is stored")
+            request.record.note("KVBM declined the hit, to compare what the engine computes with what is stored")
             self.core.narrow(request.hold, allowed)
         return allowed
 
@@ -465,11 +465,11 @@ class Leader:
     def _offer(self, request: Request, complete: int) -> None:
         """Starts offloading what G2 does not have of its first `complete` blocks and was not offered yet."""
         if (reason := self._no_store(request)) is not None:
-            request.record.note(f"not offloaded: {reason}")
+            request.record.note(f"KVBM offloaded nothing more: {reason}")
             self._coverage.skip(request, complete)
             return
         if request.worth < complete:
-            request.record.note(f"not offloaded: what follows its first {request.worth} blocks is not worth keeping")
+            request.record.note(f"KVBM offloads only the first {request.worth} blocks: the others are not worth it")
         ready = self._coverage.ready(request, complete, min(request.worth, complete))
         self._want(request, complete, ready.prompt)
         slots, absent, coming = self.core.space(ready.keys)
@@ -478,7 +478,7 @@ class Leader:
         if slots is not None:
             self._store(request, ready.take(taken), slots)
         elif absent:
-            request.record.note("some blocks were not offloaded at once: copies in flight or holds filled their share")
+            request.record.note("KVBM did not offload some blocks at once: copies or held blocks filled their share")
         self._coverage.offered(request, complete, ready, taken, left)
 
     def _store(self, request: Request, blocks: Outgoing, slots: Writable) -> None:

@@ -110,17 +110,17 @@ class Variants:
         variant, record = request.variant, request.record
         assert variant is not None
         if variant.refused is None and self._living.unsteady[variant.adapter.number]:
-            record.note(f"nothing loaded: {_UNSTEADY}")
+            record.note(f"KVBM loaded nothing: {_UNSTEADY}")
             return False
         if variant.refused is not None:
-            record.note(f"nothing loaded: {variant.refused}")
+            record.note(f"KVBM loaded nothing: {variant.refused}")
             return False
         if variant.digest:
             return True
         if self._outlook.waits(variant):
-            record.note("waited: a worker looks which adapter it would be computed with")
+            record.note("the request waited: a worker looks which adapter it would be computed with")
             return None
-        record.note("nothing loaded: nothing is known to be stored with its adapter")
+        record.note("KVBM loaded nothing: it knows of no block that was computed with the request's adapter")
         variant.until = None
         return False
 
@@ -270,7 +270,7 @@ class Variants:
         assert variant is not None
         if variant.refused is None:
             variant.refused, variant.until = why, None
-            request.record.note(f"nothing more loaded or stored: {why}")
+            request.record.note(f"KVBM loaded and stored nothing more: {why}")
             self._changed(request)
 
     def _say(self, variant: Variant, why: str) -> None:

@@ -188,9 +188,9 @@ class Promotion:
         if (objection := offer.gate.objection(staging.left, ahead, staging.worth)) is not None:
             self._refuse(record, objection, staging.left)
         elif not staging.jobs and offer.gate.reading < self._in_flight:
-            record.note(f"did not wait for blocks on {offer.words}: G2 has no room for them")
+            record.note(f"the request did not wait for blocks on {offer.words}: G2 has no room for them")
         elif offer.failing() is None:
-            record.note(f"waited for blocks that come from {offer.words}")
+            record.note(f"the request waited for blocks that come from {offer.words}")
             return True
         self.drop(seeker.id)
         return False

@@ -89,7 +89,7 @@ class Stack:
             return False
         words = self.tiers[tier].words
         search.ended = self._clock() > search.until
-        seeker.record.note(f"did not wait any longer for {words}" if search.ended else f"waited for {words}")
+        seeker.record.note(f"the request {'did not wait any longer' if search.ended else 'waited'} for {words}")
         return not search.ended
 
     @property

@@ -72,11 +72,11 @@ class Plan:
         return [part for flag, value in flags.items() for part in (flag, str(value))] + switches
 
 
-Users = Annotated[int, typer.Option(min=2, max=32, help="Users who take turns.")]
-Turns = Annotated[int, typer.Option(min=2, max=12, help="Turns of each user.")]
-DocumentTokens = Annotated[int, typer.Option(min=200, max=6000, help="Length of each user's document.")]
-AnswerTokens = Annotated[int, typer.Option(min=4, max=256, help="Length of an answer.")]
-Output = Annotated[Path, typer.Option(help="Where the figures go.")]
+Users = Annotated[int, typer.Option(min=2, max=32, help="Have this many users take turns.")]
+Turns = Annotated[int, typer.Option(min=2, max=12, help="Give each user this many turns.")]
+DocumentTokens = Annotated[int, typer.Option(min=200, max=6000, help="Give each user a document of this many tokens.")]
+AnswerTokens = Annotated[int, typer.Option(min=4, max=256, help="Generate at most this many tokens per answer.")]
+Output = Annotated[Path, typer.Option(help="Write the figures to this file.")]
 
 
 def demo(

@@ -57,9 +57,10 @@ def command(
             help=f"Trace files: a path, a name in the folder of traces, - (standard input); by default {SAMPLE!r}.",
         ),
     ] = None,
-    folder: Annotated[Path | None, typer.Option("--traces", metavar="DIR", help="Folder of traces.")] = None,
+    folder: Annotated[Path | None, typer.Option("--traces", metavar="DIR", help="Find traces in this folder.")] = None,
     policies: Annotated[
-        list[str], typer.Option("--policy", metavar="NAME,...", help=f"Any of: {', '.join(EVICTION_ORDERS)}.")
+        list[str],
+        typer.Option("--policy", metavar="NAME,...", help=f"Evict by: {', '.join(EVICTION_ORDERS)}."),
     ] = ["lru"],  # noqa: B006  typer copies it
     capacities: Annotated[
         list[str] | None,
@@ -67,27 +68,27 @@ def command(
             "--capacity",
             metavar="BLOCKS,...",
             show_default=_CAPACITIES,
-            help="Sizes of a single tier, in blocks or in percent of the unique blocks.",
+            help="Replay with a single tier of these sizes, in blocks or in percent of the unique blocks.",
         ),
     ] = None,
     tierings: Annotated[
         list[str] | None,
         typer.Option(
-            "--tiers", metavar="g2=BLOCKS,g3=BLOCKS", help="Several tiers, the fastest first; may be given repeatedly."
+            "--tiers",
+            metavar="g2=BLOCKS,g3=BLOCKS",
+            help="Replay with these tiers, the fastest first. Repeatable.",
         ),
     ] = None,
     placed: Annotated[
-        str, typer.Option("--placement", metavar="NAME", help=f"With several tiers, one of: {', '.join(PLACEMENTS)}.")
+        str, typer.Option("--placement", metavar="NAME", help=f"Place blocks by: {', '.join(PLACEMENTS)}.")
     ] = "write-through",
     admitted: Annotated[
         str,
-        typer.Option(
-            "--admission", metavar="NAME", help=f"What tiers below the fastest take, one of: {', '.join(ADMISSIONS)}."
-        ),
+        typer.Option("--admission", metavar="NAME", help=f"Admit blocks to slower tiers by: {', '.join(ADMISSIONS)}."),
     ] = "all",
     block_tokens: Annotated[
         int | None,
-        typer.Option("--block-size", metavar="TOKENS", min=1, show_default="inferred", help="Tokens in a block."),
+        typer.Option("--block-size", metavar="TOKENS", min=1, show_default="inferred", help="Tokens of a block."),
     ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count broken lines and go on.")] = False,
     as_json: Json = False,
@@ -95,7 +96,7 @@ def command(
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw hit ratio over capacity (.png or .svg).")
     ] = None,
 ) -> None:
-    """Replay request traces through KVBM's pool, for any policies, capacities and tiers, beside what is possible."""
+    """Replay request traces through KVBM's block manager, with any policies, capacities and tiers."""
     names = list(dict.fromkeys(_split(policies, "--policy")))
     for name in names:
         eviction_order(name, 1)

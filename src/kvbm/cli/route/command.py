@@ -23,12 +23,16 @@ def command(
     prefill: Annotated[
         list[str] | None,
         typer.Option(
-            "--prefill", metavar="NAME=URL", help="An engine that computes prompts, by its KVBM instance name."
+            "--prefill",
+            metavar="NAME=URL",
+            help="Compute prompts on this engine, the KVBM instance NAME.",
         ),
     ] = None,
-    decode: Annotated[list[str] | None, typer.Option("--decode", metavar="URL", help="An engine that answers.")] = None,
-    host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8100,
+    decode: Annotated[
+        list[str] | None, typer.Option("--decode", metavar="URL", help="Answer with this engine.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Listen here.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port. 0: any free port.")] = 8100,
 ) -> None:
     """Serve one OpenAI-compatible address for engines that compute prompts and engines that answer.
 
