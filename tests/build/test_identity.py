@@ -246,7 +246,7 @@ def test_from_some_moment_on_nothing_is_known(make: Make, caplog: pytest.LogCapt
         engine.leader.core.isolate("again")
         assert waiting(engine) == {"g3": "other weights came"}
         assert [record.message for record in caplog.records].count(
-            "KVBM: other weights came: nothing is stored on disk, shared with others, or read from there"
+            "KVBM stores nothing on disk and shares nothing with other instances: other weights came"
         ) == 1
         assert engine.serve(before) == 4, "host memory goes on"
         engine.leader.core.pool.discard(before)

@@ -432,7 +432,7 @@ def test_adapters_that_are_read_at_every_step_are_left_alone(stage: Stage, caplo
     begin(stage, "e")
     assert stage.leader.match("e", 0, BLOCKS) == BLOCKS
     begin(stage, "f", "q", unsteady=True)
-    assert caplog.text.count("nothing of adapter name1 is loaded or stored") == 1
+    assert caplog.text.count("KVBM loads and stores nothing of adapter name1") == 1
     for request in "de":
         stage.leader.finish(request, [], 0)
 

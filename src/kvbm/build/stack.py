@@ -114,7 +114,7 @@ class Below:
             while core.tell_earlier() and not look.stopped:
                 time.sleep(_TICK_S)
         except Exception as error:  # the engine serves, and goes on doing so
-            log.exception("KVBM: what is below host memory could not be put in place")
+            log.exception("KVBM could not start the tiers below host memory")
             core.isolate(f"it could not be put in place ({type(error).__name__}: {error})")
 
     def _conclude(self, look: Look, *, strict: bool) -> None:

@@ -466,7 +466,7 @@ class Core:
             copies = self.copies.ids()
         if not (left := self._await(copies, seconds)):
             return
-        log.error("KVBM: %d copies did not end within %.0f s of a reset and are given up", _count(left), seconds)
+        log.error("KVBM gave up %d copies that did not end within %.0f s of a reset", _count(left), seconds)
         for rank, numbers in left.items():
             try:
                 self.links[rank].send(GiveUp(numbers))

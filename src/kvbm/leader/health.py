@@ -65,7 +65,7 @@ class Health:
         if self.quarantined is not None:
             self.problems.remove(self.quarantined)
             self.quarantined = None
-            log.warning("KVBM: the quarantine is over by an operator's word")
+            log.warning("KVBM: an operator ended the quarantine")
 
     def rest(self, why: str) -> None:
         """KVBM stands aside for a minute: it costs the engine more than it can be worth."""

@@ -79,7 +79,7 @@ class LowerTiers:
             return
         self.isolated = why
         if self.lasting:
-            log.warning("KVBM: %s: nothing is stored on disk, shared with others, or read from there", why)
+            log.warning("KVBM stores nothing on disk and shares nothing with other instances: %s", why)
         if self.stack is not None:
             self.stack.isolate(why)
 

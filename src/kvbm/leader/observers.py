@@ -27,5 +27,5 @@ class Observers:
             try:
                 observer.on_event(event)
             except Exception:
-                log.exception("KVBM: an observer failed and is removed")
+                log.exception("KVBM removed an observer that raised")
                 self._observers.remove(observer)

@@ -277,4 +277,4 @@ class Variants:
         """Once per adapter."""
         if variant.adapter.name not in self._said:
             self._said.add(variant.adapter.name)
-            log.warning("KVBM: nothing of adapter %s is loaded or stored: %s", variant.adapter.name, why)
+            log.warning("KVBM loads and stores nothing of adapter %s: %s", variant.adapter.name, why)

@@ -35,7 +35,7 @@ class Fence:
         if reading:
             with self._lock:  # not before: what ended by now has read nothing but what was there
                 self._condemned = dict.fromkeys(reading, _OVERWRITTEN) | self._condemned
-            log.error("KVBM: copies %s were given up and may go on: nothing they copy is used", reading)
+            log.error("KVBM gave up copies %s, which may still run; it uses nothing that they copy", reading)
         else:
             log.debug("KVBM: a step needs what copies %s had not copied yet: they were given up", late)
 

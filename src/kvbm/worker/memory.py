@@ -115,7 +115,7 @@ class RankMemory:
         except Broken as error:
             problem = str(error)
         except Exception as error:
-            log.exception("KVBM: host memory cannot be touched")
+            log.exception("KVBM could not prepare host memory")
             problem = repr(error)
         if not voice.closing.is_set():
             usable = arena.touched // stride

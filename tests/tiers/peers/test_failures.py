@@ -334,7 +334,7 @@ def test_another_model_or_version_is_refused_on_both_sides(
     mine = namespace[:16] if namespace else version
     assert said.startswith("peer h refuses: it runs ")
     assert mine in said
-    until(holder, lambda: f"another instance was refused: {said.split(': ', 1)[1]}" in caplog.text)
+    until(holder, lambda: f"refused another instance: {said.split(': ', 1)[1]}" in caplog.text)
     assert "127.0.0.1" not in caplog.text
 
 

@@ -32,7 +32,7 @@ def before_sigterm(last: Callable[[], None]) -> None:
         try:
             last()
         except Exception:
-            log.exception("KVBM: what was to be done before the end went wrong")
+            log.exception("KVBM: its work before the end of the engine raised")
         finally:
             if not over.is_set():
                 over.set()

@@ -86,7 +86,7 @@ class Guard(Generic[Side]):
         try:
             self.side.turn_off(why)
         except Exception:
-            log.exception("KVBM: so did turning it off")
+            log.exception("KVBM: turning KVBM off raised, too")
 
     def close(self) -> None:
         """The side is not needed any more. May be called again."""
@@ -250,7 +250,7 @@ class WorkerGuard(Guard["WorkerSide"]):
         bad = self.ask(self._inside, self.side.bad_blocks) | self._lost_inside
         self._inside, self._lost_inside = set(), set()
         if bad and self.off is not None and not self._quiet():
-            log.error("KVBM: a copy into blocks of the engine has not ended; this step waits for it")
+            log.error("KVBM: a copy into blocks of the engine has not ended, so this step waits for it")
             while not self._quiet():
                 time.sleep(_MOMENT)
         return bad
@@ -261,6 +261,6 @@ class WorkerGuard(Guard["WorkerSide"]):
         try:
             return self.side.quiet()
         except Exception:
-            log.exception("KVBM: whether copies have ended is not known")
+            log.exception("KVBM does not know whether copies have ended")
             time.sleep(_MOMENT)
             return False

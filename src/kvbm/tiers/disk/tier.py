@@ -260,7 +260,7 @@ class DiskTier:
         """A new generation: nothing on disk is served any more. With `lasting` False nothing that is written from now
         on outlives the process: the weights may no longer be those of the namespace."""
         if self._lasting and not lasting:
-            log.warning("KVBM: a reset: what is written to disk from now on is served until the engine ends, no longer")
+            log.warning("KVBM: after a reset KVBM serves newly written blocks on disk only until the engine ends")
         self._lasting &= lasting
         self.pool.clear()
         self._moves.cancel_all()

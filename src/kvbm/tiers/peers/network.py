@@ -227,7 +227,7 @@ class Network:
                 if now - self._renewed >= self._lease_s / 4:
                     there = await self._directory.renew(self._address.host, self._port)
                     if there < written:
-                        log.warning("KVBM: the directory has lost what this instance wrote; it is written again")
+                        log.warning("KVBM: the directory has lost the entries of this instance; KVBM writes them again")
                     if there != written:
                         self._published.again()
                     self._instances = await self._directory.instances()
@@ -260,7 +260,7 @@ class Network:
 
     def _fail(self, problem: str) -> None:
         if self.problem in (None, _NOT_YET):
-            log.warning("KVBM: nothing is shared with other instances meanwhile: %s", problem)
+            log.warning("KVBM shares nothing with other instances meanwhile: %s", problem)
         self._breaker.trip(problem)
         self.peers = ()
         self._renewed = 0.0  # only a directory that has said who lives is well again

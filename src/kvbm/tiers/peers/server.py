@@ -72,7 +72,7 @@ class Server:
             finally:
                 self._strangers -= 1
             if refusal:
-                log.warning("KVBM: another instance was refused: %s", refusal)
+                log.warning("KVBM refused another instance: %s", refusal)
             elif isinstance(join, Join):
                 await self._serve(session, f"{join.name}/{join.incarnation}")
         except asyncio.CancelledError:

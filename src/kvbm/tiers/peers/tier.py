@@ -287,7 +287,7 @@ class Peers:
     def clear(self, *, lasting: bool) -> None:
         """A new generation. Whether others have begun it too is not known, so this instance shares nothing any more."""
         if self._closed is None:
-            log.warning("KVBM: a reset began a new generation: until it is started anew this engine shares no blocks")
+            log.warning("KVBM: after a reset this engine shares no blocks until it is restarted")
             self._close("a reset began a new generation")
 
     def leave(self, why: str) -> None:
