@@ -14,6 +14,7 @@ from kvbm.leader.core import Limits
 from kvbm.leader.leader import Leader
 from kvbm.leader.shadow import Compared, Shadow
 from kvbm.link.messages import Touched
+from kvbm.tiers.disk.tier import DiskTier
 from kvbm.tiers.stack import Stack
 from kvbm.worker.worker import Worker
 
@@ -45,6 +46,7 @@ def _name(name: str, at: str) -> property:
 
 for _old, _at in _PLACES.items():
     setattr(Leader, _old, _name(_old, _at))
+DiskTier._chores = _name("_chores", "chores._executor")  # type: ignore[attr-defined]
 for _old, _at in {"_g1": "memory.g1", "_g2": "memory.g2"}.items():
     setattr(Worker, _old, _name(_old, _at))
 

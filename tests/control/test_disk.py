@@ -13,7 +13,6 @@ from kvbm.stores.disk import meta
 from kvbm.tiers.disk import sweep as verify
 from kvbm.tiers.disk.orders import Read
 from kvbm.tiers.disk.side import DiskSide
-from kvbm.tiers.disk.sweep import Sweep
 from kvbm.tiers.gate import Gate
 from tests.build.test_lower_whole import start
 from tests.build.whole import Engine
@@ -88,8 +87,9 @@ def test_serving_goes_on_between_slices(start: Start, monkeypatch: pytest.Monkey
     with engine.leader.core.below() as lower:
         assert lower is not None
         disk = lower_of(engine)
-        run = disk.verification = Sweep(disk.tier, engine.leader.core.pool)
-        run.pump()
+        disk.verify(engine.leader.core.pool)
+        run = disk.verification
+        assert run is not None
         assert (run.looked, run.over, disk.tier.in_flight()) == (0, False, (0, 1))
         run.pump()
         assert disk.tier.in_flight() == (0, 1)
@@ -155,8 +155,9 @@ def test_a_new_generation_while_a_slice_is_read_counts_nothing_as_bad(start: Sta
     with engine.leader.core.below() as lower:
         assert lower is not None
         disk = lower_of(engine)
-        run = disk.verification = Sweep(disk.tier, engine.leader.core.pool)
-        run.pump()
+        disk.verify(engine.leader.core.pool)
+        run = disk.verification
+        assert run is not None
         lower.clear()
     engine.until(lambda: lower_of(engine).tier.in_flight() == (0, 0) and not engine.leader.core.lower.degraded())
     assert (run.problem, run.bad) == ("a new generation began", 0)

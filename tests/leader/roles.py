@@ -35,6 +35,7 @@ from kvbm.stores.disk.format import heads, packed_keys
 from kvbm.stores.disk.recovery import Recovered
 from kvbm.testing.clock import ManualClock
 from kvbm.tiers.demote import Budget, Demotion, Rules
+from kvbm.tiers.disk import folder
 from kvbm.tiers.disk.adopt import adopt
 from kvbm.tiers.disk.orders import Probe, Probed, Read, Write
 from kvbm.tiers.disk.side import DiskSide
@@ -238,14 +239,14 @@ class Stage:
         self.folder = FakeFolder()
         self.disk = Pool(slots, order=LRU(slots), tier="g3", clock=self.clock)
         self.tier = DiskTier(
-            self.disk, core.links, self.folder, leader.gate,
-            generation=0, sequence=found.next_sequence if found is not None else 0, patience=patience,
+            self.disk, core.links, folder.Generations(self.folder, 0), leader.gate,
+            sequence=found.next_sequence if found is not None else 0, patience=patience,
             next_id=core.copies.next_id, clock=self.clock,
         )  # fmt: skip
         if found is not None:
             adopt(self.disk, found)
         if chores is not None:
-            self.tier._chores = chores  # type: ignore[assignment]
+            self.tier.chores = folder.Chores(chores)
         rules = Rules(
             admission(admit, slots), Frequency(slots), Budget(write_bytes, 3600, self.clock), exclusive=exclusive,
             block_bytes=BLOCK_BYTES, batch=batch,
@@ -282,8 +283,8 @@ class Stage:
 
     def settle(self) -> None:
         """Lets the folder's thread end what it does, and the leader hear of it."""
-        while self.tier._waited:
-            self.tier._waited[-1].exception(10)
+        while self.tier.chores.busy:
+            self.tier.chores.wait(10)
             self.leader.tick()
 
     def probed(self, *problems: str | None, reopen: bool = False) -> None:

@@ -31,6 +31,7 @@ from kvbm.stores.disk.recovery import Recovered
 from kvbm.stores.disk.shard import Shard
 from kvbm.tiers.demote import Budget, Demotion, Rules
 from kvbm.tiers.disk.adopt import adopt
+from kvbm.tiers.disk.folder import Generations
 from kvbm.tiers.disk.orders import TIER, to_open
 from kvbm.tiers.disk.rank import DiskRank
 from kvbm.tiers.disk.side import DiskSide
@@ -222,8 +223,8 @@ def _side(ground: Ground, found: FolderFound) -> DiskSide:
     pool = Pool(slots, order=eviction_order(settings.g3_order, slots), tier=TIER)
     adopt(pool, blocks)
     tier = DiskTier(
-        pool, ground.links, part, ground.gate,
-        generation=part.generation, sequence=blocks.next_sequence,
+        pool, ground.links, Generations(part, part.generation), ground.gate,
+        sequence=blocks.next_sequence,
         patience=settings.g3_deadline_s + 5.0, next_id=core.copies.next_id,
     )  # fmt: skip
     in_flight = max(1, settings.g3_inflight_mb * 1_000_000 // ground.block_bytes)

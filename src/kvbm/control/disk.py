@@ -13,7 +13,6 @@ from kvbm.stores.disk.files import reported
 from kvbm.stores.disk.meta import delete, listed
 from kvbm.tiers.disk.orders import TIER
 from kvbm.tiers.disk.side import DiskSide
-from kvbm.tiers.disk.sweep import Sweep
 from kvbm.tiers.stack import Stack
 
 log = logging.getLogger(__name__)
@@ -49,9 +48,8 @@ class DiskCommands:
             _, disk = self._there(lower)
             health = self._core.health
             aside = health.problems[0] if health.problems else "paused" if health.paused else None
-            if action == "begin" and aside is None and (disk.verification is None or disk.verification.over):
-                disk.verification = Sweep(disk.tier, self._core.pool)
-                disk.verification.pump()
+            if action == "begin" and aside is None:
+                disk.verify(self._core.pool)
             if (run := disk.verification) is None:
                 raise LookupError(f"KVBM stands aside: {aside}" if aside else "no verification was begun")
             if action == "stop" or aside:

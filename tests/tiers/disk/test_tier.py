@@ -311,7 +311,7 @@ def test_what_was_being_looked_for_on_disk_when_threads_died_does_not_wake_it(ma
     stage.probed("gone")
     stage.settle()
     stage.probed(reopen=True)
-    assert stage.tier._waited
+    assert stage.tier.chores.busy
     stage.say(Sick(0, "a thread died", "g3"))
     stage.settle()
     assert stage.leader.core.lower.degraded() == {"g3": "rank 0: a thread died"}
@@ -426,7 +426,7 @@ def test_blocks_found_before_a_reset_are_not_served_after_it(make_stage: Make) -
     for probe in stage.hear(Probe):
         stage.say(Probed(0, None, probe.number))
     stage.leader.core.hear()  # the folder's thread is reading the index now
-    assert stage.tier._waited
+    assert stage.tier.chores.busy
     stage.leader.reset()
     stage.settle()
     assert stage.disk.peek(keys) == 0
@@ -453,8 +453,7 @@ def test_a_reset_while_a_purge_is_written_down_does_not_last(make_stage: Make) -
     """What is written after a reset may be of other weights, and a purge alone must not let it outlive the process."""
     stage = make_stage().add_disk()
     stage.tier.clear()
-    while not stage.tier._waited[0].done():  # the purge is done, and nobody has heard of it
-        time.sleep(0.001)
+    stage.tier.chores.wait(10)  # the purge is done, and nobody has heard of it
     stage.leader.reset()
     assert stage.tier.clearing
     stage.settle()

@@ -118,6 +118,12 @@ class DiskSide:
     def pool(self) -> Pool:
         return self.tier.pool
 
+    def verify(self, host: Pool) -> None:
+        """Begin to read all blocks, through slots of `host`, unless that is going on."""
+        if self.verification is None or self.verification.over:
+            self.verification = Sweep(self.tier, host)
+            self.verification.pump()
+
     # ------------------------------------------------------------------ what a request does
 
     def covers(self, keys: Sequence[bytes]) -> Mask:

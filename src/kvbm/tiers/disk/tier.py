@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 
 from kvbm.blocks import Pinned, Pool, Staged, Writable
-from kvbm.core.errors import Broken, KvbmError
+from kvbm.core.errors import Broken
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Slots
 from kvbm.link.channel import Link
@@ -23,6 +21,7 @@ from kvbm.link.messages import Result, pack
 from kvbm.stores.disk.recovery import Recovered
 from kvbm.tiers.breaker import Breaker
 from kvbm.tiers.disk.adopt import adopt
+from kvbm.tiers.disk.folder import Chores, Generations
 from kvbm.tiers.disk.orders import TIER, Forget, Generation, Order, Probe, Probed, Read, Write, decode_answer, to_rank
 from kvbm.tiers.gate import Gate
 from kvbm.tiers.moves import Ended, Moves, Passage
@@ -38,20 +37,28 @@ _PROBE_EVERY = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 """Seconds before each probe; the last goes on."""
 
 
-class Durable(Protocol):
-    """What the leader needs of the folder on disk. Calls may wait for the disk, and raise Broken."""
+class Probes:
+    """The last question whether the disk works. Every rank answers it once."""
 
-    def clear(self, *, lasting: bool = True) -> int:
-        """Begin a new generation and return its number. One that is not `lasting` ends with the process."""
+    def __init__(self) -> None:
+        self._number = 0
+        self._answers: dict[int, Probed] = {}
 
-    def restore(self) -> None:
-        """Make again what was deleted or cut."""
+    def ask(self, *, reopen: bool) -> Probe:
+        """A new question: answers to earlier ones count no more."""
+        self._number += 1
+        self._answers.clear()
+        return Probe(reopen, self._number)
 
-    def recover(self) -> Recovered:
-        """The blocks that are there."""
-
-    def close(self) -> None:
-        """Let others have it."""
+    def take(self, answer: Probed, ranks: int) -> list[Probed] | None:
+        """Takes one rank's answer; those of all `ranks` once the last has come."""
+        if answer.number != self._number:
+            return None
+        self._answers[answer.rank] = answer
+        if len(self._answers) < ranks:
+            return None
+        self._number += 1  # what comes now has come twice
+        return list(self._answers.values())
 
 
 class DiskTier:
@@ -63,10 +70,9 @@ class DiskTier:
         self,
         pool: Pool,
         links: Mapping[int, Link],
-        folder: Durable,
+        generations: Generations,
         gate: Gate,
         *,
-        generation: int,
         sequence: int,
         patience: float,
         next_id: Callable[[], int],
@@ -75,21 +81,14 @@ class DiskTier:
         self.pool, self.gate, self.clock = pool, gate, clock
         self.corrupt = 0
         """Blocks that were read and were not what had been written."""
-        self._folder = folder
-        self._generation, self._sequence = generation, sequence
+        self.chores = Chores()
+        self._generations, self._sequence = generations, sequence
         self._moves = Moves(links, next_id, clock, patience=patience, judge=self._judge)
         self._breaker = Breaker(_PROBE_EVERY, clock, most=_FAILURES, watch=_WATCH_EVERY)
         """Reads and writes fail each for itself: where nothing can be written any more, reads may go well for long."""
-        self._stale = False
-        """Whether a new generation has not been written down yet."""
-        self._lasting = True
-        """Whether another process may find what is written."""
         self._lost = False
         """Whether the files were made anew and have not been looked into."""
-        self._chores = ThreadPoolExecutor(1, "kvbm-folder")
-        self._waited: deque[Future[Callable[[], None]]] = deque()
-        self._asked = 0
-        self._probed: dict[int, Probed] = {}
+        self._probes = Probes()
 
     @property
     def problem(self) -> str | None:
@@ -123,7 +122,7 @@ class DiskTier:
             Write(
                 move.id, pack(hold.slots), pack(staged.slots), list(keys), list(parents),
                 priorities.astype(np.int32).tobytes(), (time.time() + left).tobytes(), self._sequence,
-                self._generation,
+                self._generations.number,
             )
         )  # fmt: skip
         self._sequence += len(keys)
@@ -175,66 +174,52 @@ class DiskTier:
 
     def tick(self) -> None:
         """A few times a second: notices silent workers, tries whether a broken disk works again."""
-        while self._waited and self._waited[0].done():
-            try:
-                self._waited.popleft().result()()
-            except KvbmError as error:
-                if not self.left:
-                    self._breaker.trip(str(error))
-        if self.left and not self._stale:
+        for problem in self.chores.end():
+            if not self.left:
+                self._breaker.trip(problem)
+        if self.left and not self.clearing:
             return
         if self.problem is None and self._moves.late():
             self.fail("no answer about a move within its deadline")
-        elif (self.problem is None or not self._waited) and self._breaker.due():
-            if self._stale:
+        elif (self.problem is None or not self.chores.busy) and self._breaker.due():
+            if self.clearing:
                 self._renew()
             else:
-                self._ask()
-
-    def _do(self, call: Callable[[], Callable[[], None]]) -> None:
-        """Have `call` wait for the disk on a thread of its own; what it returns is called under the lock."""
-        self._waited.append(self._chores.submit(call))
-
-    def _ask(self, *, reopen: bool = False) -> None:
-        self._asked += 1
-        self._probed.clear()
-        self._order(Probe(reopen, self._asked))
+                self._order(self._probes.ask(reopen=False))
 
     def hear(self, body: bytes) -> None:
         """One rank's answer to a probe. When all are well a tier that was left alone is used again."""
         answer = decode_answer(body)
-        if answer.number != self._asked or self._stale or self.left:
+        if self.clearing or self.left:
             return
-        self._probed[answer.rank] = answer
-        if len(self._probed) < len(self._moves.links):
+        if (answers := self._probes.take(answer, len(self._moves.links))) is None:
             return
-        self._asked += 1  # what comes now has come twice
-        problems = [f"rank {each.rank}: {each.problem}" for each in self._probed.values() if each.problem]
+        problems = [f"rank {each.rank}: {each.problem}" for each in answers if each.problem]
         if problems:
             self.fail(problems[0])
-            if self._moves.count() == (0, 0) and not self._waited:
-                self._do(self._restore)
+            if self._moves.count() == (0, 0) and not self.chores.busy:
+                self.chores.do(self._restore)
         elif self._lost:
-            self._do(self._recover)
+            self.chores.do(self._recover)
         elif self.problem is not None:
             self._resume()
 
     def _restore(self) -> Callable[[], None]:
-        self._folder.restore()
+        self._generations.folder.restore()
         return self._restored
 
     def _restored(self) -> None:
         """The files are there again, whatever is in them."""
         self.pool.clear()
         self._lost = True
-        self._ask(reopen=True)
+        self._order(self._probes.ask(reopen=True))
 
     def _recover(self) -> Callable[[], None]:
-        found = self._folder.recover()
+        found = self._generations.folder.recover()
         return lambda: self._recovered(found)
 
     def _recovered(self, found: Recovered) -> None:
-        if self._stale or self.left:  # found before the generation ended, say
+        if self.clearing or self.left:  # found before the generation ended, say
             return
         adopt(self.pool, found)
         self._lost = False
@@ -259,32 +244,33 @@ class DiskTier:
     def clear(self, *, lasting: bool = True) -> None:
         """A new generation: nothing on disk is served any more. With `lasting` False nothing that is written from now
         on outlives the process: the weights may no longer be those of the namespace."""
-        if self._lasting and not lasting:
+        if self._generations.lasting and not lasting:
             log.warning("KVBM: after a reset KVBM serves newly written blocks on disk only until the engine ends")
-        self._lasting &= lasting
+        self._generations.lasting &= lasting
         self.pool.clear()
         self._moves.cancel_all()
-        if not self._stale:  # else that has not happened yet, and nothing was written since
+        if not self.clearing:  # else that has not happened yet, and nothing was written since
             self._renew()
 
     def _renew(self) -> None:
         """Write the new generation down. Until that is done the tier is not used, or a restart would serve the old."""
-        self._stale = True
+        now = self._generations
+        now.stale = True
         if self.problem is None:
             self._breaker.trip(_CLEARING)
 
         def clear() -> Callable[[], None]:
-            lasting = self._lasting
-            number = self._folder.clear(lasting=lasting)
+            lasting = now.lasting
+            number = now.folder.clear(lasting=lasting)
             return lambda: self._renewed(number, lasting)
 
-        self._do(clear)
+        self.chores.do(clear)
 
     def _renewed(self, number: int, lasting: bool) -> None:
-        if lasting and not self._lasting:
+        if lasting and not self._generations.lasting:
             self._renew()
             return
-        self._generation, self._stale = number, False
+        self._generations.number, self._generations.stale = number, False
         self._order(Generation(number))
         if self.problem == _CLEARING:  # else a probe has to say that it works
             self._breaker.mend()
@@ -292,17 +278,18 @@ class DiskTier:
     @property
     def clearing(self) -> bool:
         """Whether a new generation has not been written down yet."""
-        return self._stale
+        return self._generations.stale
 
     def close(self) -> None:
         """The process is about to end."""
-        self._chores.shutdown(wait=False, cancel_futures=True)
-        if self._stale:
+        self.chores.close()
+        folder = self._generations.folder
+        if self.clearing:
             try:
-                self._folder.clear(lasting=self._lasting)
+                folder.clear(lasting=self._generations.lasting)
             except Broken as error:
                 log.error("KVBM: a restart may find blocks from before the last reset on disk: %s", error)
-        self._folder.close()
+        folder.close()
 
     def _order(self, order: Order) -> None:
         self._moves.tell(to_rank(order))
