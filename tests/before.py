@@ -15,6 +15,8 @@ from kvbm.leader.leader import Leader
 from kvbm.leader.shadow import Compared, Shadow
 from kvbm.link.messages import Touched
 from kvbm.tiers.disk.tier import DiskTier
+from kvbm.tiers.peers.network import Network
+from kvbm.tiers.peers.tier import Peers
 from kvbm.tiers.stack import Stack
 from kvbm.worker.worker import Worker
 
@@ -47,6 +49,12 @@ def _name(name: str, at: str) -> property:
 for _old, _at in _PLACES.items():
     setattr(Leader, _old, _name(_old, _at))
 DiskTier._chores = _name("_chores", "chores._executor")  # type: ignore[attr-defined]
+Peers._sought = property(attrgetter("sought.going"))  # type: ignore[attr-defined]
+for _old, _at in {
+    "_renewed": "members._renewed", "_facts": "members.kin._facts", "_clients": "connections._clients",
+    "_us": "us",
+}.items():  # fmt: skip
+    setattr(Network, _old, _name(_old, _at))
 for _old, _at in {"_g1": "memory.g1", "_g2": "memory.g2"}.items():
     setattr(Worker, _old, _name(_old, _at))
 

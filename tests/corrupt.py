@@ -24,7 +24,7 @@ from unittest import mock
 
 from kvbm.core.region import Region
 from kvbm.testing.faults import _peek, _poke, inject, injected
-from kvbm.tiers.peers import network
+from kvbm.tiers.peers import connections as network
 from tests.build.whole import ROWS, Engine
 from tests.leader.roles import keys_of
 from tests.tiers.peers.conftest import know_each_other, peers_of, published

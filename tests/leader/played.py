@@ -41,14 +41,16 @@ class Others:
     what else they heard, in words."""
 
     def __init__(self) -> None:
-        self.asker: Any = None
         self.peers: tuple[str, ...] = ()
         self.problem: str | None = None
         self.namesakes: tuple[str, ...] = ()
-        self.server = SimpleNamespace(slabs=(0, []))
+        self.server = SimpleNamespace(place=self._place, slabs=(0, []))
         self.searches: list[Any] = []
         self.told: list[str] = []
         self._clients: dict[str, Any] = {}
+
+    def _place(self, slabs: list[Any]) -> None:
+        self.server.slabs = self.server.slabs[0] + 1, slabs
 
     def client(self, name: str) -> Any:
         """An instance that was connected to. What goes wrong with it connects it anew."""

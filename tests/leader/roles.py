@@ -46,7 +46,7 @@ from kvbm.tiers.peers.messages import Memory, Promise, Reserve, Slab
 from kvbm.tiers.peers.orders import Shared
 from kvbm.tiers.peers.published import Published
 from kvbm.tiers.peers.serving import Around, Serving
-from kvbm.tiers.peers.tier import Peers
+from kvbm.tiers.peers.tier import Patience, Peers
 from kvbm.tiers.promote import Promotion
 from kvbm.tiers.stack import Stack
 from tests import before  # noqa: F401
@@ -357,9 +357,9 @@ class Stage:
             pool.add_observer(published)
         self.network: Any = Others()
         self.peers = Peers(
-            self.network, serving, published, leader.gate, core.links,
-            deadline_s=deadline_s, patience_s=patience_s, keeps=keep, next_id=core.copies.next_id, lock=core.below,
-            clock=self.clock,
+            self.network, serving, published,
+            Patience(leader.gate, self.clock, deadline_s=deadline_s, pull_s=patience_s), core.links,
+            keeps=keep, next_id=core.copies.next_id, lock=core.below,
         )  # fmt: skip
         core.lower.stack = Stack(self.promotion, BLOCK_TOKENS, [*nearer, self.peers], self.clock)
         self._numbers = itertools.count(1)
@@ -377,7 +377,7 @@ class Stage:
         promise = Promise(id=number, lease=number, coming=False, memory=1, **said)
         memory = Memory(number, 1, [Slab(b"there", 4096, BLOCK_BYTES, 1000) for _ in self.workers])
         client, start = self.network.client(peer), search.start + at
-        return bool(self.network.asker.promised(search, client, promise, memory, start))
+        return bool(search.found(search, client, promise, memory, start))
 
     def reserve(self, keys: Sequence[bytes]) -> Promise:
         """Another instance asks for these."""

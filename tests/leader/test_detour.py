@@ -59,7 +59,7 @@ def test_a_hit_that_takes_longer_than_computing_is_not_made(stage: Stage) -> Non
     assert found(stage, "long", keys[:3]) == 3
     stage.step()
     assert [event for event in stage.events if isinstance(event, Gated)] == [Gated(2, "g2")]
-    assert any("from 71 on it does not" in why for why in stage.leader.records["short"].why)
+    assert any("from 71 tokens on it does not" in why for why in stage.leader.records["short"].why)
     assert stage.leader.records["long"].why == []
 
 

@@ -23,12 +23,14 @@ from kvbm.core.keys import Namespace
 from kvbm.tiers.namesakes import facts_of
 from kvbm.tiers.peers.client import Identity
 from kvbm.tiers.peers.directory import Directory
-from kvbm.tiers.peers.network import Address, Network
+from kvbm.tiers.peers.membership import Address, Membership
+from kvbm.tiers.peers.network import Network
 from kvbm.tiers.peers.orders import TIER
 from kvbm.tiers.peers.published import Published
 from kvbm.tiers.peers.rank import PeerMemory, PeerRank
+from kvbm.tiers.peers.server import Server
 from kvbm.tiers.peers.serving import Around, Serving
-from kvbm.tiers.peers.tier import Peers
+from kvbm.tiers.peers.tier import Patience, Peers
 from kvbm.tiers.promote import Promotion
 from kvbm.tiers.tier import RankSide, Tier
 from kvbm.transfer.executor import Executor
@@ -160,19 +162,20 @@ def peers(ground: Ground, namespace: Namespace, promotion: Promotion, nearer: Se
         pool.add_observer(published)
     assert settings.directory is not None
     url, port = settings.directory, settings.peer_port and settings.peer_port + ground.place.dp_rank
-    network = Network(
-        lambda: Directory(url, _shared(namespace), name, incarnation, lease_s=settings.directory_lease_s,
-                          timeout=_DIRECTORY_S, facts=facts_of(namespace)),
-        Identity(name, incarnation, namespace.fingerprint, __version__, secret),
-        Address(settings.peer_host, port), serving, published, core.below,
-        lease_s=settings.directory_lease_s, deadline_s=settings.peer_deadline_s, facts=facts_of(namespace),
-    )  # fmt: skip
+    lease_s, deadline_s, facts = settings.directory_lease_s, settings.peer_deadline_s, facts_of(namespace)
+    us = Identity(name, incarnation, namespace.fingerprint, __version__, secret)
+    directory = partial(
+        Directory, url, _shared(namespace), name, incarnation, lease_s=lease_s, timeout=_DIRECTORY_S, facts=facts
+    )
+    address = Address(settings.peer_host, port)
+    members = Membership(directory, address, published, lease_s=lease_s, facts=facts)
+    network = Network(us, members, Server(us, serving, core.below, deadline_s), deadline_s=deadline_s)
     network.wait(_START_S)
     log.info("KVBM: shares blocks with other instances as %s", name)
     return Peers(
-        network, serving, published, ground.gate, ground.links,
-        deadline_s=settings.peer_deadline_s, patience_s=settings.pull_wait_s, keeps=settings.peer_copies == "keep",
-        next_id=core.copies.next_id, lock=core.below, clock=time.monotonic,
+        network, serving, published,
+        Patience(ground.gate, time.monotonic, deadline_s=deadline_s, pull_s=settings.pull_wait_s), ground.links,
+        keeps=settings.peer_copies == "keep", next_id=core.copies.next_id, lock=core.below,
     )  # fmt: skip
 
 

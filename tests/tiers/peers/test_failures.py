@@ -186,7 +186,7 @@ def test_strangers_take_no_place_from_instances(
     know_each_other(holder, reader)
     holder.serve(keys_of("p", 6))
     published(holder, 6)
-    port = peers_of(holder).network._port
+    port = peers_of(holder).network.port
     strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(8)]
     server = peers_of(holder).network.server
     until(holder, lambda: server._strangers == 4)  # the others are sent away
@@ -322,8 +322,9 @@ def test_another_model_or_version_is_refused_on_both_sides(
     holder = start("h")
     know_each_other(holder)
     network = peers_of(holder).network
-    wanted = Identity("other", 1, namespace or network._us.namespace, version, network._us.secret)
-    instance = Instance("127.0.0.1", network._port, network._us.incarnation)
+    us = network.us
+    wanted = Identity("other", 1, namespace or us.namespace, version, us.secret)
+    instance = Instance("127.0.0.1", network.port, us.incarnation)
 
     async def ask() -> str:
         with pytest.raises(Broken) as refusal:

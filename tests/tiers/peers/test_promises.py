@@ -17,7 +17,8 @@ from kvbm.core.errors import Broken
 from kvbm.core.outcome import Outcome
 from kvbm.leader.requests import RequestParams
 from kvbm.link.messages import unpack
-from kvbm.tiers.peers import network
+from kvbm.tiers.breaker import Breaker
+from kvbm.tiers.peers import connections
 from kvbm.tiers.peers.client import Client
 from kvbm.tiers.peers.directory import Directory
 from kvbm.tiers.peers.messages import Memory, Ping, Pong, Promise, Reserve
@@ -74,7 +75,23 @@ def forgiven(reader: Engine) -> None:
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is left alone for long."""
-    monkeypatch.setattr(network, "_BACKOFF_S", (0.02,))
+    monkeypatch.setattr(connections, "_BACKOFF_S", (0.02,))
+
+
+def asked(reader: Engine, question: Callable[[int], Any], kind: type[Any], **where: Any) -> Any:
+    """What the holder answers on a connection of its own, as to the reader; `where` it is looked for."""
+    network = peers_of(reader).network
+    instance = network.members.instances["h"]._replace(**where)
+
+    async def ask() -> Any:
+        client = Client("h", instance, network.us, Breaker((1.0,), time.monotonic))
+        try:
+            async with asyncio.timeout(5):
+                return await client.ask(question, kind)
+        finally:
+            await client.end()
+
+    return asyncio.run(ask())
 
 
 @pytest.mark.usefixtures("soon")
@@ -196,7 +213,7 @@ def test_two_requests_that_want_the_same_at_once(start: Start) -> None:
     for name in ("a", "b"):
         reader.leader.finish(name, [], 0)
     reader.step("a", 0)
-    assert not peers_of(reader)._sought
+    assert not peers_of(reader).sought.going
     until(holder, lambda: not peers_of(holder).serving.held)
     assert reader.leader.core.pool.statistics().registered == 6
     clean(reader)
@@ -208,7 +225,7 @@ def test_a_request_that_is_gone_before_the_answer_leaves_nothing(start: Start) -
         reader.leader.begin(f"x{number}", [*keys_of("p", 6), LAST], RequestParams(), 7 * TOKENS)
         time.sleep(0.0005 * number)
         reader.leader.finish(f"x{number}", [], 0)
-    assert not peers_of(reader)._sought
+    assert not peers_of(reader).sought.going
     until(holder, lambda: not peers_of(holder).serving.held, 5.0)
     clean(reader)
 
@@ -218,7 +235,7 @@ def test_many_requests_at_once_do_not_make_the_directory_look_dead(start: Start)
     for number in range(40):
         reader.leader.begin(f"x{number}", [*keys_of(f"n{number}", 6), LAST], RequestParams(), 7 * TOKENS)
     deadline = time.monotonic() + 2
-    while peers_of(reader)._sought and time.monotonic() < deadline:
+    while peers_of(reader).sought.going and time.monotonic() < deadline:
         assert reader.leader.core.lower.degraded() == {}
         time.sleep(0.001)
     assert peers_of(reader).network.peers == ("h",)
@@ -229,13 +246,9 @@ def test_many_requests_at_once_do_not_make_the_directory_look_dead(start: Start)
 
 def test_what_a_peer_cannot_be_connected_at_is_no_error_of_ours(start: Start) -> None:
     _, reader = pair(start)
-    talks = peers_of(reader).network
-    client = talks._client("h")
     for host, port in (("x\0y", 1), ("a" * 300, 1), ("127.0.0.1", 99999)):
-        client.instance = client.instance._replace(host=host, port=port)
-        asked = asyncio.run_coroutine_threadsafe(client.ask(Ping, Pong), talks._loop)
         with pytest.raises(Broken, match="peer h cannot be reached"):
-            asked.result(5)
+            asked(reader, Ping, Pong, host=host, port=port)
 
 
 def test_blocks_that_are_here_already_are_not_read(start: Start) -> None:
@@ -268,13 +281,11 @@ def test_a_directory_that_fails_in_an_unknown_way_is_kept_all_the_same(
 
 def test_a_question_that_makes_no_sense_ends_the_connection(start: Start) -> None:
     holder, reader = pair(start, g3_blocks=32)
-    talks = peers_of(reader).network
     right: dict[str, Any] = {"search": 1, "keys": keys_of("p", 2), "start": 0, "wait_s": 0.1}
 
     def ask(**changes: Any) -> Promise:
-        asked = right | changes
-        work = talks._client("h").ask(lambda number: Reserve(number, expected=True, **asked), Promise)
-        return asyncio.run_coroutine_threadsafe(work, talks._loop).result(2)
+        what = right | changes
+        return asked(reader, lambda number: Reserve(number, expected=True, **what), Promise)
 
     wrongs: list[dict[str, Any]] = [{"start": -9}, {"wait_s": float("nan")}, {"keys": keys_of("p", 2) * 2}]
     for wrong in wrongs:
@@ -284,7 +295,7 @@ def test_a_question_that_makes_no_sense_ends_the_connection(start: Start) -> Non
     assert ask(keys=[b"", b"x" * 1000]).count == 0
     assert ask(keys=[]).count == 0
     assert ask(start=2**62, keys=keys_of("none", 1)).count == 0
-    until(holder, lambda: not peers_of(holder).network._tasks)
+    until(holder, lambda: not peers_of(holder).network.busy)
 
 
 def test_leases_that_do_not_exist_can_be_ended(start: Start) -> None:
@@ -292,7 +303,7 @@ def test_leases_that_do_not_exist_can_be_ended(start: Start) -> None:
     talks = peers_of(reader).network
     assert reader.serve(keys_of("p", 6)) == 6
     for lease in (0, 1, -5, 2**63 - 1):
-        talks.release(talks._client("h"), lease)
+        talks.release(talks.connections.client("h"), lease)
     reader.leader.core.pool.clear()
     assert reader.serve(keys_of("p", 6)) == 6
     until(holder, lambda: not peers_of(holder).serving.held)

@@ -33,21 +33,37 @@ class Contacts(Protocol):
     def release(self, client: Client, lease: int) -> None: ...
 
 
+class Waits(Protocol):
+    """How long it is waited for."""
+
+    def clock(self) -> float: ...
+
+    def due(self, blocks: int) -> float:
+        """When the peer counts as dead if none of so many blocks has come."""
+
+
+@dataclass(slots=True)
+class Counted:
+    """Promises that were used, and blocks that came and were not what had been promised."""
+
+    promises: int = 0
+    corrupt: int = 0
+
+
 class Source(Protocol):
     """The tier, as far as an offer of its needs it."""
-
-    corrupt: int
 
     @property
     def network(self) -> Contacts: ...
 
-    def clock(self) -> float: ...
+    @property
+    def patience(self) -> Waits: ...
+
+    @property
+    def counted(self) -> Counted: ...
 
     def attach(self, client: Client, memory: Memory, gate: Gate) -> str:
         """Has ranks attach the peer's memory; by what name they know it."""
-
-    def due(self, blocks: int) -> float:
-        """When the peer counts as dead if none of so many blocks has come."""
 
     def pull(self, offer: PeerOffer, at: Slots, into: Staged, ended: Ended) -> int:
         """Has ranks read these blocks of the offer."""
@@ -96,7 +112,7 @@ class PeerOffer:
         self.attached = self.peers.attach(self.client, self.memory, self.gate)
 
     def failing(self) -> str | None:
-        now = self.peers.clock()
+        now = self.peers.patience.clock()
         if self.broken is None and self.reading and now > self.due:
             self.fail("its blocks do not come")
         if self.broken is None and self.reading and now > self.limit:
@@ -108,7 +124,7 @@ class PeerOffer:
 
     def read(self, at: Slots, into: Staged, ended: Ended) -> int:
         if not self.reading:
-            self.due = self.peers.due(len(at))
+            self.due = self.peers.patience.due(len(at))
         self.reading += 1
         return self.peers.pull(self, at, into, ended)
 
@@ -119,14 +135,14 @@ class PeerOffer:
         self.reading -= 1
         corrupt = int((passage.outcomes == Outcome.CORRUPT).sum())
         if corrupt:
-            self.peers.corrupt += corrupt
+            self.peers.counted.corrupt += corrupt
             log.error("KVBM: peer %s gave %d blocks that are not what it promised", self.client.name, corrupt)
             self.fail("its blocks are not what it promised")
         elif not passage.done.all():
             if passage.wanted:
                 self.fail(passage.error or "its blocks do not come")
         else:
-            self.due, self.limit = self.peers.due(len(at)), math.inf
+            self.due, self.limit = self.peers.patience.due(len(at)), math.inf
             self.peers.network.works(self.client)
 
     def fail(self, problem: str) -> None:

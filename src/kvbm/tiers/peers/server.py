@@ -52,6 +52,10 @@ class Server:
         self.readers: set[asyncio.Task[None]] = set()
         self._strangers = 0
 
+    def place(self, slabs: list[Slab]) -> None:
+        """Our memory is here from now on, rank by rank. Any thread, one at a time."""
+        self.slabs = self.slabs[0] + 1, slabs
+
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve a connection until it ends."""
         task = asyncio.current_task()

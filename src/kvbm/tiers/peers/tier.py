@@ -6,7 +6,6 @@ read into host memory as the disk's blocks are (`tiers/promote.py`); the engine 
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -27,7 +26,7 @@ from kvbm.tiers.moves import Ended, Moves
 from kvbm.tiers.peers.client import Client
 from kvbm.tiers.peers.messages import Memory, Promise, Slab
 from kvbm.tiers.peers.network import Network, PeerSearch
-from kvbm.tiers.peers.offer import PeerOffer
+from kvbm.tiers.peers.offer import Counted, PeerOffer
 from kvbm.tiers.peers.orders import TIER, Attach, Detach, Pull, Shared, decode_answer, to_rank
 from kvbm.tiers.peers.published import Published
 from kvbm.tiers.peers.serving import Serving
@@ -54,10 +53,50 @@ class Peer:
     attached: str | None = None
 
 
+class Patience:
+    """How long blocks of other instances are waited for. `gate` knows how fast the engine computes; `deadline_s` is the
+    longest that a peer may be silent; `pull_s` the longest that a request waits for what a peer computes for it."""
+
+    def __init__(self, gate: Gate, clock: Callable[[], float], *, deadline_s: float, pull_s: float) -> None:
+        self.gate, self.clock, self._deadline_s, self._pull_s = gate, clock, deadline_s, pull_s
+
+    def search_s(self, blocks: int, *, pulls: bool) -> float:
+        """Of a search for so many blocks."""
+        return self._pull_s if pulls else self._within(blocks)
+
+    def due(self, blocks: int) -> float:
+        """When a peer from which so many are read counts as dead."""
+        return self.clock() + max(self._within(blocks), _LEAST_S)
+
+    def _within(self, blocks: int) -> float:
+        """No longer than it takes to compute them."""
+        computing = self.gate.computing_s(blocks)
+        return self._deadline_s if computing is None else min(self._deadline_s, computing)
+
+
+class Searches:
+    """Those that somebody still knows, by number, and how many were `begun`."""
+
+    def __init__(self) -> None:
+        self._known: WeakValueDictionary[int, PeerSearch] = WeakValueDictionary()
+        self.begun = 0
+
+    def number(self) -> int:
+        """Of the next."""
+        return self.begun + 1
+
+    def begin(self, search: PeerSearch) -> None:
+        self.begun = search.id
+        self._known[search.id] = search
+
+    @property
+    def going(self) -> list[PeerSearch]:
+        """Searches that go on."""
+        return [search for search in tuple(self._known.values()) if not search.ended]
+
+
 class Peers:
-    """Other instances as a tier (`Tier`). `deadline_s` is the longest that a peer may be silent; `patience_s` the
-    longest that a request waits for what a peer computes for it; `keeps` whether what came stays in host memory. Also
-    what the network tells what it finds (`network.Asker`)."""
+    """Other instances as a tier (`Tier`). `keeps`: whether what came stays in host memory."""
 
     name: ClassVar[str] = TIER
     words: ClassVar[str] = "other instances"
@@ -67,38 +106,36 @@ class Peers:
         network: Network,
         serving: Serving,
         published: Published,
-        gate: Gate,
+        patience: Patience,
         links: Mapping[int, Link],
         *,
-        deadline_s: float,
-        patience_s: float,
         keeps: bool,
         next_id: Callable[[], int],
         lock: Callable[[], AbstractContextManager[object]],
-        clock: Callable[[], float],
     ) -> None:
-        self.network, self.serving, self.published = network, serving, published
-        self.clock = clock
-        self._gate = gate
-        self._deadline_s, self._patience_s, self._lock = deadline_s, patience_s, lock
-        self._moves = Moves(links, next_id, clock)
-        self.keeps = keeps
-        self.corrupt = 0
-        """Blocks that came and were not what had been promised."""
-        self.searches = self.found = 0
-        """Searches that began; promises that were used."""
+        self.network, self.serving, self.published, self.patience = network, serving, published, patience
+        self.keeps, self._lock = keeps, lock
+        self._moves = Moves(links, next_id, patience.clock)
+        self.counted = Counted()
+        self.sought = Searches()
         self._peers: dict[str, Peer] = {}
-        self._known: WeakValueDictionary[int, PeerSearch] = WeakValueDictionary()
-        """Searches that somebody still knows."""
-        self._numbers = itertools.count(1)
         self._mine: dict[int, Shared] = {}
         self._closed: str | None = None
-        network.asker = self
 
     @property
-    def _sought(self) -> list[PeerSearch]:
-        """Searches that go on."""
-        return [search for search in tuple(self._known.values()) if not search.ended]
+    def searches(self) -> int:
+        """Searches that began."""
+        return self.sought.begun
+
+    @property
+    def found(self) -> int:
+        """Promises that were used."""
+        return self.counted.promises
+
+    @property
+    def corrupt(self) -> int:
+        """Blocks that came and were not what had been promised."""
+        return self.counted.corrupt
 
     @property
     def _ranks(self) -> list[int]:
@@ -114,15 +151,14 @@ class Peers:
         assert first is not None  # it covers no keys
         if self.problem is not None or not self.network.peers:
             return None
-        pulls = seeker.pull_from is not None
-        seconds = self._patience_s if pulls else self._within(len(keys))
+        seconds = self.patience.search_s(len(keys), pulls=seeker.pull_from is not None)
         if seconds < _WORTH_S:
             return None
         search = PeerSearch(
-            next(self._numbers), seeker, list(keys), first, give, seconds=seconds, until=self.clock() + seconds
-        )
-        self.searches += 1
-        self._known[search.id] = search
+            self.sought.number(), seeker, list(keys), first, give, seconds=seconds,
+            until=self.patience.clock() + seconds, found=self._promised,
+        )  # fmt: skip
+        self.sought.begin(search)
         self.network.search(search)
         return search
 
@@ -132,19 +168,10 @@ class Peers:
     def over(self, keys: Sequence[bytes]) -> None:
         """The same."""
 
-    def _within(self, blocks: int) -> float:
-        """How long to wait for so many blocks: no longer than it takes to compute them."""
-        computing = self._gate.computing_s(blocks)
-        return self._deadline_s if computing is None else min(self._deadline_s, computing)
-
-    def due(self, blocks: int) -> float:
-        """When a peer from which so many are read counts as dead."""
-        return self.clock() + max(self._within(blocks), _LEAST_S)
-
     # ------------------------------------------------------------------ what the network finds (on its thread)
 
-    def promised(self, search: PeerSearch, client: Client, promise: Promise, memory: Memory, start: int) -> bool:
-        """See `Asker`. Takes the lock."""
+    def _promised(self, search: PeerSearch, client: Client, promise: Promise, memory: Memory, start: int) -> bool:
+        """See `Found`. Takes the lock."""
         with self._lock():
             if search.ended or self._closed is not None:
                 return False
@@ -155,17 +182,17 @@ class Peers:
             offer = self._offer(search, client, promise, memory, keys, start)
             if not search.give(offer):
                 return False
-            self.found += 1
+            self.counted.promises += 1
             return True
 
     def _offer(
         self, search: PeerSearch, client: Client, promise: Promise, memory: Memory, keys: Sequence[bytes], start: int
     ) -> PeerOffer:
-        now, count, known = self.clock(), len(keys), self._peers.get(client.name)
+        now, count, known = self.patience.clock(), len(keys), self._peers.get(client.name)
         priorities, ttls = np.frombuffer(promise.priorities, np.uint8), np.frombuffer(promise.ttls, np.float64)
         before = search.seeker.keys[start - 1] if start else None
         return PeerOffer(
-            self, client, known.gate if known is not None else self._gate.beside(), self.keeps, memory,
+            self, client, known.gate if known is not None else self.patience.gate.beside(), self.keeps, memory,
             keys, [before, *keys[:-1]], [(int(priorities[at]), now + float(ttls[at])) for at in range(count)],
             np.arange(start, start + count), unpack(promise.slots),
             [bound(np.frombuffer(each, np.uint64), keys) for each in promise.sums], promise.lease,
@@ -258,8 +285,7 @@ class Peers:
             log.error("KVBM: rank %d shares nothing with other instances: %s", message.rank, message.problem)
             self._close(message.problem or "a rank cannot share its memory")
         elif len(slabs) == len(self._ranks):
-            server = self.network.server
-            server.slabs = server.slabs[0] + 1, slabs
+            self.network.server.place(slabs)
 
     @property
     def pool(self) -> None:
@@ -298,7 +324,7 @@ class Peers:
 
     def _close(self, why: str) -> None:
         self._closed = why
-        for search in self._sought:
+        for search in self.sought.going:
             search.ended = True
         self.serving.close()
         self.network.leave()
