@@ -116,7 +116,7 @@ def test_what_is_not_known_stays_in_host_memory(
             assert "it is not known what the weights contain" in status["degraded"]["g3"]
             assert status["healthy"]
             seen.add(status["fingerprint"])
-            said = [record for record in caplog.records if "nothing is stored on disk" in record.message]
+            said = [record for record in caplog.records if "stores nothing on disk" in record.message]
             assert [record.levelno for record in said] == [logging.WARNING]
             engine.side.drain(PATIENCE)
             assert engine.leader.disk is None

@@ -357,7 +357,7 @@ def test_what_a_step_needs_before_it_is_copied_is_no_failure(stage: Stage, caplo
     assert stage.leader.pool.present(keys).tolist() == [True, False, False]
     assert stage.leader.dropped == 2
     assert not caplog.records
-    assert "needed 2 blocks again" in "".join(stage.leader.records["a"].why)
+    assert "did not offload 2 blocks" in "".join(stage.leader.records["a"].why)
 
 
 def _ended(stage: Stage, keys: list[bytes], g1: list[int]) -> None:
