@@ -27,9 +27,9 @@ POOL_GAUGES = {
     "total": ("kvbm_pool_size", "slots of the tier that can be used now"),
     "capacity": ("kvbm_pool_capacity", "slots of the tier once all of its memory is there"),
     "free": ("kvbm_reset_pool_size", "slots that hold nothing"),
-    "inactive": ("kvbm_inactive_pool_size", "blocks that can be matched and that nobody holds"),
-    "active": ("kvbm_inflight_immutable", "blocks that are held"),
-    "staged": ("kvbm_inflight_mutable", "slots that are being written"),
+    "inactive": ("kvbm_inactive_pool_size", "blocks that requests can match and no request holds"),
+    "active": ("kvbm_inflight_immutable", "blocks that a request or a copy holds"),
+    "staged": ("kvbm_inflight_mutable", "slots that a copy is writing"),
 }
 
 
@@ -49,7 +49,7 @@ LOWER_COUNTERS = {
 TRUST_COUNTERS = {
     "sampled": ("kvbm_shadow_requests", "hits that were declined, to compare what is computed with what is stored"),
     "compared": ("kvbm_shadow_compared_blocks", "blocks that were compared"),
-    "mismatched": ("kvbm_shadow_mismatched_blocks", "of these, blocks that were not what the engine computed"),
+    "mismatched": ("kvbm_shadow_mismatched_blocks", "compared blocks that were not what the engine computed"),
     "skipped": ("kvbm_shadow_skipped_blocks", "blocks of declined hits that could not be compared"),
     "violations": ("kvbm_invariant_violations", "invariants that did not hold"),
     "corrupt": ("kvbm_host_corrupt_blocks", "blocks that had changed in host memory when they were loaded"),
@@ -101,16 +101,16 @@ class KvbmCollector(Collector):
         for tier, works in self._sources.tiers().items():
             tiers.add_metric([tier], float(works))
         yield tiers
-        yield CounterMetricFamily("kvbm_requests", "requests that may read, and got their blocks", totals.requests)
-        yield CounterMetricFamily("kvbm_requested_tokens", "prompt tokens of those requests", totals.prompt_tokens)
-        yield CounterMetricFamily("kvbm_peer_tokens", "of those, had come from other instances", totals.sources[PEERS])
+        yield CounterMetricFamily("kvbm_requests", "requests that may read, and have got their blocks", totals.requests)
+        yield CounterMetricFamily("kvbm_requested_tokens", "prompt tokens of requests in kvbm_requests", totals.prompt_tokens)
+        yield CounterMetricFamily("kvbm_peer_tokens", "matched tokens that had come from other instances", totals.sources[PEERS])
         yield CounterMetricFamily(
-            "kvbm_pulled_tokens", "of those, another instance computed for the same request", totals.pulled_tokens
+            "kvbm_pulled_tokens", "prompt tokens that another instance computed for the same request", totals.pulled_tokens
         )
         yield CounterMetricFamily(
-            "kvbm_unread_requests", "requests that may not read, or asked not to; not in the above", totals.unread
+            "kvbm_unread_requests", "requests that may not read, or asked not to; in no other counter", totals.unread
         )
-        yield CounterMetricFamily("kvbm_device_tokens", "of those, held by the engine itself", totals.device_tokens)
+        yield CounterMetricFamily("kvbm_device_tokens", "requested tokens that the engine itself held", totals.device_tokens)
         copied = CounterMetricFamily(
             "kvbm_tier_copied_blocks", "blocks copied from one place to another", labels=["source", "target"]
         )
@@ -126,7 +126,7 @@ class KvbmCollector(Collector):
             yield _histogram(f"kvbm_{way}_seconds", "time of one copy on the slowest rank", copies.seconds)
             yield _histogram(f"kvbm_{way}_copy_bytes", "size of one copy, over all ranks", copies.sizes)
         yield CounterMetricFamily(
-            "kvbm_gated_blocks", "blocks left where they were, computing was faster", totals.gated
+            "kvbm_gated_blocks", "blocks that were not loaded, because computing them was faster", totals.gated
         )
         for (tier, count), (name, text) in LOWER_COUNTERS.items():
             yield CounterMetricFamily(name, text, lower.get(tier, {}).get(count, 0))
@@ -134,7 +134,7 @@ class KvbmCollector(Collector):
         for count, (name, text) in TRUST_COUNTERS.items():
             yield CounterMetricFamily(name, text, trust.get(count, 0))
         quarantined = float(self._sources.quarantined())
-        yield GaugeMetricFamily("kvbm_quarantined", "1 while stored blocks are known not to be trusted", quarantined)
+        yield GaugeMetricFamily("kvbm_quarantined", "1 while KVBM knows that stored blocks are wrong", quarantined)
         bounds, counts, total = self._sources.steps()
         yield _buckets("kvbm_step_seconds", "time that the engine waited for KVBM in a step", bounds, counts, total)
         for family, rows in ((CounterMetricFamily, POOL_COUNTERS), (GaugeMetricFamily, POOL_GAUGES)):
