@@ -101,16 +101,23 @@ class KvbmCollector(Collector):
         for tier, works in self._sources.tiers().items():
             tiers.add_metric([tier], float(works))
         yield tiers
-        yield CounterMetricFamily("kvbm_requests", "requests that may read, and have got their blocks", totals.requests)
-        yield CounterMetricFamily("kvbm_requested_tokens", "prompt tokens of requests in kvbm_requests", totals.prompt_tokens)
-        yield CounterMetricFamily("kvbm_peer_tokens", "matched tokens that had come from other instances", totals.sources[PEERS])
-        yield CounterMetricFamily(
-            "kvbm_pulled_tokens", "prompt tokens that another instance computed for the same request", totals.pulled_tokens
-        )
-        yield CounterMetricFamily(
-            "kvbm_unread_requests", "requests that may not read, or asked not to; in no other counter", totals.unread
-        )
-        yield CounterMetricFamily("kvbm_device_tokens", "requested tokens that the engine itself held", totals.device_tokens)
+        for name, value, text in (
+            ("kvbm_requests", totals.requests, "requests that may read, and have got their blocks"),
+            ("kvbm_requested_tokens", totals.prompt_tokens, "prompt tokens of the requests in kvbm_requests_total"),
+            ("kvbm_peer_tokens", totals.sources[PEERS], "matched tokens that had come from other instances"),
+            (
+                "kvbm_pulled_tokens",
+                totals.pulled_tokens,
+                "requested tokens that another instance computed for the request",
+            ),
+            (
+                "kvbm_unread_requests",
+                totals.unread,
+                "requests that may not read, or asked not to; counted nowhere else",
+            ),
+            ("kvbm_device_tokens", totals.device_tokens, "requested tokens that the engine itself held"),
+        ):
+            yield CounterMetricFamily(name, text, value)
         copied = CounterMetricFamily(
             "kvbm_tier_copied_blocks", "blocks copied from one place to another", labels=["source", "target"]
         )
