@@ -108,12 +108,12 @@ class KvbmCollector(Collector):
             (
                 "kvbm_pulled_tokens",
                 totals.pulled_tokens,
-                "requested tokens that another instance computed for the request",
+                "requested tokens that another instance computed for it",
             ),
             (
                 "kvbm_unread_requests",
                 totals.unread,
-                "requests that may not read, or asked not to; counted nowhere else",
+                "requests that may not read, or asked not to; not in the others",
             ),
             ("kvbm_device_tokens", totals.device_tokens, "requested tokens that the engine itself held"),
         ):
