@@ -10,13 +10,16 @@ from dataclasses import asdict
 from operator import attrgetter
 from typing import Any
 
+from kvbm.leader.copies import InFlight
 from kvbm.leader.core import Limits
 from kvbm.leader.leader import Leader
 from kvbm.leader.shadow import Compared, Shadow
 from kvbm.link.messages import Touched
+from kvbm.tiers.demote import Demotion
 from kvbm.tiers.disk.tier import DiskTier
 from kvbm.tiers.peers.network import Network
 from kvbm.tiers.peers.tier import Peers
+from kvbm.tiers.promote import Promotion
 from kvbm.tiers.stack import Stack
 from kvbm.worker.worker import Worker
 
@@ -34,8 +37,8 @@ _OTHERS = {
     "lower": "lower.stack", "next_job": "copies.next_id", "standing_aside": "health.aside",
 }  # fmt: skip
 _LEADER = {
-    "_loading": "_book._loading", "answers": "_endings.answers", "audit": "invariants", "provenance": "_provenance",
-    "reports": "invariants._reports",
+    "_loading": "book.loading", "_provenance": "provenance", "_variants": "variants", "answers": "_endings.answers",
+    "audit": "invariants", "reports": "invariants._reports",
 }  # fmt: skip
 _PLACES = {name: f"core.{at}" for name, at in (_CORE | _HEALTH | _COUNTS | _OTHERS).items()} | _LEADER
 
@@ -48,6 +51,9 @@ def _name(name: str, at: str) -> property:
 
 for _old, _at in _PLACES.items():
     setattr(Leader, _old, _name(_old, _at))
+for _owner, _olds in ((Promotion, ("stagings",)), (Demotion, ("queued", "queue", "in_flight")), (InFlight, ("jobs",))):
+    for _old in _olds:
+        setattr(_owner, f"_{_old}", property(attrgetter(_old)))
 DiskTier._chores = _name("_chores", "chores._executor")  # type: ignore[attr-defined]
 Peers._sought = property(attrgetter("sought.going"))  # type: ignore[attr-defined]
 for _old, _at in {

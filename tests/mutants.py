@@ -156,7 +156,8 @@ MUTANTS = (
     ),
     Mutant(
         "a new generation leaves what is on disk", "tiers/disk/tier.py",
-        "        self._generations.lasting &= lasting\n        self.pool.clear()\n", "        self._generations.lasting &= lasting\n",
+        "        self._generations.lasting &= lasting\n        self.pool.clear()\n",
+        "        self._generations.lasting &= lasting\n",
         "tiers/disk/test_tier tiers/test_lower_machine",
     ),
     Mutant(

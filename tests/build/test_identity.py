@@ -150,7 +150,7 @@ def test_serving_starts_meanwhile(
         after = engine.side.control.status()
         assert after["fingerprint"] != before["fingerprint"]
         assert ("demote" in before, "demote" in after) == (False, True)
-        assert Path(engine.side.control._upkeep.inspect()["folder"]).name == after["fingerprint"][:16]
+        assert Path(engine.side.control.disk.inspect()["folder"]).name == after["fingerprint"][:16]
         assert engine.serve(later) == 0
         engine.settle()
         assert engine.disk.peek(early) == 6

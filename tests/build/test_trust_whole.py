@@ -63,7 +63,7 @@ def compute(engine: Engine, keys: Sequence[bytes], *, noise: float = 0.0) -> int
 def shadowed(make: Make, ranks: int = 1, **settings: Any) -> Engine:
     engine = make(ranks, g2_blocks=64, shadow_every=1, **settings)
     for worker in engine.workers:
-        worker.copying.comparisons._dtype = "float32"
+        worker.copying.comparisons.dtype = "float32"
     return engine
 
 

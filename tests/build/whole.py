@@ -45,17 +45,17 @@ class DiskPart:
 
     @property
     def disk(self) -> Disk:
-        part = self._worker._tiers["g3"]
+        part = self._worker.tiers["g3"]
         assert isinstance(part, DiskRank)
         return part.disk
 
     _read = property(
-        lambda self: self._worker.copying._read_ended,
-        lambda self, ended: setattr(self._worker.copying, "_read_ended", ended),
+        lambda self: self._worker.copying.read_ended,
+        lambda self, ended: setattr(self._worker.copying, "read_ended", ended),
     )
     _report = property(
-        lambda self: self._worker.copying._write_ended,
-        lambda self, ended: setattr(self._worker.copying, "_write_ended", ended),
+        lambda self: self._worker.copying.write_ended,
+        lambda self, ended: setattr(self._worker.copying, "write_ended", ended),
     )
 
 
@@ -111,7 +111,7 @@ class Engine:
         """The engine's memory of a rank, and its worker."""
         memory = HostMemory(ROWS, G1)
         worker: Any = build_worker(resolved.settings, place, names, memory.region, rank, None, began, tiers=tiers)
-        worker._disk = DiskPart(worker) if "g3" in worker._tiers else None
+        worker._disk = DiskPart(worker) if "g3" in worker.tiers else None
         return memory, worker
 
     def close(self) -> None:

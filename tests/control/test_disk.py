@@ -171,8 +171,8 @@ def test_what_was_not_begun(start: Start) -> None:
 
 
 def test_a_disk_with_nothing_on_it_is_passed_over(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_STRETCH", 4)
-    monkeypatch.setattr(verify, "_PATIENCE", 3)
+    monkeypatch.setattr(verify, "STRETCH", 4)
+    monkeypatch.setattr(verify, "PATIENCE", 3)
     engine = start()
     assert verified(engine)["looked"] == engine.disk.statistics().total
 

@@ -41,7 +41,7 @@ def ask(control: Control, command: str, **arguments: str) -> Any:
 @pytest.fixture
 def control(stage: Stage, tmp_path: Path) -> Iterator[Control]:
     totals = Totals()
-    stage.leader.core.observers._observers.append(totals)
+    stage.leader.core.observers.add(totals)
     control = Control(stage.leader, totals, ABOUT, tmp_path, fingerprint)
     yield control
     control.close()

@@ -433,19 +433,19 @@ class Stage:
     def measure(self, *, computed: float | None = None, read: float | None = None) -> None:
         """Has the gate know tokens computed and blocks read per second."""
         if computed is not None:
-            self.leader.gate._computed.add(int(computed), 1.0)
+            self.leader.gate.computed.add(int(computed), 1.0)
         if read is not None:
-            self.leader.gate._read.add(int(read), 1.0)
-            self.leader.gate._since = self.leader.gate._measured = self.clock()
+            self.leader.gate.read.add(int(read), 1.0)
+            self.leader.gate.since = self.leader.gate.measured = self.clock()
 
     # ------------------------------------------------------------------ the end
 
     def close(self) -> None:
         """Proves that nothing but copies in flight held a block."""
         core = self.leader.core
-        for job in core.copies._jobs.values():
+        for job in core.copies.jobs.values():
             job.lease.drop()
-        core.copies._jobs.clear()
+        core.copies.jobs.clear()
         pools = [self.pool]
         disk = core.lower.stack.tiers.get("g3") if core.lower.stack is not None else None
         if core.lower.stack is not None:
@@ -455,15 +455,15 @@ class Stage:
                 self.leader.finish(name, [], 0)
             self.promotion.clear()
         if disk is not None:
-            for move in list(self.tier._moves._passages.values()):
+            for move in list(self.tier.moves.passages.values()):
                 for rank in tuple(move.ranks):
                     self.tier.answer(Result(move.id, rank, b"", 0, 0.0, "cancelled"))
-            assert not self.demotion._in_flight
+            assert not self.demotion.in_flight
             assert not self.leader.gate.reading
             pools.append(self.disk)
         if core.lower.stack is not None:
-            assert not self.promotion._stagings
-            assert not self.promotion._coming
+            assert not self.promotion.stagings
+            assert not self.promotion.waiting
         self.leader.seal(tokens=0)
         core.close()
         for link in self.workers.values():

@@ -169,7 +169,7 @@ def test_a_channel_that_raises_turns_it_off(make_rank: Make, monkeypatch: pytest
     message = rank.hear()
     assert isinstance(message, Sick)
     assert "the channel raised ZeroDivisionError" in message.problem
-    rank.worker._thread.join(PATIENCE)
+    rank.worker.outlast_leader(PATIENCE)
     rank.step(Step(stores=[Copy.of(1, "a", [0], [0])]))
     failed = rank.hear()
     assert isinstance(failed, Result)

@@ -31,13 +31,13 @@ def _hold_more(stage: Stage) -> Callable[[], None]:
 
 
 def _load_nothing(stage: Stage) -> Callable[[], None]:
-    stage.leader._book._loading[b"key"] = "nobody"
-    return stage.leader._book._loading.clear
+    stage.leader.book.loading[b"key"] = "nobody"
+    return stage.leader.book.loading.clear
 
 
 def _read_more(stage: Stage) -> Callable[[], None]:
-    stage.leader.core.copies._sources |= dict.fromkeys(range(99), 7)
-    return stage.leader.core.copies._sources.clear
+    stage.leader.core.copies.sources |= dict.fromkeys(range(99), 7)
+    return stage.leader.core.copies.sources.clear
 
 
 def _expire(stage: Stage) -> Callable[[], None]:
@@ -100,7 +100,7 @@ def test_books_are_right_whatever_goes_on(make_stage: Make) -> None:
             stage.leader.reset()
             stage.settle()
             assert stage.leader.check(10)["problems"] == []
-    for job in list(stage.leader.core.copies._jobs.values()):
+    for job in list(stage.leader.core.copies.jobs.values()):
         for rank in tuple(job.ranks):
             stage.say(Result(job.id, rank, bytes([3] * job.blocks), 0, 0.0, "injected"), rank)
     stage.leader.core.tick()

@@ -220,7 +220,7 @@ def test_a_session_goes_on_at_a_block_it_had_offered(stage: Stage) -> None:
     keys[2:] = keys_of("next", 2)
     stage.leader.go_on("x", [1, 2, 3, 4], 2)
     assert sources(stage, "x", 2, [3, 4]) == []
-    assert stage.leader._provenance.carried(stage.leader.requests["x"], 3) == 2
+    assert stage.leader.provenance.carried(stage.leader.requests["x"], 3) == 2
     assert sources(stage, "x", 4, []) == [4]
     stage.leader.finish("x", [1, 2, 3, 4], 4)
     assert found(stage, "y", [1, 2, 3, 4], 4, keys=keys) == [3]
@@ -308,8 +308,8 @@ def test_blocks() -> None:
     blocks = np.array([5, 900], np.int64)
     marks.expect(blocks, 7)
     marks.arrived(blocks, [b"short", b"x" * 33], 8)
-    assert not marks._words[blocks, 1:3].any()
+    assert not marks.words[blocks, 1:3].any()
     marks.arrived(blocks, [b"short", b"x" * 33], 7)
-    assert marks._words[blocks].any(axis=1).all()
+    assert marks.words[blocks].any(axis=1).all()
     marks.clear()
-    assert not marks._words.any()
+    assert not marks.words.any()

@@ -114,7 +114,7 @@ def test_one_copy_is_verified_and_compared(tmp_path: Path) -> None:
         path.mkdir(mode=0o700)
         with closing(Engine(path, ranks=3, replicated=True, g3_blocks=None, g2_blocks=64, **settings)) as engine:
             for worker in engine.workers:
-                worker.copying.comparisons._dtype = "float32"
+                worker.copying.comparisons.dtype = "float32"
             assert engine.serve(KEYS) == 0
             found = engine.serve(KEYS)
             engine.until(lambda engine=engine: engine.leader.core.in_flight() == (0, 0))

@@ -132,7 +132,7 @@ def test_a_quarantine_holds_on_disk_and_through_a_restart(make_stage: Make) -> N
             stage.moved(read)
     stage.place("b", [20, 21, 22, 23])
     (compare,) = stage.step({"b": 4}).compares
-    sample = next(iter(shadow_of(stage)._samples.values()))
+    sample = next(iter(shadow_of(stage).samples.values()))
     assert {block["from"] for block in sample.origins} == {"g3"}
     answer(stage, compare, CORRUPT, DONE, DONE, DONE)
     stage.settle()
@@ -287,7 +287,7 @@ def test_a_report_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 def test_old_reports_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvbm.leader.reports._KEPT", 2)
+    monkeypatch.setattr("kvbm.leader.reports.KEPT", 2)
     reports = Reports(tmp_path, "e")
     paths = []
     for number in range(4):
@@ -373,4 +373,4 @@ def test_what_this_process_stored_proves_nothing_of_others(make_stage: Make) -> 
     declined(stage, start=20)
     (compare,) = stage.step({"b": 4}).compares
     answer(stage, compare, *[DONE] * 4)
-    assert not shadow_of(stage)._proven
+    assert not shadow_of(stage).proven

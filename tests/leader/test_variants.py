@@ -192,7 +192,7 @@ def test_a_report_about_blocks_that_the_request_lost_says_nothing_of_its_new_one
     used(stage, before, ONE)
     stage.leader.core.tick()
     assert stage.leader.requests["a"].proven == 0
-    assert not stage.leader._provenance._words[10:14].all(axis=1).any()
+    assert not stage.leader.provenance.words[10:14].all(axis=1).any()
     used(stage, again, ONE)
     stage.leader.core.tick()
     assert stage.leader.requests["a"].proven == 1
@@ -309,7 +309,7 @@ def test_a_worker_that_never_answers_is_asked_seldom(stage: Stage) -> None:
         stage.clock.advance(1)
     assert asked == 13  # after 4, 8, ... 512 seconds, then every 600
     assert waited == 2 * asked
-    assert len(stage.leader._variants._outlook._asked) == 1
+    assert len(stage.leader.variants.outlook.asked) == 1
 
 
 def test_what_a_step_was_computed_with_is_known_better_than_what_a_worker_foresaw(stage: Stage) -> None:

@@ -76,8 +76,8 @@ def test_what_waits_is_bounded_by_g2(make_stage: Make) -> None:
     stage.tier.fail("broken")
     for i in range(10):
         stage.keep(f"{i}", keys_of(f"{i}", 4))
-        assert len(stage.demotion._queued) <= 8
-        assert sum(map(len, stage.demotion._queue)) == len(stage.demotion._queued)
+        assert len(stage.demotion.queued) <= 8
+        assert sum(map(len, stage.demotion.queue)) == len(stage.demotion.queued)
     assert stage.demotion.cancelled == 32
     stage.tick(1.0)
     stage.probed()
@@ -89,8 +89,8 @@ def test_a_block_waits_once_however_often_it_is_asked_for(make_stage: Make) -> N
     stage.keep("a", keys)
     for i in range(100):
         stage.begin(f"{i}", keys)
-    assert len(stage.demotion._queued) == 3
-    assert sum(map(len, stage.demotion._queue)) == 3
+    assert len(stage.demotion.queued) == 3
+    assert sum(map(len, stage.demotion.queue)) == 3
     assert [write.keys for write in stage.write_all()] == [[key] for key in keys]
     assert stage.demotion.cancelled == 0
 
@@ -154,7 +154,7 @@ def test_a_block_that_ends_between_two_looks_is_no_misuse(make_stage: Make) -> N
     hold, _ = stage.pool.scan(keys)
     stage.clock.advance(10)
     with hold:
-        assert stage.demotion._start(keys, evict=False) == 0
+        assert stage.demotion.start(keys, evict=False) == 0
 
 
 # ---------------------------------------------------------------------- what is worth a write
@@ -182,12 +182,12 @@ def test_below_half_the_budget_only_hot_blocks_are_written_and_without_one_nothi
     assert stage.write_all() == []
     stage.keep("hot", hot)
     assert [write.keys for write in stage.write_all()] == [hot[:3]]
-    assert stage.demotion._rules.budget.left() == pytest.approx(0.1)
+    assert stage.demotion.rules.budget.left() == pytest.approx(0.1)
     more = keys_of("more", 5)
     stage.begin("1", more)
     stage.keep("more", more)
     assert len(stage.write_all()) == 1
-    assert stage.demotion._rules.budget.left() < 0
+    assert stage.demotion.rules.budget.left() < 0
     again = keys_of("again", 5)
     stage.begin("2", again)
     stage.keep("again", again)

@@ -74,7 +74,7 @@ class Rank:
 
     @property
     def disk(self) -> DiskRank:
-        disk = self.worker._tiers["g3"]
+        disk = self.worker.tiers["g3"]
         assert isinstance(disk, DiskRank)
         return disk
 

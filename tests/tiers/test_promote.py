@@ -53,7 +53,7 @@ def test_reading_begins_when_a_request_arrives_and_is_promised_when_all_is_there
     stage.place("a", list(range(5)), 4)
     (load,) = stage.step().loads
     assert load.g2 == read.g2
-    assert not stage.promotion._stagings
+    assert not stage.promotion.stagings
     stage.answer(load)
     stage.leader.core.tick()
     assert stage.pool.statistics().active == 0
@@ -178,7 +178,7 @@ def test_a_request_waits_while_loading_is_faster_and_then_takes_what_has_come(ma
     assert not stage.hear(Read)
     assert stage.disk.peek(keys) == 8
     assert stage.tier.problem is None
-    assert not stage.side.suspects._failed
+    assert not stage.side.suspects.failed
 
 
 def test_what_is_slower_from_the_start_is_read_only_while_the_request_waits_for_its_turn(make_stage: Make) -> None:
@@ -231,7 +231,7 @@ def test_a_disk_that_does_not_answer_makes_nobody_wait_for_ever(make_stage: Make
     stage.moved(read)  # it comes after all: published, for it is right
     stage.leader.core.tick()
     assert stage.pool.peek(keys) == 4
-    assert not stage.promotion._stagings
+    assert not stage.promotion.stagings
 
 
 def test_nobody_waits_for_reads_that_find_no_room_in_g2(make_stage: Make) -> None:
@@ -242,7 +242,7 @@ def test_nobody_waits_for_reads_that_find_no_room_in_g2(make_stage: Make) -> Non
     assert start(stage, "a", keys) == []
     assert match(stage, "a", keys) == 0
     assert stage.leader.records["a"].why[0] == "the request did not wait for blocks on disk: G2 has no room for them"
-    assert not stage.promotion._stagings
+    assert not stage.promotion.stagings
     raw.drop()
 
 
@@ -332,7 +332,7 @@ def test_what_is_held_for_requests_is_bounded(make_stage: Make) -> None:
         for read in start(stage, f"{i}", keys_of(f"{i}", 6)):
             stage.moved(read)
         stage.leader.core.tick()
-        assert sum(staging.held for staging in stage.promotion._stagings) <= 10
+        assert sum(staging.held for staging in stage.promotion.stagings) <= 10
         assert stage.pool.statistics().active <= 10
     assert match(stage, "0", keys_of("0", 6)) == 6
     assert match(stage, "5", keys_of("5", 6)) == 0  # rather computed than waited for
@@ -364,7 +364,7 @@ def test_many_requests_leave_nothing_behind(make_stage: Make) -> None:
         stage.leader.match(f"{i}", 0, 4)
     for i in range(20):
         stage.leader.finish(f"{i}", [], 0)
-    (staging,) = stage.promotion._stagings
+    (staging,) = stage.promotion.stagings
     assert (staging.requests, staging.there) == ({}, [])
 
 
@@ -425,7 +425,7 @@ def test_a_block_that_cannot_be_read_twice_is_lost_and_once_is_not(make_stage: M
     (read,) = start(stage, "b", keys)
     stage.moved(read)
     assert match(stage, "b", keys) == 3  # it was read: the failure is forgotten
-    assert not stage.side.suspects._failed
+    assert not stage.side.suspects.failed
     stage.leader.finish("b", [], 0)
     stage.pool.discard(keys)
     for name in ("c", "d"):
@@ -433,7 +433,7 @@ def test_a_block_that_cannot_be_read_twice_is_lost_and_once_is_not(make_stage: M
         (read,) = start(stage, name, keys)
         fails(name, read)
     assert stage.disk.present(keys).tolist() == [True, False, True]
-    assert not stage.side.suspects._failed
+    assert not stage.side.suspects.failed
 
 
 def test_an_outcome_that_does_not_exist_is_a_failure(make_stage: Make) -> None:
@@ -500,7 +500,7 @@ def test_what_is_kept_of_the_prompt_counts_as_held(make_stage: Make) -> None:
     stage.pool.allocate(6).stage(keys[:6]).register().drop()
     (read,) = start(stage, "a", keys)
     assert read.keys == keys[6:8]
-    assert [staging.held for staging in stage.promotion._stagings] == [8]
+    assert [staging.held for staging in stage.promotion.stagings] == [8]
     stage.moved(read)
     assert match(stage, "a", keys) == 8
 
@@ -513,7 +513,7 @@ def test_a_pause_lets_go_of_what_was_read(make_stage: Make) -> None:
     stage.leader.core.pause()
     stage.leader.core.tick()
     assert not stage.hear(Read)
-    assert not stage.promotion._stagings
+    assert not stage.promotion.stagings
     assert match(stage, "a", keys) == 0
     stage.leader.core.resume()
     assert match(stage, "a", keys) is None

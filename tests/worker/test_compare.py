@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+
 import numpy as np
 import pytest
 
@@ -92,7 +94,7 @@ def test_what_is_not_finite(dice: np.random.Generator) -> None:
 
 
 def test_many_blocks_in_several_pieces(monkeypatch: pytest.MonkeyPatch, dice: np.random.Generator) -> None:
-    monkeypatch.setattr("kvbm.worker.compare._AT_ONCE", 4 * VALUES * 3)
+    monkeypatch.setattr("kvbm.worker.compare.AT_ONCE", 4 * VALUES * 3)
     blocks = [dice.normal(size=VALUES).astype(np.float32) for _ in range(10)]
     memory = region(*blocks, *blocks[:9], blocks[0])
     found = distances(memory, np.arange(10), np.arange(10, 20), "float32")
@@ -107,13 +109,13 @@ def test_what_cannot_be_compared(dtype: str) -> None:
 
 
 def _answer(dtype: str, memory: Region, copied: Completion) -> Result:
-    told: list[Result] = []
-    comparisons = Comparisons(2, dtype, told.append)
-    comparisons.close()
-    comparisons = Comparisons(2, dtype, told.append)
+    told: queue.Queue[Result] = queue.Queue()
+    Comparisons(2, dtype, told.put).close()
+    comparisons = Comparisons(2, dtype, told.put)
     comparisons.start(Compare(7, "r", b"", pack([0, 1, 2]), pack([3, 4, 5])), memory, copied)
-    comparisons._thread.shutdown(wait=True)  # type: ignore[union-attr]
-    (result,) = told
+    result = told.get(timeout=10)
+    comparisons.close()
+    assert told.empty()
     return result
 
 

@@ -61,7 +61,7 @@ class Control:
     ) -> None:  # fmt: skip
         self._leader, self._core, self._totals, self.about = leader, leader.core, totals, about
         self._fingerprint, self._shortage = fingerprint, shortage
-        self._upkeep = DiskCommands(leader.core)
+        self.disk = DiskCommands(leader.core)
         self._started = time.monotonic()
         self._stop = threading.Event()
         self._sock: socket.socket | None = None
@@ -126,9 +126,9 @@ class Control:
             "pause": lambda _: self._switch(self._core.pause),
             "resume": lambda _: self._switch(self._core.resume),
             "check": lambda _: {"engine": self.about.engine, **self._leader.check(_CHECK_S)},
-            "disk.inspect": lambda _: self._upkeep.inspect(),
-            "disk.verify": lambda request: self._upkeep.verify(request.get("action")),
-            "disk.purge": lambda request: self._upkeep.purge(request.get("namespaces")),
+            "disk.inspect": lambda _: self.disk.inspect(),
+            "disk.verify": lambda request: self.disk.verify(request.get("action")),
+            "disk.purge": lambda request: self.disk.purge(request.get("namespaces")),
         }
 
     def _switch(self, action: Callable[[], None]) -> dict[str, Any]:

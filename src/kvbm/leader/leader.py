@@ -68,17 +68,17 @@ class Leader:
         reports: Reports | None = None, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.core, self._settings, self._coverage = core, settings, coverage
-        self._book = Requests(settings.explain_requests, shares=shares_device_blocks)
-        self._provenance = Provenance(core.copies.next_id, coverage.null)
-        self._variants = Variants(core.links, clock, self._seek, self._unlike, self.confirm)
+        self.book = Requests(settings.explain_requests, shares=shares_device_blocks)
+        self.provenance = Provenance(core.copies.next_id, coverage.null)
+        self.variants = Variants(core.links, clock, self._seek, self._unlike, self.confirm)
         self.shadow: Shadow | None = None
         """What compares stored blocks with computed ones, if that is wanted."""
         if settings.shadow_every or settings.prove_first:
             patience, prove = core.limits.store_s, settings.prove_first
             self.shadow = Shadow(settings.shadow_every, core, patience, clock, prove=prove)
             core.often(self.shadow.tick)
-        self._endings = Endings(core, self._provenance, self._variants, self.shadow, self._quarantine, self._undo)
-        self.detour = Detour(settings, gate, self._book.living, core.emit, clock)
+        self._endings = Endings(core, self.provenance, self.variants, self.shadow, self._quarantine, self._undo)
+        self.detour = Detour(settings, gate, self.book.living, core.emit, clock)
         core.observers.add(self.detour)
         self.pace = Pace(settings.slow_step_ms / 1e3)
         """How long the engine waits for KVBM."""
@@ -92,12 +92,12 @@ class Leader:
     @property
     def requests(self) -> dict[str, Request]:
         """Those that live, by id."""
-        return self._book.living
+        return self.book.living
 
     @property
     def records(self) -> OrderedDict[str, Record]:
         """Of the last requests, by id, for `kvbm explain`."""
-        return self._book.records
+        return self.book.records
 
     @property
     def gate(self) -> Gate:
@@ -117,7 +117,7 @@ class Leader:
         with self.core.lock:
             tokens = self.gate.block_tokens
             request = Request(
-                request_id, keys, params, self._book.record(request_id, prompt_tokens, notes),
+                request_id, keys, params, self.book.record(request_id, prompt_tokens, notes),
                 late=variant is not None, variant=variant, barred=barred,
                 worth=params.kept_tokens(self._settings, prompt_tokens) // tokens,
                 asked=prompt_tokens // tokens, coverage=self._coverage.state(),
@@ -126,7 +126,7 @@ class Leader:
             if variant is None:
                 self._seek(request)
             else:
-                self._variants.begin(request, variant, found_elsewhere=self.core.lower.stack is not None)
+                self.variants.begin(request, variant, found_elsewhere=self.core.lower.stack is not None)
 
     def _seek(self, request: Request) -> None:
         """A request's keys are known: what is below host memory starts to move."""
@@ -154,13 +154,13 @@ class Leader:
             if (reason := self._no_load(request)) is not None:
                 record.note(reason)
                 return 0
-            if request.variant is not None and not (ready := self._variants.ready(request)):
+            if request.variant is not None and not (ready := self.variants.ready(request)):
                 return ready if ready is None else 0
             keys = request.keys[:limit]
             if computed >= len(keys):
                 record.note("KVBM had nothing to load: the engine itself holds all blocks but that of the last token")
                 return 0
-            if (owner := self._book.loader(keys[computed], request)) is not None:
+            if (owner := self.book.loader(keys[computed], request)) is not None:
                 record.note(f"the request waited for request {owner}, which loads the same blocks")
                 return None
             return self._hold(request, keys, computed)
@@ -205,7 +205,7 @@ class Leader:
             self._end_loading(request)
             had = set[int]().union(*request.tables)
             request.g1, request.others = list(g1), [list(table) for table in others]
-            self._provenance.placed(request, request.record.device_blocks + count)
+            self.provenance.placed(request, request.record.device_blocks + count)
             if self.shadow is not None:
                 self.shadow.placed(request)  # before what was read for it is let go
             if (stack := self.core.lower.stack) is not None:
@@ -235,17 +235,17 @@ class Leader:
         request.hold = None
         self.core.held += len(hold) - matched
         record.load, record.outcome = self._settings.onboard, "loading"
-        self._book.loads(request, request.keys[record.device_blocks])
+        self.book.loads(request, request.keys[record.device_blocks])
         self.detour.begins(request.id, len(hold))
         self.reuse(targets.tolist())
         copy = self.core.load(hold, targets, places, self._endings.of(request))
         self._step.loads.append(Copy.of(copy.id, request.id, targets, hold.slots))
         if request.variant is not None:
             before = record.device_blocks
-            self._variants.loading(request, copy.id, sound=self._provenance.carried(request, before) == before)
-        self._provenance.expect(targets, copy.id)
+            self.variants.loading(request, copy.id, sound=self.provenance.carried(request, before) == before)
+        self.provenance.expect(targets, copy.id)
         if self._settings.onboard == "sync":  # the step that computes from it fails with it
-            self._provenance.arrived(targets, hold.keys, copy.id)
+            self.provenance.arrived(targets, hold.keys, copy.id)
 
     def expects(self, key: bytes, at: int) -> bool:
         """Whether a living request is going to compute and store this block, block `at` of its prompt. Under the
@@ -281,7 +281,7 @@ class Leader:
                 return
             if replace:
                 request.g1, request.others = list(g1), [list(table) for table in others]
-                self._provenance.placed(request, found)
+                self.provenance.placed(request, found)
             else:
                 request.g1.extend(g1)
                 for table, more in zip(request.others, others, strict=True):
@@ -293,13 +293,13 @@ class Leader:
         with self.core.lock:
             if (request := self.requests.get(request_id)) is not None:
                 request.g1, request.others = list(g1), [list(table) for table in others]
-                self._provenance.take_back(request, first)
+                self.provenance.take_back(request, first)
 
     def reuse(self, g1: Iterable[int]) -> None:
         """This step may overwrite these blocks of the engine: copies that still read them are waited for first."""
         with self.core.lock:
             self._step.fence |= self.core.overwritten(g1)
-            self._provenance.forget(g1)
+            self.provenance.forget(g1)
 
     @paced
     def advance(self, request_id: str, complete: int, computed: int = 0) -> None:
@@ -323,7 +323,7 @@ class Leader:
                 self._offer_early(request, complete)
                 if request.confirmed:  # else not even its keys may be known
                     self._computed(request, request.confirmed)
-                self._provenance.computing(request, complete)
+                self.provenance.computing(request, complete)
             else:
                 self._computed(request, complete)
             hopeless = request.variant is not None and request.variant.refused is not None
@@ -332,9 +332,9 @@ class Leader:
 
     def _with_adapter(self, request: Request, complete: int) -> None:
         with self.core.lock:
-            if not self._variants.describing:
+            if not self.variants.describing:
                 self.core.hear()  # what the last step was computed with may be known by now
-            self._variants.computing(request, complete)
+            self.variants.computing(request, complete)
 
     def confirm(self, request_id: str, complete: int) -> None:
         """Of a `late` request: what was computed of its first `complete` blocks has its keys. What was not offered of
@@ -343,18 +343,18 @@ class Leader:
         with self.core.lock:
             if (request := self.requests.get(request_id)) is not None:
                 request.confirmed = complete
-                self._provenance.computed(request, complete)
+                self.provenance.computed(request, complete)
 
     def redo(self, request_id: str, first: int) -> None:
         """The engine computes this request again from its block `first` on; what is there carries no key."""
         with self.core.lock:
             if (request := self.requests.get(request_id)) is not None:
-                self._provenance.redo(request, first)
+                self.provenance.redo(request, first)
 
     def forget(self, g1: Iterable[int]) -> None:
         """These blocks of the engine are not what they seemed to be."""
         with self.core.lock:
-            self._provenance.forget(g1)
+            self.provenance.forget(g1)
 
     @paced
     def seal(self, *, tokens: int) -> Step:
@@ -378,7 +378,7 @@ class Leader:
                 waiting=stack is not None and stack.waiting,
                 sync=self._settings.onboard == "sync" and bool(draft.loads),
                 compares=draft.compares,
-                adapters=self._variants.seal(),
+                adapters=self.variants.seal(),
             )
 
     def stepped(self) -> None:
@@ -396,7 +396,7 @@ class Leader:
             if request is None:
                 return
             self._release(request)
-            self._variants.finished(request)
+            self.variants.finished(request)
             loading = request.loading is not None
             self._end_loading(request)
             request.g1, request.others = list(g1), [list(table) for table in others]
@@ -418,14 +418,14 @@ class Leader:
     def _end_loading(self, request: Request) -> None:
         if request.loading is not None:
             self.core.hear()  # whether it ended well was said before the engine heard that it ended
-            self._book.loaded(request)
+            self.book.loaded(request)
             self.detour.ends(request.id)
 
     # ------------------------------------------------------------------ down
 
     def _computed(self, request: Request, complete: int) -> None:
         """What was computed of the request's first `complete` blocks has its keys."""
-        self._provenance.computed(request, complete)
+        self.provenance.computed(request, complete)
         known = complete if request.stale else min(complete, request.proven)
         self._compare(request, known)
         self._look_again(request)
@@ -441,13 +441,13 @@ class Leader:
         variant = request.variant
         if variant is None or not variant.digest or complete <= request.offered:
             return
-        if variant.refused is not None or self._provenance.begun(request):
+        if variant.refused is not None or self.provenance.begun(request):
             self._offer(request, complete)
 
     def _offer_last(self, request: Request, complete: int) -> None:
         """The request is over, after so many blocks."""
         if not request.late:
-            self._provenance.computed(request, complete)
+            self.provenance.computed(request, complete)
         if not request.stale:
             complete = min(complete, request.proven)
         self._compare(request, complete)
@@ -487,7 +487,7 @@ class Leader:
         owner = self._endings.of(request)
         copy = self.core.store(slots, blocks, owner, priority=params.priority, ttl=params.ttl)
         if request.variant is not None:
-            self._variants.storing(copy.id)
+            self.variants.storing(copy.id)
         self._step.stores.append(Copy.of(copy.id, request.id, copy.g1, copy.lease.slots))
 
     def _want(self, request: Request, complete: int, keys: Sequence[bytes]) -> None:
@@ -522,7 +522,7 @@ class Leader:
     # ------------------------------------------------------------------ what is heard, and what is wrong
 
     def _heard(self, message: Used | Foreseen | Unlike) -> None:
-        self._variants.take(message, self.requests)
+        self.variants.take(message, self.requests)
 
     def _undo(self, number: int) -> None:
         self._step.undo(number)
@@ -561,7 +561,7 @@ class Leader:
 
     def _clear(self) -> None:
         self.core.clear()
-        self._provenance.clear()
+        self.provenance.clear()
         if self.shadow is not None:
             self.shadow.clear()
         for request in self.requests.values():
@@ -609,6 +609,6 @@ class Leader:
             f"{core.copies.blocks_read} blocks of the engine are read by {stored + scratch}": (
                 core.copies.blocks_read > stored + scratch
             ),
-            "a block counts as being loaded by a request that does not load it": self._book.strays(),
+            "a block counts as being loaded by a request that does not load it": self.book.strays(),
         }
         return [text for text, wrong in found.items() if wrong]

@@ -44,7 +44,8 @@ class Outlook:
         self._clock, self._numbers = clock, numbers
         self._expected: OrderedDict[int, tuple[Hashable, bytes]] = OrderedDict()
         """Number -> the files that a request came with, and the digest that workers held then, if that can be known."""
-        self._asked: dict[int, _Question] = {}
+        self.asked: dict[int, _Question] = {}
+        """Questions that no worker has answered, by number."""
 
     def of(self, number: int) -> tuple[Hashable, bytes]:
         """The files that the adapter of this number had, and its digest then."""
@@ -60,11 +61,11 @@ class Outlook:
     def ask(self, request: Request, variant: Variant) -> None:
         """Has a worker look which adapter the request would be computed with; the request waits a moment for that."""
         now, about = self._clock(), (variant.adapter.number, variant.files)
-        number, question = next((each for each in self._asked.items() if each[1].about == about), (0, _Question(about)))
+        number, question = next((each for each in self.asked.items() if each[1].about == about), (0, _Question(about)))
         if now >= question.again:
             if not number:
                 number = next(self._numbers)
-                self._asked[number] = question
+                self.asked[number] = question
             question.until, question.again, question.waiting = now + _PATIENCE, now + question.pause, []
             question.pause = min(2 * question.pause, _PAUSES[1])
             try:
@@ -82,7 +83,7 @@ class Outlook:
     def answered(self, message: Foreseen) -> tuple[list[Request], bytes]:
         """A worker has looked. The requests that waited for it, and the digest that they are to have; empty where
         nobody knows."""
-        if (asked := self._asked.pop(message.question, None)) is None:
+        if (asked := self.asked.pop(message.question, None)) is None:
             return [], b""
         number, files = asked.about
         known, held = self.of(number)

@@ -30,39 +30,40 @@ class Provenance:
 
     def __init__(self, next_id: Callable[[], int], null: int | None = None) -> None:
         self._next_id, self._null = next_id, null
-        self._words: _Words = np.zeros((0, _WORDS), np.uint64)
+        self.words: _Words = np.zeros((0, _WORDS), np.uint64)
+        """What is known of each block of the engine: its key, or the copy that fills it; zeros: nothing."""
 
     # ------------------------------------------------------------------ blocks
 
     def forget(self, g1: Iterable[int] | Slots) -> None:
         """These blocks are handed out: what will be in them is not what is in them now."""
         blocks = self._fit(g1)
-        self._words[blocks if len(blocks) != 1 else blocks[0]] = 0
+        self.words[blocks if len(blocks) != 1 else blocks[0]] = 0
 
     def clear(self) -> None:
         """A new generation: no block carries a key of it."""
-        self._words[:] = 0
+        self.words[:] = 0
 
     def expect(self, g1: Slots, by: int) -> None:
         """Content is on its way into these blocks; whoever brings it has this number."""
         blocks = self._fit(g1)
-        self._words[blocks] = _ON_ITS_WAY + np.array([by, 0, 0, 0], np.uint64)
+        self.words[blocks] = _ON_ITS_WAY + np.array([by, 0, 0, 0], np.uint64)
 
     def arrived(self, g1: Slots, keys: Sequence[bytes], by: int) -> None:
         """Blocks carry these keys now, unless they have been handed out since `expect`."""
         self._settle(g1, _packed(keys), by)
 
     def _settle(self, g1: Slots, words: _Words, by: int) -> None:
-        waiting = (self._words[g1] == _ON_ITS_WAY + np.array([by, 0, 0, 0], np.uint64)).all(axis=1)
-        self._words[g1[waiting]] = words[waiting]
+        waiting = (self.words[g1] == _ON_ITS_WAY + np.array([by, 0, 0, 0], np.uint64)).all(axis=1)
+        self.words[g1[waiting]] = words[waiting]
 
     def _fit(self, g1: Iterable[int] | Slots) -> Slots:
         blocks = np.asarray(g1 if isinstance(g1, np.ndarray | list) else list(g1), np.int64)
         most = -1 if not len(blocks) else int(blocks.max()) if len(blocks) > 1 else int(blocks[0])
-        if most >= len(self._words):
-            more = np.zeros((max(most + 1, 2 * len(self._words)), _WORDS), np.uint64)
-            more[: len(self._words)] = self._words
-            self._words = more
+        if most >= len(self.words):
+            more = np.zeros((max(most + 1, 2 * len(self.words)), _WORDS), np.uint64)
+            more[: len(self.words)] = self.words
+            self.words = more
         return blocks
 
     # ------------------------------------------------------------------ requests
@@ -127,13 +128,13 @@ class Provenance:
             if by is not None:
                 self._settle(blocks, words, by)
             else:
-                self._words[blocks] = words
+                self.words[blocks] = words
 
     def _carried(self, request: Request, first: int, end: int) -> int:
         """The block up to which all of the request's from `first` on carry its keys, `end` at most."""
         for group, table in enumerate(request.tables):
             blocks, words = self._blocks(request, group, table, first, end)
-            wrong = np.flatnonzero((self._words[blocks] != words).any(axis=1) & (blocks != self._null))
+            wrong = np.flatnonzero((self.words[blocks] != words).any(axis=1) & (blocks != self._null))
             end = first + (int(wrong[0]) if len(wrong) else len(blocks))
         return end
 

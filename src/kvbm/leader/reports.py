@@ -13,7 +13,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-_KEPT = 100
+KEPT = 100
 """Files that stay; the oldest go."""
 
 
@@ -44,7 +44,7 @@ class Reports:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
                 json.dump(facts, file, indent=2)
-            for old in sorted(self._folder.glob("*.json"), key=lambda each: each.stat().st_mtime)[:-_KEPT]:
+            for old in sorted(self._folder.glob("*.json"), key=lambda each: each.stat().st_mtime)[:-KEPT]:
                 old.unlink(missing_ok=True)
         except (OSError, ValueError) as error:
             log.error("KVBM: the report %s cannot be written: %s", path, error)

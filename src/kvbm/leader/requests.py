@@ -194,7 +194,7 @@ class Requests:
         self.living: dict[str, Request] = {}
         self.records: OrderedDict[str, Record] = OrderedDict()
         self._kept, self._shares = kept, shares
-        self._loading: dict[bytes, str] = {}
+        self.loading: dict[bytes, str] = {}
         """First key of a load -> its request."""
 
     def record(self, request: str, prompt_tokens: int, notes: Sequence[str]) -> Record:
@@ -206,22 +206,22 @@ class Requests:
 
     def loader(self, key: bytes, request: Request) -> str | None:
         """Another request that loads this block, if there is one to wait for."""
-        owner = self._loading.get(key) if self._shares else None
+        owner = self.loading.get(key) if self._shares else None
         return None if owner == request.id else owner
 
     def loads(self, request: Request, key: bytes) -> None:
         """It loads blocks from this one on."""
         request.loading = key
-        self._loading[key] = request.id
+        self.loading[key] = request.id
 
     def loaded(self, request: Request) -> None:
         """It does not any more."""
-        if request.loading is not None and self._loading.get(request.loading) == request.id:
-            del self._loading[request.loading]
+        if request.loading is not None and self.loading.get(request.loading) == request.id:
+            del self.loading[request.loading]
         request.loading = None
 
     def strays(self) -> bool:
         """Whether a block counts as being loaded by a request that does not load it."""
         living = self.living
-        owners = {living[name].loading if name in living else None for name in self._loading.values()}
-        return owners != set(self._loading)
+        owners = {living[name].loading if name in living else None for name in self.loading.values()}
+        return owners != set(self.loading)

@@ -109,10 +109,11 @@ class Shadow:
         seed = random.SystemRandom().getrandbits(64)
         # The answer for a request is always the same.
         self._drawn: Callable[[str], bool] = lambda request: bool(every) and not hash((seed, request)) % every
-        self._prove, self._proven = prove, set[bytes]()
+        self._prove, self.proven = prove, set[bytes]()
         self.origins = Origins(core.pool.capacity)
         self._declined: dict[str, tuple[int, tuple[bytes, ...]]] = {}
-        self._samples: dict[str, _Sample] = {}
+        self.samples: dict[str, _Sample] = {}
+        """Declined hits that are being compared, by request."""
         self._jobs: dict[int, _Sample] = {}
         self.held = 0
         """Blocks of host memory that comparisons hold."""
@@ -139,13 +140,13 @@ class Shadow:
 
     def _trusted(self, request: Request, slots: Slots) -> int:
         """How many of these, from the first on, are this process's own, or of a kind that was compared."""
-        if not self._prove or request.family in self._proven:
+        if not self._prove or request.family in self.proven:
             return len(slots)
         return self.origins.own(slots)
 
     def placed(self, request: Request) -> None:
         """The request got its blocks: what it was declined is held from now on, until it is compared."""
-        if (declined := self._declined.pop(request.id, None)) is None or request.id in self._samples:
+        if (declined := self._declined.pop(request.id, None)) is None or request.id in self.samples:
             return
         first, keys = declined[0], declined[1][: max(0, self._most - self.held)]  # others may have been faster
         hold = self._core.pool.scan(keys)[0]
@@ -154,13 +155,13 @@ class Shadow:
             return
         self.counts.sampled += 1
         self.held += len(hold)
-        self._samples[request.id] = _Sample(
+        self.samples[request.id] = _Sample(
             request, first, hold, self.origins.of(hold.slots), until=self._clock() + _KEEP
         )  # fmt: skip
 
     def compare(self, request: Request, complete: int, owner: Owner) -> Compare | None:
         """The request's first `complete` blocks are computed after this step: what of them is to be compared then."""
-        sample = self._samples.get(request.id)
+        sample = self.samples.get(request.id)
         if sample is None or sample.over:
             return None
         if request.stale:
@@ -185,7 +186,7 @@ class Shadow:
     def finished(self, request: Request) -> None:
         """The request is over: nothing more of it will be computed."""
         self._declined.pop(request.id, None)
-        if (sample := self._samples.get(request.id)) is not None:
+        if (sample := self.samples.get(request.id)) is not None:
             self._end(sample)
 
     # ------------------------------------------------------------------ answers
@@ -212,8 +213,8 @@ class Shadow:
     def _agrees(self, sample: _Sample, job: StepCopy) -> None:
         """All that could be compared is right."""
         foreign = any(sample.origins[at - sample.first]["from"] != ENGINE for at in job.places.tolist())
-        if self._prove and foreign and sample.request.family not in self._proven:
-            self._proven.add(sample.request.family)
+        if self._prove and foreign and sample.request.family not in self.proven:
+            self.proven.add(sample.request.family)
             log.info("KVBM: what another process stored agrees with what request %.100s computed", sample.request.id)
 
     def _report(self, sample: _Sample, job: StepCopy, wrong: Slots) -> dict[str, Any]:
@@ -255,21 +256,21 @@ class Shadow:
         """Let go of a sample of which everything was compared."""
         if sample.done < len(sample.hold) or sample.jobs:
             return
-        if self._samples.get(sample.request.id) is sample:
-            del self._samples[sample.request.id]
+        if self.samples.get(sample.request.id) is sample:
+            del self.samples[sample.request.id]
             self.held -= len(sample.hold)
             sample.hold.drop()
 
     def tick(self) -> None:
         """Let go of what no request gets to."""
         now = self._clock()
-        for sample in [each for each in self._samples.values() if now > each.until and not each.over]:
+        for sample in [each for each in self.samples.values() if now > each.until and not each.over]:
             self._end(sample)
 
     def clear(self) -> None:
         """A new generation."""
         self._declined.clear()
-        self._proven.clear()
-        for sample in list(self._samples.values()):
+        self.proven.clear()
+        for sample in list(self.samples.values()):
             sample.void = True
             self._end(sample)

@@ -68,7 +68,7 @@ class Variants:
     ) -> None:  # fmt: skip
         self._numbers = count(1)
         """Of questions and steps."""
-        self._outlook = Outlook(links, clock, self._numbers)
+        self.outlook = Outlook(links, clock, self._numbers)
         self._seek, self._changed, self._confirm = seek, changed, confirm
         self._step = _Draft()
         self._sent: dict[int, _Sent] = {}
@@ -93,10 +93,10 @@ class Variants:
         if variant.refused is not None:
             self._say(variant, variant.refused)
             return
-        files, digest = self._outlook.of(number)
+        files, digest = self.outlook.of(number)
         if files != variant.files:
             if found_elsewhere or self.stored:
-                self._outlook.ask(request, variant)
+                self.outlook.ask(request, variant)
         elif digest:
             self._under(request, variant, digest)
 
@@ -117,7 +117,7 @@ class Variants:
             return False
         if variant.digest:
             return True
-        if self._outlook.waits(variant):
+        if self.outlook.waits(variant):
             record.note("the request waited: a worker looks which adapter it would be computed with")
             return None
         record.note("KVBM loaded nothing: it knows of no block that was computed with the request's adapter")
@@ -175,7 +175,7 @@ class Variants:
         computing = (request.variant for request, _, _ in draft.requests)
         used = sorted({variant.adapter.number for variant in computing if variant is not None})
         if draft.requests:
-            self._sent[number] = _Sent(used, set(self._outlook.links), draft.requests)
+            self._sent[number] = _Sent(used, set(self.outlook.links), draft.requests)
         for request, _, _ in draft.requests:
             self._awaited.pop(request.id, None)
         needed = sorted({*self._living.begun, *(each for each, _ in awaited)})
@@ -196,7 +196,7 @@ class Variants:
             case Used():
                 self._used(message, requests)
             case Foreseen():
-                waiting, digest = self._outlook.answered(message)
+                waiting, digest = self.outlook.answered(message)
                 for request in waiting:
                     variant = request.variant
                     if variant is None or variant.until is None or requests.get(request.id) is not request:
@@ -208,7 +208,7 @@ class Variants:
                 loading = requests.get(name)
                 if loading is not None and (variant := loading.variant) is not None:
                     if digest:
-                        self._outlook.expect(variant.adapter.number, variant.files, digest)
+                        self.outlook.expect(variant.adapter.number, variant.files, digest)
                     self._awaited.pop(name, None)
                     self._refuse(loading, "a worker holds another adapter than the one its blocks were found under")
 
@@ -228,10 +228,10 @@ class Variants:
                 held = dict(zip(sent.used, sent.digests, strict=True))
                 for request, placement, complete in sent.requests:
                     new = placement == request.placement and complete > request.confirmed
-                    if self._same(request, held) and new and requests.get(request.id) is request:
+                    if self.same(request, held) and new and requests.get(request.id) is request:
                         self._confirm(request.id, complete)
 
-    def _same(self, request: Request, held: Mapping[int, bytes]) -> bool:
+    def same(self, request: Request, held: Mapping[int, bytes]) -> bool:
         """Whether a step of the request was computed with its adapter, as the ranks `held` this."""
         variant = request.variant
         assert variant is not None
@@ -243,7 +243,7 @@ class Variants:
             self._say(variant, _UNKNOWN)
             return False
         if digest != variant.digest:
-            self._outlook.expect(variant.adapter.number, variant.files, digest)
+            self.outlook.expect(variant.adapter.number, variant.files, digest)
             if variant.seen or variant.loads or request.offered:
                 self._refuse(request, "its adapter changed while it ran")
                 return False

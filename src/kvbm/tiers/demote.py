@@ -76,11 +76,12 @@ class Demotion:
         self, tier: Written, g2: Pool, rules: Rules, *, most: Callable[[], int], emit: Callable[[Copied], None]
     ) -> None:
         self._tier, self._g2 = tier, g2
-        self._rules = rules._replace(batch=max(1, rules.batch))
+        self.rules = rules._replace(batch=max(1, rules.batch))
         self._in_flight_most, self._emit = most, emit
-        self._queue: deque[Sequence[bytes]] = deque()
-        self._queued: set[bytes] = set()
-        self._in_flight = 0
+        self.queue: deque[Sequence[bytes]] = deque()
+        self.queued: set[bytes] = set()
+        """Blocks that wait to be written, run by run, and all of them."""
+        self.in_flight = 0
         self._draining = False
         self.cancelled = self.refused = 0
         """Blocks that were gone before their write began; that admission, the budget or a full tier did not let pass,
@@ -98,13 +99,13 @@ class Demotion:
     @property
     def idle(self) -> bool:
         """Nothing waits and nothing is being written."""
-        return not self._queue and not self._in_flight
+        return not self.queue and not self.in_flight
 
     def used(self, keys: Sequence[bytes]) -> None:
         """A request asked for these."""
         tags = tags_of(keys)
-        self._rules.admission.use(tags)
-        self._rules.hot.use(tags)
+        self.rules.admission.use(tags)
+        self.rules.hot.use(tags)
         if self._tier.problem is None:
             # What was not worth a write when it was new may be by now.
             near = self._g2.present(keys)
@@ -112,51 +113,51 @@ class Demotion:
 
     def offer(self, keys: Sequence[bytes]) -> None:
         """These are in G2, in prompt order, and may not be in the tier."""
-        new = [key for key in keys if key not in self._queued]
-        if self._rules.exclusive or not new:
+        new = [key for key in keys if key not in self.queued]
+        if self.rules.exclusive or not new:
             return
-        self._queue.append(new)
-        self._queued.update(new)
-        while len(self._queued) > self._g2.total:
-            oldest = self._queue.popleft()
-            self._queued.difference_update(oldest)
+        self.queue.append(new)
+        self.queued.update(new)
+        while len(self.queued) > self._g2.total:
+            oldest = self.queue.popleft()
+            self.queued.difference_update(oldest)
             self.cancelled += len(oldest)
 
     def clear(self) -> None:
         """A new generation: what waits is of the old one."""
-        self._queue.clear()
-        self._queued.clear()
+        self.queue.clear()
+        self.queued.clear()
 
     def drain(self) -> None:
         """From now on write all that G2 has and the tier does not, the hottest first, whatever admission says."""
         self.clear()
         self._draining = True
         with self._g2.candidates(self._g2.total) as hold:
-            self._queue.extend(hold.keys[at : at + self._rules.batch] for at in range(0, len(hold), self._rules.batch))
-            self._queued.update(hold.keys)
+            self.queue.extend(hold.keys[at : at + self.rules.batch] for at in range(0, len(hold), self.rules.batch))
+            self.queued.update(hold.keys)
 
     def pump(self) -> None:
         """Start what may start now."""
-        while self._queue and self._room() and self._tier.problem is None:
-            keys, room = self._queue.popleft(), self._room()
+        while self.queue and self._room() and self._tier.problem is None:
+            keys, room = self.queue.popleft(), self._room()
             if later := keys[room:]:
-                self._queue.appendleft(later)
+                self.queue.appendleft(later)
             now = keys[:room]
-            self._queued.difference_update(now)
+            self.queued.difference_update(now)
             hold, _ = self._g2.scan(now)
             self.cancelled += len(now) - len(hold)
             with hold:
                 self._write(hold)
-        if self._rules.exclusive and not self._draining and self._tier.problem is None:
+        if self.rules.exclusive and not self._draining and self._tier.problem is None:
             self._make_room()
 
     def _room(self) -> int:
-        return min(self._rules.batch, self._most - self._in_flight)
+        return min(self.rules.batch, self._most - self.in_flight)
 
     def _make_room(self) -> None:
         """Exclusive: what would be evicted next is written before it has to go."""
         while (room := self._room()) > 0:
-            wanted = self._reserve - self._g2.statistics().free - self._in_flight
+            wanted = self._reserve - self._g2.statistics().free - self.in_flight
             if wanted <= 0:
                 return
             with self._g2.candidates(min(wanted, room)) as victims:
@@ -178,18 +179,18 @@ class Demotion:
         for at in wanted:
             runs.setdefault((int(priorities[at]), float(left[at])), []).append(keys[at])
         for run in runs.values():
-            started = self._start(run, evict=evict)
+            started = self.start(run, evict=evict)
             changed |= started > 0
             if not evict:
                 self.refused += len(run) - started
         return changed
 
-    def _start(self, keys: Sequence[bytes], *, evict: bool) -> int:
+    def start(self, keys: Sequence[bytes], *, evict: bool) -> int:
         """Begin to write these, as many as there is room for; returns how many."""
         hold, _ = self._g2.scan(keys)
 
         def ended(move: Passage) -> None:
-            self._in_flight -= move.blocks
+            self.in_flight -= move.blocks
             if evict:
                 hold.select(np.flatnonzero(move.done).tolist()).evict()
             else:
@@ -199,8 +200,8 @@ class Demotion:
 
         if not (count := self._tier.write(hold, ended)):
             hold.drop()
-        self._in_flight += count
-        self._rules.budget.spend(count * self._rules.block_bytes)
+        self.in_flight += count
+        self.rules.budget.spend(count * self.rules.block_bytes)
         return count
 
     def _worth(self, hold: Pinned) -> list[int]:
@@ -211,10 +212,10 @@ class Demotion:
         missing = np.zeros(len(hold), np.bool_)
         missing[absent] = True
         tags = tags_of(hold.keys)
-        mask = self._rules.admission.admit(tags, ~missing) & missing
-        left = self._rules.budget.left()
+        mask = self.rules.admission.admit(tags, ~missing) & missing
+        left = self.rules.budget.left()
         if left < 0.5:
-            mask &= self._rules.hot.admit(tags, ~missing)
+            mask &= self.rules.hot.admit(tags, ~missing)
         if left <= 0:
             mask[:] = False
         self.refused += int(missing.sum() - mask.sum())

@@ -41,21 +41,21 @@ class Gate:
 
     def __init__(self, block_tokens: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.block_tokens, self._clock = block_tokens, clock
-        self._computed, self._read = Rate(), Rate()
+        self.computed, self.read = Rate(), Rate()
         self._steps: deque[tuple[int, float]] = deque(maxlen=8)
         self._stepped = -1.0
         self._took: deque[float] = deque(maxlen=8)
         self.reading = 0
         """Blocks whose read has begun and not ended."""
-        self._since = 0.0
+        self.since = 0.0
         """When the last read ended; or began, where none was running."""
-        self._measured = 0.0
+        self.measured = 0.0
         """When a block was read last, or nothing was known any more."""
 
     def beside(self) -> Gate:
         """One for another tier of the same engine: what it computes is measured once."""
         other = Gate(self.block_tokens, self._clock)
-        other._computed = self._computed
+        other.computed = self.computed
         return other
 
     # ------------------------------------------------------------------ measuring
@@ -71,7 +71,7 @@ class Gate:
             now = self._clock()
             self._took.append(now - max(begun, self._stepped))
             if tokens >= _LEAST_TOKENS:
-                self._computed.add(tokens, self._took[-1])
+                self.computed.add(tokens, self._took[-1])
             self._stepped = now
 
     @property
@@ -81,7 +81,7 @@ class Gate:
 
     def read_begins(self, blocks: int) -> None:
         if not self.reading:
-            self._since = self._clock()
+            self.since = self._clock()
             if self._stale:
                 self.forget_reads()
         self.reading += blocks
@@ -89,25 +89,25 @@ class Gate:
     def read_ends(self, blocks: int, read: int) -> None:
         """`read` of them were read. The others took their time too, but say nothing of a speed."""
         now = self._clock()
-        self._read.add(read, now - self._since)
-        self._since = now
+        self.read.add(read, now - self.since)
+        self.since = now
         if read:
-            self._measured = now
+            self.measured = now
         self.reading -= blocks
 
     def forget_reads(self) -> None:
         """What reads through is another now."""
-        self._read, self._measured = Rate(), self._clock()
+        self.read, self.measured = Rate(), self._clock()
 
     @property
     def _stale(self) -> bool:
-        return not self.reading and self._clock() - self._measured > FORGET_S
+        return not self.reading and self._clock() - self.measured > FORGET_S
 
     # ------------------------------------------------------------------ deciding
 
     def loading_s(self, blocks: int, ahead: int = 0) -> float:
         """Seconds until so many blocks are read, after `ahead` others; 0 while nothing is known."""
-        rate, silent = self._read.get(), self._clock() - self._since
+        rate, silent = self.read.get(), self._clock() - self.since
         if self.reading and silent > 0:
             # What has been silent for long is not as fast as it was.
             slowest = self.reading / silent
@@ -118,12 +118,12 @@ class Gate:
 
     def soon(self, seconds: float) -> int | None:
         """Blocks that are read in so long, at least one; None while nothing is known."""
-        rate = None if self._stale else self._read.get()
+        rate = None if self._stale else self.read.get()
         return max(1, int(rate * seconds)) if rate else None
 
     def computing_s(self, blocks: float) -> float | None:
         """Seconds in which the engine computes so many blocks; None while that is not known."""
-        rate = self._computed.get()
+        rate = self.computed.get()
         return blocks * self.block_tokens / rate if rate else None
 
     def objection(self, blocks: int, ahead: int = 0, worth: float = 1.0) -> str | None:
@@ -137,4 +137,4 @@ class Gate:
 
     def rates(self) -> dict[str, float | None]:
         """Tokens computed and blocks read per second, as measured so far."""
-        return {"computed_tokens_per_s": self._computed.get(), "read_blocks_per_s": self._read.get()}
+        return {"computed_tokens_per_s": self.computed.get(), "read_blocks_per_s": self.read.get()}

@@ -50,7 +50,8 @@ class Moves:
     ) -> None:
         self.links = links
         self._next_id, self._clock, self._patience, self._judge = next_id, clock, patience, judge
-        self._passages: dict[int, Passage] = {}
+        self.passages: dict[int, Passage] = {}
+        """Those that some rank has not answered, by number."""
         self.left = False
         """Whether the tier is left alone for good: whatever ends from now on has failed."""
 
@@ -69,20 +70,20 @@ class Moves:
             ended=ended, gate=gate,
         )  # fmt: skip
         passage.due = self._clock() + self._patience
-        self._passages[passage.id] = passage
+        self.passages[passage.id] = passage
         return passage
 
     def cancel(self, jobs: Collection[int]) -> None:
         """Nobody wants these any more. They end all the same, when nothing touches their slots any more."""
-        live = [job for job in sorted(jobs) if (passage := self._passages.get(job)) is not None and passage.wanted]
+        live = [job for job in sorted(jobs) if (passage := self.passages.get(job)) is not None and passage.wanted]
         for job in live:
-            self._passages[job].wanted = False
+            self.passages[job].wanted = False
         if live:
             self.tell(Cancel(live))
 
     def cancel_all(self) -> None:
         """Nobody wants any of them any more."""
-        self.cancel(list(self._passages))
+        self.cancel(list(self.passages))
 
     def leave(self) -> None:
         """The tier is left alone for good: what is on its way counts for nothing, whatever ranks say."""
@@ -91,11 +92,11 @@ class Moves:
 
     def answer(self, result: Result) -> bool:
         """Takes one rank's result; False where it is about no passage of this tier."""
-        passage = self._passages.get(result.job)
+        passage = self.passages.get(result.job)
         if passage is None:
             return False
         if passage.answer(result):
-            del self._passages[passage.id]
+            del self.passages[passage.id]
             passage.wanted &= passage.error != CANCELLED
             self._judge(passage)
             if self.left:
@@ -108,17 +109,17 @@ class Moves:
     def late(self) -> bool:
         """Whether a rank has not answered in time."""
         now = self._clock()
-        return any(passage.due is not None and now > passage.due for passage in self._passages.values())
+        return any(passage.due is not None and now > passage.due for passage in self.passages.values())
 
     def wait_again(self) -> None:
         """What has not been answered may take as long again."""
-        for passage in self._passages.values():
+        for passage in self.passages.values():
             passage.due = self._clock() + self._patience
 
     def count(self) -> tuple[int, int]:
         """Passages (down, up) that some rank has not answered."""
-        down = sum(passage.down for passage in self._passages.values())
-        return down, len(self._passages) - down
+        down = sum(passage.down for passage in self.passages.values())
+        return down, len(self.passages) - down
 
     def tell(self, message: Message) -> None:
         """Say this to every rank."""

@@ -79,7 +79,8 @@ class Promotion:
         self._most, self._in_flight, self._batch = most, max(1, in_flight), max(1, min(batch, in_flight))
         self._unmeasured = max(1, unmeasured)
         self._emit, self._clock = emit, clock
-        self._stagings: list[Staging] = []
+        self.stagings: list[Staging] = []
+        """Blocks that are being read for requests, or wait for that, in order."""
         self._coming: dict[bytes, Staging] = {}
         """Blocks whose read has not ended."""
 
@@ -150,7 +151,7 @@ class Promotion:
 
     def room_for(self, request: str) -> int:
         """Blocks of G2 that may be held for this one, with those that are."""
-        others = (staging.held for staging in self._stagings if request not in staging.requests)
+        others = (staging.held for staging in self.stagings if request not in staging.requests)
         return max(0, self._most() - sum(others))
 
     def reachable(self, record: Record, tiers: Sequence[Tier]) -> Where:
@@ -168,7 +169,7 @@ class Promotion:
         same prompt in G2, which are held meanwhile."""
         offer.accept()
         staging = Staging(offer, at, [self._g2.scan(before)[0]], requests, worth)
-        self._stagings.append(staging)
+        self.stagings.append(staging)
         self._coming |= dict.fromkeys(staging.keys(), staging)
         self._send(staging)
 
@@ -183,7 +184,7 @@ class Promotion:
         staging.requests.setdefault(seeker.id, record)
         self._send(staging)
         offer = staging.offer
-        before = self._stagings[: self._stagings.index(staging)]
+        before = self.stagings[: self.stagings.index(staging)]
         ahead = sum(other.left for other in before if other.offer.queue is offer.queue)
         if (objection := offer.gate.objection(staging.left, ahead, staging.worth)) is not None:
             self._refuse(record, objection, staging.left)
@@ -202,7 +203,7 @@ class Promotion:
 
     def drop(self, request: str) -> None:
         """The request got its blocks, or is gone: nothing is read or held for it any more."""
-        for staging in [each for each in self._stagings if request in each.requests]:
+        for staging in [each for each in self.stagings if request in each.requests]:
             del staging.requests[request]
             if not staging.requests:
                 self._give_up(staging)
@@ -210,7 +211,7 @@ class Promotion:
     def clear(self) -> None:
         """A new generation: nothing that is on its way is wanted."""
         self._coming.clear()
-        for staging in tuple(self._stagings):
+        for staging in tuple(self.stagings):
             staging.requests.clear()
             self._give_up(staging)
 
@@ -218,7 +219,7 @@ class Promotion:
 
     def pump(self) -> None:
         """Start what may start now; let go of what nobody came for."""
-        for staging in tuple(self._stagings):
+        for staging in tuple(self.stagings):
             if staging.offer.failing() is not None:
                 self._abandon(staging)
             if not staging.left and self._clock() > staging.until:
@@ -308,8 +309,8 @@ class Promotion:
             self._g2.discard(staging.keys())  # what is being loaded is held, and goes after that
         while staging.there:
             staging.there.pop().drop()
-        if not staging.jobs and staging in self._stagings:
-            self._stagings.remove(staging)
+        if not staging.jobs and staging in self.stagings:
+            self.stagings.remove(staging)
 
 
 class _Reachable:

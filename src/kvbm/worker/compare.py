@@ -39,7 +39,7 @@ BOUNDS: Final = {
 }
 """The largest distance of two blocks that count as the same, by what they are made of. docs/trust.md says how far apart
 blocks were that are, and are not, the same."""
-_AT_ONCE: Final = 1 << 18
+AT_ONCE: Final = 1 << 18
 """Bytes of each side that are looked at together: with more the processor's caches are too small, and it takes up to
 seven times as long."""
 
@@ -58,7 +58,7 @@ def distances(memory: Region, ours: Slots, stored: Slots, dtype: str) -> Floats:
         span = (memory.num_slots - 1) * plane.stride + plane.row_bytes
         flat = np.frombuffer(memoryview((ctypes.c_uint8 * span).from_address(plane.address)).cast("B"), np.uint8)
         rows = np.lib.stride_tricks.as_strided(flat, (memory.num_slots, plane.row_bytes), (plane.stride, 1))
-        step = max(1, _AT_ONCE // plane.row_bytes)
+        step = max(1, AT_ONCE // plane.row_bytes)
         for first in range(0, len(ours), step):
             part = slice(first, first + step)
             np.maximum(worst[part], _apart(rows[ours[part]], rows[stored[part]], dtype), out=worst[part])
@@ -120,7 +120,7 @@ class Comparisons:
     """One rank's, on a thread of their own, one after the other. Any thread. `tell` takes what each found out."""
 
     def __init__(self, rank: int, dtype: str, tell: Callable[[Result], None]) -> None:
-        self._rank, self._dtype, self._tell = rank, dtype, tell
+        self._rank, self.dtype, self._tell = rank, dtype, tell
         self._thread: ThreadPoolExecutor | None = None
 
     def start(self, wanted: Compare, memory: Region, copied: Completion) -> None:
@@ -136,8 +136,8 @@ class Comparisons:
         there = np.flatnonzero(outcomes == Outcome.DONE)
         try:
             ours, stored = unpack(wanted.scratch)[there], unpack(wanted.stored)[there]
-            errors[there] = distances(memory, ours, stored, self._dtype)
-            outcomes[there[errors[there] > BOUNDS[self._dtype]]] = Outcome.CORRUPT
+            errors[there] = distances(memory, ours, stored, self.dtype)
+            outcomes[there[errors[there] > BOUNDS[self.dtype]]] = Outcome.CORRUPT
         except Exception as error:  # whoever waits has to hear of it
             log.exception("KVBM: blocks could not be compared")
             outcomes[there], problem = Outcome.FAILED, str(error)

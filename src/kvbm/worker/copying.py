@@ -37,10 +37,10 @@ class Copying:
         self._verifies = settings.g2_verify and memory.stores  # who stores has the checksums, and loads as well
         self._ended = threading.Condition()
         self._live: set[int] = set()
-        """Jobs submitted and not ended. Guarded by `_ended`, as are `_bad` and `_reading`."""
+        """Jobs submitted and not ended. Guarded by `_ended`, as are `bad` and `_reading`."""
         self._reading: set[int] = set()
         """Reads of tiers that have not ended."""
-        self._bad: dict[int, Completion] = {}
+        self.bad: dict[int, Completion] = {}
         """Loads that ended badly and have not been asked for."""
 
     # ------------------------------------------------------------------ what begins
@@ -75,7 +75,7 @@ class Copying:
         failed = Completion.failed(job, blocks, why)
         self.report(job, failed)
         with self._ended:
-            self._bad[job] = failed
+            self.bad[job] = failed
 
     def _host(self) -> Region:
         assert self._memory.g2 is not None, "the engine stepped before KVBM's arena was ready"
@@ -101,7 +101,7 @@ class Copying:
         except Exception as error:
             log.exception("KVBM: the end of a copy went wrong")
             with self._ended:
-                self._bad[job] = Completion.failed(completion.ticket, len(completion.outcomes), str(error))
+                self.bad[job] = Completion.failed(completion.ticket, len(completion.outcomes), str(error))
             self._over(job)
             self.turn_off(f"off until the engine is started anew: the end of a copy raised {error!r}")
 
@@ -113,7 +113,7 @@ class Copying:
         self.report(job, completion)
         if completion.outcomes.any():
             with self._ended:
-                self._bad[job] = completion
+                self.bad[job] = completion
         self._over(job)
 
     def _store_ended(self, slots: Slots, job: int, completion: Completion) -> None:
@@ -148,7 +148,7 @@ class Copying:
     def take_bad(self, job: int) -> Completion | None:
         """How a load ended that ended badly; asked for once."""
         with self._ended:
-            return self._bad.pop(job, None)
+            return self.bad.pop(job, None)
 
     def wait(self, jobs: Collection[int], *, waiting: bool) -> None:
         """A moment, until the next copy ends, where there are `jobs` and none has ended, where a tier reads, or where
@@ -219,19 +219,19 @@ class Copying:
             self._reading.add(job)
 
     def read(self, slots: Slots, job: int, completion: Completion, sums: Words) -> None:
-        self._safely(job, completion, lambda: self._read_ended(slots, job, completion, sums))
+        self._safely(job, completion, lambda: self.read_ended(slots, job, completion, sums))
 
     def written(self, job: int, completion: Completion) -> None:
-        self._safely(job, completion, lambda: self._write_ended(job, completion))
+        self._safely(job, completion, lambda: self.write_ended(job, completion))
 
-    def _read_ended(self, slots: Slots, job: int, completion: Completion, sums: Words) -> None:
+    def read_ended(self, slots: Slots, job: int, completion: Completion, sums: Words) -> None:
         self._memory.sums[slots] = sums
         self.report(job, completion, slots)
         with self._ended:
             self._reading.discard(job)
             self._ended.notify_all()
 
-    def _write_ended(self, job: int, completion: Completion) -> None:
+    def write_ended(self, job: int, completion: Completion) -> None:
         self.report(job, completion)
 
     def _safely(self, job: int, completion: Completion, ended: Callable[[], None]) -> None:

@@ -53,7 +53,7 @@ from kvbm.worker.voice import Voice
 log = logging.getLogger(__name__)
 
 _TIER_END: Final = 2.0
-_LOOK_S: Final = 0.5
+_WAKE_S: Final = 0.5
 """Seconds from one look at late copies to the next, where the engine does not step."""
 
 MakeTier = Callable[[RankSide], RankTier]
@@ -81,7 +81,8 @@ class Worker:
         self._spoiled = False
         """Whether this step computes from a load that failed."""
         self._residents = Residents(adapters, hello.rank, self.voice.tell)
-        self._tiers = {name: make(self.copying) for name, make in (tiers or {}).items()}
+        self.tiers = {name: make(self.copying) for name, make in (tiers or {}).items()}
+        """What this rank has of each tier, by name."""
         run = partial(self._run, hello, address)
         self._thread = threading.Thread(target=run, name="kvbm-worker", daemon=True)
         self._thread.start()
@@ -102,7 +103,7 @@ class Worker:
 
     def _expire(self) -> None:
         self.copying.executor.expire()
-        for tier in self._tiers.values():
+        for tier in self.tiers.values():
             tier.expire()
 
     def _load(self, copy: Copy, refused: set[int]) -> None:
@@ -174,7 +175,7 @@ class Worker:
 
     def _look(self) -> None:
         """Whether the threads that copy live. Without those of a tier, the rest goes on."""
-        for tier in self._tiers.values():
+        for tier in self.tiers.values():
             tier.look()
         self.copying.look()
 
@@ -189,11 +190,11 @@ class Worker:
             link.send(hello)
             looked = time.monotonic()
             while not voice.closing.is_set():
-                if time.monotonic() - looked > _LOOK_S:
+                if time.monotonic() - looked > _WAKE_S:
                     looked = time.monotonic()
                     self._expire()  # the engine may sleep
                     self._look()
-                message = link.wait(_LOOK_S)
+                message = link.wait(_WAKE_S)
                 if isinstance(message, Bye):
                     break
                 if message is not None:
@@ -217,10 +218,10 @@ class Worker:
             case Open(tier=name, body=body):
                 self.voice.tell(Opened(self.voice.rank, name, self._open(name, body)))
             case ToTier(tier=name, body=body):
-                assert name in self._tiers, f"the leader uses a tier {name} that this rank does not have"
-                self._tiers[name].take(body)
+                assert name in self.tiers, f"the leader uses a tier {name} that this rank does not have"
+                self.tiers[name].take(body)
             case Cancel(jobs=jobs):
-                for tier in self._tiers.values():
+                for tier in self.tiers.values():
                     tier.cancel(jobs)
             case GiveUp(jobs=jobs):
                 self.copying.give_up(jobs)
@@ -245,15 +246,15 @@ class Worker:
     # ------------------------------------------------------------------ tiers
 
     def _all_there(self) -> None:
-        for tier in self._tiers.values():
+        for tier in self.tiers.values():
             tier.ready()
 
     def _open(self, name: str, body: bytes) -> str | None:
         """Opens this rank's part of a tier; returns why that cannot be done."""
-        if name not in self._tiers:
+        if name not in self.tiers:
             return f"this rank has no tier {name}: were leader and worker given the same settings?"
         try:
-            self._tiers[name].open(body)
+            self.tiers[name].open(body)
         except Broken as error:
             return str(error)
         return None
@@ -278,7 +279,7 @@ class Worker:
         """Waits briefly for copies in flight and gives the memory back. The engine must not step any more."""
         self.voice.closing.set()
         self.memory.stop_touching()
-        for tier in reversed(self._tiers.values()):
+        for tier in reversed(self.tiers.values()):
             tier.close(_TIER_END)
         self.copying.executor.close(5.0)
         self.copying.comparisons.close()

@@ -11,7 +11,7 @@ import pytest
 from kvbm.blocks import Pool
 from kvbm.link.messages import Cancel, Result, Sick
 from kvbm.policy.lru import LRU
-from kvbm.tiers.disk.adopt import _leaves_first, adopt
+from kvbm.tiers.disk.adopt import adopt, leaves_first
 from kvbm.tiers.disk.orders import Forget, Generation, Probe, Probed, Read, Write
 from tests.leader.roles import FAILED, Stage, keys_of, recovered
 
@@ -531,7 +531,7 @@ def test_a_million_blocks_take_about_a_second() -> None:
     count, chain = 1_000_000, 500
     above = np.where(np.arange(count) % chain, np.arange(count) - 1, -1)
     before = time.process_time()
-    order = _leaves_first(above)
+    order = leaves_first(above)
     assert time.process_time() - before < 5
     assert order[:3].tolist() == [chain - 1, chain - 2, chain - 3]
 

@@ -44,7 +44,7 @@ def run(server: Server) -> Callable[[Work], None]:
                 opened.append(Directory(server.url, space, name, number, lease_s=lease_s, timeout=1.0, facts=facts))
                 return opened[-1]
 
-            await make("nobody")._server.flushall()
+            await make("nobody").server.flushall()
             await work(make)
             for directory in opened:
                 await directory.close()
@@ -87,7 +87,7 @@ def test_what_is_no_set_is_its_owners_matter(run: Run) -> None:
     async def work(make: Callable[..., Directory]) -> None:
         good, bad, reader = make("a"), make("b"), make("c")
         alive = {"a": await joined(good), "b": await joined(bad, [])}
-        await bad._server.set(bad._mine, "not a set")
+        await bad.server.set(bad.mine, "not a set")
         assert await reader.find(alive, ENTRIES) == {"a": 19}
 
     run(work)
@@ -106,7 +106,7 @@ def test_entries_end_with_their_lease(run: Run) -> None:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.02)
         assert await reader.find({"a": instance}, ENTRIES) == {}
-        assert not await reader._server.keys()  # its name is forgotten, too
+        assert not await reader.server.keys()  # its name is forgotten, too
 
     run(work)
 
@@ -130,7 +130,7 @@ def test_updates(run: Run) -> None:
         await directory.update(ENTRIES[4:6], ENTRIES[:2])
         assert await directory.renew("h", 1) == 4
         await directory.update(ENTRIES[:1], [], afresh=True)
-        assert list(await directory._server.smembers(directory._mine)) == ENTRIES[:1]
+        assert list(await directory.server.smembers(directory.mine)) == ENTRIES[:1]
         many = [number.to_bytes(8, "big") for number in range(10_000)]
         await directory.update(many, ENTRIES[:1])
         assert await directory.renew("h", 1) == 10_000
@@ -152,9 +152,9 @@ def test_facts_of_other_namespaces_end_with_their_instances(run: Run) -> None:
         while await mine.namespaces():
             assert time.monotonic() < deadline
             await asyncio.sleep(0.02)
-        assert list(await mine._server.smembers("kvbm:namespaces")) == [b"5" * 16]
-        await mine._server.set("kvbm:" + "6" * 16 + ":facts", b"not msgpack")
-        await mine._server.sadd("kvbm:namespaces", "6" * 16, b"\xff")
+        assert list(await mine.server.smembers("kvbm:namespaces")) == [b"5" * 16]
+        await mine.server.set("kvbm:" + "6" * 16 + ":facts", b"not msgpack")
+        await mine.server.sadd("kvbm:namespaces", "6" * 16, b"\xff")
         assert await mine.namespaces() == {}
 
     run(work)
@@ -166,7 +166,7 @@ def test_leaving(run: Run) -> None:
         await joined(leaving)
         await leaving.leave()
         assert await reader.instances() == {}
-        assert not await reader._server.keys()
+        assert not await reader.server.keys()
 
     run(work)
 
@@ -199,7 +199,7 @@ def test_more_at_once_than_there_are_connections(run: Run) -> None:
         instance = await joined(directory)
         found = await asyncio.gather(*(directory.find({"a": instance}, ENTRIES) for _ in range(50)))
         assert found == [{"a": 19}] * 50
-        pool = directory._server.connection_pool
+        pool = directory.server.connection_pool
         assert len(pool._available_connections) <= 4
         assert not pool._in_use_connections
 
@@ -247,8 +247,8 @@ def test_what_no_instance_has_written_is_skipped(run: Run, name: bytes | str, le
         good, reader = make("good"), make("b")
         instance = await joined(good)
         raw = name if isinstance(name, bytes) else name.encode()
-        await reader._server.sadd(reader._names, raw)
-        await reader._server.set(reader._lease_of.encode() + raw, lease)
+        await reader.server.sadd(reader.names, raw)
+        await reader.server.set(reader.lease_of.encode() + raw, lease)
         assert await reader.instances() == {"good": instance}
 
     run(work)
@@ -285,7 +285,7 @@ def test_an_address_that_is_none_is_not_shown(url: str) -> None:
 def test_a_server_that_says_no_is_reported(run: Run) -> None:
     async def work(make: Callable[..., Directory]) -> None:
         directory = make("a")
-        await directory._server.set(directory._names, "not a set")
+        await directory.server.set(directory.names, "not a set")
         with pytest.raises(Broken):
             await directory.instances()
         with pytest.raises(Broken):

@@ -163,24 +163,24 @@ def test_who_is_gone_is_forgotten(start: Start, hold: Hold) -> None:
     holder, reader = hold("one"), start("r")
     knows(reader, 1)
     assert timed(reader, "p", 6)[0] == 6
-    memory = reader.workers[0]._tiers["peers"]._memory
+    memory = reader.workers[0].tiers["peers"].memory
     assert memory is not None
-    assert memory._known
-    assert set(peers_of(reader)._peers) == {"one"}
+    assert memory.known
+    assert set(peers_of(reader).peers) == {"one"}
     holder.kill()
     holder.wait()
-    until(reader, lambda: not (memory._known or memory._regions or peers_of(reader)._peers))
+    until(reader, lambda: not (memory.known or memory.regions or peers_of(reader).peers))
     hold("two")
     reader.leader.core.pool.clear()
     until(reader, lambda: timed(reader, "p", 6)[0] == 6 or reader.leader.core.pool.clear())
-    assert set(peers_of(reader)._peers) == {"two"}
+    assert set(peers_of(reader).peers) == {"two"}
     clean(reader)
 
 
 def test_strangers_take_no_place_from_instances(
     start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("kvbm.tiers.peers.server._READERS", 4)
+    monkeypatch.setattr("kvbm.tiers.peers.server.READERS", 4)
     monkeypatch.setattr("kvbm.tiers.peers.server.HANDSHAKE_S", 1.0)
     holder, reader = start("h"), start("r")
     know_each_other(holder, reader)
@@ -189,11 +189,11 @@ def test_strangers_take_no_place_from_instances(
     port = peers_of(holder).network.port
     strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(8)]
     server = peers_of(holder).network.server
-    until(holder, lambda: server._strangers == 4)  # the others are sent away
-    until(holder, lambda: server._strangers == 0)
+    until(holder, lambda: server.strangers == 4)  # the others are sent away
+    until(holder, lambda: server.strangers == 0)
     until(reader, lambda: timed(reader, "p", 6)[0] == 6 or reader.leader.core.pool.clear())
     more = [socket.create_connection(("127.0.0.1", port)) for _ in range(8)]
-    until(holder, lambda: server._strangers == 4)
+    until(holder, lambda: server.strangers == 4)
     reader.leader.core.pool.clear()
     assert timed(reader, "p", 6)[0] == 6  # who is connected stays so
     for each in (*strangers, *more):

@@ -184,7 +184,7 @@ def test_who_answers_probes_only_is_asked_ever_less_often(start: Start, monkeypa
     async def mute(*_: object) -> None:
         return
 
-    monkeypatch.setattr(Server, "_reserve", mute)
+    monkeypatch.setattr(Server, "reserve", mute)
     waited: list[bool] = []
     for number in range(8):
         waited.append(timed(reader, "p", 6)[1] > 0.2)
@@ -318,16 +318,16 @@ def test_the_search_is_part_of_the_wait(start: Start, monkeypatch: pytest.Monkey
     def never(memory: PeerMemory, message: Pull) -> None:
         ours = unpack(message.g2)
         failed = Completion(message.job, np.full(len(ours), Outcome.FAILED, np.uint8), "late", 0.0, 0)
-        held.append(partial(memory._side.read, ours, message.job, failed, np.zeros(len(ours), np.uint64)))
+        held.append(partial(memory.side.read, ours, message.job, failed, np.zeros(len(ours), np.uint64)))
 
-    reserve = Server._reserve
+    reserve = Server.reserve
 
     async def late(*arguments: Any) -> None:
         await asyncio.sleep(0.7)
         await reserve(*arguments)
 
     _, reader = pair(start, peer_deadline_s=1.0)
-    monkeypatch.setattr(Server, "_reserve", late)
+    monkeypatch.setattr(Server, "reserve", late)
     monkeypatch.setattr(PeerMemory, "pull", never)
     begun = time.monotonic()
     assert reader.serve(keys_of("p", 6)) == 0

@@ -175,7 +175,7 @@ def test_what_is_stored_again_while_it_is_looked_for_stays(tiers: Tiers) -> None
             tiers.published.stored([key], np.array([1]))
         return False
 
-    tiers.published._holds = stored_meanwhile
+    tiers.published.holds = stored_meanwhile
     added, removed, _ = tiers.told()
     assert (added, removed) == (names(KEYS[1:2]), names([KEYS[0], KEYS[2]]))
     assert len(tiers.published) == 1

@@ -91,7 +91,7 @@ class Rank:
     def settle(self) -> None:
         """Waits for what has been asked of its thread."""
         done = threading.Event()
-        self.memory._do(done.set)
+        self.memory.do(done.set)
         assert done.wait(5)
 
 
@@ -126,7 +126,7 @@ def test_giving_up_reads_of_a_frozen_peer_holds_nobody_up(rank: Rank) -> None:
 def test_what_is_given_up_before_it_began_is_given_up(rank: Rank) -> None:
     rank.memory.attach(attach())
     held = threading.Event()
-    rank.memory._do(held.wait)
+    rank.memory.do(held.wait)
     rank.pull(0)
     rank.memory.cancel([0])
     held.set()

@@ -198,7 +198,7 @@ async def test_what_answers_is_something_else(first: bytes, problem: str) -> Non
 
 def sealed(middle: Wire, number: int, body: bytes) -> bytes:
     """A frame of somebody who knows the secret."""
-    mac = hmac.digest(middle.client._out, struct.pack("<Q", number) + body, "sha256")
+    mac = hmac.digest(middle.client.out, struct.pack("<Q", number) + body, "sha256")
     return struct.pack("<I", len(body)) + body + mac
 
 
@@ -258,6 +258,6 @@ async def test_closing_waits_for_nobody() -> None:
         middle.from_client._transport.pause_reading()  # type: ignore[attr-defined]
         saying = [asyncio.create_task(middle.client.say(Declined("x" * 100_000))) for _ in range(200)]
         await asyncio.sleep(0)
-        assert middle.client._writer.transport.get_write_buffer_size()
+        assert middle.client.writer.transport.get_write_buffer_size()
         await asyncio.wait_for(middle.client.close(), 1)
         assert all(isinstance(each, Broken | None) for each in await asyncio.gather(*saying, return_exceptions=True))

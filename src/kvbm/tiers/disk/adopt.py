@@ -20,7 +20,7 @@ def adopt(pool: Pool, found: Recovered) -> None:
     places = np.searchsorted(known, found.parents, sorter=by_head)
     above = by_head[np.minimum(places, len(by_head) - 1)] if len(by_head) else by_head
     above = np.where((found.parents != 0) & (known[above] == found.parents), above, -1)
-    order = _leaves_first(above)
+    order = leaves_first(above)
     pool.adopt(
         found.slots[order],
         [keys[at] for at in order.tolist()],
@@ -30,7 +30,7 @@ def adopt(pool: Pool, found: Recovered) -> None:
     )
 
 
-def _leaves_first(above: Slots) -> Slots:
+def leaves_first(above: Slots) -> Slots:
     """The order in which blocks, the oldest first, have to go. `above[i]` is the block before block `i` in its prompt,
     -1 where there is none.
 

@@ -73,19 +73,20 @@ class Suspects:
 
     def __init__(self, disk: DiskTier) -> None:
         self._disk = disk
-        self._failed: set[bytes] = set()
+        self.failed: set[bytes] = set()
+        """Those whose last read failed."""
 
     def judge(self, keys: Sequence[bytes], slots: Slots, passage: Passage) -> None:
         """These were read from these slots, or not."""
         lost: dict[bytes, int] = {}
         for key, slot, outcome in zip(keys, slots.tolist(), passage.outcomes.tolist(), strict=True):
-            if outcome in _NOT_IT or (outcome != Outcome.DONE and passage.wanted and key in self._failed):
+            if outcome in _NOT_IT or (outcome != Outcome.DONE and passage.wanted and key in self.failed):
                 lost[key] = slot
-            elif outcome != Outcome.DONE and passage.wanted and len(self._failed) < _SUSPECTS:
-                self._failed.add(key)
+            elif outcome != Outcome.DONE and passage.wanted and len(self.failed) < _SUSPECTS:
+                self.failed.add(key)
             elif outcome == Outcome.DONE:
-                self._failed.discard(key)
-        self._failed.difference_update(lost)
+                self.failed.discard(key)
+        self.failed.difference_update(lost)
         # Not what was written since, in another generation: that lies elsewhere, for this slot is still held.
         there = [key for key, slot in lost.items() if (block := self._disk.pool.look(key)) and block.slot == slot]
         if there:

@@ -13,9 +13,9 @@ _SOON = 0.05
 """Seconds that reading one slice should take at most: what a request wants waits for it."""
 _SLICE, _FIRST = 64, 4
 """Most blocks of a slice, and those of one while nobody knows how fast the disk is."""
-_STRETCH = 1024
+STRETCH = 1024
 """Slots that are looked at together for blocks."""
-_PATIENCE = 64
+PATIENCE = 64
 """Stretches without a block that are passed at once."""
 
 
@@ -51,16 +51,16 @@ class Sweep:
         """Have the next slice read, if none is being read."""
         if self._tier.problem is not None:
             self.end(self._tier.problem)
-        for _ in range(_PATIENCE):
+        for _ in range(PATIENCE):
             if self._job is not None or self.over:
                 return
-            keys = self._tier.pool.keys(self._next, self._next + _STRETCH)
+            keys = self._tier.pool.keys(self._next, self._next + STRETCH)
             count = min(self._most, self._tier.gate.soon(_SOON) or _FIRST)
             hold, _ = self._tier.pool.scan(keys[:count])
             slots = hold.slots
             if not self._read(hold):
                 return
-            end = self._next + _STRETCH
+            end = self._next + STRETCH
             if len(keys) > count:
                 end = int(slots[-1]) + 1 if len(slots) else self._next  # their time was over: others come now
             self._next = min(self.slots, end)

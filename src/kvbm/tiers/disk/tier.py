@@ -83,7 +83,7 @@ class DiskTier:
         """Blocks that were read and were not what had been written."""
         self.chores = Chores()
         self._generations, self._sequence = generations, sequence
-        self._moves = Moves(links, next_id, clock, patience=patience, judge=self._judge)
+        self.moves = Moves(links, next_id, clock, patience=patience, judge=self._judge)
         self._breaker = Breaker(_PROBE_EVERY, clock, most=_FAILURES, watch=_WATCH_EVERY)
         """Reads and writes fail each for itself: where nothing can be written any more, reads may go well for long."""
         self._lost = False
@@ -117,7 +117,7 @@ class DiskTier:
             staged.register(passage.done).drop()
             ended(passage)
 
-        move = self._moves.write(len(keys), there)
+        move = self.moves.write(len(keys), there)
         self._order(
             Write(
                 move.id, pack(hold.slots), pack(staged.slots), list(keys), list(parents),
@@ -130,23 +130,23 @@ class DiskTier:
 
     def read(self, source: Slots, keys: Sequence[bytes], into: Staged | Writable, ended: Ended) -> int:
         """Copy slots to those of host memory, both of which the caller holds; returns the move's number."""
-        move = self._moves.read(len(keys), ended, self.gate)
+        move = self.moves.read(len(keys), ended, self.gate)
         self._order(Read(move.id, pack(source), pack(into.slots), list(keys)))
         return move.id
 
     def cancel(self, jobs: Collection[int]) -> None:
         """Nobody wants these any more. They end all the same."""
-        self._moves.cancel(jobs)
+        self.moves.cancel(jobs)
 
     def in_flight(self) -> tuple[int, int]:
         """Passages (down, up) that some rank has not answered."""
-        return self._moves.count()
+        return self.moves.count()
 
     # ------------------------------------------------------------------ answers
 
     def answer(self, result: Result) -> bool:
         """Takes one rank's result; False where it is about no passage of this tier."""
-        return self._moves.answer(result)
+        return self.moves.answer(result)
 
     def _judge(self, passage: Passage) -> None:
         self.corrupt += int((passage.outcomes == Outcome.CORRUPT).sum())
@@ -164,13 +164,13 @@ class DiskTier:
 
     def leave(self, why: str) -> None:
         """Leave the tier alone for good: nothing that is being moved counts. A new generation is still written down."""
-        self._moves.leave()
+        self.moves.leave()
         self._breaker.trip(why)
 
     @property
     def left(self) -> bool:
         """Whether it is left alone for good."""
-        return self._moves.left
+        return self.moves.left
 
     def tick(self) -> None:
         """A few times a second: notices silent workers, tries whether a broken disk works again."""
@@ -179,7 +179,7 @@ class DiskTier:
                 self._breaker.trip(problem)
         if self.left and not self.clearing:
             return
-        if self.problem is None and self._moves.late():
+        if self.problem is None and self.moves.late():
             self.fail("no answer about a move within its deadline")
         elif (self.problem is None or not self.chores.busy) and self._breaker.due():
             if self.clearing:
@@ -192,12 +192,12 @@ class DiskTier:
         answer = decode_answer(body)
         if self.clearing or self.left:
             return
-        if (answers := self._probes.take(answer, len(self._moves.links))) is None:
+        if (answers := self._probes.take(answer, len(self.moves.links))) is None:
             return
         problems = [f"rank {each.rank}: {each.problem}" for each in answers if each.problem]
         if problems:
             self.fail(problems[0])
-            if self._moves.count() == (0, 0) and not self.chores.busy:
+            if self.moves.count() == (0, 0) and not self.chores.busy:
                 self.chores.do(self._restore)
         elif self._lost:
             self.chores.do(self._recover)
@@ -228,7 +228,7 @@ class DiskTier:
     def _resume(self) -> None:
         self._breaker.mend()
         self.gate.forget_reads()
-        self._moves.wait_again()
+        self.moves.wait_again()
         log.warning("KVBM: the disk tier (G3) works again and holds %d blocks", self.pool.statistics().registered)
 
     # ------------------------------------------------------------------ un-publishing
@@ -248,7 +248,7 @@ class DiskTier:
             log.warning("KVBM: after a reset KVBM serves newly written blocks on disk only until the engine ends")
         self._generations.lasting &= lasting
         self.pool.clear()
-        self._moves.cancel_all()
+        self.moves.cancel_all()
         if not self.clearing:  # else that has not happened yet, and nothing was written since
             self._renew()
 
@@ -292,4 +292,4 @@ class DiskTier:
         folder.close()
 
     def _order(self, order: Order) -> None:
-        self._moves.tell(to_rank(order))
+        self.moves.tell(to_rank(order))

@@ -89,7 +89,7 @@ class Directory:
                 url, socket_timeout=timeout, socket_connect_timeout=timeout, protocol=3, max_connections=4,
                 timeout=timeout,
             )  # fmt: skip
-            self._server: Any = valkey.Valkey.from_pool(connections)
+            self.server: Any = valkey.Valkey.from_pool(connections)
         except ValueError:
             # Its own message would show the URL, which may have a password in it.
             raise ConfigError(
@@ -100,11 +100,11 @@ class Directory:
         prefix = f"kvbm:{namespace[:16]}"
         self._namespace = namespace[:16]
         self._facts = msgspec.msgpack.encode({fact: str(value) for fact, value in facts.items()}) if facts else b""
-        self._names, self._lease_of = f"{prefix}:names", f"{prefix}:lease:"
+        self.names, self.lease_of = f"{prefix}:names", f"{prefix}:lease:"
         self._has = f"{prefix}:has:"
         self.name, self.incarnation = name, incarnation
         self._lease_ms = int(lease_s * 1000)
-        self._mine = self._set_of(name, incarnation)
+        self.mine = self._set_of(name, incarnation)
 
     def _set_of(self, name: str, incarnation: int) -> str:
         return f"{self._has}{name}:{incarnation:x}"
@@ -113,28 +113,28 @@ class Directory:
         """Say that this instance lives. Returns how many entries the server has of it, which is less than was written
         where the server has lost some."""
         async with self._reported():
-            pipe = self._server.pipeline(transaction=False)
+            pipe = self.server.pipeline(transaction=False)
             pipe.set(
-                self._lease_of + self.name, msgspec.msgpack.encode([host, port, self.incarnation]), px=self._lease_ms
+                self.lease_of + self.name, msgspec.msgpack.encode([host, port, self.incarnation]), px=self._lease_ms
             )
-            pipe.sadd(self._names, self.name)
+            pipe.sadd(self.names, self.name)
             if self._facts:
                 pipe.set(_facts_of(self._namespace), self._facts, px=self._lease_ms)
                 pipe.sadd(_NAMESPACES, self._namespace)
-            pipe.pexpire(self._mine, self._lease_ms)
-            pipe.scard(self._mine)
+            pipe.pexpire(self.mine, self._lease_ms)
+            pipe.scard(self.mine)
             return int((await pipe.execute())[-1])
 
     async def instances(self) -> dict[str, Instance]:
         """Every living instance but this one, by name. Names whose lease has ended are forgotten."""
         async with self._reported():
-            names = [_text(name) for name in await self._server.smembers(self._names)]
+            names = [_text(name) for name in await self.server.smembers(self.names)]
             names = [name for name in names if name != self.name]
             if not names:
                 return {}
-            leases = await self._server.mget([self._lease_of + name for name in names])
+            leases = await self.server.mget([self.lease_of + name for name in names])
             if ended := [name for name, lease in zip(names, leases, strict=True) if lease is None]:
-                await self._server.srem(self._names, *ended)
+                await self.server.srem(self.names, *ended)
         found: dict[str, Instance] = {}
         for name, lease in zip(names, leases, strict=True):
             try:
@@ -147,13 +147,13 @@ class Directory:
     async def namespaces(self) -> dict[str, dict[str, str]]:
         """The facts of other namespaces that have living instances. Those that have none are forgotten."""
         async with self._reported():
-            names = sorted(_text(name) for name in await self._server.srandmember(_NAMESPACES, _COMPARED))
+            names = sorted(_text(name) for name in await self.server.srandmember(_NAMESPACES, _COMPARED))
             names = [name for name in names if name != self._namespace]
             if not names:
                 return {}
-            texts = await self._server.mget([_facts_of(name) for name in names])
+            texts = await self.server.mget([_facts_of(name) for name in names])
             if ended := [name for name, text in zip(names, texts, strict=True) if text is None]:
-                await self._server.srem(_NAMESPACES, *ended)
+                await self.server.srem(_NAMESPACES, *ended)
         found = {}
         for name, text in zip(names, texts, strict=True):
             try:
@@ -166,13 +166,13 @@ class Directory:
     async def update(self, added: Collection[bytes], removed: Collection[bytes], *, afresh: bool = False) -> None:
         """Write down which entries this instance has now, and which no more; `afresh`: all others are forgotten."""
         async with self._reported():
-            pipe = self._server.pipeline(transaction=False)
+            pipe = self.server.pipeline(transaction=False)
             if afresh:
-                pipe.delete(self._mine)
+                pipe.delete(self.mine)
             for command, entries in ((pipe.srem, list(removed)), (pipe.sadd, list(added))):
                 for at in range(0, len(entries), _BATCH):
-                    command(self._mine, *entries[at : at + _BATCH])
-            pipe.pexpire(self._mine, self._lease_ms)
+                    command(self.mine, *entries[at : at + _BATCH])
+            pipe.pexpire(self.mine, self._lease_ms)
             await pipe.execute()
 
     async def find(self, instances: Mapping[str, Instance], entries: Sequence[bytes]) -> dict[str, int]:
@@ -181,7 +181,7 @@ class Directory:
         if not instances or not entries:
             return {}
         async with self._reported():
-            pipe = self._server.pipeline(transaction=False)
+            pipe = self.server.pipeline(transaction=False)
             for name, instance in instances.items():
                 pipe.smismember(self._set_of(name, instance.incarnation), entries)
             # What is no set, and so an error of one command, is nobody else's matter.
@@ -196,13 +196,13 @@ class Directory:
     async def leave(self) -> None:
         """This instance shares nothing any more."""
         async with self._reported():
-            await self._server.delete(self._lease_of + self.name, self._mine)
-            await self._server.srem(self._names, self.name)
+            await self.server.delete(self.lease_of + self.name, self.mine)
+            await self.server.srem(self.names, self.name)
 
     async def close(self) -> None:
         """End the connections."""
         try:
-            await self._server.aclose()
+            await self.server.aclose()
         except self._errors:
             return
 

@@ -15,7 +15,7 @@ class Published:
     before its entry goes."""
 
     def __init__(self, holds: Callable[[bytes], bool]) -> None:
-        self._holds = holds
+        self.holds = holds
         self._lock = threading.Lock()
         self._keys: dict[bytes, bytes] = {}
         """Entry -> key, of all that is published or about to be."""
@@ -68,7 +68,7 @@ class Published:
             self._gone = []
             for name in gone:  # what is stored from now on counts as new
                 self._keys.pop(name, None)
-        held = {name for name, key in gone.items() if self._holds(key)}  # takes the pools' locks
+        held = {name for name, key in gone.items() if self.holds(key)}  # takes the pools' locks
         with self._lock:
             for name, key in gone.items():
                 if name in held:

@@ -32,7 +32,7 @@ from kvbm.tiers.peers.session import Session
 log = logging.getLogger(__name__)
 
 HANDSHAKE_S: Final = 2.0
-_READERS: Final = 256
+READERS: Final = 256
 """Connections from other instances at once; as many, apart from these, that have not said who they are yet."""
 _QUESTIONS: Final = 4096
 """That are not answered, of one connection."""
@@ -50,7 +50,8 @@ class Server:
         self.slabs: tuple[int, list[Slab]] = 0, []
         """Where our memory is; its number rises with each change. Replaced as a whole."""
         self.readers: set[asyncio.Task[None]] = set()
-        self._strangers = 0
+        self.strangers = 0
+        """Connections that have not said who they are."""
 
     def place(self, slabs: list[Slab]) -> None:
         """Our memory is here from now on, rank by rank. Any thread, one at a time."""
@@ -61,12 +62,12 @@ class Server:
         task = asyncio.current_task()
         assert task is not None
         # Who does not know the secret takes no place from those who do.
-        if self._strangers >= _READERS or len(self.readers) >= 2 * _READERS:
+        if self.strangers >= READERS or len(self.readers) >= 2 * READERS:
             writer.transport.abort()
             return
         self.readers.add(task)
         try:
-            self._strangers += 1
+            self.strangers += 1
             try:
                 async with asyncio.timeout(HANDSHAKE_S):
                     session = await Session.open(reader, writer, self._us.secret, client=False)
@@ -74,7 +75,7 @@ class Server:
                     refusal = self._objection(join)
                     await session.say(Declined(refusal) if refusal else Welcome(self._us.name, self._us.incarnation))
             finally:
-                self._strangers -= 1
+                self.strangers -= 1
             if refusal:
                 log.warning("KVBM refused another instance: %s", refusal)
             elif isinstance(join, Join):
@@ -113,7 +114,7 @@ class Server:
                         if len(waiting) >= _QUESTIONS or not _makes_sense(asked):
                             raise Broken("its questions do not make sense")
                         searches.add(f"{reader} {asked.search}")
-                        task = asyncio.create_task(self._reserve(session, f"{reader} {asked.search}", asked, leases))
+                        task = asyncio.create_task(self.reserve(session, f"{reader} {asked.search}", asked, leases))
                         waiting.add(task)
                         task.add_done_callback(waiting.discard)
                     case Release(lease=lease):
@@ -139,7 +140,7 @@ class Server:
                 for name in searches:
                     self._serving.done(name)
 
-    async def _reserve(self, session: Session, search: str, asked: Reserve, leases: set[int]) -> None:
+    async def reserve(self, session: Session, search: str, asked: Reserve, leases: set[int]) -> None:
         loop = asyncio.get_running_loop()
         until = loop.time() + min(asked.wait_s, self._deadline_s)
         while True:

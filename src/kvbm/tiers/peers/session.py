@@ -39,8 +39,8 @@ class Session:
     """One side of a connection that is set up. `say` may be called by several tasks, `hear` by one."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, keys: tuple[bytes, bytes]) -> None:
-        self._reader, self._writer = reader, writer
-        self._out, self._in = keys
+        self._reader, self.writer = reader, writer
+        self.out, self._in = keys
         self._said = self._heard = 0
 
     @classmethod
@@ -71,11 +71,11 @@ class Session:
         """Send a message. Raises Broken: the other side is gone."""
         body = encode(message)
         # No await between the number and the write: frames leave in the order of their numbers.
-        mac = hmac.digest(self._out, _COUNTER.pack(self._said) + body, "sha256")
+        mac = hmac.digest(self.out, _COUNTER.pack(self._said) + body, "sha256")
         self._said += 1
         try:
-            self._writer.write(_HEAD.pack(len(body)) + body + mac)
-            await self._writer.drain()
+            self.writer.write(_HEAD.pack(len(body)) + body + mac)
+            await self.writer.drain()
         except OSError as error:
             raise Broken("the connection ended") from error
 
@@ -100,9 +100,9 @@ class Session:
 
     async def close(self) -> None:
         """End the connection. What is not sent yet is not sent: the other side may never take it."""
-        self._writer.transport.abort()
+        self.writer.transport.abort()
         try:
-            await self._writer.wait_closed()
+            await self.writer.wait_closed()
         except OSError:
             return
 

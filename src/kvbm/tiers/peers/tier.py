@@ -118,7 +118,8 @@ class Peers:
         self._moves = Moves(links, next_id, patience.clock)
         self.counted = Counted()
         self.sought = Searches()
-        self._peers: dict[str, Peer] = {}
+        self.peers: dict[str, Peer] = {}
+        """Those that were read from and live, by name."""
         self._mine: dict[int, Shared] = {}
         self._closed: str | None = None
 
@@ -188,7 +189,7 @@ class Peers:
     def _offer(
         self, search: PeerSearch, client: Client, promise: Promise, memory: Memory, keys: Sequence[bytes], start: int
     ) -> PeerOffer:
-        now, count, known = self.patience.clock(), len(keys), self._peers.get(client.name)
+        now, count, known = self.patience.clock(), len(keys), self.peers.get(client.name)
         priorities, ttls = np.frombuffer(promise.priorities, np.uint8), np.frombuffer(promise.ttls, np.float64)
         before = search.seeker.keys[start - 1] if start else None
         return PeerOffer(
@@ -202,7 +203,7 @@ class Peers:
 
     def attach(self, client: Client, memory: Memory, gate: Gate) -> str:
         """Have the workers know the peer's memory; by what name they do. `gate` is new where the peer is."""
-        peer = self._peers.setdefault(client.name, Peer(gate))
+        peer = self.peers.setdefault(client.name, Peer(gate))
         name = f"{client.name}/{client.instance.incarnation:x}/{memory.number}/{client.connections}"
         if peer.attached != name:
             for rank, slab in zip(self._ranks, memory.slabs, strict=True):
@@ -260,7 +261,7 @@ class Peers:
         return {
             name: {"usable": works, "read_blocks_per_s": peer.gate.rates()["read_blocks_per_s"] if peer else None}
             for name, works in usable.items()
-            for peer in (self._peers.get(name),)
+            for peer in (self.peers.get(name),)
         }
 
     def in_flight(self) -> int:
@@ -300,14 +301,14 @@ class Peers:
         """A few times a second: promises end, and the dead are forgotten."""
         self.serving.tick()
         if self.network.problem is None:
-            for name in sorted(self._peers.keys() - set(self.network.peers)):
+            for name in sorted(self.peers.keys() - set(self.network.peers)):
                 self._forget(name)
 
     def _forget(self, name: str) -> None:
         """A peer's lease has ended. Names may be made up anew at every start, so nothing of it is kept."""
-        if self._peers[name].gate.reading:
+        if self.peers[name].gate.reading:
             return
-        if (attached := self._peers.pop(name).attached) is not None:
+        if (attached := self.peers.pop(name).attached) is not None:
             self._moves.tell(to_rank(Detach(attached)))
 
     def clear(self, *, lasting: bool) -> None:
