@@ -167,12 +167,12 @@ MUTANTS = (
     ),
     Mutant(
         "nothing is refused a write", "tiers/demote.py",
-        "        mask = self._rules.admission.admit(tags, ~missing) & missing\n", "        mask = missing.copy()\n",
+        "        mask = self.rules.admission.admit(tags, ~missing) & missing\n", "        mask = missing.copy()\n",
         "tiers/test_demote",
     ),
     Mutant(
         "a block that could not be read once is lost", "tiers/disk/side.py",
-        " and passage.wanted and key in self._failed):\n", " and passage.wanted):\n",
+        " and passage.wanted and key in self.failed):\n", " and passage.wanted):\n",
         "tiers/test_promote tiers/disk/test_tier",
     ),
     Mutant(
