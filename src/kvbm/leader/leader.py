@@ -37,7 +37,7 @@ from kvbm.tiers.gate import Gate
 from kvbm.tiers.stack import Stack
 from kvbm.tiers.tier import Record
 
-_FOREIGN: Final = "not offloaded: the engine holds a block of it that KVBM has neither seen computed nor loaded"
+_FOREIGN: Final = "KVBM offloaded nothing more: the engine holds a block that KVBM has neither seen computed nor loaded"
 _BROKEN: Final = "an invariant does not hold"
 
 
