@@ -19,7 +19,7 @@ import numpy as np
 from bench.harness import Bench, medians
 from kvbm.abc.transport import Completion, Plan
 from kvbm.core.region import Plane, Region
-from kvbm.native import copy_rows
+from kvbm.native import copy_rows, prefer
 from kvbm.stores.memory import Arena
 from kvbm.transfer.memcpy import MemcpyTransport
 from kvbm.transfer.plan import coalesce
@@ -32,6 +32,9 @@ figures, but they should show the copy."""
 ROUNDS = 15
 BARS = {4 << 10: 0.5, 32 << 10: 0.85, 256 << 10: 0.85}
 BUSY_BAR = 1.3
+WAYS, LONG = ("from start to end", "four pages at once"), 16 << 10
+"""How rows from 16 KiB on can be copied; a process measures which is faster, in its first TURNS copies."""
+TURNS = 18
 
 
 class Memory:
@@ -131,6 +134,10 @@ def measure(bench: Bench, memory: Memory, row: int, bar: float) -> None:
     nbytes = down.blocks * g1.slot_bytes
     baseline, size = memory.baseline(nbytes), f"{row >> 10} KiB rows"
     transport = MemcpyTransport(2)
+    prefer(-1)
+    for _ in range(TURNS):
+        down()
+    chosen = prefer()
     copies: dict[str, Callable[[], object]] = {f"G1->G2, {size}": down, f"G2->G1, {size}": up}
     whole: dict[str, Callable[[], object]] = {f"G1->G2, {size}, submit to completion": lambda: down.submit(transport)}
     alone = medians(ROUNDS, {"copyto": baseline, "copyto again": baseline, **copies, **whole})
@@ -143,6 +150,11 @@ def measure(bench: Bench, memory: Memory, row: int, bar: float) -> None:
     bench.row(f"A/A: copyto, {size}", "bandwidth of copyto", alone["copyto"] / alone["copyto again"])
     for what in (*copies, *whole):
         bench.row(what, "bandwidth of copyto", alone["copyto"] / alone[what], ">=", bar)
+    for way, name in enumerate(WAYS if row >= LONG else ()):
+        prefer(way)
+        took = medians(ROUNDS, {"copyto": baseline, "this": down})
+        used = ", which is chosen" if way == chosen else ""
+        bench.row(f"G1->G2, {size}, {name}{used}", "bandwidth of copyto", took["copyto"] / took["this"])
     for what in copies:
         bench.row(f"{what}, beside a busy thread", "time of it alone", beside[what] / alone[what], "<=", BUSY_BAR)
         bench.row(f"{what}, beside a busy process", "time of it alone", apart[what] / alone[what])

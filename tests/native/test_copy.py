@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from array import array
+from collections.abc import Iterator
 
 import hypothesis.strategies as st
 import numpy as np
@@ -15,7 +16,7 @@ import xxhash
 from hypothesis import given, settings
 
 import kvbm.native
-from kvbm.native import XXH3_FROM, checksums, copy_rows, fill
+from kvbm.native import XXH3_FROM, checksums, copy_rows, fill, prefer
 
 Layout = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -112,6 +113,57 @@ def test_threads_share_a_copy_and_every_block_is_copied_by_one_of_them() -> None
         thread.join()
     assert sum(copied) == len(source)
     assert (source == destination).all()
+
+
+@pytest.fixture
+def measured_anew() -> Iterator[None]:
+    yield
+    prefer(-1)
+
+
+@pytest.mark.usefixtures("measured_anew")
+@pytest.mark.parametrize("way", [0, 1])
+@pytest.mark.parametrize("row", [16384, 16385, 65536 + 700, 3 * 16384 + 4096])
+@pytest.mark.parametrize("shift", [0, 1, 40])
+def test_long_rows_are_copied_right_either_way(way: int, row: int, shift: int) -> None:
+    prefer(way)
+    assert prefer() == way
+    dice = np.random.default_rng(row)
+    source, target = dice.integers(0, 256, 4 * row + shift, np.uint8), np.zeros(3 * row + shift + 64, np.uint8)
+    one, slots, sums = np.ones(1, np.int64), np.array([2, 0]), np.zeros(2, np.int64)
+    copied = copy_rows(
+        one * (source.ctypes.data + shift), one * row, one * target.ctypes.data, one * (row + shift), one * row,
+        slots, np.array([0, 1]), np.zeros(2, np.int64), 2, sums,
+    )  # fmt: skip
+    assert copied == 2 * row
+    for place, slot in enumerate(slots):
+        there = target[place * (row + shift) :][:row]
+        assert (there == source[shift + slot * row :][:row]).all()
+        assert np.uint64(sums[place]) == xxhash.xxh3_64_intdigest(there.tobytes())
+    assert not target[row : row + shift].any()
+    assert not target[2 * row + shift :].any()
+
+
+@pytest.mark.usefixtures("measured_anew")
+def test_the_faster_way_is_chosen_after_nine_turns_of_each() -> None:
+    prefer(-1)
+    memory, slots, one = np.ones(4 << 20, np.uint8), np.arange(16), np.ones(1, np.int64)
+    there = np.zeros_like(memory)
+
+    def copy(blocks: int) -> None:
+        rows = one * (1 << 16)
+        copy_rows(one * memory.ctypes.data, rows, one * there.ctypes.data, rows, rows, slots[:blocks], slots[:blocks])
+
+    for _ in range(100):
+        copy(15)  # less than a megabyte says little
+    assert prefer() == -1
+    for _ in range(17):
+        copy(16)
+        assert prefer() == -1
+    copy(16)
+    assert prefer() in (0, 1)
+    with pytest.raises(ValueError, match="no way 3"):
+        prefer(3)
 
 
 def test_a_stopped_copy_can_be_resumed() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 try:
-    from kvbm.native._copy import XXH3_FROM, checksums, copy_rows, fill
+    from kvbm.native._copy import XXH3_FROM, checksums, copy_rows, fill, prefer
     from kvbm.native._io import Ring, run_io
     from kvbm.native._keys import chain
     from kvbm.native._lists import Lists
@@ -31,5 +31,6 @@ __all__ = [
     "checksums",
     "copy_rows",
     "fill",
+    "prefer",
     "run_io",
 ]

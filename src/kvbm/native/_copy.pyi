@@ -36,6 +36,10 @@ def copy_rows(
     blocks of at least `XXH3_FROM` bytes.
     """
 
+def prefer(way: int = ..., /) -> int:
+    """How this process copies rows of 16 KiB and more: 0 from start to end, 1 four pages at once, -1: it is still
+    measured. With a `way` that is set, for tests and measurements; -1 begins to measure anew. No copy may run then."""
+
 def checksums(address: int, stride: int, nbytes: int, slots: Int64s, sums: Int64s, /) -> None:
     """The xxh3-64 of the first `nbytes` (at least `XXH3_FROM`) bytes of each of these slots, without the GIL.
 

@@ -27,7 +27,16 @@ static const char *const NAMES[BUFFERS] = {"src_address", "src_stride", "dst_add
  * gets a checksum is read for it while it is in the first cache: PIECE bytes at a time. */
 enum { STREAM_FROM = 512, PREFETCH_TO = 4096, PIECE = 16 << 10 };
 
-enum { PAGE = 4096 };
+enum { PAGE = 4096, ABREAST_PAGES = 4 };
+
+/* The ways to copy a long row; which one is faster depends on the processor. Each has SAMPLES turns on copies of at least
+ * SAMPLE_BYTES, then the one with the better median stays. */
+enum { LINEAR, ABREAST, WAYS, SAMPLES = 9, SAMPLE_BYTES = 1 << 20 };
+static struct {
+    int way; /* -1: not known yet */
+    int begun[WAYS], ended;
+    double ns_per_byte[WAYS][SAMPLES];
+} measured = {.way = -1};
 
 #if HAVE_STREAMING
 __attribute__((target("avx2"), always_inline)) static inline void stream_line(char *dst, const char *src) {
@@ -37,15 +46,22 @@ __attribute__((target("avx2"), always_inline)) static inline void stream_line(ch
     _mm256_stream_si256((__m256i *)(dst + 32), b);
 }
 
-/* Copies `pages` at once while so many are left of a row, from byte `i` on, as glibc's memcpy does: the hardware
- * prefetcher follows each of them. One after the other, a core of a recent Xeon waits for the first lines of every page,
- * and reaches three quarters of what it does so. Returns how far it came. */
+/* Copies four pages at once while so many are left of a row, as glibc's memcpy does: the hardware prefetcher follows each
+ * of them. One page after the other, a core of a recent Xeon waits for the first lines of every page, and reaches three
+ * quarters of what it does so. All four lines are read before one is written: otherwise a core of an EPYC (Zen 3) falls to
+ * a quarter. Returns how far it came. */
 __attribute__((target("avx2"), always_inline)) static inline size_t stream_abreast(char *dst, const char *src, size_t i,
-                                                                                 size_t n, size_t pages) {
-    for (; i + pages * PAGE <= n; i += pages * PAGE) {
+                                                                                 size_t n) {
+    for (; i + ABREAST_PAGES * PAGE <= n; i += ABREAST_PAGES * PAGE) {
         for (size_t line = i; line < i + PAGE; line += 64) {
-            for (size_t at = line; at < line + pages * PAGE; at += PAGE) {
-                stream_line(dst + at, src + at);
+            __m256i held[2 * ABREAST_PAGES];
+            for (size_t page = 0; page < ABREAST_PAGES; page++) {
+                held[2 * page] = _mm256_loadu_si256((const __m256i *)(src + line + page * PAGE));
+                held[2 * page + 1] = _mm256_loadu_si256((const __m256i *)(src + line + page * PAGE + 32));
+            }
+            for (size_t page = 0; page < ABREAST_PAGES; page++) {
+                _mm256_stream_si256((__m256i *)(dst + line + page * PAGE), held[2 * page]);
+                _mm256_stream_si256((__m256i *)(dst + line + page * PAGE + 32), held[2 * page + 1]);
             }
         }
     }
@@ -56,14 +72,13 @@ __attribute__((target("avx2"), always_inline)) static inline size_t stream_abrea
  * a third of the memory traffic. (It also avoids memcpy's `rep movsb`, which is five times slower on some AMD cores
  * for some alignments.) `ahead`, if given, is the row that comes next: its lines are requested while this one's are
  * written, because the hardware prefetcher starts anew at each short row. */
-__attribute__((target("avx2"))) static void stream_row(char *dst, const char *src, size_t n, const char *ahead) {
+__attribute__((target("avx2"))) static void stream_row(char *dst, const char *src, size_t n, const char *ahead, int way) {
     size_t head = (size_t)(-(uintptr_t)dst) & 63;
     if (head > n) {
         head = n;
     }
     memcpy(dst, src, head);
-    size_t i = stream_abreast(dst, src, head, n, 4);
-    i = stream_abreast(dst, src, i, n, 2);
+    size_t i = way == ABREAST ? stream_abreast(dst, src, head, n) : head;
     for (; i + 64 <= n; i += 64) {
         if (ahead) {
             _mm_prefetch(ahead + i, _MM_HINT_T0);
@@ -74,18 +89,19 @@ __attribute__((target("avx2"))) static void stream_row(char *dst, const char *sr
 }
 #endif
 
-static void copy_row(char *dst, const char *src, size_t n, const char *ahead) {
+static void copy_row(char *dst, const char *src, size_t n, const char *ahead, int way) {
 #if HAVE_STREAMING
     if (n >= STREAM_FROM && __builtin_cpu_supports("avx2")) {
-        stream_row(dst, src, n, n <= PREFETCH_TO ? ahead : NULL);
+        stream_row(dst, src, n, n <= PREFETCH_TO ? ahead : NULL, way);
         return;
     }
 #endif
     (void)ahead;
+    (void)way;
     memcpy(dst, src, n);
 }
 
-static void copy_blocks(const Py_buffer *b, Py_ssize_t begin, Py_ssize_t end, uint64_t *sums) {
+static void copy_blocks_so(const Py_buffer *b, Py_ssize_t begin, Py_ssize_t end, uint64_t *sums, int way) {
     const int64_t *src_address = b[SRC_ADDRESS].buf, *src_stride = b[SRC_STRIDE].buf;
     const int64_t *dst_address = b[DST_ADDRESS].buf, *dst_stride = b[DST_STRIDE].buf;
     const int64_t *row_bytes = b[ROW_BYTES].buf, *src_slots = b[SRC_SLOTS].buf, *dst_slots = b[DST_SLOTS].buf;
@@ -101,7 +117,7 @@ static void copy_blocks(const Py_buffer *b, Py_ssize_t begin, Py_ssize_t end, ui
             size_t n = (size_t)row_bytes[p], step = sums ? PIECE : n;
             for (size_t at = 0; at < n; at += step) {
                 size_t some = n - at < step ? n - at : step;
-                copy_row(dst + at, src + at, some, next);
+                copy_row(dst + at, src + at, some, next, way);
                 if (sums) {
                     xxh3_add(&sum, src + at, some);
                 }
@@ -116,8 +132,50 @@ static void copy_blocks(const Py_buffer *b, Py_ssize_t begin, Py_ssize_t end, ui
 #endif
 }
 
+static int by_size(const void *one, const void *other) {
+    double a = *(const double *)one, b = *(const double *)other;
+    return (a > b) - (a < b);
+}
+
+/* Whose turn it is, and its number, where a copy of this size can be a sample; otherwise -1. */
+static int turn(const int64_t *row_bytes, double bytes, int *way) {
+    int begun[WAYS];
+    for (int each = 0; each < WAYS; each++) {
+        begun[each] = __atomic_load_n(&measured.begun[each], __ATOMIC_RELAXED);
+    }
+    *way = begun[ABREAST] < begun[LINEAR] ? ABREAST : LINEAR;
+    if (bytes < SAMPLE_BYTES || row_bytes[0] < ABREAST_PAGES * PAGE || begun[*way] >= SAMPLES) {
+        return -1;
+    }
+    int number = __atomic_fetch_add(&measured.begun[*way], 1, __ATOMIC_RELAXED);
+    return number < SAMPLES ? number : -1;
+}
+
+static void copy_blocks(const Py_buffer *b, Py_ssize_t begin, Py_ssize_t end, uint64_t *sums, int64_t slot_bytes) {
+    int way = __atomic_load_n(&measured.way, __ATOMIC_ACQUIRE), number = -1;
+    double bytes = (double)(end - begin) * (double)slot_bytes;
+    struct timespec from, to;
+    if (way < 0 && b[ROW_BYTES].shape[0]) {
+        number = turn(b[ROW_BYTES].buf, bytes, &way);
+    }
+    clock_gettime(CLOCK_MONOTONIC, &from);
+    copy_blocks_so(b, begin, end, sums, way);
+    if (number < 0) {
+        return;
+    }
+    clock_gettime(CLOCK_MONOTONIC, &to);
+    measured.ns_per_byte[way][number] = ((double)(to.tv_sec - from.tv_sec) * 1e9 + (double)(to.tv_nsec - from.tv_nsec)) / bytes;
+    if (__atomic_add_fetch(&measured.ended, 1, __ATOMIC_ACQ_REL) == WAYS * SAMPLES) {
+        for (int each = 0; each < WAYS; each++) {
+            qsort(measured.ns_per_byte[each], SAMPLES, sizeof(double), by_size);
+        }
+        int better = measured.ns_per_byte[ABREAST][SAMPLES / 2] < measured.ns_per_byte[LINEAR][SAMPLES / 2];
+        __atomic_store_n(&measured.way, better ? ABREAST : LINEAR, __ATOMIC_RELEASE);
+    }
+}
+
 /* Takes chunks off `control` until none is left or somebody asks to stop; returns the blocks copied by this call. */
-static int64_t copy_shared(const Py_buffer *b, int64_t *control, int64_t chunk, uint64_t *sums) {
+static int64_t copy_shared(const Py_buffer *b, int64_t *control, int64_t chunk, uint64_t *sums, int64_t slot_bytes) {
     int64_t blocks = b[SRC_SLOTS].shape[0], copied = 0;
     while (!__atomic_load_n(&control[1], __ATOMIC_SEQ_CST)) {
         int64_t begin = __atomic_fetch_add(&control[0], chunk, __ATOMIC_SEQ_CST);
@@ -125,7 +183,7 @@ static int64_t copy_shared(const Py_buffer *b, int64_t *control, int64_t chunk, 
             break;
         }
         int64_t end = blocks - begin < chunk ? blocks : begin + chunk;
-        copy_blocks(b, begin, end, sums);
+        copy_blocks(b, begin, end, sums, slot_bytes);
         copied += end - begin;
     }
     return copied;
@@ -182,10 +240,10 @@ static PyObject *copy_rows(PyObject *Py_UNUSED(self), PyObject *const *args, Py_
     if (held == wanted && check(views, wanted, chunk, &slot_bytes) == 0) {
         Py_BEGIN_ALLOW_THREADS;
         if (wanted > CONTROL) {
-            copied = copy_shared(views, views[CONTROL].buf, chunk, wanted > SUMS ? views[SUMS].buf : NULL);
+            copied = copy_shared(views, views[CONTROL].buf, chunk, wanted > SUMS ? views[SUMS].buf : NULL, slot_bytes);
         } else {
             copied = views[SRC_SLOTS].shape[0];
-            copy_blocks(views, 0, copied, NULL);
+            copy_blocks(views, 0, copied, NULL, slot_bytes);
         }
         Py_END_ALLOW_THREADS;
     }
@@ -193,6 +251,22 @@ static PyObject *copy_rows(PyObject *Py_UNUSED(self), PyObject *const *args, Py_
         PyBuffer_Release(&views[--held]);
     }
     return copied < 0 ? NULL : PyLong_FromLongLong(copied * slot_bytes);
+}
+
+static PyObject *prefer(PyObject *Py_UNUSED(self), PyObject *args) {
+    int way = WAYS;
+    if (!PyArg_ParseTuple(args, "|i:prefer", &way)) {
+        return NULL;
+    }
+    if (way < -1 || way > WAYS) {
+        return PyErr_Format(PyExc_ValueError, "there is no way %d: 0 to %d, or -1 to measure", way, WAYS - 1);
+    }
+    if (way != WAYS) {
+        memset(measured.begun, 0, sizeof measured.begun);
+        measured.ended = 0;
+        __atomic_store_n(&measured.way, way, __ATOMIC_RELEASE);
+    }
+    return PyLong_FromLong(__atomic_load_n(&measured.way, __ATOMIC_ACQUIRE));
 }
 
 static PyObject *checksums(PyObject *Py_UNUSED(self), PyObject *args) {
@@ -333,6 +407,7 @@ static PyObject *fill(PyObject *Py_UNUSED(self), PyObject *args) {
 
 static PyMethodDef METHODS[] = {
     {"copy_rows", (PyCFunction)(void (*)(void))copy_rows, METH_FASTCALL, PyDoc_STR("See _copy.pyi.")},
+    {"prefer", prefer, METH_VARARGS, PyDoc_STR("See _copy.pyi.")},
     {"checksums", checksums, METH_VARARGS, PyDoc_STR("See _copy.pyi.")},
     {"fill", fill, METH_VARARGS, PyDoc_STR("See _copy.pyi.")},
     {NULL, NULL, 0, NULL},
