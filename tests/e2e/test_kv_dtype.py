@@ -70,7 +70,7 @@ def test_another_dtype_is_exact_and_shares_nothing(tiny: Path, tmp_path: Path, d
 def test_rows_of_8_bit_floats_are_copied_as_they_are() -> None:
     """Every byte, also those that are no number."""
     import torch
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
 
     from kvbm.abc.transport import Plan
     from kvbm.connect.vllm import geometry
@@ -80,10 +80,12 @@ def test_rows_of_8_bit_floats_are_copied_as_they_are() -> None:
 
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float8_e4m3fn)
     names = [f"model.layers.{i}.self_attn.attn" for i in range(3)]
-    kv = KVCacheConfig(16, [], [KVCacheGroupSpec(names, spec)])
-    shape, dice = (16, 2, BLOCK, 64), np.random.default_rng(0)
-    bits = {name: torch.from_numpy(dice.integers(0, 256, shape, np.uint8)) for name in names}
-    caches = {name: tensor.clone().view(torch.float8_e4m3fn) for name, tensor in bits.items()}
+    page, shape, dice = spec.page_size_bytes, (16, 2, BLOCK, 64), np.random.default_rng(0)
+    placed = KVCacheTensor(3 * 16 * page, names, layer_stride=16 * page, block_stride=page)
+    kv = KVCacheConfig(16, [placed], [KVCacheGroupSpec(names, spec)], kv_cache_layout="LBHNC")
+    memory = torch.from_numpy(dice.integers(0, 256, (3, *shape), np.uint8))
+    bits = {name: memory[i].clone() for i, name in enumerate(names)}
+    caches = {name: memory[i].view(torch.float8_e4m3fn) for i, name in enumerate(names)}
     g1 = geometry.g1_region(kv, caches)
     assert g1.slot_bytes == spec.page_size_bytes * 3
     arena, executor = Arena(g1.slot_bytes * 16), Executor([MemcpyTransport(1)])

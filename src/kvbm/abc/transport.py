@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,8 @@ class Plan:
 
     Neither the slots nor the memory of a source slot may change before the completion. `urgent` is for what a request
     waits for. `label` ("load" or "store") names the direction for metrics and fault injection. `sums`: checksums are
-    wanted, if they cost less here than afterwards.
+    wanted, if they cost less here than afterwards. `after` is what has to be done first by who uses the memory, as its
+    transport says it (a mark on an engine's stream); None: nothing.
     """
 
     source: Region
@@ -30,6 +31,7 @@ class Plan:
     urgent: bool
     label: str
     sums: bool = False
+    after: object | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +54,40 @@ class Completion:
     def failed(cls, ticket: int, blocks: int, error: str) -> Completion:
         """Of a plan of so many blocks, none of which was copied."""
         return cls(ticket, np.full(blocks, Outcome.FAILED, dtype=np.uint8), error, 0.0, 0)
+
+
+class Device(ABC):
+    """What an engine's memory lies on where only a driver may touch it; such a region's owner."""
+
+    @abstractmethod
+    def mark(self) -> object:
+        """What the engine has told the device until now, for `Plan.after`. On the engine's thread. Raises Broken."""
+
+    @abstractmethod
+    def pin(self, address: int, nbytes: int, stride: int) -> None:
+        """Register host memory, all of it touched, whose slots begin every `stride` bytes, so that the device copies to
+        and from it.
+
+        Raises:
+            Broken: that is refused. Then nothing of it is registered.
+        """
+
+    @abstractmethod
+    def unpin(self, address: int) -> None:
+        """Take back what `pin` registered from there on, once no transport copies any more. Raises Broken."""
+
+    @abstractmethod
+    def cpus(self) -> frozenset[int]:
+        """The processors nearest to it; empty where nothing says so."""
+
+    @abstractmethod
+    def transports(self) -> Sequence[Transport]:
+        """What copies between the device and host memory that is pinned. Raises Broken."""
+
+    @property
+    @abstractmethod
+    def quiet(self) -> bool:
+        """False once a transport was closed while the device still copied: the memory has to stay as it is."""
 
 
 class Quiet(enum.Enum):

@@ -17,7 +17,7 @@ from kvbm.build.parts import Part
 from kvbm.build.place import Place, channel_path
 from kvbm.build.tiers import TIERS, wanted
 from kvbm.core.config import Resolved, Settings
-from kvbm.core.errors import Broken, ConfigError
+from kvbm.core.errors import Broken, ConfigError, Unsupported
 from kvbm.core.keys import Namespace
 from kvbm.link.channel import Link, listen, readable
 from kvbm.link.messages import Allot, Hello, Ready, Refused
@@ -165,7 +165,7 @@ def _ready(rank: int, link: Link, deadline: float) -> int:
     match link.wait(max(0.0, deadline - time.monotonic())):
         case Ready(slots=usable):
             return usable
-        case Refused(problem=refusal):
-            raise Broken(f"rank {rank} cannot get its host memory: {refusal}")
+        case Refused(problem=refusal, ends=ends):
+            raise (Unsupported if ends else Broken)(f"rank {rank} cannot get its host memory: {refusal}")
         case message:
             raise Broken(f"rank {rank} did not prepare its host memory in time ({message!r})")

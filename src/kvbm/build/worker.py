@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final, cast
 
-from kvbm.abc.transport import Transport
+from kvbm.abc.transport import Device, Transport
 from kvbm.build.parts import Part
 from kvbm.build.place import Place, channel_path
 from kvbm.build.tiers import TIERS, wanted
@@ -49,14 +49,16 @@ def build_worker(
     the namespace, too: what only a worker knows of it. `began` is when the process had read nothing of the weights yet
     (nanoseconds since 1970), 0 where nobody knows. `adapters` are those that the engine holds on this rank, if it
     serves any and they can be reached. `tiers` are those that settings may ask for;
-    `transports` make what copies between the engine's memory and host memory: the first that reaches both does."""
+    `transports` make what copies between the engine's memory and host memory, beside what the engine's device has: the
+    first that reaches both does. Raises Broken where the device refuses."""
     stores = rank in place.storing
     parts = wanted(settings, tiers) if stores else []
 
     def wrapped(transport: Transport) -> Transport:
         return _wrap(settings.transport_wrapper, transport, rank) if settings.transport_wrapper else transport
 
-    made = [make(settings, place) for make in transports]
+    made: list[Transport] = [*(g1.owner.transports() if isinstance(g1.owner, Device) else ())]
+    made += [make(settings, place) for make in transports]
     for part in parts:
         made += part.transports(settings)
     return Worker(

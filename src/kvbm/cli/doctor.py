@@ -20,7 +20,7 @@ from kvbm import __version__
 from kvbm.build import leader as build
 from kvbm.build import memory
 from kvbm.build.place import Place
-from kvbm.cli import preflight, serve
+from kvbm.cli import gpu, preflight, serve
 from kvbm.cli.control import ask_all
 from kvbm.cli.engines import Json
 from kvbm.cli.render import console, size
@@ -149,6 +149,7 @@ def _findings(folder: Path | None, objects: dict[str, str]) -> Iterator[Finding]
         reason = REFUSALS.get(error.errno or 0, str(error))
         yield Finding("io_uring", False, f"{reason}: the disk tier uses threads")
     yield _direct(folder or Path(tempfile.gettempdir()))
+    yield from (Finding(*finding) for finding in gpu.tried())
     try:
         yield Finding("NIXL", True, f"version {installed()}")
     except Broken as error:

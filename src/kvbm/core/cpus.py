@@ -26,10 +26,20 @@ def given() -> frozenset[int]:
     return _IMPORTED
 
 
-def spread(thread: str) -> None:
-    """Lets the calling thread run on all of them: threads inherit what the one that starts them is bound to, and an
-    engine binds its worker's main thread to the cores it computes on. Where that is refused, it stays so."""
+def listed(text: str) -> frozenset[int]:
+    """The numbers of a list as Linux writes it (0-3,8). Raises ValueError."""
+    numbers = set[int]()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        numbers.update(range(int(first), int(last or first) + 1))
+    return frozenset(numbers)
+
+
+def spread(thread: str, among: frozenset[int] = frozenset()) -> None:
+    """Lets the calling thread run on all of them, or on those `among` them, if there are any: threads inherit what the
+    one that starts them is bound to, and an engine binds its worker's main thread to the cores it computes on. Where
+    that is refused, it stays so."""
     try:
-        os.sched_setaffinity(0, given())
+        os.sched_setaffinity(0, (given() & among) or given())
     except OSError as error:
         log.warning("KVBM: %s keeps the CPU affinity it inherited: %s", thread, error)

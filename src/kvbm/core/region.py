@@ -32,9 +32,10 @@ class Plane:
 class Region:
     """Described once, registered once with every transport that can reach it.
 
-    `kind` is "host" (CPU memory of this process) or "file", later "cuda", "peer". `owner` keeps the memory alive. A
+    `kind` is "host" (CPU memory of this process), "cuda" (memory of a GPU, which only its driver may touch), "file" or
+    "peer". `owner` keeps the memory alive. A
     file region's planes have their `address` in the file, and its owner has the open file as `fd: int`; an `OpenFile`
-    does. The file stays open while the region is in use.
+    does. The file stays open while the region is in use. The owner of a "cuda" region is its `Device`.
     """
 
     name: str

@@ -154,10 +154,11 @@ class Hurry(msgspec.Struct, frozen=True, tag=True):
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """The arena could not be made."""
+    """The arena could not be made. `ends`: the engine is not to run without it either."""
 
     rank: int
     problem: str
+    ends: bool = False
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 try:
     from kvbm.native._copy import XXH3_FROM, checksums, copy_rows, fill, prefer
+    from kvbm.native._cuda import CudaError, Driver, Lane, Mark
     from kvbm.native._io import Ring, run_io
     from kvbm.native._keys import chain
     from kvbm.native._lists import Lists
@@ -22,8 +23,12 @@ except ImportError as missing:
 
 __all__ = [
     "XXH3_FROM",
+    "CudaError",
+    "Driver",
     "Ghosts",
+    "Lane",
     "Lists",
+    "Mark",
     "Ring",
     "Sketch",
     "Table",

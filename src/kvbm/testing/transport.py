@@ -388,9 +388,11 @@ def blocked(transport: Transport, pair: tuple[Memory, Memory], threads: int = 1)
 def plan_of(
     pair: tuple[Memory, Memory], source: Sequence[int], destination: Sequence[int], *, urgent: bool = True
 ) -> Plan:
-    """A plan between a pair's regions."""
+    """A plan between a pair's regions. A memory with a method `mark` says what its copies have to wait for."""
     slots: list[npt.NDArray[np.int64]] = [np.array(side, dtype=np.int64) for side in (source, destination)]
-    return Plan(pair[0].region, slots[0], pair[1].region, slots[1], urgent, "load" if urgent else "store")
+    after = next((memory.mark() for memory in pair if hasattr(memory, "mark")), None)
+    label = "load" if urgent else "store"
+    return Plan(pair[0].region, slots[0], pair[1].region, slots[1], urgent, label, after=after)
 
 
 def run(transport: Transport, plan: Plan) -> Completion:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -93,8 +93,11 @@ class LaneTransport(Transport):
     Urgent plans go before the others, which at most `background` threads work on and leave when urgent ones come.
     Within each of the two lanes plans start in order. If `spread`, a free thread begins the next plan before it helps
     with one that another is in; otherwise it helps, so that plans end in order. `cancel` waits `patience_s` (None: as
-    long as it takes) for the parts at hand.
+    long as it takes) for the parts at hand. `close` waits `close_s` for them, then sets their flag to 2: whoever can
+    leave what is out of his hands leaves it.
     """
+
+    close_s: ClassVar[float | None] = None
 
     def __init__(
         self, name: str, threads: int, *, background: int, spread: bool = False, patience_s: float | None = None
@@ -164,6 +167,11 @@ class LaneTransport(Transport):
             self._closed = True
             self._fail_all("the transport was closed")
             self._work.notify_all()
+        for thread in self._threads:
+            thread.join(self.close_s)
+        with self._work:
+            for job in self._jobs.values():
+                job.control[1] = 2
         for thread in self._threads:
             thread.join()
 

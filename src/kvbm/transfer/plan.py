@@ -46,6 +46,11 @@ def checked_slots(plan: Plan) -> tuple[Slots, Slots]:
     """
     if not plan.source.fits(plan.destination):
         raise Misuse(f"rows of region {plan.source.name!r} are not those of {plan.destination.name!r}")
+    return slot_lists(plan)
+
+
+def slot_lists(plan: Plan) -> tuple[Slots, Slots]:
+    """The same of a plan whose regions are known to fit."""
     source = _slots(plan.source, plan.source_slots)
     destination = _slots(plan.destination, plan.destination_slots)
     if len(source) != len(destination):

@@ -45,23 +45,30 @@ class Copying:
 
     # ------------------------------------------------------------------ what begins
 
-    def load(self, copy: Copy) -> None:
+    def mark(self) -> object | None:
+        """What the engine has told its device until now, None where it has none: copies begin `after` that. On the
+        engine's worker thread, once for all copies of a kind in a step. Raises Broken."""
+        device = self._memory.device
+        return device.mark() if device is not None else None
+
+    def load(self, copy: Copy, after: object | None) -> None:
         """Copies blocks of host memory to the engine."""
         g1, g2 = copy.g1_slots(), copy.g2_slots()
-        plan = Plan(self._host(), g2, self._memory.g1, g1, urgent=True, label="load", sums=self._verifies)
+        plan = Plan(self._host(), g2, self._memory.g1, g1, urgent=True, label="load", sums=self._verifies, after=after)
         self._submit(copy.job, plan, self._settings.load_deadline_s, partial(self._load_ended, g2))
 
-    def store(self, copy: Copy) -> None:
+    def store(self, copy: Copy, after: object | None) -> None:
         """Copies blocks of the engine to host memory."""
         g1, g2 = copy.g1_slots(), copy.g2_slots()
         sums = len(self._memory.sums) > 0
-        plan = Plan(self._memory.g1, g1, self._host(), g2, urgent=False, label="store", sums=sums)
+        plan = Plan(self._memory.g1, g1, self._host(), g2, urgent=False, label="store", sums=sums, after=after)
         self._submit(copy.job, plan, self._settings.store_deadline_s, partial(self._store_ended, g2))
 
-    def compare(self, wanted: Compare) -> None:
+    def compare(self, wanted: Compare, after: object | None) -> None:
         """Copies what was computed beside what is stored; the engine's blocks are not needed after that."""
         host, scratch = self._host(), unpack(wanted.scratch)
-        plan = Plan(self._memory.g1, wanted.g1_slots(), host, scratch, urgent=False, label="store")
+        g1 = self._memory.g1
+        plan = Plan(g1, wanted.g1_slots(), host, scratch, urgent=False, label="store", after=after)
 
         def copied(job: int, completion: Completion) -> None:
             completion = self.fence.judged(job, completion)

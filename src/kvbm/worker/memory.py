@@ -11,7 +11,9 @@ from typing import Final
 
 import numpy as np
 
-from kvbm.core.errors import Broken
+from kvbm.abc.transport import Device
+from kvbm.core import cpus
+from kvbm.core.errors import Broken, Unsupported
 from kvbm.core.region import Region
 from kvbm.link.messages import Allot, Touched
 from kvbm.stores.checksum import Words
@@ -38,7 +40,8 @@ class _Slots:
 class RankMemory:
     """`g1` is the engine's memory, whose blocks the slots take. A rank that `stores` makes the arena; others map that
     of the rank that does. With `strict` all of it is touched at once; else a first part, and the rest while the engine
-    serves. `verifies`: checksums are wanted in any case."""
+    serves. For an engine on a device it is all touched and pinned at once, by every rank for itself: pinning holds a
+    lock that the engine needs. `verifies`: checksums are wanted in any case."""
 
     def __init__(self, g1: Region, voice: Voice, *, stores: bool, strict: bool, verifies: bool) -> None:
         self.g1, self.stores = g1, stores
@@ -55,9 +58,19 @@ class RankMemory:
         self._hurry = threading.Event()
         """Whether touching takes its share of the processors."""
 
+    @property
+    def device(self) -> Device | None:
+        """What the engine's memory lies on, if that is no memory of this process."""
+        return self.g1.owner if isinstance(self.g1.owner, Device) else None
+
     def make(self, allot: Allot, take_file: Callable[[], int]) -> tuple[int, int | None]:
         """Makes what the leader wants; returns how many slots can be used at once, and what others are to map. A rank
-        that does not store gets the arena's file by `take_file`. Raises Broken."""
+        that does not store gets the arena's file by `take_file`.
+
+        Raises:
+            Broken: the memory is not there.
+            Unsupported: the device cannot use it.
+        """
         slots, last = allot.num_slots, time.monotonic()
 
         def progress(done: int, total: int) -> None:
@@ -68,7 +81,9 @@ class RankMemory:
 
         stride = allot.stride or self.g1.slot_bytes
         arena = Arena(slots * stride, None if self.stores else take_file())
-        if self._strict:
+        if (device := self.device) is not None:
+            self._touch_and_pin(device, arena, stride, progress)
+        elif self._strict:
             arena.touch(progress=progress)
         elif self.stores:
             arena.touch(stride)
@@ -82,6 +97,21 @@ class RankMemory:
             self.hurry()
         # A rank that stores nothing uses what the other has touched.
         return arena.touched // stride if self.stores else slots, arena.fd if allot.shared else None
+
+    def _touch_and_pin(
+        self, device: Device, arena: Arena, stride: int, progress: Callable[[int, int], None]
+    ) -> None:  # fmt: skip
+        """On the processors next to the device: what a thread touches first lies in the memory next to the thread."""
+        thread = threading.current_thread().name
+        cpus.spread(thread, device.cpus())
+        try:
+            arena.touch(progress=progress)
+        finally:
+            cpus.spread(thread)
+        try:
+            device.pin(arena.address, arena.size, stride)
+        except Broken as error:
+            raise Unsupported(f"{error} KVBM copies between a GPU and pinned host memory only.") from error
 
     def region(self, name: str, slot_bytes: int = 0) -> Region:
         """All of it that there is, a slot one extent of so many bytes; 0: up to the next one."""
@@ -129,6 +159,15 @@ class RankMemory:
             self._toucher.join(_END_S)
 
     def close(self) -> None:
-        """Gives the memory back. Nothing may copy any more."""
-        if self._slots is not None:
-            self._slots.arena.close()
+        """Gives the memory back. Nothing may copy any more; where a device may do so all the same, it stays until the
+        process ends."""
+        if self._slots is None:
+            return
+        arena, device = self._slots.arena, self.device
+        if device is None:
+            arena.close()
+        elif device.quiet:
+            device.unpin(arena.address)
+            arena.close()
+        else:
+            log.error("KVBM: a device still copies, so host memory stays there until this process ends")

@@ -21,7 +21,7 @@ import numpy as np
 from kvbm.abc.transport import Completion
 from kvbm.core import cpus
 from kvbm.core.config import Settings
-from kvbm.core.errors import Broken
+from kvbm.core.errors import Broken, Unsupported
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Region
 from kvbm.link.channel import Link, connect
@@ -97,28 +97,30 @@ class Worker:
         self._residents.before_step(step.adapters)
         if not step.sync:
             refused = self._residents.before_loads(step)
+            after = self.copying.mark() if step.loads else None
             for copy in step.loads:
                 self._loads[copy.request] = copy.job
-                self._load(copy, refused)
+                self._load(copy, refused, after)
 
     def _expire(self) -> None:
         self.copying.executor.expire()
         for tier in self.tiers.values():
             tier.expire()
 
-    def _load(self, copy: Copy, refused: set[int]) -> None:
+    def _load(self, copy: Copy, refused: set[int], after: object | None) -> None:
         if copy.job in refused:
             self.copying.refuse(copy.job, len(copy.g1_slots()), "a worker holds another adapter")
         else:
-            self.copying.load(copy)
+            self.copying.load(copy, after)
 
     def before_forward(self, step: Step) -> None:
         """Loads that this step's forward pass needs: returns when they ended, well or not."""
         if not step.sync:
             return
         refused = self._residents.before_loads(step)
+        after = self.copying.mark() if step.loads else None
         for copy in step.loads:
-            self._load(copy, refused)
+            self._load(copy, refused, after)
         jobs = [copy.job for copy in step.loads]
         self.copying.settle(jobs)
         ended = self.copying.ended(jobs)
@@ -134,6 +136,7 @@ class Worker:
         not the KV of these keys, and none of it is stored."""
         self._residents.after_forward(step.adapters)
         wanted: list[Copy | Compare] = [*step.stores, *step.compares]
+        after = self.copying.mark() if wanted else None
         for copy in wanted:
             blocks = len(copy.g1_slots())
             if self._spoiled:
@@ -142,9 +145,9 @@ class Worker:
                 # Its word counts all the same: had it computed with a load that failed, so had the rank that stores.
                 self.copying.report(copy.job, Completion(copy.job, np.zeros(blocks, np.uint8), None, 0.0, 0))
             elif isinstance(copy, Compare):
-                self.copying.compare(copy)
+                self.copying.compare(copy, after)
             else:
-                self.copying.store(copy)
+                self.copying.store(copy, after)
         self._spoiled = False
 
     def collect(self, *, idle: bool, waiting: bool = False) -> Collected:
@@ -233,8 +236,8 @@ class Worker:
     def _allot(self, link: Link, allot: Allot) -> None:
         try:
             usable, shared = self.memory.make(allot, link.take_file)
-        except Broken as error:
-            link.send(Refused(self.voice.rank, str(error)))
+        except (Broken, Unsupported) as error:
+            link.send(Refused(self.voice.rank, str(error), ends=isinstance(error, Unsupported)))
             return
         self.voice.link = link
         link.send(Ready(self.voice.rank, usable), shared)

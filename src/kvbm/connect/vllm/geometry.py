@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
 
+from kvbm.abc.transport import Device
 from kvbm.blocks import LayerGroup
 from kvbm.blocks.groups import Kind
 from kvbm.build.place import Place
 from kvbm.core.errors import Unsupported
 from kvbm.core.region import Plane, Region
+from kvbm.transfer.cuda import CudaDevice
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +28,8 @@ KINDS: dict[str, tuple[Kind, str]] = {
     "MambaSpec": ("state", ""),
 }
 """What is served: the rule of such a group, and where its tokens stand."""
+OUTERMOST = {"LHBNC": "LBHNC", "BLHNC": "LBHNC", "BHLNC": "LBHNC", "BLNHC": "LBNHC"}
+"""vLLM's layouts with heads or blocks outermost, and for each the one with layers outermost of the same bytes."""
 _FP8 = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 """KV that has one scale for a whole tensor."""
 
@@ -42,8 +49,22 @@ def layer_groups(kv: KVCacheConfig) -> list[LayerGroup]:
 def a_spec(group: KVCacheGroupSpec) -> Any:
     """What a group's layers are. Where they differ in size (a draft model's heads, say), vLLM's workers see all of
     them and its scheduler the first."""
+    return specs_of(group)[0]
+
+
+def specs_of(group: KVCacheGroupSpec) -> list[Any]:
+    """Those of a group's layers, where they differ; else the one."""
     spec = group.kv_cache_spec
-    return next(iter(getattr(spec, "kv_cache_specs", {"": spec}).values()))
+    return list(getattr(spec, "kv_cache_specs", {"": spec}).values())
+
+
+def by_layer(kv: KVCacheConfig) -> dict[str, Any]:
+    """What each layer is."""
+    return {
+        name: getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(name, group.kv_cache_spec)
+        for group in kv.kv_cache_groups
+        for name in group.layer_names
+    }
 
 
 def place(config: VllmConfig, kv: KVCacheConfig) -> Place:
@@ -83,32 +104,93 @@ def parts(cache: Any) -> list[torch.Tensor]:
     return list(cache) if isinstance(cache, list | tuple) else [cache]
 
 
-def g1_region(kv: KVCacheConfig, caches: dict[str, torch.Tensor], cache_dtype: str = "") -> Region:
-    """The engine's KV cache: a plane per layer, or two where K and V lie apart. Layers that share memory count once.
-    Raises Unsupported for memory that is not laid out in one row per block."""
-    if any(type(group.kv_cache_spec).__name__ == "MambaSpec" for group in kv.kv_cache_groups):
-        return _region_of_pages(kv, caches)
-    planes: list[Plane] = []
-    seen: set[int] = set()
-    for layer in sorted(caches, key=layer_number):
-        tensor = caches[layer]
-        if tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
-        if tensor.device.type != "cpu":
-            raise Unsupported(f"KVBM does not copy to and from {tensor.device.type} memory yet.")
-        parts = [tensor] if tensor.shape[0] % kv.num_blocks == 0 else list(tensor)
-        for part in parts:
-            if not part.is_contiguous() or part.shape[0] % kv.num_blocks:
-                raise Unsupported(
-                    f"KVBM cannot serve layer {layer}: its KV cache of shape {tuple(tensor.shape)} does not keep each "
-                    f"of {kv.num_blocks} blocks in one piece."
-                )
-            row = part.numel() * part.element_size() // kv.num_blocks
-            planes.append(Plane(part.data_ptr(), row, row))
-    kinds = {str(tensor.dtype) for tensor in caches.values()}
-    dtype = _numbers(kinds.pop(), cache_dtype) if len(kinds) == 1 else ""
-    return Region("g1", "host", kv.num_blocks, tuple(planes), owner=list(caches.values()), dtype=dtype)
+def device(caches: dict[str, Any]) -> Device | None:
+    """What the engine's KV lies on, None where that is memory of this process. Raises Unsupported, or Broken where the
+    device's driver cannot be used."""
+    tensors = [part for cache in caches.values() for part in parts(cache)]
+    kinds = {tensor.device.type for tensor in tensors}
+    if kinds == {"cpu"}:
+        return None
+    if kinds != {"cuda"} or len({tensor.device for tensor in tensors}) > 1:
+        raise Unsupported(f"KVBM does not copy to and from {' and '.join(sorted(kinds))} memory.")
+    import torch
+
+    if torch.version.hip is not None:
+        raise Unsupported("KVBM does not serve AMD's GPUs (ROCm).")
+    where, base = tensors[0].device, tensors[0].untyped_storage().data_ptr()
+    return CudaDevice.of(base, lambda: int(torch.cuda.current_stream(where).cuda_stream), keep=tensors)
+
+
+def g1_region(kv: KVCacheConfig, caches: dict[str, Any], cache_dtype: str = "") -> Region:
+    """The engine's KV cache, where vLLM says that it placed it: the tensors leave out what fills up a page, and may
+    have the blocks of a kernel, which are smaller. Raises Unsupported."""
+    tensors = [parts(cache)[0] for cache in caches.values()]
+    bases = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    if len(bases) != 1:
+        raise Unsupported("KVBM cannot serve layers whose KV does not lie in one piece.")
+    planes = _planes(kv, bases.pop(), {layer: parts(cache)[0].data_ptr() for layer, cache in caches.items()})
+    kinds = {str(part.dtype) for cache in caches.values() for part in parts(cache)}
+    dtype = _numbers(kinds.pop(), cache_dtype) if len(kinds) == 1 and not _recurrent(kv) else ""
+    on = device(caches)
+    kind, owner = ("host", list(caches.values())) if on is None else ("cuda", on)
+    return Region("g1", kind, kv.num_blocks, planes, owner=owner, dtype=dtype)
+
+
+def inside_blocks(kv: KVCacheConfig) -> str | None:
+    """The layout, as far as a block's bytes depend on it."""
+    layout = OUTERMOST.get(str(kv.kv_cache_layout), kv.kv_cache_layout)
+    one_head = all(getattr(spec, "num_heads", 0) == 1 for group in kv.kv_cache_groups for spec in specs_of(group))
+    return "LBHNC" if layout == "LBNHC" and one_head else layout
+
+
+def _recurrent(kv: KVCacheConfig) -> bool:
+    return any(type(group.kv_cache_spec).__name__ == "MambaSpec" for group in kv.kv_cache_groups)
+
+
+def _planes(kv: KVCacheConfig, base: int, begins: Mapping[str, int]) -> tuple[Plane, ...]:
+    """A plane for each run of bytes that a block has, in the order of layers, then of heads: so a slot has the same
+    bytes whichever of layers, blocks and heads are outermost in the engine's memory. Layers that share memory count
+    once. `begins` is where a layer's tensor does. Raises Unsupported."""
+    specs = by_layer(kv)
+    placed: list[tuple[Any, list[Plane]]] = []
+    for tensor in kv.kv_cache_tensors:
+        for number, layer in enumerate(tensor.layers):
+            start, spec = base + tensor.offset + number * tensor.layer_stride, specs[layer]
+            if begins.get(layer, start) != start:
+                raise Unsupported(f"KVBM cannot serve layer {layer}, whose KV does not lie where vLLM says.")
+            # Where heads lie apart, a layer's page does not lie in one piece.
+            apart = {
+                "LHBNC": tensor.block_stride * kv.num_blocks, "BHLNC": tensor.layer_stride * len(tensor.layers),
+            }.get(str(kv.kv_cache_layout), 0)  # fmt: skip
+            heads = spec.num_heads if apart else 1
+            row = spec.page_size_bytes // heads
+            # A slot of recurrent models was always in the order of memory.
+            order = (start,) if _recurrent(kv) else layer_number(layer)
+            placed.append((order, [Plane(start + head * apart, tensor.block_stride, row) for head in range(heads)]))
+    planes = list(dict.fromkeys(plane for _, run in sorted(placed, key=itemgetter(0)) for plane in run))
+    return tuple(_apart(planes, kv.num_blocks, packed=str(kv.kv_cache_layout).startswith("B")))
+
+
+def _apart(planes: list[Plane], blocks: int, *, packed: bool) -> list[Plane]:
+    """The same bytes of each block, without any twice: layer groups use the same memory, in turn. `packed`: what a
+    block has of all layers lies in one piece. Raises Unsupported."""
+    ordered, low = sorted(planes, key=attrgetter("address")), min(plane.address for plane in planes)
+    behind = 0 if packed else blocks - 1
+    ends = [plane.address + behind * plane.stride + plane.row_bytes for plane in ordered]
+    overlap = any(end > other.address for end, other in zip(ends, ordered[1:], strict=False))
+    if packed and (len({plane.stride for plane in planes}) > 1 or max(ends) > low + planes[0].stride):
+        raise Unsupported("KVBM cannot serve layers whose blocks are not packed alike.")
+    if not overlap:
+        return planes
+    if not packed:
+        raise Unsupported("KVBM cannot serve layers that share memory where their pages differ in size.")
+    merged: list[Plane] = []
+    for plane, end in zip(ordered, ends, strict=True):
+        if merged and plane.address <= (last := merged[-1]).address + last.row_bytes:
+            merged[-1] = replace(last, row_bytes=max(end - last.address, last.row_bytes))
+        else:
+            merged.append(plane)
+    return merged
 
 
 def _numbers(tensor: str, cache_dtype: str) -> str:
@@ -117,24 +199,6 @@ def _numbers(tensor: str, cache_dtype: str) -> str:
         return _FP8[cache_dtype]
     plain = tensor.removeprefix("torch.")
     return plain if cache_dtype in ("auto", plain) else ""
-
-
-def _region_of_pages(kv: KVCacheConfig, caches: dict[str, Any]) -> Region:
-    """The same from where vLLM says that the layers' pages lie, which all groups share: the tensors of recurrent layers
-    leave out what fills up a page."""
-    pages = {group.kv_cache_spec.page_size_bytes for group in kv.kv_cache_groups}
-    starts = {
-        (tensor.offset + number * tensor.layer_stride, tensor.block_stride)
-        for tensor in kv.kv_cache_tensors
-        for number in range(len(tensor.layers))
-    }
-    owners = [parts(cache)[0] for cache in caches.values()]
-    bases = {owner.untyped_storage().data_ptr() for owner in owners}
-    if len(pages) != 1 or len(bases) != 1:
-        raise Unsupported("KVBM cannot serve recurrent layers whose pages differ in size, or do not lie in one piece.")
-    (page,), (base,) = pages, bases
-    planes = tuple(Plane(base + start, page, stride) for start, stride in sorted(starts))
-    return Region("g1", "host", kv.num_blocks, planes, owner=owners)
 
 
 def layer_number(name: str) -> tuple[list[int], str]:

@@ -64,7 +64,7 @@ def namespace(config: VllmConfig, kv: KVCacheConfig) -> Namespace:
         "model.max_model_len": said(model.max_model_len),
         "cache.cache_dtype": said(config.cache_config.cache_dtype),
         "parallel.tensor_parallel_size": said(config.parallel_config.tensor_parallel_size),
-        "kv.layout": said(kv.kv_cache_layout),
+        "kv.layout": said(geometry.inside_blocks(kv)),
         "kv.groups": _by_layer([_spec(geometry.a_spec(group)) for group in kv.kv_cache_groups]),
         "hash.tokens": said(contract.hash_block_tokens(config, kv)),
         **_hashes(config.cache_config.prefix_caching_hash_algo),
@@ -199,25 +199,24 @@ def _variables() -> Facts:
 
 def layers(config: VllmConfig, kv: KVCacheConfig, caches: Mapping[str, Any]) -> Facts:
     """What one worker's layers say, once the model is loaded and its KV caches are there."""
-    specs = {
-        name: getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(name, group.kv_cache_spec)
-        for group in kv.kv_cache_groups
-        for name in group.layer_names
-    }
+    specs = geometry.by_layer(kv)
     names = sorted(specs, key=geometry.layer_number)
     loaded = config.compilation_config.static_forward_context
     parts = {name: geometry.parts(caches[name]) for name in names if name in caches}
     aspects: dict[str, Sequence[Any]] = {
         "kv.spec": [_spec(specs[name]) for name in names],
-        "kv.tensor": [[_form(part, kv.num_blocks) for part in parts.get(name, [])] for name in names],
+        "kv.tensor": [[_form(part, kv) for part in parts.get(name, [])] for name in names],
         "kv.backend": [_backend(loaded[name]) for name in names],
         "kv.dtype": [_plain(getattr(loaded[name], "kv_cache_dtype", None)) for name in names],
         "kv.scales": [[_numbers(getattr(loaded[name], scale, None)) for scale in _SCALES] for name in names],
         "kv.place": _places([parts.get(name, []) for name in names]),
     }
+    # The same layers on another generation of GPUs round otherwise, and may be laid out otherwise.
+    generations = sorted({_generation(part) for each in parts.values() for part in each if part.device.type != "cpu"})
     sharing = {name: getattr(layer, "kv_sharing_target_layer_name", None) for name, layer in loaded.items()}
     return {
         "kv.layers": said(names),
+        **({"kv.device": said(generations)} if generations else {}),
         "kv.sharing": said({name: target for name, target in sharing.items() if target}),
         **{aspect: _by_layer([_text(value) for value in values]) for aspect, values in aspects.items()},
     }
@@ -249,14 +248,32 @@ def _backend(layer: Any) -> str:
     return f"{backend.get_name()} {getattr(layer, 'isa', '')}".rstrip() + other
 
 
-def _form(tensor: torch.Tensor, blocks: int) -> list[Any]:
-    """How a tensor's bytes lie, whatever number of blocks it has."""
-    axis = next((axis for axis, length in enumerate(tensor.shape) if length and length % blocks == 0), 0)
+def _generation(tensor: torch.Tensor) -> str:
+    """Of the device that a tensor lies on."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return f"{tensor.device.type} {major}.{minor}"
+
+
+def _form(tensor: torch.Tensor, kv: KVCacheConfig) -> list[Any]:
+    """How a tensor's bytes lie inside a block, whatever number of blocks it has. Which of layers, blocks and heads are
+    outermost does not count: a slot has the same bytes."""
+    axis = next((axis for axis, length in enumerate(tensor.shape) if length and length % kv.num_blocks == 0), 0)
     shape, strides = list(tensor.shape), list(tensor.stride())
-    shape[axis] //= blocks
+    shape[axis] //= kv.num_blocks
+    if kv.kv_cache_layout in geometry.OUTERMOST:
+        strides = _dense(shape, inside=geometry.inside_blocks(kv))
     # In front of the blocks (K and V apart, say) a stride counts all blocks.
     strides[:axis] = [-1] * axis
     return [str(tensor.dtype), axis, shape, strides]
+
+
+def _dense(shape: Sequence[int], inside: str | None) -> list[int]:
+    """The strides of logical [B, H, N, C] that lies in this order (LBHNC or LBNHC) without gaps."""
+    _, heads, tokens, content = shape
+    outer = (tokens * content, content) if inside == "LBHNC" else (content, heads * content)
+    return [heads * tokens * content, *outer, 1]
 
 
 def _places(parts: Sequence[Sequence[torch.Tensor]]) -> list[Any]:

@@ -6,11 +6,12 @@ from __future__ import annotations
 import logging
 import platform
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from kvbm.build import peers as build_peers
 from kvbm.connect.vllm import contract
-from kvbm.connect.vllm.geometry import KINDS, a_spec, layer_groups
+from kvbm.connect.vllm.geometry import KINDS, a_spec, layer_groups, specs_of
 from kvbm.core.config import Resolved
 from kvbm.core.errors import ConfigError, KvbmError, Unsupported
 from kvbm.observe import last_words
@@ -21,15 +22,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SERVED = ("cpu",)
+"""What an engine may compute on. Copies to and from GPUs ("cuda") are there, and have not run on one."""
 _HASHES = {"sha256", "sha256_cbor"}
 _SPECULATION = {"ngram", "draft_model"}
 """Others keep KV that depends on the target's hidden states, and on the token after a block."""
 
 
+def runs_on(config: VllmConfig) -> str:
+    """What the engine computes on, as torch calls it."""
+    return str(config.device_config.device_type)
+
+
 def check_config(config: VllmConfig, resolved: Resolved) -> None:
     """What the configuration says, on every side the same. Raises Unsupported, with a sentence, for what the connector
     cannot serve correctly; ConfigError for settings that cannot go together."""
-    parallel, device = config.parallel_config, config.device_config.device_type
+    parallel, device = config.parallel_config, runs_on(config)
     speculative = config.speculative_config
     method = speculative.method if speculative is not None else "ngram"
     unlike = _not_reused(config.model_config)
@@ -39,7 +47,8 @@ def check_config(config: VllmConfig, resolved: Resolved) -> None:
         (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
         (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallelism"),
         (getattr(parallel, "nnodes", 1) > 1, "tensor parallelism over several nodes"),
-        (device != "cpu", f"copies to and from {device} memory"),
+        (device not in SERVED, f"copies to and from {device} memory"),
+        *(_on_a_gpu(config) if device == "cuda" else ()),
         (platform.machine().startswith("riscv"), "RISC-V, where vLLM reuses no prefixes"),
         (method not in _SPECULATION, f"speculative decoding by {method} (only by n-grams and draft models)"),
         (getattr(speculative, "parallel_drafting", False), "drafts of which all tokens are made at once"),
@@ -52,12 +61,34 @@ def check_config(config: VllmConfig, resolved: Resolved) -> None:
             "set: two prompts could share a key",
             source="the engine's --prefix-caching-hash-algo", remedy="Use sha256 or sha256_cbor.",
         )  # fmt: skip
+    if resolved.settings.onboard == "sync" and device != "cpu":
+        raise ConfigError(
+            "onboard", "sync cannot be used on a GPU: a load inside a step would have to stop the engine's stream",
+            source=resolved.sources["onboard"], remedy="Use onboard=async.",
+        )  # fmt: skip
     if resolved.settings.onboard == "sync" and config.scheduler_config.async_scheduling:
         raise ConfigError(
             "onboard", "sync cannot be used while the engine schedules asynchronously: it cannot recover from a load "
             "that fails inside a step", source=resolved.sources["onboard"],
             remedy="Use onboard=async, or start the engine with --no-async-scheduling.",
         )  # fmt: skip
+
+
+def _on_a_gpu(config: VllmConfig) -> Iterator[tuple[object, str]]:
+    """What the configuration says of an engine on GPUs."""
+    from vllm.platforms import current_platform
+
+    speculative = config.speculative_config
+    draft_model = speculative is not None and speculative.method == "draft_model"
+    yield current_platform.is_rocm(), "AMD's GPUs (ROCm)"
+    # vLLM tells a connector nothing before 0.33, and then unmaps memory that copies may be using.
+    yield config.model_config.enable_sleep_mode, "sleep mode on GPUs"
+    yield draft_model and runs_v2(config), "a draft model under vLLM's model runner V2"
+
+
+def runs_v2(config: VllmConfig) -> bool:
+    """Whether the engine's model runner is V2, which zeroes and copies blocks before a connector hears of the step."""
+    return bool(getattr(config, "use_v2_model_runner", False))
 
 
 def _not_reused(model: ModelConfig) -> str:
@@ -85,7 +116,7 @@ def _not_reused(model: ModelConfig) -> str:
 def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
     """The same, and what the layers' KV says."""
     check_config(config, resolved)
-    specs = [spec for group in kv.kv_cache_groups for spec in _specs(group.kv_cache_spec)]
+    specs = [spec for group in kv.kv_cache_groups for spec in specs_of(group)]
     names = {type(spec).__name__ for spec in specs}
     unknown = ", ".join(sorted(names - KINDS.keys()))
     speculative = config.speculative_config
@@ -103,9 +134,15 @@ def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
         (not all(getattr(spec, "prefix_cacheable", True) for spec in specs), "layers whose KV vLLM does not reuse"),
         (len({group.kv_cache_spec.block_size for group in kv.kv_cache_groups}) > 1, "KV blocks of different sizes"),
     )
-    unlike = _states(config, kv, resolved)
+    unlike, finer = _states(config, kv, resolved), contract.hash_block_tokens(config, kv) < specs[0].block_size
+    early = runs_on(config) == "cuda" and runs_v2(config)
     _refuse(
         (unlike, unlike),
+        (
+            early and (finer or getattr(kv, "needs_kv_cache_zeroing", False)),
+            "layers of which vLLM's model runner V2 zeroes or copies blocks before it lets a connector wait for them "
+            "(recurrent layers, KV of several precisions, matches inside blocks); VLLM_USE_V2_MODEL_RUNNER=0 helps",
+        ),
         (
             speculative is not None and speculative.method == "draft_model" and bool(layer_groups(kv)),
             "a draft model beside sliding windows",
@@ -125,11 +162,6 @@ def _refuse(*reasons: tuple[object, str]) -> None:
     for wrong, sentence in reasons:
         if wrong:
             raise Unsupported(f"KVBM does not serve {sentence}. Start the engine without KVBM's connector.")
-
-
-def _specs(spec: Any) -> list[Any]:
-    """Those of a group's layers, where they differ."""
-    return list(getattr(spec, "kv_cache_specs", {"": spec}).values())
 
 
 def _states(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> str:

@@ -1,0 +1,287 @@
+"""An engine on a CPU whose KV memory counts as a GPU's: the fake driver's (`fake.c`).
+
+The memory is closed, so that whoever touches it dies, but for the time between the connector's first call in a step and
+the end of the forward pass. The engine's stream is one of the fake's, and it lags: each step puts work on it that ends
+some random time after the forward pass, and says which blocks it reads and writes, zeroes or copies. So a copy that
+does not wait for the engine, or an engine that does not wait for a copy, is a mistake that the fake counts.
+
+`install` is called in every process of the engine, before it allocates its KV memory. `PRETEND_CUDA` says how, as
+``seed=1&most_ms=5&v2=0``; `PRETEND_CUDA_COUNTS` is a folder in which each process says what the fake has seen.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import random
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from functools import wraps
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from kvbm.core.region import Region
+from kvbm.transfer.cuda import CudaDevice
+from tests.cuda.fake import Fake
+
+SETTINGS, COUNTS = "PRETEND_CUDA", "PRETEND_CUDA_COUNTS"
+
+
+class Pretend:
+    """Of one process. All on the engine's worker thread."""
+
+    def __init__(self, options: Mapping[str, str]) -> None:
+        self._dice = random.Random(int(options.get("seed", 0)) * 1000 + os.getpid() % 1000)
+        self._most_s = float(options.get("most_ms", 5)) / 1e3
+        self.v2 = options.get("v2", "0") == "1"
+        """Whether the calls of a step come in the order of vLLM's model runner V2: zeroing and copies inside the engine
+        are launched before the connector hears of the step, and it is asked for results before it may store."""
+        self.deferred = False
+        """Whether it is still to be told that it may."""
+        self.fake = Fake()
+        self.stream = self.marked = self.fake.stream()
+        self._memory: list[tuple[int, int]] = []
+        self._open = True
+        self.region: Region | None = None
+        self._tables: dict[str, list[list[int]]] = {}
+        self._output: Any = None
+        self._counts = os.environ.get(COUNTS)
+
+    # ------------------------------------------------------------------ memory
+
+    def zeros(self, size: int) -> Any:
+        """Device memory as a tensor of bytes."""
+        import torch
+
+        address = ctypes.c_uint64()
+        self.fake.use()
+        assert self.fake.call.cuMemAlloc_v2(ctypes.byref(address), size) == 0
+        self._memory.append((address.value, size))
+        self.access(open_=True)
+        return torch.frombuffer((ctypes.c_int8 * size).from_address(address.value), dtype=torch.int8)
+
+    def access(self, *, open_: bool) -> None:
+        """Whether the program may touch it."""
+        self._open = open_
+        for address, size in self._memory:
+            assert self.fake.call.fake_access(address, size, int(open_)) == 0
+
+    def device(self, address: int, keep: object) -> CudaDevice:
+        """What the engine's memory lies on."""
+        return CudaDevice.of(address, lambda: self.marked, keep=keep, library=self.fake.path)
+
+    # ------------------------------------------------------------------ steps
+
+    def step(self, output: Any) -> None:
+        """The engine begins one."""
+        self._output = output
+        for new in output.scheduled_new_reqs:
+            self._tables[new.req_id] = [list(table) for table in new.block_ids]
+        cached = output.scheduled_cached_reqs
+        for name, tables in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if tables is not None and name in cached.resumed_req_ids:
+                self._tables[name] = [list(table) for table in tables]
+            elif tables is not None:
+                for table, new_blocks in zip(self._tables[name], tables, strict=True):
+                    table.extend(new_blocks)
+        for name in output.finished_req_ids:
+            if name not in output.num_scheduled_tokens:
+                self._tables.pop(name, None)
+
+    def heard(self, hear: Callable[[], None]) -> None:
+        """The connector's first call in a step, and what the engine launches around it."""
+        if self.v2 and self.region is not None:
+            self._early()
+        hear()
+        if self._output is None or self.region is None:
+            return
+        if not self.v2:
+            self._early()
+        self._forward()
+        self.access(open_=True)
+
+    def over(self) -> None:
+        """The forward pass has been computed; on the engine's stream it takes a while more."""
+        if self.region is not None:
+            self.access(open_=False)
+        self.fake.go(self.stream, self._while())
+
+    def sampled(self) -> None:
+        """The engine has waited for its tokens."""
+        self.fake.use()
+        assert self.fake.call.cuStreamSynchronize(self.stream) == 0
+
+    def tell(self) -> None:
+        if self._counts:
+            said = Path(self._counts) / f"{os.getpid()}.json"
+            beside = said.with_suffix(".new")
+            beside.write_text(json.dumps(asdict(self.fake.counts())))
+            beside.rename(said)
+
+    def _early(self) -> None:
+        output = self._output
+        if zeroed := output.new_block_ids_to_zero:
+            self._work(dict.fromkeys(zeroed, True))
+        if copies := getattr(output, "kv_cache_block_copies", None):
+            self._work({copy.src_block_id: False for copy in copies} | {copy.dst_block_id: True for copy in copies})
+
+    def _forward(self) -> None:
+        output = self._output
+        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        touched: dict[int, bool] = {}
+        for name in output.num_scheduled_tokens:
+            for table, tokens in zip(self._tables[name], self._block_tokens, strict=True):
+                for at, block in enumerate(table):
+                    touched[block] = touched.get(block, False) or at >= computed[name] // tokens
+        touched.pop(0, None)  # the block that stands for none
+        if touched:
+            self._work(touched, ends=False)
+
+    _block_tokens: list[int]
+
+    def _while(self) -> float:
+        return self._dice.random() * self._most_s
+
+    def _work(self, blocks: Mapping[int, bool], *, ends: bool = True) -> None:
+        """Work on the engine's stream that reads these blocks, or writes to them."""
+        assert self.region is not None
+        rows: dict[int, tuple[int, bool]] = {}
+        for plane in self.region.planes:
+            rows |= {
+                plane.address + block * plane.stride: (plane.row_bytes, writes) for block, writes in blocks.items()
+            }
+        touched = [(address, *rows[address]) for address in sorted(rows)]
+        self.fake.work(self.stream, touched, self._while() if ends else None)
+
+    def learns(self, block_tokens: Iterable[int]) -> None:
+        """How many tokens a block of each group has."""
+        self._block_tokens = list(block_tokens)
+
+
+class _Torch:
+    """torch, but for memory of zeros, which is the engine's KV cache where vLLM allocates that."""
+
+    def __init__(self, torch: Any, zeros: Any) -> None:
+        self._torch, self.zeros = torch, zeros
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._torch, name)
+
+
+def _another_stream(pretend: Pretend) -> None:
+    """Marks are of a stream on which nothing runs."""
+    pretend.marked = 0
+
+
+def _no_fence(pretend: Pretend) -> None:
+    """A step waits for no copy of what it overwrites."""
+    from kvbm.worker.fence import Fence
+
+    Fence.wait = lambda fence, jobs: None  # type: ignore[method-assign]
+
+
+PLANTS = {"another stream": _another_stream, "no fence": _no_fence}
+"""Mistakes that a run has to find."""
+PRETEND: Pretend | None = None
+
+
+def install() -> None:
+    """In this process, once."""
+    global PRETEND
+    if PRETEND is not None:
+        return
+    import torch
+    from vllm.v1.worker import utils
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from kvbm.connect.vllm import geometry, support
+
+    options = dict(parse_qsl(os.environ.get(SETTINGS, "")))
+    PRETEND = pretend = Pretend(options)
+    if "plant" in options:
+        PLANTS[options["plant"]](pretend)
+
+    def zeros(size: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(size, int) and options.get("dtype") is torch.int8:
+            return pretend.zeros(size)
+        return torch.zeros(size, *args, **options)
+
+    utils.torch = _Torch(torch, zeros)
+    support.runs_on = lambda config: "cuda"  # type: ignore[assignment]
+    support.SERVED = ("cpu", "cuda")  # type: ignore[misc]
+    geometry.device = lambda caches: pretend.device(*_memory(caches))  # type: ignore[assignment]
+    placed = geometry.g1_region
+
+    def g1_region(*args: Any) -> Region:
+        pretend.region = placed(*args)
+        return pretend.region
+
+    geometry.g1_region = g1_region
+
+    execute, sample, initialize, connected, forward = (
+        GPUModelRunner.execute_model, GPUModelRunner.sample_tokens, GPUModelRunner.initialize_kv_cache,
+        GPUModelRunner.maybe_get_kv_connector_output, GPUModelRunner._model_forward,
+    )  # fmt: skip
+
+    def _model_forward(runner: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return forward(runner, *args, **options)
+        finally:
+            pretend.over()
+
+    def maybe_get_kv_connector_output(output: Any, defer_finalize: bool = False) -> Any:
+        pretend.deferred = pretend.v2 and not defer_finalize
+        return connected(output, defer_finalize=defer_finalize or pretend.v2)
+
+    @wraps(execute)
+    def execute_model(runner: Any, output: Any, *args: Any, **options: Any) -> Any:
+        pretend.step(output)
+        try:
+            return execute(runner, output, *args, **options)
+        finally:
+            if pretend.deferred:
+                pretend.deferred = False
+                GPUModelRunner.finalize_kv_connector()
+            pretend.over()
+            pretend.tell()
+
+    @wraps(sample)
+    def sample_tokens(runner: Any, *args: Any, **options: Any) -> Any:
+        if runner.speculative_config is not None:  # a draft model computes
+            pretend.access(open_=True)
+        try:
+            return sample(runner, *args, **options)
+        finally:
+            pretend.over()
+            pretend.sampled()
+
+    @wraps(initialize)
+    def initialize_kv_cache(runner: Any, config: Any, *args: Any, **options: Any) -> Any:
+        pretend.learns(group.kv_cache_spec.block_size for group in config.kv_cache_groups)
+        return initialize(runner, config, *args, **options)
+
+    GPUModelRunner.maybe_get_kv_connector_output = staticmethod(maybe_get_kv_connector_output)
+    GPUModelRunner._model_forward = _model_forward
+    GPUModelRunner.execute_model = execute_model
+    GPUModelRunner.sample_tokens = sample_tokens
+    GPUModelRunner.initialize_kv_cache = initialize_kv_cache
+
+
+def _memory(caches: Mapping[str, Any]) -> tuple[int, object]:
+    first = next(iter(caches.values()))
+    tensor = first[0] if isinstance(first, list | tuple) else first
+    return tensor.untyped_storage().data_ptr(), list(caches.values())
+
+
+def seen(folder: Path) -> list[dict[str, Any]]:
+    """What the processes said that tell counts there."""
+    said = []
+    for path in folder.glob("*.json"):
+        with suppress(FileNotFoundError):
+            said.append(json.loads(path.read_text()))
+    return said
