@@ -32,8 +32,8 @@ figures, but they should show the copy."""
 ROUNDS = 15
 BARS = {4 << 10: 0.5, 32 << 10: 0.85, 256 << 10: 0.85}
 BUSY_BAR = 1.3
-WAYS, LONG = ("from start to end", "four pages at once"), 16 << 10
-"""How rows from 16 KiB on can be copied; a process measures which is faster, in its first TURNS copies."""
+WAYS, LONG = ("from start to end", "four pages at once"), 8 << 10
+"""How rows from 8 KiB on can be copied; a process measures which is faster, in its first TURNS copies."""
 TURNS = 18
 
 

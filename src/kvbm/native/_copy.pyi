@@ -37,7 +37,7 @@ def copy_rows(
     """
 
 def prefer(way: int = ..., /) -> int:
-    """How this process copies rows of 16 KiB and more: 0 from start to end, 1 four pages at once, -1: it is still
+    """How this process copies rows of 8 KiB and more: 0 from start to end, 1 up to four pages at once, -1: it is still
     measured. With a `way` that is set, for tests and measurements; -1 begins to measure anew. No copy may run then."""
 
 def checksums(address: int, stride: int, nbytes: int, slots: Int64s, sums: Int64s, /) -> None:

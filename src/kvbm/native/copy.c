@@ -27,7 +27,7 @@ static const char *const NAMES[BUFFERS] = {"src_address", "src_stride", "dst_add
  * gets a checksum is read for it while it is in the first cache: PIECE bytes at a time. */
 enum { STREAM_FROM = 512, PREFETCH_TO = 4096, PIECE = 16 << 10 };
 
-enum { PAGE = 4096, ABREAST_PAGES = 4 };
+enum { PAGE = 4096 };
 
 /* The ways to copy a long row; which one is faster depends on the processor. Each has SAMPLES turns on copies of at least
  * SAMPLE_BYTES, then the one with the better median stays. */
@@ -46,20 +46,20 @@ __attribute__((target("avx2"), always_inline)) static inline void stream_line(ch
     _mm256_stream_si256((__m256i *)(dst + 32), b);
 }
 
-/* Copies four pages at once while so many are left of a row, as glibc's memcpy does: the hardware prefetcher follows each
- * of them. One page after the other, a core of a recent Xeon waits for the first lines of every page, and reaches three
- * quarters of what it does so. All four lines are read before one is written: otherwise a core of an EPYC (Zen 3) falls to
- * a quarter. Returns how far it came. */
+/* Copies up to four `pages` at once while so many are left of a row, as glibc's memcpy does: the hardware prefetcher
+ * follows each of them. One page after the other, a core of a recent Xeon waits for the first lines of every page, and
+ * reaches three quarters of what it does so. All lines are read before one is written: otherwise a core of an EPYC (Zen 3)
+ * falls to a quarter. Returns how far it came. */
 __attribute__((target("avx2"), always_inline)) static inline size_t stream_abreast(char *dst, const char *src, size_t i,
-                                                                                 size_t n) {
-    for (; i + ABREAST_PAGES * PAGE <= n; i += ABREAST_PAGES * PAGE) {
+                                                                                 size_t n, size_t pages) {
+    for (; i + pages * PAGE <= n; i += pages * PAGE) {
         for (size_t line = i; line < i + PAGE; line += 64) {
-            __m256i held[2 * ABREAST_PAGES];
-            for (size_t page = 0; page < ABREAST_PAGES; page++) {
+            __m256i held[2 * 4];
+            for (size_t page = 0; page < pages; page++) {
                 held[2 * page] = _mm256_loadu_si256((const __m256i *)(src + line + page * PAGE));
                 held[2 * page + 1] = _mm256_loadu_si256((const __m256i *)(src + line + page * PAGE + 32));
             }
-            for (size_t page = 0; page < ABREAST_PAGES; page++) {
+            for (size_t page = 0; page < pages; page++) {
                 _mm256_stream_si256((__m256i *)(dst + line + page * PAGE), held[2 * page]);
                 _mm256_stream_si256((__m256i *)(dst + line + page * PAGE + 32), held[2 * page + 1]);
             }
@@ -78,7 +78,11 @@ __attribute__((target("avx2"))) static void stream_row(char *dst, const char *sr
         head = n;
     }
     memcpy(dst, src, head);
-    size_t i = way == ABREAST ? stream_abreast(dst, src, head, n) : head;
+    size_t i = head;
+    if (way == ABREAST) {
+        i = stream_abreast(dst, src, i, n, 4);
+        i = stream_abreast(dst, src, i, n, 2);
+    }
     for (; i + 64 <= n; i += 64) {
         if (ahead) {
             _mm_prefetch(ahead + i, _MM_HINT_T0);
@@ -144,7 +148,7 @@ static int turn(const int64_t *row_bytes, double bytes, int *way) {
         begun[each] = __atomic_load_n(&measured.begun[each], __ATOMIC_RELAXED);
     }
     *way = begun[ABREAST] < begun[LINEAR] ? ABREAST : LINEAR;
-    if (bytes < SAMPLE_BYTES || row_bytes[0] < ABREAST_PAGES * PAGE || begun[*way] >= SAMPLES) {
+    if (bytes < SAMPLE_BYTES || row_bytes[0] < 2 * PAGE || begun[*way] >= SAMPLES) {
         return -1;
     }
     int number = __atomic_fetch_add(&measured.begun[*way], 1, __ATOMIC_RELAXED);

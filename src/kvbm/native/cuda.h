@@ -224,7 +224,7 @@ static int cuda_primary(struct cuda *cuda, int device, cuda_context *context) {
 static int cuda_enter(struct cuda *cuda, int device) {
     static __thread struct cuda *relaxed;
     int mode = CAPTURE_RELAXED;
-    cuda_context wanted, current = NULL;
+    cuda_context wanted = NULL, current = NULL;
     int result = cuda_primary(cuda, device, &wanted);
     if (!result && (cuda->call.get_context(&current) != CUDA_OK || current != wanted)) {
         result = cuda_said(cuda, cuda->call.set_context(wanted), "cuCtxSetCurrent");
@@ -245,7 +245,7 @@ struct cuda_visit {
 };
 
 static int cuda_visit(struct cuda *cuda, int device, struct cuda_visit *visit) {
-    cuda_context wanted;
+    cuda_context wanted = NULL;
     visit->before = NULL;
     visit->changed = 0;
     int result = cuda_primary(cuda, device, &wanted);
