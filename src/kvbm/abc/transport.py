@@ -74,7 +74,11 @@ class Device(ABC):
 
     @abstractmethod
     def unpin(self, address: int) -> None:
-        """Take back what `pin` registered from there on, once no transport copies any more. Raises Broken."""
+        """Take back what `pin` registered from there on, once its transports are closed.
+
+        Raises:
+            Broken: the device may still copy, or refuses: the memory has to stay as it is until the process ends.
+        """
 
     @abstractmethod
     def cpus(self) -> frozenset[int]:
@@ -83,11 +87,6 @@ class Device(ABC):
     @abstractmethod
     def transports(self) -> Sequence[Transport]:
         """What copies between the device and host memory that is pinned. Raises Broken."""
-
-    @property
-    @abstractmethod
-    def quiet(self) -> bool:
-        """False once a transport was closed while the device still copied: the memory has to stay as it is."""
 
 
 class Quiet(enum.Enum):

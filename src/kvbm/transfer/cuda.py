@@ -96,6 +96,8 @@ class CudaDevice(Device):
         self._pinned += (pinned,)
 
     def unpin(self, address: int) -> None:
+        if any(transport.abandoned for transport in self._transports):
+            raise Broken("a copy was given up, and the device may go on with it")
         self._pinned = tuple(each for each in self._pinned if each.address != address)
         try:
             self.driver.unpin(address)
@@ -114,10 +116,6 @@ class CudaDevice(Device):
         made = [CudaTransport(self, up=up) for up in (False, True)]
         self._transports += made
         return made
-
-    @property
-    def quiet(self) -> bool:
-        return not any(transport.abandoned for transport in self._transports)
 
     def pinned(self, region: Region) -> Registered | None:
         """Where the region's memory is registered, if all of it is."""

@@ -26,6 +26,8 @@ _LOG_S: Final = 2.0
 _REPORT_S: Final = 0.2
 """Seconds from one word on slots that can be used to the next: the leader stops for each."""
 _END_S: Final = 0.8
+_KEPT: Final[list[Arena]] = []
+"""Memory that a device may still use."""
 
 
 @dataclass(slots=True)
@@ -164,10 +166,11 @@ class RankMemory:
         if self._slots is None:
             return
         arena, device = self._slots.arena, self.device
-        if device is None:
-            arena.close()
-        elif device.quiet:
-            device.unpin(arena.address)
-            arena.close()
+        try:
+            if device is not None:
+                device.unpin(arena.address)
+        except Broken as error:
+            _KEPT.append(arena)
+            log.error("KVBM: host memory stays there until this process ends: %s", error)
         else:
-            log.error("KVBM: a device still copies, so host memory stays there until this process ends")
+            arena.close()
