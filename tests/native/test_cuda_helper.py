@@ -13,12 +13,14 @@ HEADER = Path(nvidia.cu13.__path__[0]) / "include/cuda.h"
 """NVIDIA's own, of its wheel."""
 
 
+@pytest.mark.e2e  # no engine, but it measures times
 def test_the_helper_keeps_its_contract_under_sanitizers() -> None:
     status, said = run_helper(13000, "address,undefined", 2)
     assert status == 0, said
     assert re.search(r"[1-9]\d{3,} checks, 0 failed", said), said
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("version", [12080, 12040])
 def test_older_drivers_do(version: int) -> None:
     status, said = run_helper(version, "", 0.5)

@@ -18,6 +18,7 @@ from kvbm.transfer.cuda import CudaDevice, CudaTransport, Registered
 from kvbm.transfer.executor import Executor
 from tests.cuda.fake import DeviceMemory, Fake, PinnedMemory
 
+pytestmark = pytest.mark.e2e  # no engine, but short deadlines
 FAKE = Fake()
 ROWS = [4096] * 3
 

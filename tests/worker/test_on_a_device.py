@@ -22,6 +22,7 @@ from kvbm.transfer.executor import Executor
 from kvbm.worker.worker import Worker
 from tests.cuda.fake import DeviceMemory, Fake
 
+pytestmark = pytest.mark.e2e  # no engine, but short deadlines
 ROWS, SLOTS, PATIENCE = [4096, 4096, 640], 8, 30.0
 FAKE = Fake()
 
@@ -115,12 +116,12 @@ def test_a_refusal_to_pin_ends_the_start(make_rank: Make) -> None:
 
 def test_blocks_go_and_come_after_what_the_engine_was_told(rank: Rank) -> None:
     before = {slot: rank.g1.get(slot) for slot in range(SLOTS)}
-    rank.step(Step(stores=[Copy.of(1, "a", [0, 1, 2], [5, 6, 7])]), 0.05, (0, 1, 2))
+    rank.step(Step(stores=[Copy.of(1, "a", [0, 1, 2], [5, 6, 7])]), 0.5, (0, 1, 2))
     assert rank.result(0.02) is None  # the engine still writes them
     assert rank.result().outcomes == bytes(3)  # type: ignore[union-attr]
     assert [rank.g2(slot) for slot in (5, 6, 7)] == [before[slot] for slot in (0, 1, 2)]
     # The step before may still read and write the blocks that a load is given.
-    FAKE.work(rank.stream, rank.g1.touched([3, 4], writes=True), 0.05)
+    FAKE.work(rank.stream, rank.g1.touched([3, 4], writes=True), 0.2)
     rank.step(Step(loads=[Copy.of(2, "b", [3, 4], [5, 7])]), 0.0, (6,))
     assert rank.result().outcomes == bytes(2)  # type: ignore[union-attr]
     assert [rank.g1.get(slot) for slot in (3, 4)] == [before[0], before[2]]
