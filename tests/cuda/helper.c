@@ -743,7 +743,8 @@ static void a_lost_context_ends_everything_and_says_so(void) {
     fake_pace(0, 2000000, 0); /* so that the end of each chunk is seen */
     fake_fail_copy(3, 700);
     CHECK(lane_copy(down, &plan, &progress) == 700 && strstr(cuda_message, "ILLEGAL_ADDRESS"));
-    CHECK(control[0] == 4 && down->dead && holds(&g2, 3, 3));
+    int64_t whole = cuda.call.batch_12 ? 4 : 0; /* where a row is a copy, the third is one of the first chunk */
+    CHECK(control[0] == whole && down->dead && (!whole || holds(&g2, 3, 3)));
     fake_pace(0, 0, 0);
     CHECK(lane_copy(down, &plan, &progress) == -1);
     CHECK(cuda_mark(&cuda, 0, 0, &mark) == 700 && lane_open(&cuda, 0, 1, &none) == 700);
