@@ -61,6 +61,13 @@ class Rank:
         assert message is None or isinstance(message, Result)
         return message
 
+    def collect(self) -> set[str]:
+        """Requests whose loads ended, once there is one: the leader hears of it first."""
+        deadline = time.monotonic() + PATIENCE
+        while not (loaded := self.worker.collect(idle=True).loaded) and time.monotonic() < deadline:
+            pass
+        return loaded
+
     def g2(self, slot: int) -> bytes:
         region = self.worker.memory.g2
         assert region is not None
@@ -125,7 +132,7 @@ def test_blocks_go_and_come_after_what_the_engine_was_told(rank: Rank) -> None:
     rank.step(Step(loads=[Copy.of(2, "b", [3, 4], [5, 7])]), 0.0, (6,))
     assert rank.result().outcomes == bytes(2)  # type: ignore[union-attr]
     assert [rank.g1.get(slot) for slot in (3, 4)] == [before[0], before[2]]
-    assert rank.worker.collect(idle=False).loaded == {"b"}
+    assert rank.collect() == {"b"}
 
 
 def test_one_mark_is_taken_for_all_copies_of_a_kind(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +183,7 @@ def test_a_load_that_hangs_is_neither_loaded_nor_failed(make_rank: Make) -> None
     assert rank.result(0.01) is None
     FAKE.call.fake_hold(0)
     assert rank.result() is not None
-    ended = rank.worker.collect(idle=True)
-    assert ended.loaded == {"b"}
+    assert rank.collect() == {"b"}
 
 
 def test_a_stream_that_cannot_be_marked_is_no_reason_to_copy(rank: Rank) -> None:
