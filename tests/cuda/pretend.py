@@ -44,7 +44,6 @@ class Pretend:
         self.fake = Fake()
         self.stream = self.marked = self.fake.stream()
         self._memory: list[tuple[int, int]] = []
-        self._open = True
         self.region: Region | None = None
         self._tables: dict[str, list[list[int]]] = {}
         self._output: Any = None
@@ -65,7 +64,6 @@ class Pretend:
 
     def access(self, *, open_: bool) -> None:
         """Whether the program may touch it."""
-        self._open = open_
         for address, size in self._memory:
             assert self.fake.call.fake_access(address, size, int(open_)) == 0
 

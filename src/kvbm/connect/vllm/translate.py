@@ -220,8 +220,10 @@ class SchedulerSide:
         self._heed_reset()
         leader = self.leader
         # What the engine writes before its forward pass: mostly blocks that it has just handed out.
-        leader.reuse(getattr(output, "new_block_ids_to_zero", None) or ())
-        leader.reuse([copy.dst_block_id for copy in getattr(output, "kv_cache_block_copies", None) or ()])
+        early = list(getattr(output, "new_block_ids_to_zero", None) or ())
+        early += [copy.dst_block_id for copy in getattr(output, "kv_cache_block_copies", None) or ()]
+        if early:
+            leader.reuse(early)
         computed = dict[str, int]()
         for new in output.scheduled_new_reqs:
             computed[new.req_id] = tokens = new.num_computed_tokens
