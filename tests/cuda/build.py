@@ -35,8 +35,10 @@ def helper(sanitizer: str = "", header: Path = NATIVE / "cuda.h") -> Path:
 def run_helper(version: int, sanitizer: str, seconds: float, header: Path = NATIVE / "cuda.h") -> tuple[int, str]:
     """The test's status and what it printed; 124 where it took too long."""
     program, library = helper(sanitizer, header), fake(version, sanitizer)
-    # Streams of the fake's end when they want to, and a library that stays open is no leak.
-    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    # Streams of the fake's end when they want to, and a library that stays open is no leak. A sanitizer wants to be
+    # loaded first, and vLLM, once it configured itself in this process, has its allocator preloaded into every child.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    environment |= {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
     try:
         done = subprocess.run(
             [program, library, str(seconds)], capture_output=True, text=True, timeout=60 + 20 * seconds, env=environment
