@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install
 NIXL := $(shell sed -n 's/^nixl = \["\(.*\)"\]$$/\1/p' pyproject.toml)
 
-.PHONY: demo demo-disagg serve test test-all test-fast test-versions check coverage bench docs clean
+.PHONY: demo demo-disagg serve test test-all test-fast test-versions test-cuda-path check coverage bench gpu-bundle gpu-check
+.PHONY: docs clean
 
 demo: $(VENV)/engine
 	$(BIN)/kvbm demo
@@ -55,10 +56,22 @@ coverage: $(VENV)/dev
 
 bench: $(VENV)/engine
 	for file in bench/*.py; do name=$$(basename $$file .py); \
-	  case $$name in __init__|harness|model|pairs) ;; *) $(BIN)/python -m bench.$$name || exit 1;; esac; done
+	  case $$name in __init__|harness|model|pairs|gpu*|bundle) ;; *) $(BIN)/python -m bench.$$name || exit 1;; esac; done
 
 bench-%: $(VENV)/engine
 	$(BIN)/python -m bench.$* $(ARGS)
+
+# What a machine with a GPU, and without internet, needs to run the benchmark of copies there.
+gpu-bundle: $(VENV)/dev
+	$(BIN)/python -m bench.bundle
+
+# That on this machine, by the Python that has torch with CUDA.
+gpu-check: gpu-bundle
+	$${GPU_PYTHON:-python3.12} build/gpu-bundle/gpu_check.py $(ARGS)
+
+# The proof without a GPU that takes longer than make test has: see docs/gpu.md.
+test-cuda-path: $(VENV)/engine
+	$(BIN)/python -m tests.cuda.path
 
 docs: $(VENV)/dev
 	$(BIN)/pdoc --output-directory build/docs $(REFERENCE)

@@ -13,13 +13,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 RESULTS = Path("build/bench")
@@ -55,7 +56,7 @@ class Bench:
         self, what: str, against: str, value: float, op: Literal["<=", ">="] | None = None, bar: float | None = None
     ) -> None:
         """Add a figure: `what` was measured `against` what, and the bar, if any, that it is to reach."""
-        self._rows.append(Row(what, against, value, op, bar))
+        self._rows.append(Row(what, against, value, None if bar is None else op, bar))
 
     def between_tokens(
         self, what: str, gaps: Mapping[str, Sequence[float]], plain: str, again: str, *sides: str
@@ -76,18 +77,27 @@ class Bench:
         """Add something a reader of the figures has to know (JSON types)."""
         self._info[key] = value
 
+    def said(self) -> dict[str, object]:
+        """All of it, as JSON has it."""
+        return {**self._info, "rows": [{**asdict(row), "ok": row.ok} for row in self._rows]}
+
+    def take(self, said: Mapping[str, Any]) -> None:
+        """The rows and infos that another process's benchmark said."""
+        for row in said["rows"]:
+            self.row(*(row[field.name] for field in fields(Row)))
+        self._info |= {key: value for key, value in said.items() if key not in ("rows", "machine", "date")}
+
     def write(self) -> int:
         """Print the table, write the JSON, and return the exit status: 1 only with `--strict` and a bar missed."""
-        table = Table(title=self.name, caption="; ".join(f"{k}: {v}" for k, v in self._info.items()))
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / f"{self.name}.json").write_text(json.dumps(self.said(), indent=1) + "\n")
+        table = Table(title=self.name, caption=escape("; ".join(f"{k}: {v}" for k, v in self._info.items())))
         for column in ("what", "against", "value", "bar", ""):
             table.add_column(column, justify="right" if column in ("value", "bar") else "left")
         for row in self._rows:
             bar, verdict = (f"{row.op} {row.bar:g}", "ok" if row.ok else "[red]missed") if row.op else ("", "control")
             table.add_row(row.what, row.against, f"{row.value:.3f}", bar, verdict)
         Console(width=None if sys.stdout.isatty() else 140).print(table)
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        rows = [{**asdict(row), "ok": row.ok} for row in self._rows]
-        (RESULTS / f"{self.name}.json").write_text(json.dumps({**self._info, "rows": rows}, indent=1) + "\n")
         return int("--strict" in sys.argv and not all(row.ok for row in self._rows))
 
 

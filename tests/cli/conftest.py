@@ -40,7 +40,7 @@ STATUS: dict[str, Any] = {
     "tokens": {"prompt": 1150, "device": 0, "g2": 544},
     "hit_rate": {"g2": 0.473},
     "offload": {"blocks": 18, "bytes": 26_542_080, "failed": 0, "in_flight": 4, "skipped": 0, "dropped": 0},
-    "onboard": {"blocks": 17, "bytes": 25_067_520, "failed": 1, "in_flight": 0, "gated": 6},
+    "onboard": {"blocks": 17, "bytes": 25_067_520, "bytes_per_s": 4.2e9, "failed": 1, "in_flight": 0, "gated": 6},
     "least_tokens": {"alone": 0, "beside_others": 70.6},
     "evictions": 9,
 }

@@ -47,3 +47,10 @@ def test_what_is_refused_is_a_finding_and_nothing_is_kept(fake: Fake, function: 
     assert "CUDA_ERROR_OUT_OF_MEMORY" in first[2]
     assert second[1]
     assert [ok for _, ok, _ in gpu.tried(fake.path, 1 << 20, tmp_path)] == [True] * 3
+
+
+def test_memory_that_is_shared_with_the_host_is_said(fake: Fake, tmp_path: Path) -> None:
+    fake.call.fake_integrated(1)
+    _, first, _ = gpu.tried(fake.path, 1 << 20, tmp_path)
+    fake.call.fake_integrated(0)
+    assert "shares memory with the host" in first[2]

@@ -58,6 +58,20 @@ def test_on_a_gpu_the_engine_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert planned.served_name == "org/model"
 
 
+def test_a_vllm_for_gpus_wants_one(kvbm: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "engine_build", lambda: "gpu")
+    monkeypatch.setattr(serve, "run", lambda _: 0)
+    monkeypatch.setattr(preflight.check_gpu, "__defaults__", ("/nowhere/libcuda.so.1",))
+    monkeypatch.setattr(serve, "installed_engine", lambda: ("0.32.0", "gpu"))
+    refused = kvbm("serve", "org/model")
+    assert refused.exit_code == 1
+    assert "their driver cannot be used: /nowhere/libcuda.so.1" in refused.stderr.replace("\n", " ")
+    asleep = kvbm("serve", "org/model", "--enable-sleep-mode")
+    assert "sleep mode on GPUs before vLLM 0.33 (this is 0.32.0)" in asleep.stderr.replace("\n", " ")
+    monkeypatch.setenv("KVBM_ONBOARD", "sync")
+    assert "sync cannot be used on a GPU" in kvbm("serve", "org/model").stderr.replace("\n", " ")
+
+
 def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve.shutil, "which", lambda _: None)
     assert "--enforce-eager" in serve.plan("m", [], "m").arguments

@@ -1,6 +1,7 @@
 """Where the engine's blocks lie, compared with where vLLM's own allocator puts them, in every layout."""
 
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,34 @@ def test_a_slot_has_the_same_bytes_whatever_is_outermost() -> None:
             )
         slots.append([slot(region(kv, caches), block) for block in range(BLOCKS)])
     assert slots[0] == slots[1] == slots[2] == slots[3]
+
+
+@apart
+@pytest.mark.parametrize(
+    ("kind", "heads", "alike"),
+    [
+        ("full", 3, [("LBHNC", "LHBNC", "BLHNC", "BHLNC"), ("LBNHC", "BLNHC")]),
+        ("full", 1, [LAYOUTS]),
+        ("mla", 1, [LAYOUTS]),
+    ],
+)
+def test_engines_share_blocks_where_a_slot_has_the_same_bytes(
+    kind: str, heads: int, alike: list[tuple[str, ...]]
+) -> None:
+    """A change of vLLM's layout setting orphans nothing."""
+    from kvbm.connect.vllm import geometry, identity
+
+    def facts(layout: str) -> str:
+        kv = placed([[spec(kind, heads)] * 3], layout)
+        caches = allocated(kv, layout)
+        layer = SimpleNamespace(attn_backend=SimpleNamespace(get_name=lambda: "A"), kv_cache_dtype="auto")
+        loaded = SimpleNamespace(static_forward_context=dict.fromkeys(caches, layer))
+        config: Any = SimpleNamespace(compilation_config=loaded)
+        return repr((geometry.inside_blocks(kv), identity.layers(config, kv, caches)))
+
+    sets = [{facts(layout) for layout in layouts} for layouts in alike]
+    assert [len(each) for each in sets] == [1] * len(alike)
+    assert len(set.union(*sets)) == len(alike)
 
 
 @apart

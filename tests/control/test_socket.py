@@ -61,6 +61,7 @@ def test_status(control: Control, stage: Stage) -> None:
     assert status.pop("uptime_s") >= 0
     assert status.pop("last_check") is None or status["healthy"]
     assert 0 < status["engine_ms"]["p50"] <= status["engine_ms"]["p99"] <= status.pop("engine_ms")["max"]
+    assert (rate := status["offload"]["bytes_per_s"]) > 0
     assert status == {
         "engine": "engine-1",
         "model": "",
@@ -94,8 +95,16 @@ def test_status(control: Control, stage: Stage) -> None:
         "tokens": {"prompt": 256, "device": 0, "g2": 96, "g3": 0, "peer": 0, "pulled": 0},
         "unread_requests": 0,
         "hit_rate": {"g2": 96 / 256, "g3": 0.0},
-        "offload": {"blocks": 3, "bytes": 3 * BLOCK_BYTES, "failed": 0, "in_flight": 1, "skipped": 0, "dropped": 0},
-        "onboard": {"blocks": 0, "bytes": 0, "failed": 0, "in_flight": 1, "gated": 0},
+        "offload": {
+            "blocks": 3,
+            "bytes": 3 * BLOCK_BYTES,
+            "bytes_per_s": rate,
+            "failed": 0,
+            "in_flight": 1,
+            "skipped": 0,
+            "dropped": 0,
+        },
+        "onboard": {"blocks": 0, "bytes": 0, "bytes_per_s": None, "failed": 0, "in_flight": 1, "gated": 0},
         "least_tokens": {"alone": 0, "beside_others": 0},
         "evictions": 0,
         "quarantined": None,

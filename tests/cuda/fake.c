@@ -87,6 +87,7 @@ struct op {
     uint64_t number;
     void (*call)(void *);
     void *argument;
+    int fills, value;           /* work that writes this value to its first touch, when it ends */
     struct op *next;            /* on its stream */
     struct op *before, *behind; /* of those with the device */
 };
@@ -111,7 +112,7 @@ static __thread int capture_mode;
 static struct {
     double bytes_per_s;
     int64_t latency_ns, delay_ns, linger_ns;
-    int refuse, devices, hold, capturing, spoiled, quiet, moved, managed;
+    int refuse, devices, hold, capturing, spoiled, quiet, moved, managed, integrated;
     char function[48];
     int nth, code, nth_copy, copy_code;
     uint64_t random;
@@ -419,6 +420,9 @@ static void *serve(void *argument) {
                 op->call(op->argument);
             }
             pthread_mutex_lock(&lock);
+            if (op->fills && find(op->touches->address, op->touches->size)) {
+                memset(bytes_at(op->touches->address), op->value, op->touches->size);
+            }
         }
         if (op->type == COPY || op->type == WORK) {
             depart(op);
@@ -550,7 +554,7 @@ API int cuDeviceGetPCIBusId(char *bus, int length, int device) {
 
 API int cuDeviceGetAttribute(int *value, int attribute, int device) {
     (void)device;
-    *value = attribute == 40 ? 3 : attribute == 75 ? 9 : attribute == 16 ? 132 : 0;
+    *value = attribute == 40 ? 3 : attribute == 75 ? 9 : attribute == 16 ? 132 : attribute == 18 ? set.integrated : 0;
     return OK;
 }
 
@@ -648,6 +652,15 @@ API int cuMemHostGetDevicePointer_v2(uint64_t *alias, void *address, unsigned fl
     (void)flags;
     *alias = (uint64_t)(uintptr_t)address + (set.moved ? 1ull << 40 : 0);
     LEAVE(find((uint64_t)(uintptr_t)address, 1) ? OK : INVALID_VALUE);
+}
+
+API int cuMemHostAlloc(void **address, size_t size, unsigned flags) {
+    ENTER(1, 1)
+    *address = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (*address == MAP_FAILED) {
+        LEAVE(OUT_OF_MEMORY);
+    }
+    LEAVE(insert((struct range){(uint64_t)(uintptr_t)*address, size, PINNED, current->device, flags & 1, 0, *address}));
 }
 
 API int cuPointerGetAttribute(void *value, int attribute, uint64_t address) {
@@ -762,6 +775,17 @@ API int cuLaunchHostFunc(struct stream *stream, void (*call)(void *), void *argu
     LEAVE(OK);
 }
 
+API int cuMemsetD8Async(uint64_t dst, unsigned char value, size_t size, struct stream *stream) {
+    ENTER(1, 0)
+    if (usable(current, dst, size)) {
+        LEAVE(INVALID_VALUE);
+    }
+    struct op op = {.type = WORK, .touches = malloc(sizeof *op.touches), .count = 1, .fills = 1, .value = value};
+    *op.touches = (struct touch){dst, size, 1};
+    append(resolve(stream), op);
+    LEAVE(OK);
+}
+
 API int cuMemcpyAsync(uint64_t dst, uint64_t src, size_t size, struct stream *stream) {
     ENTER(1, 0)
     LEAVE(enqueue(resolve(stream), &dst, &src, &size, 1, ORDER_STREAM));
@@ -870,12 +894,14 @@ TEST(fake_fail_copy, (int nth, int code), (set.nth_copy = nth, set.copy_code = c
 /* No copy from (1), to (2) a device goes on until it is taken back (0). */
 TEST(fake_hold, (int directions), (set.hold = directions))
 /* Some thread captures a graph, in the mode that forbids most to the others. */
-TEST(fake_capture, (int capturing), (set.capturing = capturing))
+TEST(fake_capture, (int capturing), (set.spoiled &= !capturing, set.capturing = capturing))
 TEST(fake_capture_stream, (struct stream * stream, int capturing), (resolve(stream)->capturing = capturing))
 /* Whether devices see pinned memory at other addresses. */
 TEST(fake_alias, (int moved), (set.moved = moved))
 /* Whether device memory is managed. */
 TEST(fake_managed, (int managed), (set.managed = managed))
+/* Whether devices have no memory of their own. */
+TEST(fake_integrated, (int integrated), (set.integrated = integrated))
 TEST(fake_devices, (int devices, int quiet), (set.devices = devices, set.quiet = quiet))
 TEST(fake_seed, (uint64_t seed), (set.random = seed * 0x9E3779B97F4A7C15ull + 1))
 
@@ -962,7 +988,7 @@ API void fake_reset(void) {
         contexts[i].lost = 0;
     }
     memset(&counted, 0, sizeof counted);
-    set.nth = set.nth_copy = set.spoiled = set.moved = set.managed = set.hold = set.capturing = 0;
+    set.nth = set.nth_copy = set.spoiled = set.moved = set.managed = set.integrated = set.hold = set.capturing = 0;
     set.latency_ns = set.delay_ns = set.linger_ns = set.refuse = 0;
     set.bytes_per_s = 0;
     pthread_cond_broadcast(&changed);

@@ -25,15 +25,23 @@ _ARGUMENTS: Final[dict[str, list[Any]]] = {
     "cuStreamCreate": [c.c_void_p, c.c_uint],
     "cuStreamDestroy_v2": [c.c_void_p],
     "cuStreamSynchronize": [c.c_void_p],
+    "cuStreamWaitEvent": [c.c_void_p, c.c_void_p, c.c_uint],
+    "cuEventCreate": [c.c_void_p, c.c_uint],
+    "cuEventRecord": [c.c_void_p, c.c_void_p],
+    "cuEventSynchronize": [c.c_void_p],
+    "cuEventDestroy_v2": [c.c_void_p],
     "cuCtxSetCurrent": [c.c_void_p],
     "cuDevicePrimaryCtxRetain": [c.c_void_p, c.c_int],
     "fake_pace": [c.c_double, c.c_int64, c.c_int64],
     "fake_fail": [c.c_char_p, c.c_int, c.c_int],
     "fake_fail_copy": [c.c_int, c.c_int],
     "fake_hold": [c.c_int],
+    "fake_capture": [c.c_int],
+    "fake_spoiled": [],
     "fake_devices": [c.c_int, c.c_int],
     "fake_seed": [c.c_uint64],
     "fake_managed": [c.c_int],
+    "fake_integrated": [c.c_int],
     "fake_access": [c.c_uint64, c.c_uint64, c.c_int],
     "fake_work": [c.c_void_p, c.c_void_p, c.c_void_p, c.c_void_p, c.c_uint64, c.c_int64],
     "fake_go": [c.c_void_p, c.c_int64],
@@ -66,7 +74,9 @@ class Fake:
         for name, arguments in _ARGUMENTS.items():
             function = getattr(self.call, name)
             function.argtypes = arguments
-            function.restype = None if name in ("fake_pace", "fake_hold", "fake_reset", "fake_count") else c.c_int
+            function.restype = (
+                None if name in ("fake_pace", "fake_hold", "fake_reset", "fake_count", "fake_capture") else c.c_int
+            )
         self.driver = Driver(self.path)
         self.device = CudaDevice(self.driver, 0, lambda: 0)
 
@@ -157,6 +167,12 @@ class DeviceMemory:
             if not (rest == GUARD).all():
                 return False
         return True
+
+    def free(self) -> None:
+        """Nothing is there any more."""
+        self._fake.use()
+        for address, _ in self._ranges:
+            assert self._fake.call.cuMemFree_v2(address) == 0
 
     def touched(self, slots: Sequence[int], *, writes: bool) -> list[tuple[int, int, bool]]:
         """Work on these slots, for `Fake.work`."""

@@ -1,6 +1,8 @@
 /* `cuda.h` over the fake driver: ./helper path/of/libcuda.so.1 seconds-of-stress. Built with sanitizers, too. */
 
 #define _GNU_SOURCE
+#include <limits.h>
+
 #include "cuda.h"
 
 #include <sys/mman.h>
@@ -953,13 +955,13 @@ static void many_lanes_at_once(double duration) {
 }
 
 int main(int argc, char **argv) {
-    CHECK(argc == 3 && cuda_open(&cuda, "/nowhere/libcuda.so.1") == -1 && strstr(cuda_message, "nowhere"));
-    CHECK(cuda_open(&cuda, "libc.so.6") == -1 && strstr(cuda_message, "cuInit"));
+    CHECK(argc == 3 && cuda_open(&cuda, "/nowhere/libcuda.so.1", INT_MAX) == -1 && strstr(cuda_message, "nowhere"));
+    CHECK(cuda_open(&cuda, "libc.so.6", INT_MAX) == -1 && strstr(cuda_message, "cuInit"));
     bind_fake(argv[1]);
     fake_devices(0, 1);
-    CHECK(cuda_open(&cuda, argv[1]) == 100 && strstr(cuda_message, "NO_DEVICE"));
+    CHECK(cuda_open(&cuda, argv[1], INT_MAX) == 100 && strstr(cuda_message, "NO_DEVICE"));
     fake_devices(2, 1);
-    CHECK(cuda_open(&cuda, argv[1]) == 0);
+    CHECK(cuda_open(&cuda, argv[1], INT_MAX) == 0);
     CHECK(cuda_mark(&cuda, 0, 0, &nothing_told) == 0 && cuda_mark(&cuda, 9, 0, &(struct cuda_mark *){NULL}) == 101);
     printf("CUDA %d\n", cuda.version);
     scattered_rows_land_where_they_belong(PLANES, 1000, 3000);

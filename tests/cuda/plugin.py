@@ -3,10 +3,12 @@ a test session in which a copy and the engine's work overlapped ends with an err
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
+from urllib.parse import parse_qsl
 
 import pytest
 
@@ -14,6 +16,8 @@ from tests.cuda import pretend
 from tests.e2e import engine as e2e
 
 PACE = "latency_us=50,delay_us=500"
+OPTIONS = "PRETEND_CUDA_OPTIONS"
+"""Options of `pretend`, as v2=1, for all engines of a test session."""
 
 
 @contextmanager
@@ -33,7 +37,7 @@ def on_a_gpu(folder: Path, pace: str = PACE, **options: object) -> Iterator[None
 @pytest.fixture(scope="session", autouse=True)
 def all_on_a_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("counts")
-    with on_a_gpu(folder):
+    with on_a_gpu(folder, **dict(parse_qsl(os.environ.get(OPTIONS, "")))):
         yield
     seen = pretend.seen(folder)
     wrong = [each["last"] for each in seen if each["mistakes"]]

@@ -3,7 +3,6 @@ engine's work overlaps. On a real GPU nothing of this has run."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.cuda import pretend
+from tests.cuda import plants, pretend
+from tests.cuda.plants import asked, conversations
 from tests.cuda.plugin import on_a_gpu
 from tests.e2e.engine import Engine, asynchronous_scheduling, write_tiny
 
@@ -21,19 +21,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.untimed, pytest.mark.filterwarnings("
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("model"))
-
-
-def asked(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
-    return [done.tokens for done in engine.run(prompts, 12)]
-
-
-def conversations(seed: int) -> list[list[int]]:
-    """More than the engine's memory holds, with beginnings in common."""
-    dice = random.Random(seed)
-    begun = [[dice.randrange(3, 1000) for _ in range(dice.choice((150, 250, 330)))] for _ in range(4)]
-    return [
-        first + [dice.randrange(3, 1000) for _ in range(dice.randrange(20, 90))] for first in begun for _ in range(4)
-    ]
 
 
 @pytest.mark.parametrize("options", [{}, {"v2": 1}], ids=["v1", "v2"])
@@ -46,7 +33,8 @@ def test_answers_are_those_without_kvbm(
     plain = Engine(tiny)
     expected = asked(plain, prompts)
     plain.close()
-    with on_a_gpu(tmp_path, **options), scheduling() if scheduling is not None else nullcontext():
+    ahead = int(scheduling is not None)
+    with on_a_gpu(tmp_path, ahead=ahead, **options), scheduling() if scheduling is not None else nullcontext():
         engine = Engine(tiny, {"onboard": "async"})
         for _ in range(3):
             assert asked(engine, prompts) == expected
@@ -62,18 +50,8 @@ def test_answers_are_those_without_kvbm(
     assert said["onboard"]["failed"] == said["offload"]["failed"] == 0
 
 
-@pytest.mark.parametrize(
-    ("plant", "latency_us", "most_ms"),
-    # The engine's work takes long, and copies do not wait for it; or the other way round.
-    [("another stream", 50, 50), ("no fence", 150_000, 5)],
-)
-def test_such_a_run_finds_mistakes(tiny: Path, tmp_path: Path, plant: str, latency_us: int, most_ms: int) -> None:
-    prompts = conversations(2)
-    with on_a_gpu(tmp_path, f"latency_us={latency_us}", plant=plant, most_ms=most_ms):
-        engine = Engine(tiny, {"onboard": "async"}, num_gpu_blocks_override=24, max_model_len=512)
-        engine.run(prompts, 2)
-        engine.settle()
-        engine.close()
-    (seen,) = pretend.seen(tmp_path)
-    assert seen["mistakes"] > 0, seen
-    assert "overlap" in seen["last"]
+@pytest.mark.parametrize("name", ["marks are of stream 0", "no fence"])
+def test_such_a_run_finds_mistakes(name: str, tmp_path: Path) -> None:
+    """Two of those that `python -m tests.cuda.plants` plants."""
+    (plant,) = (each for each in plants.PLANTED if each.name == name)
+    assert plants.found(plant, tmp_path)

@@ -61,6 +61,27 @@ def _groups(*names: str, block: int = BLOCK) -> Change:
     return change
 
 
+def _group(**facts: Any) -> Change:
+    """One group that says that of itself."""
+
+    def change(_: Any, kv: Any) -> None:
+        kv.kv_cache_groups = [copy.copy(kv.kv_cache_groups[0])]
+        for name, value in facts.items():
+            setattr(kv.kv_cache_groups[0], name, value)
+
+    return change
+
+
+def _on_a_gpu(path: str, value: Any) -> Change:
+    """With this, on a GPU."""
+
+    def change(config: Any, kv: Any) -> None:
+        _set("device_config.device_type", "cuda")(config, kv)
+        _set(path, value)(config, kv)
+
+    return change
+
+
 def _drafting(method: str, draft: Path | None = None, **facts: Any) -> Change:
     """With a draft model in that folder."""
 
@@ -144,7 +165,10 @@ def _left_out(_: Any, kv: Any) -> None:
         (_set("parallel_config.decode_context_parallel_size", 2), "decode context parallelism"),
         (_set("parallel_config.prefill_context_parallel_size", 2), "prefill context parallelism"),
         (_set("parallel_config.nnodes", 2), "several nodes"),
-        (_set("device_config.device_type", "cuda"), "cuda memory"),
+        (_set("device_config.device_type", "xpu"), "copies to and from xpu memory"),
+        (_group(host_resident=True), "HiSparse"),
+        (_group(enable_kv_transfer=False), "makes the KV anew after a load"),
+        (_on_a_gpu("model_config.enable_sleep_mode", True), "sleep mode"),
         (_mla, "cannot go on from a cached beginning"),
         (_drafting("eagle"), "speculative decoding by eagle"),
         (_drafting("draft_model", parallel_drafting=True), "made at once"),
@@ -159,6 +183,24 @@ def test_what_cannot_be_served_is_refused(served: tuple[Any, Any], change: Chang
     change(config, kv)
     with pytest.raises(Unsupported, match=sentence):
         support.check(config, kv, load(environ={}))
+
+
+def test_on_a_gpu_model_runner_v2_is_served_where_it_writes_nothing_early(
+    served: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvbm.connect.vllm import support
+
+    config, kv = copy.copy(served[0]), copy.copy(served[1])
+    _set("device_config.device_type", "cuda")(config, kv)
+    monkeypatch.setattr(support, "runs_v2", lambda _: True)
+    support.check(config, kv, load(environ={}))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(kv), "needs_kv_cache_zeroing", property(lambda _: True))
+        with pytest.raises(Unsupported, match="zeroes or copies blocks before"):
+            support.check(config, kv, load(environ={}))
+    _drafting("draft_model")(config, kv)
+    with pytest.raises(Unsupported, match="a draft model under vLLM's model runner V2"):
+        support.check_config(config, load(environ={}))
 
 
 def test_pooling_by_the_last_token_is_served(served: tuple[Any, Any]) -> None:

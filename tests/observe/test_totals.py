@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from kvbm.core.events import Admitted, Cleared, Unread
 from kvbm.observe.totals import BYTES, SECONDS, Histogram, Totals
 from tests.leader.ways import Offloaded, Onboarded
@@ -19,6 +21,11 @@ def test_copies_are_counted_by_direction() -> None:
     assert (sum(down.seconds.counts), down.seconds.total) == (2, 0.202)
     assert (sum(down.sizes.counts), down.sizes.total) == (2, 6000)
     assert up.seconds.counts[-1] == 1
+    assert down.bytes_per_s() == 6000 / 0.202
+    assert totals.demote.bytes_per_s() is None
+    for _ in range(20):
+        totals.on_event(Offloaded(2, 0, 2000, 0.001))
+    assert down.bytes_per_s() == pytest.approx(2e6)  # lately
 
 
 def test_the_hit_rate_is_of_what_the_engine_did_not_hold() -> None:

@@ -1,5 +1,6 @@
 """The transport for GPUs over a driver that is simulated (`tests/cuda`): copies on a GPU are another matter."""
 
+import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -9,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvbm.abc.transport import Completion, Quiet, Transport
+from kvbm.abc.transport import Completion, Plan, Quiet, Transport
 from kvbm.core.errors import Broken, Misuse
 from kvbm.core.outcome import Outcome
 from kvbm.core.region import Plane, Region
+from kvbm.native import Driver
 from kvbm.testing.transport import HostMemory, Memory, Recorder, TransportSuite, closing, contents, fill, plan_of, run
 from kvbm.transfer.cuda import CudaDevice, CudaTransport, Registered
 from kvbm.transfer.executor import Executor
@@ -255,6 +257,29 @@ def test_memory_is_pinned_where_every_slot_lies_in_one_piece() -> None:
     assert not pinned.holds(slots(2048, 4096, 4096, 5))
     assert not pinned.holds(slots(0, 5000, 5000, 4))
     assert not pinned.holds(slots(-4096, 4096, 4096, 2))
+
+
+def test_rows_that_are_far_apart_are_copied_one_by_one(down: CudaTransport) -> None:
+    """More than 2 GiB from layer to layer: drivers promise no rectangle that large."""
+    far, row, slots = 5 << 29, 4096, 2
+    address = FAKE.driver.alloc(0, 2 * far + slots * row)  # nothing of it is there before it is written
+    planes = tuple(Plane(address + at * far, row, row) for at in range(3))
+    g1 = Region("g1", "cuda", slots, planes, owner=FAKE.device)
+    g2 = PinnedMemory(FAKE, [row] * 3, slots)
+    for at, plane in enumerate(planes):
+        FAKE.write(plane.address + row, bytes([at + 1]) * row)
+    ended: queue.SimpleQueue[Completion] = queue.SimpleQueue()
+    one, mark = np.array([1]), FAKE.driver.mark(0, 0)
+    down.submit(Plan(g1, one, g2.region, np.array([0]), False, "store", after=mark), ended.put)
+    assert ended.get(timeout=20).error is None
+    assert g2.get(0) == b"".join(bytes([at + 1]) * row for at in range(3))
+    FAKE.driver.free(0, address)
+
+
+@pytest.mark.parametrize(("newest", "call"), [(12080, "cuMemcpyBatchAsync"), (12040, "cuMemcpyAsync")])
+def test_a_driver_can_be_told_what_it_may_call(newest: int, call: str) -> None:
+    assert Driver(FAKE.path).call == "cuMemcpyBatchAsync_v2"
+    assert Driver(FAKE.path, newest).call == call
 
 
 def test_a_device_is_found_by_its_memory(pair: Pair) -> None:

@@ -4,6 +4,7 @@ lags. The test plays the leader and the engine."""
 from __future__ import annotations
 
 import ctypes
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -119,6 +120,35 @@ def test_a_refusal_to_pin_ends_the_start(make_rank: Make) -> None:
     assert isinstance(refused, Refused)
     assert refused.ends
     assert "cannot be pinned: cuMemHostRegister: CUDA_ERROR_OUT_OF_MEMORY" in refused.problem
+
+
+def test_of_a_device_without_memory_of_its_own_it_says_what_copies_reach(
+    make_rank: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    FAKE.call.fake_integrated(1)
+    with caplog.at_level("WARNING", "kvbm"):
+        assert make_rank().allot() == Ready(0, SLOTS)
+    assert re.search(r"shares memory with the host.* run at \d+\.\d GB/s, to it at \d+\.\d", caplog.text)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_before_the_engines_memory_is_unmapped_copies_end(make_rank: Make, told: bool) -> None:
+    """vLLM's sleep; without a word of it a copy would meet memory that is gone."""
+    rank = make_rank()
+    assert rank.allot() == Ready(0, SLOTS)
+    FAKE.pace(latency_s=0.2)
+    rank.step(Step(stores=[Copy.of(1, "a", [0, 1], [5, 6])], loads=[]), 0.05, (0, 1))
+    while not FAKE.counts().calls:
+        time.sleep(0.001)
+    if told:
+        while not rank.worker.quiet():
+            pass
+    rank.g1.free()
+    result = rank.result()
+    assert result is not None
+    assert (FAKE.counts().mistakes == 0) == told
+    if not told:
+        FAKE.call.fake_reset()
 
 
 def test_blocks_go_and_come_after_what_the_engine_was_told(rank: Rank) -> None:

@@ -586,6 +586,18 @@ def test_a_dead_transport_is_told_once(make_rank: Make) -> None:
     assert rank.contents() == rank.before
 
 
+@pytest.mark.parametrize("down", [True, False])
+def test_one_direction_that_is_lost_is_told(make_rank: Make, monkeypatch: pytest.MonkeyPatch, down: bool) -> None:
+    """Each may have a transport of its own."""
+    rank = make_rank({})
+    rank.store(1, [0], [0])
+    executor, g1 = rank.worker.copying.executor, rank.worker.memory.g1
+    monkeypatch.setattr(executor, "alive", lambda: False)
+    monkeypatch.setattr(executor, "lost", lambda source, destination: (source if down else destination) is g1)
+    rank.worker.collect(idle=False)
+    assert rank.link.take() == [Sick(3, "a copy thread died")]
+
+
 def test_closing_ends_what_is_in_flight(make_rank: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     rank = make_rank({"store_delay": FOREVER})
     monkeypatch.setattr(

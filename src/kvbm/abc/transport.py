@@ -84,6 +84,11 @@ class Device(ABC):
     def cpus(self) -> frozenset[int]:
         """The processors nearest to it; empty where nothing says so."""
 
+    def note(self, address: int, nbytes: int) -> str | None:
+        """What its user has to know when the engine starts, if anything. So much host memory from `address` on is
+        pinned and unused, and may be overwritten to find out."""
+        return None
+
     @abstractmethod
     def transports(self) -> Sequence[Transport]:
         """What copies between the device and host memory that is pinned. Raises Broken."""

@@ -12,7 +12,7 @@ from kvbm.build.parts import Part
 from kvbm.build.place import Place, channel_path
 from kvbm.build.tiers import TIERS, wanted
 from kvbm.core import cpus
-from kvbm.core.config import Settings
+from kvbm.core.config import Resolved, Settings
 from kvbm.core.errors import ConfigError
 from kvbm.core.keys import Namespace
 from kvbm.core.region import Region
@@ -31,6 +31,15 @@ def _memcpy(settings: Settings, place: Place) -> Transport:
 
 TRANSPORTS: Final[tuple[MakeTransport, ...]] = (_memcpy,)
 """Between an engine's memory and host memory."""
+
+
+def check_device(resolved: Resolved, kind: str) -> None:
+    """Raises ConfigError for settings that cannot go with an engine on this kind of device, as torch calls it."""
+    if resolved.settings.onboard == "sync" and kind != "cpu":
+        raise ConfigError(
+            "onboard", "sync cannot be used on a GPU: a load inside a step would have to stop the engine's stream",
+            source=resolved.sources["onboard"], remedy="Use onboard=async.",
+        )  # fmt: skip
 
 
 def build_worker(

@@ -115,9 +115,9 @@ def _installation(resolved: config.Resolved) -> Iterator[Finding]:
     try:
         version, kind = serve.installed_engine()
         served = version.startswith(tuple(f"{each}." for each in identity.VLLM))
-        says = f"{version} for {'CPUs' if kind == 'cpu' else 'GPUs, which KVBM does not serve yet'}"
+        says = f"{version} for {'CPUs' if kind == 'cpu' else 'GPUs, on which vLLM with KVBM is untested'}"
         says += "" if served else f": KVBM serves {', '.join(identity.VLLM)}"
-        yield Finding("vLLM", served and kind == "cpu", says)
+        yield Finding("vLLM", served, says)
     except KvbmError as error:
         yield Finding("vLLM", False, str(error))
     if (kept := config.child_environment().get(serve.RESERVED)) is not None:

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from typing import Final
 
-import numpy as np
-
-from kvbm.abc.transport import Completion, Plan
 from kvbm.cli.render import size
 from kvbm.core.errors import Broken
-from kvbm.core.region import Plane, Region
 from kvbm.native import CudaError, Driver
 from kvbm.stores.memory import Arena
-from kvbm.transfer.cuda import LIBRARY, PCI_DEVICES, CudaDevice
-
-TRIAL_BYTES: Final = 256 << 20
-_SLOTS: Final = 64
-_INTEGRATED, _HOST_TABLES = 18, 100
-"""Of CUdevice_attribute: the device has no memory of its own, or reaches the host's by the host's own page tables."""
+from kvbm.transfer.cuda import LIBRARY, PCI_DEVICES, TRIAL_BYTES, CudaDevice
 
 
 def tried(
@@ -49,45 +38,25 @@ def _device(driver: Driver, ordinal: int, nbytes: int, folder: Path) -> tuple[st
     """Its name, and what was found. Raises Broken or CudaError."""
     name, bus = driver.describe(ordinal)
     here = folder / bus.lower()
+    device = CudaDevice(driver, ordinal, lambda: 0)
+    down, up = _rates(device, nbytes)
+    # After the copies: a link that has nothing to do is slower.
     speed, width, node = (_said(here / each) for each in ("current_link_speed", "current_link_width", "numa_node"))
-    down, up = _rates(driver, ordinal, nbytes)
     says = [f"PCIe {speed.removesuffix(' PCIe')} x{width}" if speed and width else "its PCIe link is not known"]
     says.append(f"NUMA node {node}" if node and int(node) >= 0 else "its NUMA node is not known")
     says.append(f"host memory is pinned and copied there at {size(up)}/s, back at {size(down)}/s")
-    if driver.attribute(ordinal, _INTEGRATED) or driver.attribute(ordinal, _HOST_TABLES):
+    if device.shares_memory():
         says.append("it shares memory with the host, where keeping blocks in host memory may gain nothing")
     return name, "; ".join(says)
 
 
-def _rates(driver: Driver, ordinal: int, nbytes: int) -> tuple[float, float]:
-    """Bytes per second from the device and to it, in rows of `nbytes` / 64. Raises Broken or CudaError."""
-    rows, device = nbytes // _SLOTS, CudaDevice(driver, ordinal, lambda: 0)
-    with ExitStack() as undo:
-        address = driver.alloc(ordinal, nbytes)
-        undo.callback(driver.free, ordinal, address)
-        arena = Arena(nbytes)
-        undo.callback(arena.close)
+def _rates(device: CudaDevice, nbytes: int) -> tuple[float, float]:
+    """Bytes per second from the device and to it. Raises Broken or CudaError."""
+    with closing(Arena(nbytes)) as arena, ExitStack() as undo:
         arena.touch()
-        device.pin(arena.address, nbytes, rows)
+        device.pin(arena.address, nbytes, nbytes // 64)
         undo.callback(device.unpin, arena.address)
-        there = Region("device", "cuda", _SLOTS, (Plane(address, rows, rows),), owner=device)
-        here = arena.region([rows], _SLOTS)
-        down, up = device.transports()
-        undo.callback(down.close)
-        undo.callback(up.close)
-        ended: queue.SimpleQueue[Completion] = queue.SimpleQueue()
-        rates = []
-        for transport, source, destination in 2 * (
-            (down, there, here),
-            (up, here, there),
-        ):  # the first ones take longer
-            slots = np.arange(_SLOTS)
-            transport.submit(Plan(source, slots, destination, slots, True, "trial", after=device.mark()), ended.put)
-            completion = ended.get()
-            if completion.error is not None:
-                raise Broken(completion.error)
-            rates.append(completion.nbytes / max(completion.seconds, 1e-9))
-    return rates[2], rates[3]
+        return device.rates(arena.address, nbytes)
 
 
 def _said(path: Path) -> str:

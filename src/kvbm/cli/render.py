@@ -99,15 +99,21 @@ def _traffic(result: dict[str, Any]) -> list[str]:
     return [
         f"requests {result['requests']:,}, prompt tokens {tokens['prompt']:,}; found in: {', '.join(hits)}{unread}",
         f"hit rate of look-ups: {', '.join(rates)}; evictions {result['evictions']:,}",
-        f"down {size(offload['bytes'])} in {offload['blocks']:,} blocks ({offload['in_flight']} in flight,"
+        f"down {_moved(offload)} ({offload['in_flight']} in flight,"
         f" {offload['failed']} failed, {offload['skipped']} skipped, {offload['dropped']} dropped)",
-        f"up   {size(onboard['bytes'])} in {onboard['blocks']:,} blocks ({onboard['in_flight']} in flight,"
+        f"up   {_moved(onboard)} ({onboard['in_flight']} in flight,"
         f" {onboard['failed']} failed, {onboard['gated']} gated); {_least(result['least_tokens'])}",
         *(_trust(result) if "trust" in result else ()),
         *(_disk(result) if "demote" in result else ()),
         *(_peers(result) if "peers" in result else ()),
         *_others(result),
     ]
+
+
+def _moved(copies: dict[str, Any]) -> str:
+    """What was copied one way, and how fast the last of it."""
+    lately = f", lately at {size(rate)}/s" if (rate := copies.get("bytes_per_s")) else ""
+    return f"{size(copies['bytes'])} in {copies['blocks']:,} blocks{lately}"
 
 
 def _others(result: dict[str, Any]) -> Iterator[str]:
@@ -143,7 +149,7 @@ def _peers(result: dict[str, Any]) -> list[str]:
     known = [escape(name) + ("" if peer["usable"] else " (left alone)") for name, peer in result["peers"].items()]
     return [
         f"peers: {', '.join(known) or 'none'}; {sharing['entries']:,} entries in the directory",
-        f"from peers {size(fetch['bytes'])} in {fetch['blocks']:,} blocks ({fetch['in_flight']} in flight,"
+        f"from peers {_moved(fetch)} ({fetch['in_flight']} in flight,"
         f" {fetch['failed']} failed, {sharing['peer_corrupt']} corrupt); {sharing['promised']:,} held for them,"
         f" {sharing['lapsed']} of these too long",
     ]
@@ -153,9 +159,9 @@ def _disk(result: dict[str, Any]) -> list[str]:
     demote, promote = result["demote"], result["promote"]
     computed, read = (result["rates"][name] for name in ("computed_tokens_per_s", "read_blocks_per_s"))
     return [
-        f"to disk   {size(demote['bytes'])} in {demote['blocks']:,} blocks ({demote['in_flight']} in flight,"
+        f"to disk   {_moved(demote)} ({demote['in_flight']} in flight,"
         f" {demote['failed']} failed, {demote['refused']} refused, {demote['cancelled']} gone before)",
-        f"from disk {size(promote['bytes'])} in {promote['blocks']:,} blocks ({promote['in_flight']} in flight,"
+        f"from disk {_moved(promote)} ({promote['in_flight']} in flight,"
         f" {promote['failed']} failed, {promote['gated']} gated, {promote['corrupt']} corrupt)",
         f"measured: the engine computes {_rate(computed)} tokens/s, the disk reads"
         f" {_rate(None if read is None else read * result['block_tokens'])} tokens/s",

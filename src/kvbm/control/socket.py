@@ -279,5 +279,10 @@ def _tier(name: str, pool: PoolStatistics, slot_bytes: int) -> dict[str, Any]:
     return {"name": name, **counts, "bytes": pool.total * slot_bytes}
 
 
-def _copies(copies: Copies) -> dict[str, int]:
-    return {"blocks": copies.blocks, "bytes": copies.nbytes, "failed": copies.failed}
+def _copies(copies: Copies) -> dict[str, Any]:
+    return {
+        "blocks": copies.blocks,
+        "bytes": copies.nbytes,
+        "failed": copies.failed,
+        "bytes_per_s": copies.bytes_per_s(),
+    }

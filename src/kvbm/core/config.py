@@ -100,6 +100,8 @@ class Settings(BaseSettings):
     """Give answers that no prompt has contained yet this share of G2, where prompts rarely contain answers."""
     onboard: Literal["async", "sync"] = "async"
     """Load blocks between engine steps (async), or inside a step, before its forward pass (sync)."""
+    g1_layout: Literal["engine", "blocks"] = "engine"
+    """On a GPU ask the engine to keep all layers of a block in one piece (blocks), or leave that to it (engine)."""
     shadow_every: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
     """Decline one hit in this many, and compare the recomputed blocks with the stored ones. 0: decline none."""
     prove_first: bool = False

@@ -74,7 +74,9 @@ class Driver:
     call: Final[str]
     """What copies: "cuMemcpyBatchAsync_v2" (13.0), "cuMemcpyBatchAsync" (12.8), "cuMemcpyAsync" (before)."""
 
-    def __init__(self, library: str) -> None: ...
+    def __init__(self, library: str, newest: int = ...) -> None:
+        """`newest` is the version of CUDA of which functions are called at most (13000 for 13.0)."""
+
     def devices(self) -> int:
         """How many this process sees."""
 

@@ -2,6 +2,8 @@
 
 #include "int64s.h"
 
+#include <limits.h>
+
 #include "cuda.h"
 
 static PyObject *Error; /* CudaError */
@@ -212,9 +214,10 @@ static PyType_Spec LANE = {"kvbm.native._cuda.Lane", sizeof(Lane), 0,
 static void driver_dealloc(Driver *self) { release((PyObject *)self); }
 
 static PyObject *driver_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"library", NULL};
+    static char *names[] = {"library", "newest", NULL};
     const char *library;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "s:Driver", names, &library)) {
+    int newest = INT_MAX;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "s|i:Driver", names, &library, &newest)) {
         return NULL;
     }
     Driver *self = (Driver *)type->tp_alloc(type, 0);
@@ -223,7 +226,7 @@ static PyObject *driver_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     }
     int result;
     Py_BEGIN_ALLOW_THREADS;
-    result = cuda_open(&self->cuda, library);
+    result = cuda_open(&self->cuda, library, newest);
     Py_END_ALLOW_THREADS;
     if (result) {
         Py_DECREF(self);

@@ -165,7 +165,8 @@ static int64_t cuda_now(void) {
 
 static void cuda_nap(int64_t ns) { nanosleep(&(struct timespec){ns / 1000000000, ns % 1000000000}, NULL); }
 
-static int cuda_open(struct cuda *cuda, const char *library) {
+/* Opens the driver. Nothing is called that is newer than this version of CUDA. */
+static int cuda_open(struct cuda *cuda, const char *library, int newest) {
     static const struct {
         size_t at;
         const char *name;
@@ -193,6 +194,12 @@ static int cuda_open(struct cuda *cuda, const char *library) {
     if (result) {
         dlclose(cuda->library);
         return result;
+    }
+    if (newest < 13000) {
+        cuda->call.batch = NULL;
+    }
+    if (newest < 12080) {
+        cuda->call.batch_12 = NULL;
     }
     cuda->process = getpid();
     pthread_mutex_init(&cuda->lock, NULL);
@@ -342,8 +349,10 @@ static int cuda_unpin(struct cuda *cuda, uint64_t address) {
         if (!bytes) {
             return result;
         }
-        int code = cuda_enter(cuda, device);
+        struct cuda_visit visit; /* the engine's thread ends with this */
+        int code = cuda_visit(cuda, device, &visit);
         code = code ? code : cuda_said(cuda, cuda->call.unpin((void *)(uintptr_t)address), "cuMemHostUnregister");
+        cuda_leave(cuda, &visit);
         result = result ? result : code;
         address += bytes;
     }
@@ -392,7 +401,7 @@ enum { DEPTH = 2, EVENTS = DEPTH + 1 };
 /* A batch begins when all of its descriptors are made, and a long one holds the driver; a stream takes about 1,000 other
  * operations, then the call waits (docs/cuda.md, 0.4 and 2). Where the planes of a block are evenly spaced, the block is one
  * two-dimensional copy: for rows below 64 KiB 1.3 to 9 times as fast as a batch of them (3c). */
-enum { DESCRIPTORS = 512, OPERATIONS = 400, RECTANGLES_BELOW = 64 << 10 };
+enum { DESCRIPTORS = 512, OPERATIONS = 400, RECTANGLES_BELOW = 64 << 10, PITCH_MOST = 0x7fffffff };
 enum { CHUNK_NS = 150000, LOOK_NS = 20000, LATE_LOOK_NS = 1000000, LATE_NS = 100000000 };
 enum { CHUNK_FIRST = 8 << 20, CHUNK_LEAST = 2 << 20, CHUNK_MOST = 64 << 20 };
 
@@ -526,7 +535,8 @@ static int lane_add(struct lane *lane, const struct lane_plan *plan, uint64_t ds
     return lane->count == DESCRIPTORS ? lane_flush(lane, stream, progress) : 0;
 }
 
-/* The distance from row to row, if these are evenly spaced and do not overlap; otherwise 0. */
+/* The distance from row to row, if these are evenly spaced, do not overlap and are not further apart than drivers promise
+ * to copy (CU_DEVICE_ATTRIBUTE_MAX_PITCH is 2^31 - 1); otherwise 0. */
 static size_t lane_pitch(const int64_t *address, const int64_t *stride, const int64_t *row_bytes, int64_t planes) {
     int64_t pitch = planes > 1 ? address[1] - address[0] : 0;
     for (int64_t p = 1; p < planes; p++) {
@@ -534,7 +544,7 @@ static size_t lane_pitch(const int64_t *address, const int64_t *stride, const in
             return 0;
         }
     }
-    return pitch >= row_bytes[0] ? (size_t)pitch : 0;
+    return pitch >= row_bytes[0] && pitch <= PITCH_MOST ? (size_t)pitch : 0;
 }
 
 /* Rows of one block, as many as `height` says. */

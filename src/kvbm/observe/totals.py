@@ -12,6 +12,8 @@ from kvbm.observe.names import DISK, WAYS
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 BYTES = tuple(float(1 << shift) for shift in range(16, 34, 2))
 _WINDOW = 1000
+_LATELY = 16
+"""Copies of which the speed is said."""
 
 
 @dataclass(slots=True)
@@ -39,6 +41,8 @@ class Copies:
     nbytes: int = 0
     seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
     sizes: Histogram = field(default_factory=lambda: Histogram(BYTES))
+    lately: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_LATELY))
+    """Bytes and seconds of the last copies."""
 
     def add(self, event: Copied) -> None:
         self.blocks += event.blocks
@@ -46,6 +50,13 @@ class Copies:
         self.nbytes += event.nbytes
         self.seconds.add(event.seconds)
         self.sizes.add(event.nbytes)
+        if event.nbytes:
+            self.lately.append((event.nbytes, event.seconds))
+
+    def bytes_per_s(self) -> float | None:
+        """Of the last copies; None before there were some."""
+        lately = list(self.lately)
+        return sum(nbytes for nbytes, _ in lately) / max(sum(s for _, s in lately), 1e-9) if lately else None
 
 
 class Totals:

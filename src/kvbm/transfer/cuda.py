@@ -8,8 +8,11 @@ came before.
 
 from __future__ import annotations
 
+import math
+import mmap
+import queue
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,7 +23,7 @@ import numpy.typing as npt
 from kvbm.abc.transport import Completion, Device, Plan
 from kvbm.core import cpus
 from kvbm.core.errors import Broken, Misuse
-from kvbm.core.region import Region, Slots
+from kvbm.core.region import Plane, Region, Slots
 from kvbm.native import XXH3_FROM, CudaError, Driver, Lane, Mark
 from kvbm.transfer.lanes import LaneJob, LaneTransport
 from kvbm.transfer.plan import Rows, coalesce, slot_lists
@@ -29,6 +32,12 @@ LIBRARY: Final = "libcuda.so.1"
 PCI_DEVICES: Final = Path("/sys/bus/pci/devices")
 PIECE_BYTES: Final = 60 << 30
 """Host memory of one registration; a driver refuses one of 512 GiB (vLLM issue 51081)."""
+TRIAL_BYTES: Final = 256 << 20
+"""Enough to measure a device with."""
+_TRIAL_SLOTS: Final = 64
+_TRIAL_S: Final = 20.0
+_INTEGRATED, _HOST_TABLES = 18, 100
+"""Of CUdevice_attribute: see `CudaDevice.shares_memory`."""
 PATIENCE_S: Final = 0.25
 """How long a cancel waits for the chunks that the device has: each takes 0.15 ms, unless something is wrong."""
 
@@ -85,8 +94,9 @@ class CudaDevice(Device):
             raise Broken(f"the engine's stream cannot be marked: {error.args[0]}") from error
 
     def pin(self, address: int, nbytes: int, stride: int) -> None:
-        """Takes about 0.1 s per GB, and holds a lock of the driver's meanwhile that the engine needs, too."""
-        pinned = Registered(address, nbytes, max(1, PIECE_BYTES // stride) * stride)
+        """Takes 0.02 to 0.05 s per GB, and holds a lock of the driver's meanwhile that the engine needs, too."""
+        whole = math.lcm(stride, mmap.PAGESIZE)  # no page belongs to two pieces
+        pinned = Registered(address, nbytes, max(1, PIECE_BYTES // whole) * whole)
         try:
             self.driver.pin(self.ordinal, address, nbytes, pinned.piece)
         except CudaError as error:
@@ -111,6 +121,58 @@ class CudaDevice(Device):
             if int((here / "numa_node").read_text()) >= 0:
                 return cpus.listed((here / "local_cpulist").read_text())
         return frozenset()
+
+    def note(self, address: int, nbytes: int) -> str | None:
+        says = "this GPU shares memory with the host, so keeping blocks in host memory may gain nothing"
+        try:
+            if not self.shares_memory():
+                return None
+            down, up = self.rates(address, min(nbytes, TRIAL_BYTES))
+        except (CudaError, Broken) as error:
+            return f"{says} (no copy could be tried: {error.args[0]})"
+        return f"{says}: copies from it run at {down / 1e9:.1f} GB/s, to it at {up / 1e9:.1f}"
+
+    def shares_memory(self) -> bool:
+        """Whether it has no memory of its own, or reaches the host's through the host's own page tables. Raises
+        CudaError."""
+        return any(self.driver.attribute(self.ordinal, each) for each in (_INTEGRATED, _HOST_TABLES))
+
+    def rates(self, address: int, nbytes: int) -> tuple[float, float]:
+        """Bytes per second from the device and to it, measured with so many bytes of pinned host memory from `address`
+        on, which are overwritten, and as many of the device's, which are allocated for that.
+
+        Raises:
+            Broken: a copy failed.
+            CudaError: the device has no memory to spare.
+        """
+        row = nbytes // _TRIAL_SLOTS
+        with ExitStack() as undo:
+            there = self.driver.alloc(self.ordinal, nbytes)
+            undo.callback(self.driver.free, self.ordinal, there)
+            host, device = (
+                Region(kind, kind, _TRIAL_SLOTS, (Plane(at, row, row),), owner=self)
+                for kind, at in (("host", address), ("cuda", there))
+            )
+            down, up = self.transports()
+            undo.callback(down.close)
+            undo.callback(up.close)
+            for _ in range(2):  # the first ones take longer
+                rates = self._timed(down, device, host), self._timed(up, host, device)
+        return rates
+
+    def _timed(self, transport: CudaTransport, source: Region, destination: Region) -> float:
+        ended: queue.SimpleQueue[Completion] = queue.SimpleQueue()
+        slots = np.arange(_TRIAL_SLOTS)
+        transport.submit(Plan(source, slots, destination, slots, True, "trial", after=self.mark()), ended.put)
+        try:
+            completion = ended.get(timeout=_TRIAL_S)
+        except queue.Empty:
+            raise Broken(
+                f"a copy of {source.slot_bytes * _TRIAL_SLOTS / 1e6:.0f} MB has not ended after {_TRIAL_S:g} s"
+            ) from None
+        if completion.error is not None:
+            raise Broken(completion.error)
+        return completion.nbytes / max(completion.seconds, 1e-9)
 
     def transports(self) -> list[CudaTransport]:
         made = [CudaTransport(self, up=up) for up in (False, True)]
@@ -217,8 +279,10 @@ class CudaTransport(LaneTransport):
         closed = self._closed
         super().close()
         if not closed:
-            self.abandoned = self._lane.dead
-            self._lane.close()
+            stuck = any(thread.is_alive() for thread in self._threads)  # in a call of the driver's
+            self.abandoned = stuck or self._lane.dead
+            if not stuck:
+                self._lane.close()
 
     def _pair(self, source: Region, destination: Region) -> _Pair | None:
         if (pair := self._pairs.get((id(source), id(destination)))) is None:

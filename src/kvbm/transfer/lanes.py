@@ -93,8 +93,8 @@ class LaneTransport(Transport):
     Urgent plans go before the others, which at most `background` threads work on and leave when urgent ones come.
     Within each of the two lanes plans start in order. If `spread`, a free thread begins the next plan before it helps
     with one that another is in; otherwise it helps, so that plans end in order. `cancel` waits `patience_s` (None: as
-    long as it takes) for the parts at hand. `close` waits `close_s` for them, then sets their flag to 2: whoever can
-    leave what is out of his hands leaves it.
+    long as it takes) for the parts at hand. `close` waits `close_s` for them (None: as long as it takes), then sets
+    their flag to 2: whoever can leave what is out of his hands leaves it. It waits as long for that, and no longer.
     """
 
     close_s: ClassVar[float | None] = None
@@ -173,7 +173,7 @@ class LaneTransport(Transport):
             for job in self._jobs.values():
                 job.control[1] = 2
         for thread in self._threads:
-            thread.join()
+            thread.join(self.close_s)
 
     def _run(self, thread: int) -> None:
         """A thread's life. An unexpected exception stops all copying, but somebody has to say that plans failed."""

@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection
 from functools import partial
+from itertools import starmap
 
 import numpy as np
 
@@ -183,8 +184,8 @@ class Copying:
 
     def look(self) -> None:
         """Whether the threads that copy live."""
-        memory = self._memory
-        if not self.executor.alive() and memory.g2 is not None and self.executor.lost(memory.g1, memory.g2):
+        g1, g2 = self._memory.g1, self._memory.g2
+        if not self.executor.alive() and g2 is not None and any(starmap(self.executor.lost, ((g1, g2), (g2, g1)))):
             self._voice.sick("a copy thread died")
 
     def turn_off(self, why: str) -> None:

@@ -114,6 +114,8 @@ class RankMemory:
             device.pin(arena.address, arena.size, stride)
         except Broken as error:
             raise Unsupported(f"{error} KVBM copies between a GPU and pinned host memory only.") from error
+        if self.stores and (note := device.note(arena.address, arena.size)) is not None:
+            log.warning("KVBM: %s", note)
 
     def region(self, name: str, slot_bytes: int = 0) -> Region:
         """All of it that there is, a slot one extent of so many bytes; 0: up to the next one."""

@@ -6,7 +6,9 @@ from kvbm.connect.vllm import configured, contract
 
 with contract.imports():
     from kvbm.connect.vllm import connector as _connector
+    from kvbm.connect.vllm import support
     from kvbm.connect.vllm.stats import KvbmPromMetrics, KvbmStats
+support.check_platform()
 contract.check(_connector.KvbmConnector, KvbmStats, KvbmPromMetrics)
 
 if TYPE_CHECKING:

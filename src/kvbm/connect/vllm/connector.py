@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
-from kvbm.connect.vllm import contract, cores, support
+from kvbm.connect.vllm import contract, cores, layouts, support
 from kvbm.connect.vllm.guard import SchedulerGuard, WorkerGuard
 from kvbm.connect.vllm.stats import KvbmPromMetrics, KvbmStats
 from kvbm.connect.vllm.translate import KvbmMetadata, SchedulerSide, WorkerSide
@@ -91,6 +92,7 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if first:
             contract.warn_if_untested()
             cores.warn_if_fewer(vllm_config)
+            layouts.got(vllm_config, resolved, str(kv_cache_config.kv_cache_layout))
         if (sentence := clash()) is not None:
             log.warning("%s", sentence)
         try:
@@ -102,13 +104,16 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
-        """None in particular. The first time that vLLM shows a connector the whole configuration: what cannot be
-        served ends here, before memory is profiled and kernels are compiled."""
+        """None in particular, unless a setting asks for one. The first time that vLLM shows a connector the whole
+        configuration: what cannot be served ends here, before memory is profiled and kernels are compiled."""
         configure()
         with _told(vllm_config) as resolved:
-            if resolved.settings.enabled:
-                support.check_config(vllm_config, resolved)
-        return None
+            if not resolved.settings.enabled:
+                return None
+            support.check_config(vllm_config, resolved)
+            # Two connectors with different wishes end the engine's start, and this one does not know the others.
+            among = sys._getframe(1).f_code.co_name == "get_required_kvcache_layout"
+            return layouts.wanted(vllm_config, resolved, among_others=among)
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
@@ -169,7 +174,17 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         if self._worker is not None:
-            self._worker.register(kv_caches)
+            with _told(self._vllm_config, is_worker=True):
+                self._worker.register(kv_caches)
+
+    def unregister_kv_caches(self) -> None:
+        """vLLM unmaps them next (sleep mode, 0.33): returns when no copy touches them any more. None begins before the
+        engine's next step."""
+        if self._worker is not None:
+            self._worker.quiesce()
+
+    def restore_kv_caches(self) -> None:
+        """Nothing: they are at the same addresses again."""
 
     def handle_preemptions(self, kv_connector_metadata: KvbmMetadata) -> None:
         if self._worker is not None:

@@ -29,9 +29,9 @@ READS = {
     "vllm.config.KVEventsConfig": "enable_kv_cache_events",
     "vllm.config.KVTransferConfig": "engine_id kv_connector_extra_config kv_load_failure_policy",
     "vllm.config.LoadConfig": "download_dir ignore_patterns load_format model_loader_extra_config",
-    "vllm.config.ModelConfig": "architectures code_revision dtype enable_sleep_mode hf_config hf_config_path "
-    "hf_overrides is_encoder_decoder is_prefix_caching_supported max_model_len model multimodal_config pooler_config "
-    "quantization revision seed trust_remote_code",
+    "vllm.config.ModelConfig": "architectures code_revision dtype enable_sleep_mode get_sliding_window "
+    "hf_config hf_config_path hf_overrides hf_text_config is_encoder_decoder is_hybrid is_prefix_caching_supported "
+    "max_model_len model multimodal_config pooler_config quantization revision seed trust_remote_code",
     "vllm.config.ParallelConfig": "data_parallel_index data_parallel_size_local decode_context_parallel_size "
     "distributed_executor_backend pipeline_parallel_size tensor_parallel_size worker_cls worker_extension_cls",
     "vllm.config.SchedulerConfig": "async_scheduling enable_chunked_prefill",
@@ -61,6 +61,10 @@ READS = {
 """vLLM's classes, and what of their objects KVBM reads without asking whether it is there."""
 
 
+ONLY_SOME = {"restore_kv_caches", "supports_sleep_mode", "unregister_kv_caches"}
+"""Calls of the connector that only some of the versions make."""
+
+
 def warn_if_untested(version: str = vllm.__version__) -> None:
     """Says so where the end-to-end tests did not run with this version."""
     if not version.startswith(tuple(f"{each}." for each in TESTED)) or "dev" in version or "rc" in version:
@@ -82,7 +86,9 @@ def check(connector: type, *helpers: type) -> None:
     """`connector` and `helpers` are KVBM's classes that are derived from vLLM's. Raises Unsupported, with a sentence,
     where vLLM would call them in another way, or lacks what they read."""
     wrong = [
-        f"{connector.__mro__[1].__name__} has no {name}" for name in _public(connector) if not _base(connector, name)
+        f"{connector.__mro__[1].__name__} has no {name}"
+        for name in _public(connector)
+        if not _base(connector, name) and name not in ONLY_SOME
     ]
     for cls in (connector, *helpers):
         abstract = sorted(getattr(cls, "__abstractmethods__", ()))
@@ -144,6 +150,13 @@ except ModuleNotFoundError:  # before 0.32 vLLM does not tell hits apart
     HIT_SOURCE = None
 else:
     HIT_SOURCE = CacheHitSource.HOST
+
+
+def tells_of_sleep() -> bool:
+    """Whether vLLM tells a connector before it unmaps the KV cache: from 0.33 on."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+    return hasattr(KVConnectorBase_V1, "unregister_kv_caches")
 
 
 def hash_block_tokens(config: VllmConfig, kv: KVCacheConfig) -> int:

@@ -11,7 +11,7 @@ from kvbm.abc.transport import Device
 from kvbm.blocks import LayerGroup
 from kvbm.blocks.groups import Kind
 from kvbm.build.place import Place
-from kvbm.core.errors import Unsupported
+from kvbm.core.errors import Broken, Unsupported
 from kvbm.core.region import Plane, Region
 from kvbm.transfer.cuda import CudaDevice
 
@@ -105,7 +105,7 @@ def parts(cache: Any) -> list[torch.Tensor]:
 
 
 def device(caches: dict[str, Any]) -> Device | None:
-    """What the engine's KV lies on, None where that is memory of this process. Raises Unsupported, or Broken where the
+    """What the engine's KV lies on, None where that is memory of this process. Raises Unsupported, also where the
     device's driver cannot be used."""
     tensors = [part for cache in caches.values() for part in parts(cache)]
     kinds = {tensor.device.type for tensor in tensors}
@@ -118,7 +118,10 @@ def device(caches: dict[str, Any]) -> Device | None:
     if torch.version.hip is not None:
         raise Unsupported("KVBM does not serve AMD's GPUs (ROCm).")
     where, base = tensors[0].device, tensors[0].untyped_storage().data_ptr()
-    return CudaDevice.of(base, lambda: int(torch.cuda.current_stream(where).cuda_stream), keep=tensors)
+    try:
+        return CudaDevice.of(base, lambda: int(torch.cuda.current_stream(where).cuda_stream), keep=tensors)
+    except Broken as error:
+        raise Unsupported(f"KVBM cannot serve this GPU: {error}.") from error
 
 
 def g1_region(kv: KVCacheConfig, caches: dict[str, Any], cache_dtype: str = "") -> Region:

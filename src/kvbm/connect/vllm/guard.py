@@ -249,11 +249,16 @@ class WorkerGuard(Guard["WorkerSide"]):
             return set()
         bad = self.ask(self._inside, self.side.bad_blocks) | self._lost_inside
         self._inside, self._lost_inside = set(), set()
-        if bad and self.off is not None and not self._quiet():
-            log.error("KVBM: a copy into blocks of the engine has not ended, so this step waits for it")
+        if bad and self.off is not None:
+            self.quiesce()
+        return bad
+
+    def quiesce(self) -> None:
+        """Returns when no copy touches the engine's blocks any more, however long that takes."""
+        if not self._absent and not self._quiet():
+            log.error("KVBM: a copy of blocks of the engine has not ended, so the engine waits for it")
             while not self._quiet():
                 time.sleep(_MOMENT)
-        return bad
 
     def _quiet(self) -> bool:
         """Whether no copy touches the engine's blocks any more; may wait a moment for that. Before, no request may be

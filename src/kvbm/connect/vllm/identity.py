@@ -262,11 +262,16 @@ def _form(tensor: torch.Tensor, kv: KVCacheConfig) -> list[Any]:
     axis = next((axis for axis, length in enumerate(tensor.shape) if length and length % kv.num_blocks == 0), 0)
     shape, strides = list(tensor.shape), list(tensor.stride())
     shape[axis] //= kv.num_blocks
-    if kv.kv_cache_layout in geometry.OUTERMOST:
-        strides = _dense(shape, inside=geometry.inside_blocks(kv))
+    inside = geometry.inside_blocks(kv)
+    if tensor.dim() == _ATTENTION_DIMS and (kv.kv_cache_layout in geometry.OUTERMOST or kv.kv_cache_layout != inside):
+        strides = _dense(shape, inside)
     # In front of the blocks (K and V apart, say) a stride counts all blocks.
     strides[:axis] = [-1] * axis
     return [str(tensor.dtype), axis, shape, strides]
+
+
+_ATTENTION_DIMS = 4
+"""Logical [B, H, N, C]; a recurrent layer's states have others."""
 
 
 def _dense(shape: Sequence[int], inside: str | None) -> list[int]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from kvbm.build import peers as build_peers
+from kvbm.build import worker as build_worker
 from kvbm.connect.vllm import contract
 from kvbm.connect.vllm.geometry import KINDS, a_spec, layer_groups, specs_of
 from kvbm.core.config import Resolved
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SERVED = ("cpu",)
-"""What an engine may compute on. Copies to and from GPUs ("cuda") are there, and have not run on one."""
+SERVED = ("cpu", "cuda")
+"""What an engine may compute on."""
 _HASHES = {"sha256", "sha256_cbor"}
 _SPECULATION = {"ngram", "draft_model"}
 """Others keep KV that depends on the target's hidden states, and on the token after a block."""
@@ -32,6 +33,17 @@ _SPECULATION = {"ngram", "draft_model"}
 def runs_on(config: VllmConfig) -> str:
     """What the engine computes on, as torch calls it."""
     return str(config.device_config.device_type)
+
+
+def check_platform() -> None:
+    """What vLLM is built for. Raises Unsupported."""
+    from vllm.platforms import current_platform
+
+    kind = current_platform.device_type  # empty where vLLM found nothing to compute on, and then it says so
+    _refuse(
+        (current_platform.is_rocm(), "AMD's GPUs (ROCm)"),
+        (bool(kind) and kind not in SERVED, f"copies to and from {kind} memory"),
+    )
 
 
 def check_config(config: VllmConfig, resolved: Resolved) -> None:
@@ -61,11 +73,7 @@ def check_config(config: VllmConfig, resolved: Resolved) -> None:
             "set: two prompts could share a key",
             source="the engine's --prefix-caching-hash-algo", remedy="Use sha256 or sha256_cbor.",
         )  # fmt: skip
-    if resolved.settings.onboard == "sync" and device != "cpu":
-        raise ConfigError(
-            "onboard", "sync cannot be used on a GPU: a load inside a step would have to stop the engine's stream",
-            source=resolved.sources["onboard"], remedy="Use onboard=async.",
-        )  # fmt: skip
+    build_worker.check_device(resolved, device)
     if resolved.settings.onboard == "sync" and config.scheduler_config.async_scheduling:
         raise ConfigError(
             "onboard", "sync cannot be used while the engine schedules asynchronously: it cannot recover from a load "
@@ -76,13 +84,11 @@ def check_config(config: VllmConfig, resolved: Resolved) -> None:
 
 def _on_a_gpu(config: VllmConfig) -> Iterator[tuple[object, str]]:
     """What the configuration says of an engine on GPUs."""
-    from vllm.platforms import current_platform
-
     speculative = config.speculative_config
     draft_model = speculative is not None and speculative.method == "draft_model"
-    yield current_platform.is_rocm(), "AMD's GPUs (ROCm)"
-    # vLLM tells a connector nothing before 0.33, and then unmaps memory that copies may be using.
-    yield config.model_config.enable_sleep_mode, "sleep mode on GPUs"
+    # vLLM would unmap memory that copies may be using.
+    asleep = config.model_config.enable_sleep_mode and not contract.tells_of_sleep()
+    yield asleep, "sleep mode on GPUs where vLLM does not tell a connector of it (before 0.33)"
     yield draft_model and runs_v2(config), "a draft model under vLLM's model runner V2"
 
 
@@ -132,6 +138,14 @@ def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
             "layers whose last window before a hit is computed again (bounded replay): vLLM gives up short hits there",
         ),
         (not all(getattr(spec, "prefix_cacheable", True) for spec in specs), "layers whose KV vLLM does not reuse"),
+        (
+            any(getattr(group, "host_resident", False) for group in kv.kv_cache_groups),
+            "layers of which vLLM itself keeps the KV in host memory (HiSparse)",
+        ),
+        (
+            not all(getattr(group, "enable_kv_transfer", True) for group in kv.kv_cache_groups),
+            "layers of which vLLM makes the KV anew after a load",
+        ),
         (len({group.kv_cache_spec.block_size for group in kv.kv_cache_groups}) > 1, "KV blocks of different sizes"),
     )
     unlike, finer = _states(config, kv, resolved), contract.hash_block_tokens(config, kv) < specs[0].block_size
@@ -139,7 +153,7 @@ def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
     _refuse(
         (unlike, unlike),
         (
-            early and (finer or getattr(kv, "needs_kv_cache_zeroing", False)),
+            early and (finer or getattr(kv, "needs_kv_cache_zeroing", True)),
             "layers of which vLLM's model runner V2 zeroes or copies blocks before it lets a connector wait for them "
             "(recurrent layers, KV of several precisions, matches inside blocks); VLLM_USE_V2_MODEL_RUNNER=0 helps",
         ),
