@@ -37,7 +37,7 @@ G1 = {"large": PREFIXES * PREFIX // 16 + 1, "small": PREFIXES * PREFIX // 64 + 1
 """Blocks of 32 tokens: all that a run computes of prefixes and conversations, or half of the ones and a third of the
 others."""
 G2_GB = 2
-PLAIN, AGAIN, KVBM, FLAG_ONLY = "without KVBM", "without KVBM, again", "with KVBM", "with the flag only"
+PLAIN, AGAIN, KVBM, FLAG_ONLY = "without KVBM", "another without KVBM", "with KVBM", "with the flag only"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +137,8 @@ def main() -> int:
         setups = {
             PLAIN: Setup(PLAIN, model, given, RESULTS / f"serving-{size}-plain"),
             KVBM: Setup(KVBM, model, given, RESULTS / f"serving-{size}-kvbm", settings),
+            # A process of its own: two of the same kind differ more than one does from itself.
+            AGAIN: Setup(AGAIN, model, given, RESULTS / f"serving-{size}-again"),
         }
         if size == "large":
             # What vLLM does by itself with a connector, under plain `vllm serve` with README's flag.
@@ -144,7 +146,6 @@ def main() -> int:
             setups[FLAG_ONLY] = Setup(FLAG_ONLY, model, given, RESULTS / "serving-flag", settings, environment)
         with contextlib.ExitStack() as stack:
             engines = {name: stack.enter_context(each.start(print)) for name, each in setups.items()}
-            engines[AGAIN] = engines[PLAIN]
             ratios: list[tuple[float, float]] = []
             for workload in ("random", "prefix_repetition", "sharegpt"):
                 if (workload, size) == ("random", "small"):

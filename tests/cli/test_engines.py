@@ -75,7 +75,7 @@ def test_status_of_a_disk_tier(kvbm: Kvbm, engine: Start, monkeypatch: pytest.Mo
     shown = kvbm("status").stdout
     for text in (
         "G3", "13 GB", "9,000", "89%",
-        "up   25 MB in 17 blocks, lately at 4.2 GB/s (0 in flight,",
+        "up   25.1 MB in 17 blocks, lately at 4.2 GB/s (0 in flight,",
         "to disk   59 MB in 40 blocks (2 in flight, 1 failed, 33 refused, 44 gone before)",
         "from disk 74 MB in 50 blocks (4 in flight, 3 failed, 55 gated, 66 corrupt)",
         "the engine computes 1,234 tokens/s, the disk reads ? tokens/s",
