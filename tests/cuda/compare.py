@@ -55,6 +55,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1250, help="over all cases")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
+    parser.add_argument("--setups", help="only these, separated by commas")
     given = parser.parse_args()
     always_load()
     wrong, engines = list[str](), dict[object, Alone]()
@@ -70,6 +71,8 @@ def main() -> int:
 
         each, done = -(-given.requests // len(CASES)), 0
         for at, case in enumerate(CASES):
+            if given.setups is not None and case.setup not in given.setups.split(","):
+                continue
             result, mistakes = run(case, each, given.seed + at, alone(case), folder / str(at))
             done += result.requests
             said = {"case": str(case), "differ": len(result.differences), "mistakes": mistakes}

@@ -57,7 +57,7 @@ def asked(engine: Engine, prompts: list[list[int]], tokens: int = 12) -> list[li
 
 @dataclass(frozen=True)
 class Plant:
-    """A mistake on a rank (that of `pretend.PLANTS` with this name) or of the leader; the run that has to find it."""
+    """A mistake on a rank (that of `pretend.PLANTS` with this name) or of the leader; the run that is to find it."""
 
     name: str
     leader: Callable[[Leader, Iterable[int]], Iterable[int]] | None = None
@@ -69,14 +69,19 @@ class Plant:
     sizes: Mapping[str, Any] = field(default_factory=dict)
     write: Callable[[Path], Path] = write_tiny
     scheduling: Callable[[], AbstractContextManager[None]] = nullcontext
+    prompts: int = 16
     overlaps: bool = True
     """Whether an overlap is a mistake: what was given up may go on."""
+    same: bool = True
+    """Whether answers are to be those without KVBM. vLLM's own for such a model depend on how much memory it has."""
 
 
 LAGS: Final[dict[str, object]] = {"most_ms": 50}
 """The engine's work takes long, and copies do not."""
 SLOW: Final = "latency_us=150000"
 """Copies take long, and the engine's work does not."""
+STUCK: Final = "latency_us=600000"
+"""Copies take so long that a fence gives them up before they have read anything."""
 HANGS: Final = "latency_us=50,linger_us=1000000"
 """Some copies take a second."""
 
@@ -92,20 +97,20 @@ PLANTED: Final = (
     Plant("no fence", pace=SLOW),
     Plant("a fence by an event", pace=SLOW),
     Plant("the fence comes after the forward pass", pace=SLOW),
-    Plant("a condemned store is published", pace=HANGS, settings={"fence_ms": 20}, overlaps=False),
+    Plant("a condemned store is published", pace=STUCK, settings={"fence_ms": 1}, overlaps=False, prompts=6),
     Plant("a load that hangs is reported", pace=HANGS, settings={"load_deadline_s": 0.05}),
     Plant("the leader hears of no block that a step writes", lambda leader, blocks: (), pace=SLOW),
     Plant("the leader does not hear of a request's first new block", lambda leader, blocks: [*blocks][1:], pace=SLOW),
-    Plant("the leader does not hear of a request's last new block", lambda leader, blocks: [*blocks][:-1], pace=SLOW),
-    Plant("the fence comes after zeroing", pace=SLOW, options={"v2": 1}, write=write_lfm2),
+    Plant("the leader hears of every other block of a step", lambda leader, blocks: [*blocks][1::2], pace=SLOW),
+    Plant("the fence comes after zeroing", pace=SLOW, options={"v2": 1}, write=write_lfm2, same=False),
 )  # fmt: skip
 
 
 def ran(plant: Plant, folder: Path, *, planted: bool) -> str:
     """What the run found, empty for nothing."""
     folder.mkdir(parents=True, exist_ok=True)
-    prompts, options = conversations(2), dict(plant.options)
-    expected = _alone(plant.write)
+    prompts, options = conversations(2)[: plant.prompts], dict(plant.options)
+    expected = _alone(plant.write)[: plant.prompts]
     if planted and plant.name in pretend.PLANTS:
         options["plant"] = plant.name
     if not planted:
@@ -120,14 +125,17 @@ def ran(plant: Plant, folder: Path, *, planted: bool) -> str:
             plant.settings
         )
         with closing(Engine(_model(plant.write), settings, **(SIZES | dict(plant.sizes)))) as engine:
-            answers = [asked(engine, prompts, 40) for _ in range(3)]
-            engine.settle(60)
+            answers = []
+            for _ in range(3):
+                answers.append(asked(engine, prompts, 40))
+                if not engine.status()["problems"]:  # what turned itself off may have copies that never end
+                    engine.settle(60)
             said = engine.status()
     found = []
     (seen,) = pretend.seen(folder)
     if plant.overlaps and seen["mistakes"]:
         found.append(f"{seen['mistakes']} overlaps ({seen['last']})")
-    if differ := sum(a != b for each in answers for a, b in zip(each, expected, strict=True)):
+    if plant.same and (differ := sum(a != b for each in answers for a, b in zip(each, expected, strict=True))):
         found.append(f"{differ} answers differ")
     found += said["problems"]
     if not planted and not said["onboard"]["blocks"]:

@@ -107,6 +107,7 @@ class Pretend:
         if self.v2 and not self._calls:  # this is V1, which calls before it zeroes
             if there:
                 self._early()
+                self.access(open_=True)  # it zeroes next
             return
         hear()
         if not there:
@@ -200,14 +201,16 @@ class Pretend:
         computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         touched: dict[int, bool] = {}
         for name in output.num_scheduled_tokens:
-            for table, tokens in zip(self._tables[name], self._block_tokens, strict=True):
-                for at, block in enumerate(table):
+            for table, (tokens, window) in zip(self._tables[name], self._groups, strict=True):
+                # What lies behind a window is not the request's any more, and may be somebody else's.
+                first = 0 if window is None else max(0, computed[name] - window) // tokens
+                for at, block in enumerate(table[first:], first):
                     touched[block] = touched.get(block, False) or at >= computed[name] // tokens
         touched.pop(0, None)  # the block that stands for none
         if touched:
             self._work(touched, ends=False)
 
-    _block_tokens: list[int]
+    _groups: list[tuple[int, int | None]]
 
     def _while(self) -> float:
         return self._dice.random() * self._most_s
@@ -223,9 +226,14 @@ class Pretend:
         touched = [(address, *rows[address]) for address in sorted(rows)]
         self.fake.work(self.stream, touched, self._while() if ends else None)
 
-    def learns(self, block_tokens: Iterable[int]) -> None:
-        """How many tokens a block of each group has."""
-        self._block_tokens = list(block_tokens)
+    def learns(self, groups: Iterable[Any]) -> None:
+        """How many tokens a block of each group has, and how many a step reads before those that it computes: None for
+        all; of a state the last."""
+        self._groups = []
+        for spec in (group.kv_cache_spec for group in groups):
+            state = type(spec).__name__ == "MambaSpec"
+            window = 1 if state else getattr(spec, "sliding_window", None)
+            self._groups.append((spec.block_size, window))
 
 
 class _Torch:
@@ -444,7 +452,7 @@ def install() -> None:
 
     @wraps(initialize)
     def initialize_kv_cache(runner: Any, config: Any, *args: Any, **options: Any) -> Any:
-        pretend.learns(group.kv_cache_spec.block_size for group in config.kv_cache_groups)
+        pretend.learns(config.kv_cache_groups)
         return initialize(runner, config, *args, **options)
 
     GPUModelRunner.maybe_get_kv_connector_output = staticmethod(maybe_get_kv_connector_output)
