@@ -1,10 +1,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.leader.roles import Stage
+
+_HERE = Path(__file__).parent
+_APART = {"build/test_g9.py", "tiers/peers/test_rank.py", "tiers/peers/test_whole.py", "transfer/nixl/test_suites.py"}
+"""No engine, but processes that move blocks, and seconds of waiting: not part of `make test-fast`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(_HERE) and item.path.relative_to(_HERE).as_posix() in _APART:
+            item.add_marker(pytest.mark.e2e)
+            item.add_marker(pytest.mark.untimed)
 
 
 @pytest.fixture

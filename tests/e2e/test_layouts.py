@@ -14,6 +14,7 @@ pytestmark = pytest.mark.untimed
 FLASH = ["LBNHC", "LBHNC", "BLHNC", "BLNHC"]
 """What a backend that takes blocks outermost says, its favourite first."""
 ASKS = {**CONNECTOR, "kv_connector_extra_config": {"g1_layout": "blocks"}}
+PD = {"kv_connector": "PdConnector", "kv_connector_module_path": "kvbm.vllm_integration.connector"}
 NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
 
 
@@ -54,8 +55,9 @@ def test_it_asks_where_the_setting_says_so(tiny: Path) -> None:
         (ASKS, {}, None, "cpu", "does not compute on a GPU", "LBNHC"),
         (several(ASKS, NIXL), {}, None, "cuda", "one of several connectors", "LBHNC"),
         (several(NIXL, ASKS), {}, None, "cuda", "one of several connectors", "LBHNC"),
+        (several(ASKS, NIXL) | PD, {}, None, "cuda", "one of several connectors", "LBHNC"),
     ],
-    ids=["block-size", "variable", "cpu", "first-of-several", "last-of-several"],
+    ids=["block-size", "variable", "cpu", "first-of-several", "last-of-several", "pd"],
 )
 def test_it_does_not_ask(
     tiny: Path, caplog: pytest.LogCaptureFixture, transfer: dict[str, Any], options: dict[str, Any],
