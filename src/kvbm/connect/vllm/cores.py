@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 def warn_if_fewer(config: VllmConfig) -> None:
     """Says what to set where vLLM computes on fewer cores than without KVBM, or on every core there is."""
-    if config.parallel_config.distributed_executor_backend != "mp" or config.device_config.device_type != "cpu":
+    if config.parallel_config.distributed_executor_backend != "mp":
         return  # nothing is bound
     try:
         # What the executor asked, in this process, to bind its workers: it knows topology, ranks and settings. Imported
