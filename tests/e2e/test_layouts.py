@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,5 +105,5 @@ def test_it_says_what_it_got(tiny: Path, caplog: pytest.LogCaptureFixture, layou
     from kvbm.connect.vllm import layouts
 
     with caplog.at_level("INFO", "kvbm"):
-        layouts.got(configured(tiny, ASKS), _asks(), layout)
+        layouts.got(configured(tiny, ASKS), _asks(), SimpleNamespace(kv_cache_layout=layout))  # type: ignore[arg-type]
     assert said in caplog.text

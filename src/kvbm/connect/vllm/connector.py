@@ -91,9 +91,8 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             return
         if first:
             contract.warn_if_untested()
-            if support.runs_on(vllm_config) == "cpu":
-                cores.warn_if_fewer(vllm_config)
-            layouts.got(vllm_config, resolved, str(kv_cache_config.kv_cache_layout))
+            cores.warn_if_fewer(vllm_config)
+            layouts.got(vllm_config, resolved, kv_cache_config)
         if (sentence := clash()) is not None:
             log.warning("%s", sentence)
         try:

@@ -20,8 +20,11 @@ def warn_if_fewer(config: VllmConfig) -> None:
         # What the executor asked, in this process, to bind its workers: it knows topology, ranks and settings. Imported
         # here, because a version that has another one is served without this warning.
         from vllm import envs
+        from vllm.platforms import current_platform
         from vllm.utils.ompmultiprocessing import OMPProcessManager
 
+        if not current_platform.is_cpu():
+            return
         told = logging.getLogger(OMPProcessManager.__module__)
         told.disabled = True
         try:

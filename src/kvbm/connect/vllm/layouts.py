@@ -17,6 +17,7 @@ from kvbm.core.config import Resolved
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +68,10 @@ def _unfit(config: VllmConfig, *, among_others: bool) -> str | None:
     return None
 
 
-def got(config: VllmConfig, resolved: Resolved, layout: str) -> None:
+def got(config: VllmConfig, resolved: Resolved, kv: KVCacheConfig) -> None:
     """Says what became of the wish. On the scheduler's side, once."""
     if resolved.settings.g1_layout == "blocks" and config.device_config.device_type == "cuda":
-        fulfilled = "as KVBM asked for" if layout == _wish() else "which is not what g1_layout=blocks asks for"
-        log.info("KVBM: the engine keeps its KV in layout %s, %s", layout, fulfilled)
+        fulfilled = (
+            "as KVBM asked for" if kv.kv_cache_layout == _wish() else "which is not what g1_layout=blocks asks for"
+        )
+        log.info("KVBM: the engine keeps its KV in layout %s, %s", kv.kv_cache_layout, fulfilled)
