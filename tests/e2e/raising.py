@@ -5,15 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
+from types import FrameType
 from typing import Any
 from unittest import mock
 
 import numpy as np
 
+from kvbm.blocks.feed import Feed
+from kvbm.leader.observers import Observers
 from kvbm.testing.faults import _peek
 from tests import before  # noqa: F401
 
 SCHEDULER = ("on_new_request", "match", "place", "step", "stepped", "finish", "take_events", "stats", "reset")
+_TELLING = (Feed.deliver.__code__, Observers.emit.__code__)
 WORKER = ("before_step", "before_forward", "after_forward", "results", "bad_blocks")
 
 
@@ -23,7 +27,7 @@ class Injected(Exception):
 
 class Fault:
     """The `at`-th call of a method raises: before it does anything, afterwards, or at its `where`-th line of KVBM's own
-    code; where that call has fewer, a later one does."""
+    code, or the first one behind it where no observer is being told; where that call has fewer, a later one does."""
 
     def __init__(self, cls: type, name: str, at: int, where: str | int) -> None:
         self._cls, self._name, self._at, self._where = cls, name, at, where
@@ -61,7 +65,7 @@ class Fault:
                 return None
             if event == "line":
                 left -= 1
-                if left == 0:
+                if left <= 0 and not _delivering(frame):
                     sys.settrace(None)
                     self.raised = True
                     raise Injected(f"{frame.f_code.co_filename}:{frame.f_lineno}")
@@ -77,6 +81,13 @@ class Fault:
         """Whether it has raised; from now on nothing does."""
         setattr(self._cls, self._name, self._original)
         return self.raised
+
+
+def _delivering(frame: FrameType | None) -> bool:
+    """Whether an observer is being told of an event. An observer that raises is removed, and KVBM goes on."""
+    while frame is not None and frame.f_code not in _TELLING:
+        frame = frame.f_back
+    return frame is not None
 
 
 _armed: Fault | None = None
