@@ -29,7 +29,7 @@ from kvbm.tiers.gate import Gate
 from kvbm.tiers.host import ENGINE, Landing
 from kvbm.tiers.moves import Ended, Moves, Passage
 from kvbm.tiers.promote import Promotion
-from kvbm.tiers.tier import Give, Mask, RankSide, Seeker, Tier
+from kvbm.tiers.tier import Give, Mask, RankSide, Record, Seeker, Tier
 
 NAME = "g9"
 
@@ -127,6 +127,7 @@ class G9Offer:
     words: ClassVar[str] = "a dict"
     keeps: ClassVar[bool] = True
     places: ClassVar[Slots | None] = None
+    cuts: ClassVar[None] = None
 
     def __init__(self, g9: G9, keys: Sequence[bytes]) -> None:
         self._g9, self.keys = g9, keys
@@ -249,7 +250,7 @@ class G9:
     def asked(self, keys: Sequence[bytes]) -> None:
         self._demotion.used(keys)
 
-    def over(self, keys: Sequence[bytes]) -> None:
+    def over(self, keys: Sequence[bytes], record: Record) -> None:
         """Nothing leaves a dict."""
 
     def landing(self, slots: Slots, keys: Sequence[bytes], how: Landing) -> None:

@@ -75,8 +75,10 @@ class Engine:
         replicated: bool = False,
         choose: Choose | None = None,
         tiers: Sequence[Part] = TIERS,
+        tokens: int = TOKENS,
         **settings: Any,
     ) -> None:
+        self.tokens = tokens
         self.sync = settings.get("onboard") == "sync"
         extra = {
             "run_dir": str(path), "g3_dir": str(path / "g3"), "g2_blocks": 16, "init_timeout_s": 30,
@@ -95,9 +97,14 @@ class Engine:
             memory, worker = self.rank(resolved, place, names, rank, began, tiers)
             self.g1.append(memory)
             self.workers.append(worker)
-        self.side = build_leader(
-            resolved, place, names, block_tokens=TOKENS, shares_device_blocks=True, choose=choose, tiers=tiers
-        )
+        try:
+            self.side = build_leader(
+                resolved, place, names, block_tokens=tokens, shares_device_blocks=True, choose=choose, tiers=tiers
+            )
+        except Exception:
+            for worker in self.workers:
+                worker.close()
+            raise
         self.leader = self.side.leader
         if self.leader.disk is not None:
             self.disk = self.leader.disk.tier.pool
@@ -141,7 +148,7 @@ class Engine:
         """A request with these blocks, and one of the last token; returns how many were loaded: none, where the load
         failed, for then the engine computes all of them."""
         name = f"r{next(self.names)}"
-        self.leader.begin(name, [*keys, LAST], RequestParams(**params), (len(keys) + 1) * TOKENS)
+        self.leader.begin(name, [*keys, LAST], RequestParams(**params), (len(keys) + 1) * self.tokens)
         found: int | None = None
 
         def matched() -> bool:
@@ -155,8 +162,8 @@ class Engine:
         for memory in self.g1:
             for block in blocks:
                 memory.put(block, bytes(sum(ROWS)))
-        tokens = len(keys) * TOKENS
-        self.leader.place(name, blocks, found, Admitted(tokens, 0, found * TOKENS))
+        tokens = len(keys) * self.tokens
+        self.leader.place(name, blocks, found, Admitted(tokens, 0, found * self.tokens))
         self.step(name, 0)
         self.until(lambda: self.leader.core.in_flight() == (0, 0))
         if found and self._failed(name):

@@ -128,9 +128,10 @@ class _Made:
     look: Look | None
 
     def below(
-        self, settings: Settings, place: Place, tiers: Sequence[Part], expects: Callable[[bytes, int], bool]
-    ) -> Below:
-        ground = Ground(settings, place, self.core, self.gate, self.storing, self.slot_bytes, expects)
+        self, settings: Settings, place: Place, tiers: Sequence[Part], expects: Callable[[bytes, int], bool],
+        *, grouped: bool = False,
+    ) -> Below:  # fmt: skip
+        ground = Ground(settings, place, self.core, self.gate, self.storing, self.slot_bytes, expects, grouped)
         below = Below(ground, tiers, self.namespace, self.gate.block_tokens)
         below.begin(self.look)
         return below
@@ -202,7 +203,7 @@ def build_leader(
             made.gate, shares_device_blocks=shares_device_blocks,
             reports=Reports((settings.cache_dir or settings.run_dir) / "reports", place.engine),
         )  # fmt: skip
-        below = made.below(settings, place, tiers, leader.expects)
+        below = made.below(settings, place, tiers, leader.expects, grouped=bool(groups))
         undo.pop_all()
     about = About(
         place.engine, __version__, place.ranks, made.slot_bytes * len(made.storing), block_tokens, place.model

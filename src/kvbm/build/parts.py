@@ -47,6 +47,9 @@ class Ground:
     expects: Callable[[bytes, int], bool] = lambda key, at: False
     """Whether a living request is going to compute and store a block, by key and place in its prompt."""
 
+    grouped: bool = False
+    """Whether not all layers need all blocks of a prompt."""
+
     @property
     def block_bytes(self) -> int:
         """Of a block over all ranks."""

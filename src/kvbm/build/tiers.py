@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Final
 
 from kvbm.build.disk import DiskPart
+from kvbm.build.objects import ObjectsPart
 from kvbm.build.parts import Needs, Part
 from kvbm.build.peers import PeersPart
 from kvbm.core.config import Settings
 
-TIERS: Final[tuple[Part, ...]] = (DiskPart(), PeersPart())
+TIERS: Final[tuple[Part, ...]] = (DiskPart(), PeersPart(), ObjectsPart())
 
 
 def wanted(settings: Settings, parts: Sequence[Part]) -> list[Part]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from kvbm import __version__
-from kvbm.cli import disk, doctor, engines, models, serve, settings
+from kvbm.cli import disk, doctor, engines, models, serve, settings, store
 from kvbm.cli.demo import disagg
 from kvbm.cli.demo import run as demo
 from kvbm.cli.replay import command as replay
@@ -94,6 +94,7 @@ app.command()(engines.pause)
 app.command()(engines.resume)
 app.command(context_settings=_FOR_ENGINE)(doctor.doctor)
 app.add_typer(disk.app, name="disk")
+app.add_typer(store.app, name="store")
 
 if __name__ == "__main__":
     app()

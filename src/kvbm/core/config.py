@@ -72,6 +72,38 @@ class Settings(BaseSettings):
     """After SIGTERM, write what only G2 has to disk for at most this many seconds. 0: write nothing."""
     g3_key_file: Path | None = None
     """Encrypt the disk tier with the key in this file: 32 bytes, or 64 hexadecimal digits. Unset: no encryption."""
+    g4_url: Annotated[str, Field(pattern=r"^[a-z0-9+.-]+://.+")] | None = None
+    """Keep blocks in storage that many instances share: s3://BUCKET/PREFIX, az://, gs:// or file:///FOLDER."""
+    g4_gb: Gigabytes = 100
+    """Keep at most this many GB (10^9 bytes) at g4_url, over all instances and models. The largest bound counts."""
+    g4_admission: Literal["all", "second-use", "evicted"] = "all"
+    """Write these blocks to g4_url: all, those asked for twice, or those that are about to leave G2."""
+    g4_write_mb_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Write at most this many MB per second to g4_url, averaged over an hour. KVBM then ignores g4_write_gb_day."""
+    g4_write_gb_day: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Write at most this many GB per day to g4_url, averaged over a day."""
+    g4_inflight_mb: Annotated[int, Field(ge=1, le=1_000_000)] = 128
+    """Have at most this many MB on the way from g4_url, and half as many on the way to it, in buffers beside G2."""
+    g4_deadline_s: Annotated[float, Field(ge=0.1, le=600)] = 10.0
+    """Give up a read or write at g4_url after this many seconds. The blocks then count as failed."""
+    g4_secret_file: Path | None = None
+    """Seal what is written to g4_url with the secret in this file, and believe only what was sealed with it."""
+    g4_feed_s: Annotated[float, Field(ge=0.1, le=3600)] = 10.0
+    """Tell other instances at g4_url what is new there, and ask what they wrote, every so many seconds."""
+    g4_known: Annotated[int, Field(ge=1000, le=1_000_000_000)] = 2_000_000
+    """Remember the names of at most this many objects at g4_url. A name takes about 100 bytes."""
+    g4_endpoint: Annotated[str, Field(pattern=r"^https?://[^@?]+$")] | None = None
+    """Find the storage service at this address. Unset: where the service's own tools find it."""
+    g4_region: Annotated[str, Field(min_length=1)] | None = None
+    """Use this region of the storage service. Unset: the one that its own tools use."""
+    g4_path_style: bool = False
+    """Put the bucket into the address's path, as servers of one's own want it, and not into the host's name."""
+    g4_ca_file: Path | None = None
+    """Trust the certificate authorities in this PEM file, too, when KVBM connects to the storage service."""
+    g4_proxy: Annotated[str, Field(pattern=r"^[a-z0-9]+://.+")] | None = None
+    """Connect to the storage service through this proxy. Unset: as HTTPS_PROXY and NO_PROXY say."""
+    g4_mode: Annotated[str, Field(pattern=r"^0?[0-7]{3}$")] = "600"
+    """Give files below file:///FOLDER these rights (octal). Folders get a right to enter for each right to read."""
     directory: Annotated[str, Field(pattern=r"^(valkey|valkeys|redis|rediss|unix)://.+")] | None = None
     """Find other instances in the Valkey or Redis server at this address. Unset: this instance shares no blocks."""
     directory_lease_s: Annotated[float, Field(ge=1, le=3600)] = 10.0
@@ -161,7 +193,17 @@ class Settings(BaseSettings):
     transport_wrapper: Annotated[str, Field(pattern=r"^([\w.]+:\w+(\?.*)?)?$")] = ""
     """Wrap each worker's transport by this function, given as module:function?query. For tests."""
 
-    @field_validator("run_dir", "cache_dir", "traces", "g3_dir", "g3_key_file", "peer_secret_file", "weights_seen")
+    @field_validator(
+        "run_dir",
+        "cache_dir",
+        "traces",
+        "g3_dir",
+        "g3_key_file",
+        "peer_secret_file",
+        "weights_seen",
+        "g4_secret_file",
+        "g4_ca_file",
+    )
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return None if value is None else expanded(value)
@@ -208,7 +250,12 @@ _WITHOUT_EFFECT = {
 """Upstream's other variables (patterns, without DYN_KVBM_) and why they do nothing here."""
 
 _ELSEWHERE = {"KVBM_CONFIG"}
-_WINNERS = {"g2_gb": "g2_blocks", "g3_gb": "g3_blocks", "g3_write_gb_day": "g3_write_mb_s"}
+_WINNERS = {
+    "g2_gb": "g2_blocks",
+    "g3_gb": "g3_blocks",
+    "g3_write_gb_day": "g3_write_mb_s",
+    "g4_write_gb_day": "g4_write_mb_s",
+}
 """What has no effect beside what."""
 
 
@@ -407,5 +454,9 @@ def allowed(name: str) -> str:
 _TEXTS = {
     "transport_wrapper": "module:function?query",
     "directory": "an address: valkey://HOST:PORT/0, valkeys://... for TLS, or unix://PATH",
+    "g4_url": "an address: s3://BUCKET/PREFIX, az://CONTAINER/PREFIX, gs://BUCKET/PREFIX or file:///FOLDER",
+    "g4_endpoint": "an address: https://HOST:PORT",
+    "g4_proxy": "an address: http://HOST:PORT",
+    "g4_mode": "three octal digits, as 640",
     "peer_name": "a name of at most 100 letters, digits and .:_-",
 }

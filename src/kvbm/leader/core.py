@@ -154,7 +154,7 @@ class Core:
         """Nobody wants the prompt any more. Of its blocks, the last is to be evicted before the first."""
         self.pool.touch(seeker.keys)
         if self.lower.stack is not None:
-            self.lower.stack.finished(seeker.id, seeker.keys)
+            self.lower.stack.finished(seeker, seeker.keys)
 
     def hold(self, keys: Sequence[bytes], first: int = 0) -> Pinned | None:
         """The blocks of a prompt from its block `first` on that can be loaded now, as many as may be held; None: there

@@ -408,7 +408,7 @@ class Leader:
             # Its blocks became idle run by run, the first run first; together, its leaf goes before its root.
             self.core.pool.touch(blocks := self._coverage.in_order(request))
             if (stack := self.core.lower.stack) is not None:
-                stack.finished(request.id, blocks)
+                stack.finished(request.seeker, blocks)
 
     def _release(self, request: Request) -> None:
         if request.hold is not None:

@@ -9,7 +9,8 @@ from typing import Final, NamedTuple
 
 DISK: Final = "g3"
 PEERS: Final = "peers"
-"""The tiers that have rows here."""
+OBJECTS: Final = "g4"
+"""The tiers that have rows here, and the one that shows under its own name."""
 
 
 class Way(NamedTuple):

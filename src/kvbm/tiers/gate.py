@@ -36,11 +36,48 @@ class Rate:
         return self._amount / self._seconds if self._seconds else None
 
 
-class Gate:
-    """One for each tier that is slower than host memory. Under the leader's lock."""
+class Lanes:
+    """Reads of one tier that go on at once, at most `count`. What a single read measures says little of many; what they
+    give together is at most what so many give one by one."""
 
-    def __init__(self, block_tokens: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.block_tokens, self._clock = block_tokens, clock
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._going, self._size = 0, 0.0
+        """Reads that have begun and not ended; blocks in one."""
+        self._one = Rate()
+
+    def begins(self) -> None:
+        self._going += 1
+
+    def ends(self, read: int, seconds: float) -> bool:
+        """One gave `read` blocks in so many seconds. Whether enough went on at once to say what all give together."""
+        enough = self.count == 1 or 2 * self._going >= self.count
+        self._going -= 1
+        if read and seconds > 0:
+            self._one.add(read, seconds)
+            self._size = read if not self._size else self._size * _FADE + read * (1 - _FADE)
+        return enough
+
+    def forget(self) -> None:
+        """What reads through is another now."""
+        self._one = Rate()
+
+    def rate(self, together: float | None, blocks: int | None = None) -> float | None:
+        """Blocks per second where so many are read (None: one read), if `together` is what was measured of all; None
+        while nothing is known."""
+        if self.count == 1 or (one := self._one.get()) is None:
+            return together
+        reads = 1 if blocks is None else math.ceil(blocks / max(1.0, self._size))
+        apart = one * min(self.count, max(1, reads))
+        return apart if together is None else min(apart, together)
+
+
+class Gate:
+    """One for each tier that is slower than host memory, and that is read `lanes` reads at once. Under the leader's
+    lock."""
+
+    def __init__(self, block_tokens: int, clock: Callable[[], float] = time.monotonic, *, lanes: int = 1) -> None:
+        self.block_tokens, self._clock, self._lanes = block_tokens, clock, Lanes(lanes)
         self.computed, self.read = Rate(), Rate()
         self._steps: deque[tuple[int, float]] = deque(maxlen=8)
         self._stepped = -1.0
@@ -52,9 +89,9 @@ class Gate:
         self.measured = 0.0
         """When a block was read last, or nothing was known any more."""
 
-    def beside(self) -> Gate:
+    def beside(self, lanes: int = 1) -> Gate:
         """One for another tier of the same engine: what it computes is measured once."""
-        other = Gate(self.block_tokens, self._clock)
+        other = Gate(self.block_tokens, self._clock, lanes=lanes)
         other.computed = self.computed
         return other
 
@@ -85,11 +122,14 @@ class Gate:
             if self._stale:
                 self.forget_reads()
         self.reading += blocks
+        self._lanes.begins()
 
-    def read_ends(self, blocks: int, read: int) -> None:
-        """`read` of them were read. The others took their time too, but say nothing of a speed."""
+    def read_ends(self, blocks: int, read: int, seconds: float = 0.0) -> None:
+        """`read` of them were read. The others took their time too, but say nothing of a speed. `seconds` is how long
+        this read took by itself, where several are read at once."""
         now = self._clock()
-        self.read.add(read, now - self.since)
+        if self._lanes.ends(read, seconds):
+            self.read.add(read, now - self.since)
         self.since = now
         if read:
             self.measured = now
@@ -98,6 +138,7 @@ class Gate:
     def forget_reads(self) -> None:
         """What reads through is another now."""
         self.read, self.measured = Rate(), self._clock()
+        self._lanes.forget()
 
     @property
     def _stale(self) -> bool:
@@ -107,7 +148,7 @@ class Gate:
 
     def loading_s(self, blocks: int, ahead: int = 0) -> float:
         """Seconds until so many blocks are read, after `ahead` others; 0 while nothing is known."""
-        rate, silent = self.read.get(), self._clock() - self.since
+        rate, silent = self._lanes.rate(self.read.get(), blocks + ahead), self._clock() - self.since
         if self.reading and silent > 0:
             # What has been silent for long is not as fast as it was.
             slowest = self.reading / silent
@@ -137,4 +178,5 @@ class Gate:
 
     def rates(self) -> dict[str, float | None]:
         """Tokens computed and blocks read per second, as measured so far."""
-        return {"computed_tokens_per_s": self.computed.get(), "read_blocks_per_s": self.read.get()}
+        read = self._lanes.rate(self.read.get())
+        return {"computed_tokens_per_s": self.computed.get(), "read_blocks_per_s": read}

@@ -102,7 +102,8 @@ class Moves:
             if self.left:
                 passage.outcomes[:] = Outcome.FAILED
             if passage.gate is not None:
-                passage.gate.read_ends(passage.blocks, int((passage.outcomes < Outcome.FAILED).sum()))
+                read = int((passage.outcomes < Outcome.FAILED).sum())
+                passage.gate.read_ends(passage.blocks, read, passage.seconds)
             passage.ended(passage)
         return True
 

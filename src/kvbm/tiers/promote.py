@@ -231,11 +231,9 @@ class Promotion:
         """Read the next batches, as far as there are slots for them and room in flight."""
         offer = staging.offer
         while staging.sent < len(staging.at) and offer.failing() is None:
-            soon = offer.gate.soon(_SOON) or self._unmeasured
-            room = min(self._batch, soon, self._in_flight - offer.gate.reading)
-            if room <= 0:
+            part = self._run(offer, staging.at[staging.sent : staging.sent + self._next(staging)])
+            if not len(part):
                 return
-            part = self._run(offer, staging.at[staging.sent : staging.sent + room])
             if (raw := self._g2.allocate(len(part))) is None:
                 return
             places = part.tolist()
@@ -248,6 +246,17 @@ class Promotion:
             )
             staging.sent += len(part)
             staging.jobs.add(offer.read(part, staged, partial(self._read, staging, part, staged)))
+
+    def _next(self, staging: Staging) -> int:
+        """How many blocks are read next, if any may be now: up to the next cut where there are cuts, whatever else
+        bounds a read, since the whole part comes in any case."""
+        gate, cuts = staging.offer.gate, staging.offer.cuts
+        if cuts is None:
+            return max(0, min(self._batch, gate.soon(_SOON) or self._unmeasured, self._in_flight - gate.reading))
+        first = int(staging.at[staging.sent])
+        end = next(cut for cut in cuts if cut > first)
+        count = int(np.searchsorted(staging.at[staging.sent :], end))
+        return count if not gate.reading or gate.reading + count <= self._in_flight else 0
 
     @staticmethod
     def _run(offer: Offer, at: Slots) -> Slots:

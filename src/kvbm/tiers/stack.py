@@ -120,11 +120,11 @@ class Stack:
         """Whether host memory keeps all that came for a request."""
         return all(tier.keeps for tier in self if json_key(tier.name) in record.staged)
 
-    def finished(self, request: str, blocks: Sequence[bytes]) -> None:
+    def finished(self, seeker: Seeker, blocks: Sequence[bytes]) -> None:
         """The request is over, or gone. `blocks` were offered of it, in prompt order."""
-        self.drop(request)
+        self.drop(seeker.id)
         for tier in self:
-            tier.over(blocks)
+            tier.over(blocks, seeker.record)
 
     # ------------------------------------------------------------------ host memory
 

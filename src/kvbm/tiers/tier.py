@@ -91,6 +91,11 @@ class Offer(Protocol):
         """Of each, its priority, and when it ends by the leader's clock."""
 
     @property
+    def cuts(self) -> Sequence[int] | None:
+        """Where a read has to end, as places in `keys`, in order and the end among them: each of those parts comes as a
+        whole. None: anywhere."""
+
+    @property
     def gate(self) -> Gate:
         """How fast reads from there are."""
 
@@ -176,8 +181,8 @@ class Tier(Protocol):
     def asked(self, keys: Sequence[bytes]) -> None:
         """A request asked for these."""
 
-    def over(self, keys: Sequence[bytes]) -> None:
-        """It ended. Of its blocks, the last is to leave before the first."""
+    def over(self, keys: Sequence[bytes], record: Record) -> None:
+        """It ended. Of its blocks, the last is to leave before the first. `record` is what `explain` tells of it."""
 
     # What host memory does.
 

@@ -18,7 +18,7 @@ from kvbm.tiers.disk.tier import DiskTier
 from kvbm.tiers.gate import Gate
 from kvbm.tiers.host import ENGINE, Landing
 from kvbm.tiers.moves import Ended, Passage
-from kvbm.tiers.tier import Give, Mask, Seeker
+from kvbm.tiers.tier import Give, Mask, Record, Seeker
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class DiskOffer:
     words: ClassVar[str] = "disk"
     keeps: ClassVar[bool] = True
     places: ClassVar[Slots | None] = None
+    cuts: ClassVar[None] = None
 
     def __init__(self, disk: DiskTier, suspects: Suspects, lease: Pinned, now: float) -> None:
         self._disk, self._suspects, self._lease, self._slots = disk, suspects, lease, lease.slots
@@ -139,7 +140,7 @@ class DiskSide:
         self.pool.touch(keys)
         self.demotion.used(keys)
 
-    def over(self, keys: Sequence[bytes]) -> None:
+    def over(self, keys: Sequence[bytes], record: Record) -> None:
         # Written batch by batch, its root first; together, its leaf goes before its root.
         self.pool.touch(keys)
 

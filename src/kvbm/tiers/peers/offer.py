@@ -78,6 +78,7 @@ class PeerOffer:
 
     tier: ClassVar[str] = TIER
     words: ClassVar[str] = "a peer"
+    cuts: ClassVar[None] = None
 
     peers: Source
     client: Client

@@ -31,7 +31,7 @@ from kvbm.tiers.peers.orders import TIER, Attach, Detach, Pull, Shared, decode_a
 from kvbm.tiers.peers.published import Published
 from kvbm.tiers.peers.serving import Serving
 from kvbm.tiers.sums import bound
-from kvbm.tiers.tier import Give, Seeker
+from kvbm.tiers.tier import Give, Record, Seeker
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class Peers:
     def asked(self, keys: Sequence[bytes]) -> None:
         """Others keep account of their own."""
 
-    def over(self, keys: Sequence[bytes]) -> None:
+    def over(self, keys: Sequence[bytes], record: Record) -> None:
         """The same."""
 
     # ------------------------------------------------------------------ what the network finds (on its thread)

@@ -1,0 +1,183 @@
+"""Objects in S3 and what speaks like it, Azure Blob Storage and Google Cloud Storage, by obstore.
+
+Every PUT is one request (no parts that could be left behind) and creates only. Credentials come from the usual places:
+variables, files, the machine's role; obstore renews them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from typing_extensions import Buffer
+
+from kvbm.abc.store import Absent, Denied, Listed, ObjectStore
+from kvbm.core.errors import Broken, ConfigError
+from kvbm.core.extras import installing
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig
+
+_PAGE: Final = 1_000
+_ATTEMPT: Final = 0.5
+"""One attempt takes this part of the deadline at most, and none begins after as much again."""
+_CONNECT: Final = 0.25
+_SHOWN: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How a storage service is reached. What is None comes from where obstore looks for it."""
+
+    deadline_s: float
+    endpoint: str | None = None
+    region: str | None = None
+    path_style: bool = False
+    """The bucket is part of the path and not of the host's name."""
+    ca_file: Path | None = None
+    proxy: str | None = None
+
+
+class CloudStore(ObjectStore):
+    """A bucket or container, below `prefix` if there is one. `scheme` is s3, az or gs.
+
+    Make it in the process that uses it: after a fork obstore hangs.
+    """
+
+    def __init__(self, scheme: str, bucket: str, prefix: str, access: Access) -> None:
+        """Connects to nothing.
+
+        Raises:
+            ConfigError: the package that does it is missing, or it refuses what it was given.
+        """
+        try:
+            import obstore
+            from obstore import exceptions
+            from obstore.store import AzureStore, GCSStore, S3Store
+        except ImportError as error:
+            raise ConfigError(
+                "g4_url",
+                f"{scheme}:// needs a package that cannot be imported ({error})",
+                remedy=f"Do: {installing('objects')}",
+            ) from None
+        self._obstore = obstore
+        self._said = exceptions
+        given: dict[str, Any] = {"client_options": _client(access), "retry_config": _retries(access)}
+        if prefix:
+            given["prefix"] = prefix
+        try:
+            if scheme == "s3":
+                own: dict[str, Any] = {
+                    "endpoint": access.endpoint, "region": access.region, "unsigned_payload": True,
+                    "virtual_hosted_style_request": not access.path_style,
+                }  # fmt: skip
+                make: Callable[..., Any] = S3Store
+            elif scheme == "az":
+                own, make = {"endpoint": access.endpoint}, AzureStore
+            else:
+                own, make = {"url": access.endpoint}, GCSStore
+            given |= {name: value for name, value in own.items() if value is not None}
+            self._store = make(bucket, **given)
+        except (exceptions.BaseError, ValueError, TypeError) as error:
+            raise ConfigError("g4_url", f"it cannot be used: {_short(error)}") from None
+
+    @property
+    def bounded(self) -> bool:
+        return True
+
+    def put(self, name: str, data: Buffer) -> bool:
+        with self._told(name, absent=Denied):
+            try:
+                whole = memoryview(data).cast("B")
+                self._obstore.put(self._store, name, whole, mode="create", use_multipart=False)
+            except (self._said.AlreadyExistsError, self._said.PreconditionError):
+                return False
+        return True
+
+    def claim(self, name: str, data: Buffer) -> bool:
+        return self.put(name, data)
+
+    def get(self, name: str) -> Buffer:
+        with self._told(name):
+            return self._obstore.get(self._store, name).buffer()
+
+    def get_range(self, name: str, start: int, length: int) -> Buffer:
+        with self._told(name):
+            return self._obstore.get_range(self._store, name, start=start, length=length)
+
+    def list(self, prefix: str) -> Iterator[Sequence[Listed]]:
+        with self._told(prefix or "the bucket", absent=Denied):
+            for page in self._obstore.list(self._store, prefix or None, chunk_size=_PAGE):
+                yield [Listed(each["path"], each["size"], each["last_modified"].timestamp()) for each in page]
+
+    def stat(self, name: str) -> Listed:
+        with self._told(name):
+            found = self._obstore.head(self._store, name)
+        return Listed(name, found["size"], found["last_modified"].timestamp())
+
+    def delete(self, names: Sequence[str]) -> None:
+        try:
+            with self._told("what is to be deleted"):
+                self._obstore.delete(self._store, list(names))
+        except Absent:  # some services say so, and leave the rest
+            for name in names if len(names) > 1 else ():
+                self.delete([name])
+
+    def close(self) -> None:
+        """Connections are the library's."""
+
+    @contextmanager
+    def _told(self, what: str, absent: type[Broken] = Absent) -> Iterator[None]:
+        """What the library says, in our words, without addresses: they may contain signatures."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise absent(
+                f"{what} is not there: {_short(error)}" if absent is Denied else f"there is no {what}"
+            ) from None
+        except (self._said.PermissionDeniedError, self._said.UnauthenticatedError) as error:
+            raise Denied(f"{what} is refused: {_short(error)}") from None
+        except (self._said.BaseError, OSError, ValueError) as error:
+            raise Broken(f"{what}: {_short(error)}") from None
+
+
+def _client(access: Access) -> ClientConfig:
+    options: ClientConfig = {
+        "timeout": timedelta(seconds=access.deadline_s * _ATTEMPT),
+        "connect_timeout": timedelta(seconds=access.deadline_s * _CONNECT),
+        "allow_http": True,
+    }
+    if access.proxy is not None:
+        options["proxy_url"] = access.proxy
+    if access.ca_file is not None:
+        try:
+            options["root_certificate"] = access.ca_file.read_bytes()
+        except OSError as error:
+            raise ConfigError("g4_ca_file", f"{access.ca_file} cannot be read: {error.strerror}") from None
+    return options
+
+
+def _retries(access: Access) -> RetryConfig:
+    left = access.deadline_s * (1 - _ATTEMPT)
+    return {
+        "max_retries": 2,
+        "retry_timeout": timedelta(seconds=left * 0.8),
+        "backoff": {
+            "init_backoff": timedelta(seconds=0.05),
+            "max_backoff": timedelta(seconds=max(0.05, left * 0.1)),
+            "base": 2,
+        },
+    }
+
+
+def _short(error: Exception) -> str:
+    """What a library said, on one line, without addresses' queries, user names and keys."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"(?<=://)[^/@\s]*@", "***@", text)
+    text = re.sub(r"\?[^\s\"')]*", "?***", text)
+    return text[:_SHOWN] or type(error).__name__

@@ -1,0 +1,192 @@
+"""Keeps all objects of KVBM below an address within a bound: the coldest runs go.
+
+One instance collects in an epoch, the one that created that epoch's lease; two do no harm. It counts and deletes what
+has exactly the form of one of our names, whatever else lies there. All times are the storage's. A run is as young
+as the last time that somebody wrote it, or said that a request asked for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from kvbm.abc.store import Listed, ObjectStore
+from kvbm.core.errors import Broken
+from kvbm.stores.objects.envelope import Envelope
+from kvbm.stores.objects.names import EPOCH_S, NAME_BYTES, ROOT, Ours, epoch, lease, parse
+from kvbm.stores.objects.notes import decode
+
+log = logging.getLogger(__name__)
+
+YOUNG_S: Final = 900.0
+"""What is younger stays, however much there is: whoever wrote it or was told of it may be about to read it."""
+DOWN_TO: Final = 0.9
+_BOUND_EPOCHS: Final = 6
+"""The largest bound that an engine told in so many epochs holds."""
+_KEEP_S: Final = {"feed": 3_600.0 + EPOCH_S, "touch": 86_400.0, "lease": 3_600.0, "probe": 3_600.0, "part": 3_600.0}
+"""How long what is no run stays."""
+_SPACE_BYTES: Final = 8
+_BATCH: Final = 1_000
+_MB: Final = 1_000_000
+
+
+@dataclass(slots=True)
+class Census:
+    """What there is of ours. Runs are rows: `runs` has namespace and name of each, `sizes` and `written` the rest."""
+
+    now: float
+    total: int = 0
+    objects: int = 0
+    bound: int = 0
+    runs: bytearray = field(default_factory=bytearray)
+    sizes: array[int] = field(default_factory=lambda: array("q"))
+    written: array[float] = field(default_factory=lambda: array("d"))
+    touches: list[str] = field(default_factory=list)
+    stale: list[str] = field(default_factory=list)
+    """What is no run and old enough to go."""
+
+    def add(self, listed: Listed) -> None:
+        """Count it, if it is ours."""
+        ours = parse(listed.name)
+        if ours is None:
+            return
+        self.objects += 1
+        self.total += listed.size
+        if ours.kind == "run":
+            self.runs += bytes.fromhex(ours.space) + ours.digest
+            self.sizes.append(listed.size)
+            self.written.append(listed.modified)
+            return
+        if ours.kind == "feed" and ours.epoch >= epoch(self.now) - _BOUND_EPOCHS:
+            self.bound = max(self.bound, ours.mb * _MB)
+        if self.now - listed.modified > _KEEP_S[ours.kind]:
+            self.stale.append(listed.name)
+        elif ours.kind == "touch":
+            self.touches.append(listed.name)
+
+    def row(self, at: int) -> bytes:
+        """Namespace and name of a run."""
+        width = _SPACE_BYTES + NAME_BYTES
+        return bytes(self.runs[at * width : (at + 1) * width])
+
+
+@dataclass(slots=True)
+class Swept:
+    """What a sweep found and did. `deleted` are namespaces (16 digits) and names of runs."""
+
+    objects: int
+    total: int
+    bound: int
+    deleted: list[tuple[str, bytes]] = field(default_factory=list)
+    freed: int = 0
+
+
+def census(store: ObjectStore, now: float, progress: Callable[[int], None] = lambda objects: None) -> Census:
+    """All that is ours. Raises Broken."""
+    found = Census(now)
+    for page in store.list(ROOT):
+        for each in page:
+            found.add(each)
+        progress(found.objects)
+    return found
+
+
+def sweep(store: ObjectStore, envelope: Envelope, bound: int, now: float, stopped: Callable[[], bool]) -> Swept:
+    """Delete the coldest runs where there is more than the bound, and what is no run and old. `now` is by the storage's
+    clock; `bound` is our own, in bytes. Ends early once it is `stopped`. Raises Broken."""
+    found = census(store, now)
+    swept = Swept(found.objects, found.total, max(bound, found.bound))
+    _delete(store, found.stale)
+    excess = found.total - int(swept.bound * DOWN_TO) if found.total > swept.bound else 0
+    if excess <= 0:
+        return swept
+    ages = _ages(store, envelope, found, stopped)
+    for rows in _coldest(ages, found, excess):
+        if stopped():
+            break
+        _delete(store, [_name(found.row(at)) for at in rows])
+        swept.deleted += [(found.row(at)[:_SPACE_BYTES].hex(), found.row(at)[_SPACE_BYTES:]) for at in rows]
+        swept.freed += sum(found.sizes[at] for at in rows)
+    return swept
+
+
+def _ages(
+    store: ObjectStore, envelope: Envelope, found: Census, stopped: Callable[[], bool]
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """When each run was last written or read."""
+    last: dict[bytes, float] = {}
+    for name in found.touches:
+        if stopped():
+            break
+        ours = parse(name)
+        assert ours is not None
+        with suppress(Broken):  # gone, or sealed with another secret
+            note = decode(envelope.unwrap(name, store.get(name)))
+            space, when = bytes.fromhex(ours.space), (ours.epoch + 1) * float(EPOCH_S)
+            for digest in note.came:
+                last[space + digest] = max(when, last.get(space + digest, 0.0))
+    ages = np.array(found.written, np.float64)
+    if last:
+        for at in range(len(ages)):
+            ages[at] = max(ages[at], last.get(found.row(at), 0.0))
+    return ages
+
+
+def _coldest(ages: np.ndarray[tuple[int], np.dtype[np.float64]], found: Census, excess: int) -> Iterator[Sequence[int]]:
+    """Runs to delete, batch by batch, until there is no excess any more."""
+    order = np.argsort(ages, kind="stable")
+    order = order[ages[order] < found.now - YOUNG_S]
+    ends = np.cumsum(np.array(found.sizes, np.int64)[order])
+    rows = order[: int(np.searchsorted(ends, excess)) + 1].tolist()
+    for at in range(0, len(rows), _BATCH):
+        yield rows[at : at + _BATCH]
+
+
+def _name(row: bytes) -> str:
+    space, digest = row[:_SPACE_BYTES].hex(), row[_SPACE_BYTES:].hex()
+    return f"{ROOT}{space}/{digest[:2]}/{digest}"
+
+
+def _delete(store: ObjectStore, these: Sequence[str]) -> None:
+    """Only what is ours, whoever asks for it."""
+    ours = [name for name in these if parse(name) is not None]
+    for at in range(0, len(ours), _BATCH):
+        store.delete(ours[at : at + _BATCH])
+
+
+def take_lease(store: ObjectStore, envelope: Envelope, instance: str, now: float) -> bool:
+    """Whether this instance collects in this epoch. Raises Broken.
+
+    That a lease is there already does not say whose: the answer to our own may have been lost.
+    """
+    name = lease(epoch(now))
+    body = instance.encode()
+    store.claim(name, envelope.wrap(name, body))
+    with suppress(Broken):
+        return envelope.unwrap(name, store.get(name)) == body
+    return False
+
+
+def purge(
+    store: ObjectStore, space: str | None, progress: Callable[[int], None] = lambda objects: None
+) -> tuple[int, int]:
+    """Delete all that is ours, or the runs of one namespace (16 digits); how many objects, and their bytes."""
+    deleted = nbytes = 0
+    prefix = ROOT if space is None else f"{ROOT}{space}/"
+    for page in store.list(prefix):
+        ours = [each for each in page if _belongs(parse(each.name), space)]
+        _delete(store, [each.name for each in ours])
+        deleted += len(ours)
+        nbytes += sum(each.size for each in ours)
+        progress(deleted)
+    return deleted, nbytes
+
+
+def _belongs(ours: Ours | None, space: str | None) -> bool:
+    return ours is not None and (space is None or ours.space == space)

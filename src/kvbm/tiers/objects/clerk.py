@@ -1,0 +1,295 @@
+"""What one process does about the storage beside moving runs: tries it, lists it, reads and writes the feed, says what
+was read, collects, and deletes what is damaged. One thing after the other, on a thread that may hang.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Final, NamedTuple
+
+from msgspec.structs import replace
+
+from kvbm.abc.store import Absent, Denied
+from kvbm.core.errors import Broken
+from kvbm.stores.objects.blocks import address_of, sums_at
+from kvbm.stores.objects.collector import sweep, take_lease
+from kvbm.stores.objects.envelope import Damaged
+from kvbm.stores.objects.names import EPOCH_S, parse
+from kvbm.stores.objects.probe import Fitness, Unfit, probe
+from kvbm.tiers.objects.crew import Crew, Job
+from kvbm.tiers.objects.feed import SharedFeed
+from kvbm.tiers.objects.mover import Library
+from kvbm.tiers.objects.orders import Answer, Known, Told, Tried
+
+log = logging.getLogger(__name__)
+
+_SLICE: Final = 1_000
+"""Names in one message to the leader."""
+_HEAD: Final = 8
+_LET_BE_S: Final = 3_600.0
+"""How long a damaged run that cannot be deleted is left alone."""
+_SPREAD_S: Final = 30.0
+"""Seconds over which instances try to become the collector of an epoch."""
+_PATIENCE: Final = 3
+"""Deadlines of one call that a chore may take between two calls."""
+
+
+class Habits(NamedTuple):
+    """Seconds between two looks at the feed; the bound on all objects, in bytes; the deadline of one call."""
+
+    feed_s: float
+    bound: int
+    deadline_s: float
+
+
+class StorageClock:
+    """The storage's time, once it was tried, and whether it may be written to."""
+
+    def __init__(self) -> None:
+        self._offset = 0.0
+        self.known = self.writes = False
+
+    def set(self, fitness: Fitness) -> None:
+        """As a trial found it."""
+        # Steps of our own clock do not move it.
+        self._offset = time.time() + fitness.ahead_s - time.monotonic()
+        self.known, self.writes = True, fitness.writes
+
+    def __call__(self) -> float:
+        return time.monotonic() + self._offset
+
+
+class DamagedRuns:
+    """Runs that were not what they have to be. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: set[bytes] = set()
+        self.let_be: dict[bytes, float] = {}
+        """Damaged ones that could not be deleted, and until when they are left alone."""
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def add(self, digest: bytes) -> None:
+        with self._lock:
+            if self.let_be.get(digest, 0.0) < time.monotonic():
+                self._found.add(digest)
+
+    def take(self) -> set[bytes]:
+        """Those that were found since the last call."""
+        with self._lock:
+            found, self._found = self._found, set()
+        return found
+
+    def leave(self, digest: bytes) -> None:
+        """It cannot be deleted."""
+        with self._lock:
+            self.let_be[digest] = time.monotonic() + _LET_BE_S
+
+
+class Clerk:
+    """`tell` takes messages to the leader; `instance` is our name among instances; `stuck` counts other calls that do
+    not return. `tick` is to be called every now and then. Any thread."""
+
+    def __init__(
+        self, library: Library, instance: str, habits: Habits, tell: Callable[[Answer], None], *, most_lost: int,
+        broken: Callable[[str], None], stuck: Callable[[], int],
+    ) -> None:  # fmt: skip
+        self._library, self._instance, self._habits, self._tell, self._stuck = library, instance, habits, tell, stuck
+        self._crew: Crew[None] = Crew("kvbm-g4", 1, lambda: None, most_lost=most_lost, broken=broken)
+        self._numbers = count(int.from_bytes(secrets.token_bytes(3)))
+        self.feed = SharedFeed(library, instance, habits.bound, self._numbers)
+        self.suspects = DamagedRuns()
+        self._clock = StorageClock()
+        self._rota = Rota(habits.feed_s)
+        self._told = Told()
+
+    def came(self, digest: bytes) -> None:
+        """This process wrote a run."""
+        self.feed.diary.tell([digest])
+
+    def touch(self, ends: Sequence[bytes]) -> None:
+        """Requests asked for the runs that end with these keys."""
+        self.feed.diary.touch([self._library.names.digest(end) for end in ends])
+
+    def leave(self) -> None:
+        """Do nothing more."""
+        self._rota.over = True
+
+    def try_storage(self, number: int) -> None:
+        """Try the storage, and tell the leader."""
+        library = self._library
+
+        def run(job: Job[None], _: None) -> None:
+            nbytes = library.envelope.size(library.format.plain_bytes)
+            try:
+                fitness = probe(library.store, self._instance, self._numbers, nbytes)
+            except (Unfit, Denied) as error:
+                answer = Tried(number, str(error), off=True)
+            except Broken as error:
+                answer = Tried(number, str(error))
+            else:
+                self._clock.set(fitness)
+                answer = Tried(number, writes=fitness.writes)
+            if job.end():
+                self._tell(answer)
+
+        self._crew.do(Job(run, lambda why: self._tell(Tried(number, why)), self._due()))
+
+    def _due(self) -> float:
+        return time.monotonic() + _PATIENCE * self._habits.deadline_s
+
+    def tick(self) -> None:
+        """Do what is due, if nothing is being done."""
+        self._crew.expire()
+        rota = self._rota
+        if not self._clock.known or rota.busy or rota.over:
+            return
+        if not rota.listed:
+            self._begin(self._list)
+        elif self.suspects:
+            self._begin(self._judge)
+        elif (due := rota.due(self._clock)) is not None:
+            self._begin({"feed": self._look, "touch": self._touch, "collect": self._collect}[due])
+
+    def _begin(self, do: Callable[[Job[None]], None]) -> None:
+        rota = self._rota
+        rota.busy = True
+
+        def run(job: Job[None], _: None) -> None:
+            try:
+                do(job)
+            except Broken as error:
+                log.debug("KVBM: shared storage: %s", error)
+            if job.end():
+                rota.busy = False
+
+        def failed(why: str) -> None:
+            rota.busy = False
+
+        self._crew.do(Job(run, failed, self._due()))
+
+    def _goes_on(self, job: Job[None]) -> bool:
+        """A call has returned: the next one may take as long. False: nobody wants any more of it."""
+        job.due = self._due()
+        return not (job.over or self._rota.over)
+
+    # ------------------------------------------------------------------ on its thread
+
+    def _list(self, job: Job[None]) -> None:
+        """All runs of the namespace that there are."""
+        library = self._library
+        for page in library.store.list(library.names.prefix):
+            ours = [parse(each.name) for each in page]
+            self._say([each.digest for each in ours if each is not None and each.kind == "run"], [])
+            if not self._goes_on(job):
+                return
+        self._rota.listed = True
+
+    def _say(self, came: Sequence[bytes], went: Sequence[bytes]) -> None:
+        """The leader hears of these, a slice at a time."""
+        for at in range(0, max(len(came), len(went)), _SLICE):
+            heads = [b"".join(each[:_HEAD] for each in these[at : at + _SLICE]) for these in (came, went)]
+            self._tell(Known(*heads))
+
+    def _look(self, job: Job[None]) -> None:
+        """Tells the others what is new here, then hears what is new elsewhere."""
+        if self._clock.writes:
+            self.feed.write(self._clock())
+        if (note := self.feed.read(self._clock(), lambda: self._goes_on(job))) is not None:
+            self._say(note.came, note.went)
+            stuck, undeletable = self._stuck() + self._crew.lost, len(self.suspects.let_be)
+            self._tell(replace(self._told, stuck=stuck, undeletable=undeletable))
+
+    def _touch(self, job: Job[None]) -> None:
+        if self._clock.writes:
+            self.feed.write_touched(self._clock())
+
+    def _collect(self, job: Job[None]) -> None:
+        """Once in an epoch, whoever is the first."""
+        library, now = self._library, self._clock()
+        if not self._clock.writes or not take_lease(library.store, library.envelope, self._instance, now):
+            return
+        swept = sweep(library.store, library.envelope, self._habits.bound, now, lambda: not self._goes_on(job))
+        gone = [digest for space, digest in swept.deleted if space == library.names.space]
+        self._went(gone)
+        self._told = Told(
+            swept.objects - len(swept.deleted), swept.total - swept.freed, swept.bound,
+            self._told.deleted + len(swept.deleted),
+        )  # fmt: skip
+
+    def _went(self, gone: Sequence[bytes]) -> None:
+        """These were deleted here."""
+        self._say([], gone)
+        self.feed.diary.tell(went=gone)
+
+    def _judge(self, job: Job[None]) -> None:
+        """Deletes what is damaged when it is read for the second time, too."""
+        for digest in self.suspects.take():
+            damaged = self._damaged(digest)
+            if damaged:
+                self._delete(digest)
+            elif damaged is not None:
+                self._say([digest], [])
+            if not self._goes_on(job):
+                return
+
+    def _delete(self, digest: bytes) -> None:
+        name = self._library.names.run(digest)
+        try:
+            self._library.store.delete([name])
+        except Broken as error:
+            log.warning("KVBM: run %s in shared storage is damaged and cannot be deleted: %s", name, error)
+            self.suspects.leave(digest)
+        else:
+            self._went([digest])
+
+    def _damaged(self, digest: bytes) -> bool | None:
+        """None: it is gone."""
+        library = self._library
+        name, shape = library.names.run(digest), library.format.shape
+        try:
+            plain = library.envelope.open(name, memoryview(library.store.get(name)).cast("B"))
+            run = library.format.parse(plain)
+        except Absent:
+            return None
+        except Damaged:
+            return True
+        if library.names.digest(run.keys[-1]) != digest:
+            return True
+        data = address_of(plain) + library.format.data_at(plain)
+        return bool((sums_at(data, shape.block_bytes, shape.ranks * shape.blocks) != run.sums.reshape(-1)).any())
+
+    def close(self, seconds: float) -> None:
+        """Tell the others what is new, and wait so long at most for that."""
+        if self._clock.known and self._clock.writes and not self._rota.over:
+            self._begin(lambda job: self.feed.write(self._clock()))
+        self._rota.over = True
+        self._crew.close(seconds)
+
+
+class Rota:
+    """What is done again and again, and when next. `feed_s` are the seconds from one look at the feed to the next."""
+
+    def __init__(self, feed_s: float) -> None:
+        self._feed_s, now = feed_s, time.monotonic()
+        self._next = {"feed": 0.0, "touch": now + EPOCH_S, "collect": now + random.uniform(0, _SPREAD_S)}
+        self.listed = self.busy = self.over = False
+        """Whether all runs were listed, something is being done, and nothing is to be done any more."""
+
+    def due(self, clock: Callable[[], float]) -> str | None:
+        """What is due now, if anything; then it is due later again. `clock` is the storage's."""
+        now = time.monotonic()
+        due = next((name for name, when in self._next.items() if when <= now), None)
+        if due is not None:
+            left = EPOCH_S - clock() % EPOCH_S
+            seconds = {"feed": self._feed_s, "touch": float(EPOCH_S), "collect": left + random.uniform(0, _SPREAD_S)}
+            self._next[due] = now + seconds[due]
+        return due

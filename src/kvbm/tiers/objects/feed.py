@@ -1,0 +1,119 @@
+"""What instances tell each other about the storage they share, through the storage. On one thread at a time, but for
+what is told to the diary."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Final
+
+from kvbm.abc.store import Absent
+from kvbm.core.errors import Broken
+from kvbm.stores.objects.envelope import Damaged
+from kvbm.stores.objects.names import epoch, feed_prefix, parse
+from kvbm.stores.objects.notes import MOST, Note, decode
+from kvbm.tiers.objects.mover import Library
+
+log = logging.getLogger(__name__)
+
+_MB: Final = 1_000_000
+
+
+@dataclass(slots=True)
+class Diary:
+    """What this process has not told the others yet: runs (their names' digests) that came and went, and that requests
+    asked for. Any thread, under `lock`."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    came: list[bytes] = field(default_factory=list)
+    went: list[bytes] = field(default_factory=list)
+    touched: set[bytes] = field(default_factory=set)
+
+    def tell(self, came: Sequence[bytes] = (), went: Sequence[bytes] = ()) -> None:
+        """These came, or went."""
+        with self.lock:
+            self.came += came
+            self.went += went
+
+    def touch(self, digests: Sequence[bytes]) -> None:
+        """Requests asked for these. Of too many in one epoch, the last are not noted."""
+        with self.lock:
+            self.touched.update(digests[: max(0, MOST - len(self.touched))])
+
+
+class SharedFeed:
+    """Of one instance. `bound` is its own on all objects, in bytes; `numbers` tells its notes apart."""
+
+    def __init__(self, library: Library, instance: str, bound: int, numbers: count[int]) -> None:
+        self._library, self._instance, self._bound, self._numbers = library, instance, bound, numbers
+        self.diary = Diary()
+        self._seen: set[str] | None = None
+        """Notes that were read; None before the first look."""
+        self._bound_told = -1
+        """The epoch in which the others heard our bound last."""
+
+    def write(self, now: float) -> None:
+        """Tell what is new here, and our bound once in an epoch. `now` is by the storage's clock. Raises Broken."""
+        library, diary = self._library, self.diary
+        with diary.lock:
+            came, diary.came = diary.came[:MOST], diary.came[MOST:]
+            went, diary.went = diary.went[:MOST], diary.went[MOST:]
+        if not came and not went and self._bound_told == epoch(now):
+            return
+        name = library.names.feed(epoch(now), self._instance, next(self._numbers), self._bound // _MB)
+        try:
+            library.store.put(name, library.envelope.wrap(name, Note(came, went).encode()))
+        except Broken:
+            with diary.lock:
+                diary.came[:0], diary.went[:0] = came, went
+            raise
+        self._bound_told = epoch(now)
+
+    def write_touched(self, now: float) -> None:
+        """Tell what requests asked for. Raises Broken."""
+        library, diary = self._library, self.diary
+        with diary.lock:
+            touched, diary.touched = sorted(diary.touched), set()
+        if touched:
+            name = library.names.touch(epoch(now), self._instance, next(self._numbers))
+            library.store.put(name, library.envelope.wrap(name, Note(touched).encode()))
+
+    def read(self, now: float, goes_on: Callable[[], bool]) -> Note | None:
+        """What the others told since the last look; None where nobody wants to know any more. Raises Broken.
+
+        Whole epochs are listed, this one and the one before: an entry may appear before one that was seen.
+        """
+        library, found = self._library, set[str]()
+        for each in (epoch(now) - 1, epoch(now)):
+            for page in library.store.list(feed_prefix(each)):
+                found.update(listed.name for listed in page)
+                if not goes_on():
+                    return None
+        came, went = list[bytes](), set[bytes]()
+        for name in sorted(found - (self._seen or set())):
+            ours = parse(name)
+            if ours is not None and ours.kind == "feed" and ours.space == library.names.space:
+                note = self._note(name, ours.writer)
+                came += note.came
+                went.update(note.went)
+                if not goes_on():
+                    return None
+        # The listing is younger than what was told before it, and what came may have come again.
+        gone = [] if self._seen is None else sorted(went.difference(came))
+        self._seen = found
+        return Note(came, gone)
+
+    def _note(self, name: str, writer: str) -> Note:
+        """A note of another instance; an empty one where it is our own, gone, or not what it has to be."""
+        if writer == self._instance:
+            return Note([])
+        try:
+            return decode(self._library.envelope.unwrap(name, self._library.store.get(name)))
+        except Damaged as error:
+            log.warning("KVBM: a note of another instance in shared storage is not believed: %s: %s", name, error)
+        except Absent:
+            log.debug("KVBM: note %s is gone", name)
+        return Note([])

@@ -1,0 +1,409 @@
+"""Shared storage (G4) as a tier: what comes from there, and what goes there. Under the leader's lock.
+
+SharedStorage are runs of consecutive blocks, found by the key of their last block. Whether one is there is looked up in
+memory; the read is the truth.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final
+
+import numpy as np
+
+from kvbm.blocks import Pinned, Staged
+from kvbm.core.outcome import Outcome
+from kvbm.core.region import Slots
+from kvbm.link.messages import Result
+from kvbm.stores.objects.names import Names
+from kvbm.tiers.breaker import Breaker
+from kvbm.tiers.gate import Gate
+from kvbm.tiers.host import Landing
+from kvbm.tiers.moves import Ended, Passage
+from kvbm.tiers.objects.orders import (
+    TIER,
+    AttachArenas,
+    Got,
+    Known,
+    RankArena,
+    Told,
+    Touch,
+    Tried,
+    TryStorage,
+    decode_answer,
+)
+from kvbm.tiers.objects.presence import KnownNames
+from kvbm.tiers.objects.traffic import Traffic
+from kvbm.tiers.objects.uploads import Candidate, Uploads
+from kvbm.tiers.sums import Sums, bound
+from kvbm.tiers.tier import Give, Mask, Record, Seeker
+
+log = logging.getLogger(__name__)
+
+_FAILURES: Final = 3
+_PROBE_EVERY: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+_SILENT: Final = "the storage has not answered yet"
+_MOST_ENDS: Final = 200_000
+"""Ends of runs whose names are remembered: a name is a hash, and is made once for each prompt."""
+_TOUCH_EVERY_S: Final = 30.0
+_MOST_TOUCHED: Final = 20_000
+_FOREVER: Final = (0, float("inf"))
+
+
+class Runs:
+    """Which keys end runs, by what names, and which of these are there."""
+
+    def __init__(self, names: Names, run: int, presence: KnownNames) -> None:
+        self.run, self.presence, self._names = run, presence, names
+        self._digests: OrderedDict[bytes, bytes] = OrderedDict()
+
+    def note(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Those of a prompt, from its first block on, that end runs."""
+        ends = list(keys[self.run - 1 :: self.run])
+        known = self._digests
+        for end in ends:
+            if end not in known:
+                known[end] = self._names.digest(end)
+        while len(known) > _MOST_ENDS:
+            known.popitem(last=False)
+        return ends
+
+    def digest(self, end: bytes) -> bytes:
+        known = self._digests.get(end)
+        return self._names.digest(end) if known is None else known
+
+    def there(self, keys: Sequence[bytes]) -> list[tuple[int, bytes]]:
+        """Of these, in prompt order, the positions of ends of runs that are there, and their keys."""
+        known, presence = self._digests, self.presence
+        return [(at, key) for at, key in enumerate(keys) if (name := known.get(key)) is not None and name in presence]
+
+
+@dataclass(slots=True, eq=False)
+class ObjectsOffer:
+    """Runs that a prompt wants (`Offer`). `ends` has, for each block, the last key of its run; `within` its place
+    there."""
+
+    tier: ClassVar[str] = TIER
+    words: ClassVar[str] = "shared storage"
+    keeps: ClassVar[bool] = True
+
+    objects: SharedStorage
+    keys: Sequence[bytes]
+    parents: Sequence[bytes | None]
+    places: Slots | None
+    ends: Sequence[bytes]
+    within: Slots
+    cuts: Sequence[int]
+    """Where reads end: behind the last block of each run."""
+    terms: Sequence[tuple[int, float]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.terms = [_FOREVER] * len(self.keys)
+
+    @property
+    def gate(self) -> Gate:
+        return self.objects.traffic.gate
+
+    @property
+    def queue(self) -> object:
+        return self.objects
+
+    def accept(self) -> None:
+        """Nothing is held there: what is deleted meanwhile is missing."""
+
+    def failing(self) -> str | None:
+        return self.objects.problem
+
+    def read(self, at: Slots, into: Staged, ended: Ended) -> int:
+        return self.objects.traffic.get(self.ends[int(at[0])], self.within[at], into, ended)
+
+    def cancel(self, jobs: Collection[int]) -> None:
+        self.objects.traffic.cancel(jobs)
+
+    def judge(self, at: Slots, passage: Passage) -> None:
+        if ((passage.outcomes == Outcome.MISSING) | (passage.outcomes == Outcome.CORRUPT)).any():
+            self.objects.forget(self.ends[int(at[0])])
+
+    def drop(self) -> None:
+        """Nothing is held."""
+
+
+class Trials:
+    """Whether the storage is used, and when it is tried next. `ask` has it tried, by number."""
+
+    def __init__(self, where: str, ask: Callable[[int], None], clock: Callable[[], float]) -> None:
+        self._where, self._ask = where, ask
+        self._breaker = Breaker(_PROBE_EVERY, clock, most=_FAILURES)
+        self._breaker.trip(_SILENT)
+        self._number = 0
+        self.off: str | None = None
+        """Why it is not used any more until the engine is started anew."""
+        self.writes = True
+        """Whether it may be written to."""
+
+    @property
+    def problem(self) -> str | None:
+        return self.off or self._breaker.problem
+
+    def judge(self, passage: Passage) -> None:
+        """Something was moved, or not."""
+        if not (passage.outcomes == Outcome.FAILED).any():
+            self._breaker.worked(passage.down)
+        elif passage.wanted and self.off is None:
+            log.warning("KVBM: %s failed: %s", "a write to shared storage" if passage.down else "a read", passage.error)
+            if self._breaker.failed(passage.down):
+                self.fail(passage.error or "moves fail")
+
+    def fail(self, why: str) -> None:
+        """Leave it alone until a trial goes well."""
+        if self.off is None and self._breaker.trip(why):
+            log.error("KVBM: shared storage (G4) is left alone, the engine goes on without it: %s", why)
+
+    def begin(self) -> None:
+        """It can be tried now."""
+        self._number += 1
+        self._ask(self._number)
+
+    def tick(self) -> None:
+        if self.off is None and self._number and self._breaker.problem is not None and self._breaker.due():
+            self.begin()
+
+    def take(self, tried: Tried) -> bool:
+        """How a trial ended. Whether the storage is used anew."""
+        if tried.number != self._number or self.off is not None:
+            return False
+        if tried.problem is not None:
+            if tried.off:
+                log.error("KVBM: shared storage (G4) is not used: %s", tried.problem)
+                self.off = tried.problem
+            elif self._breaker.problem == _SILENT:
+                log.warning("KVBM: shared storage (G4) does not answer, and is tried again: %s", tried.problem)
+            self._breaker.trip(tried.problem)
+            return False
+        if self.writes and not tried.writes:
+            log.warning("KVBM: shared storage (G4) may only be read here: nothing is written to it")
+        self.writes, anew = tried.writes, self._breaker.problem is not None
+        if anew:
+            log.info("KVBM: shared storage (G4) works: %s", self._where)
+            self._breaker.mend()
+        return anew
+
+
+class SharedStorage:
+    """See the module, and `Tier`. `uploads` makes what decides about writes; `where` is the address, for people."""
+
+    name: ClassVar[str] = TIER
+    words: ClassVar[str] = "shared storage"
+    keeps: ClassVar[bool] = True
+    pool: ClassVar[None] = None
+
+    def __init__(
+        self, traffic: Traffic, runs: Runs, sums: Sums, uploads: Callable[[SharedStorage], Uploads],
+        clock: Callable[[], float], where: str,
+    ) -> None:  # fmt: skip
+        self.traffic, self.runs, self._sums, self._clock, self._where = traffic, runs, sums, clock, where
+        self.trials = Trials(where, lambda number: traffic.tell(TryStorage(number)), clock)
+        traffic.listen(self._judge)
+        self._arenas: dict[int, RankArena] = {}
+        self._touched: dict[bytes, None] = {}
+        self._touch_at = clock() + _TOUCH_EVERY_S
+        self.corrupt = 0
+        """Blocks that came and were not what they had to be."""
+        self.told = Told()
+        self.uploads = uploads(self)
+
+    # ------------------------------------------------------------------ whether it works
+
+    @property
+    def problem(self) -> str | None:
+        return self.trials.problem
+
+    @property
+    def writes(self) -> bool:
+        """See `Shelf`."""
+        return self.trials.writes and self.problem is None
+
+    def _close(self, why: str) -> None:
+        """It is not used any more."""
+        self.trials.off = self.trials.off or why
+        self.uploads.clear()
+        self.runs.presence.clear()
+        self._touched.clear()
+        self.traffic.leave()
+
+    def _judge(self, passage: Passage) -> None:
+        self.corrupt += int((passage.outcomes == Outcome.CORRUPT).sum())
+        self.trials.judge(passage)
+
+    def hear(self, body: bytes) -> None:
+        match answer := decode_answer(body):
+            case RankArena():
+                self._arenas[answer.rank] = answer
+                if len(self._arenas) == len(self.traffic.ranks):
+                    self.traffic.tell(AttachArenas([self._arenas[rank] for rank in self.traffic.ranks]))
+                    self.trials.begin()
+            case Tried():
+                if self.trials.take(answer):
+                    self.traffic.gate.forget_reads()
+                elif answer.off:
+                    self._close(answer.problem or "")
+            case Known(came=came, went=went) if self.trials.off is None:
+                self.runs.presence.hear(came, went)
+            case Got():
+                self.traffic.got(answer)
+            case Told():
+                self.told = answer
+
+    def sick(self, why: str) -> None:
+        if self.trials.off is None:
+            log.error("KVBM: shared storage (G4) is left alone until the engine is started anew: %s", why)
+            self._close(why)
+
+    # ------------------------------------------------------------------ what a request does
+
+    def covers(self, keys: Sequence[bytes]) -> Mask:
+        mask = np.zeros(len(keys), np.bool_)
+        for at, _ in self.runs.there(keys):
+            mask[max(0, at - self.runs.run + 1) : at + 1] = True
+        return mask
+
+    def knows(self, end: bytes) -> bool:
+        """See `Shelf`."""
+        return self.runs.digest(end) in self.runs.presence
+
+    def seek(self, seeker: Seeker, keys: Sequence[bytes], first: int | None, give: Give) -> None:
+        before = dict(zip(seeker.keys[1:], enumerate(seeker.keys), strict=False))
+        place = {key: at for at, key in enumerate(seeker.keys)}
+        end_of: dict[bytes, tuple[bytes, int]] = {}
+        for _, end in self.runs.there(seeker.keys):
+            last = place[end]
+            for at in range(max(0, last - self.runs.run + 1), last + 1):
+                end_of[seeker.keys[at]] = end, at - last + self.runs.run - 1
+        wanted = [key for key in keys if key in end_of]
+        ends = [end_of[key][0] for key in wanted]
+        cuts = [at + 1 for at in range(len(ends)) if at + 1 == len(ends) or ends[at + 1] != ends[at]]
+        offer = ObjectsOffer(
+            self, wanted, [before[key][1] if key in before else None for key in wanted],
+            np.array([place[key] for key in wanted], np.int64), ends,
+            np.array([end_of[key][1] for key in wanted], np.int64), cuts,
+        )  # fmt: skip
+        if not wanted or not give(offer):
+            offer.drop()
+
+    def asked(self, keys: Sequence[bytes]) -> None:
+        for end in self.runs.note(keys):
+            if len(self._touched) < _MOST_TOUCHED and self.knows(end):
+                self._touched[end] = None
+
+    def over(self, keys: Sequence[bytes], record: Record) -> None:
+        if self.trials.off is None:
+            self.runs.note(keys)
+            self.uploads.over(keys, record)
+
+    # ------------------------------------------------------------------ what host memory does
+
+    def landing(self, slots: Slots, keys: Sequence[bytes], how: Landing) -> None:
+        self._sums.note(slots, keys, how.sums)
+
+    def landed(self, keys: Sequence[bytes], how: Landing) -> None:
+        if how.origin != TIER and how.places is not None and self.trials.off is None:
+            self.uploads.landed(keys, how.places.tolist())
+
+    # ------------------------------------------------------------------ what is moved
+
+    def put(self, run: Candidate, blocks: Pinned, ended: Ended) -> bool:
+        """See `Shelf`."""
+        slots = blocks.slots
+        if self._sums.known(slots) < len(slots):
+            return False
+        sums = [bound(np.frombuffer(row, np.uint64), run.keys) for row in self._sums.of(slots)]
+        priorities = blocks.terms[0].astype(np.uint8).tobytes()
+        end = run.keys[-1]
+
+        def there(passage: Passage) -> None:
+            if passage.done.all() and self.trials.off is None:
+                self.runs.presence.add(self.runs.digest(end))
+            ended(passage)
+
+        self.traffic.put(run, slots, priorities, b"".join(each.tobytes() for each in sums), there)
+        return True
+
+    def forget(self, end: bytes) -> None:
+        """The run that ends with this key is not there, or is damaged."""
+        self.runs.presence.discard(self.runs.digest(end))
+
+    def answer(self, result: Result) -> bool:
+        return self.traffic.answer(result)
+
+    def pump(self) -> None:
+        self.uploads.pump()
+
+    def tick(self) -> None:
+        if self.trials.off is not None:
+            return
+        if self.traffic.late():
+            self.trials.fail("no answer about a move within its deadline")
+        self.trials.tick()
+        if self._clock() > self._touch_at:
+            self._touch_at = self._clock() + _TOUCH_EVERY_S
+            if self._touched:
+                self.traffic.tell(Touch([*self._touched]))
+                self._touched.clear()
+
+    # ------------------------------------------------------------------ its end
+
+    def clear(self, *, lasting: bool) -> None:
+        """A new generation. Whether others have begun it too is not known, so this process uses the storage no more;
+        with `lasting` nothing that was known counts, and what comes is written. Nothing is deleted there."""
+        if not lasting:
+            if self.trials.off is None:
+                log.warning("KVBM: after a reset this engine does not use shared storage until it is restarted")
+            self._close("a reset began a new generation")
+            return
+        self.uploads.clear()
+        self.runs.presence.clear()
+        self.traffic.cancel_all()
+
+    def leave(self, why: str) -> None:
+        self._close(why)
+
+    @property
+    def drains(self) -> bool:
+        return self.writes
+
+    def drain(self) -> None:
+        """What waits is written; nothing is added."""
+
+    @property
+    def drained(self) -> bool:
+        return self.uploads.idle or not self.writes
+
+    def stop(self) -> None:
+        self.runs.presence.close()
+
+    def close(self) -> None:
+        """Its rank says the rest."""
+
+    # ------------------------------------------------------------------ what is told
+
+    def counts(self) -> dict[str, int]:
+        uploads = self.uploads
+        return {
+            "refused": uploads.refused, "cancelled": uploads.cancelled, "corrupt": self.corrupt,
+            "runs": len(self.runs.presence), "stuck": self.told.stuck,
+        }  # fmt: skip
+
+    def status(self) -> Mapping[str, Any]:
+        told = self.told
+        return {
+            "url": self._where, "writes": self.trials.writes, "run_blocks": self.runs.run,
+            "objects": told.objects, "bytes": told.nbytes, "bound_bytes": told.bound, "deleted": told.deleted,
+            "undeletable": told.undeletable, "in_flight": {"put": self.uploads.in_flight, "get": self.traffic.reading},
+            "rates": self.traffic.gate.rates(),
+        }  # fmt: skip
+
+    def namesakes(self) -> tuple[str, ...]:
+        return ()

@@ -1,0 +1,145 @@
+"""The suite of stores over a folder, what only a folder does, and addresses."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvbm.abc.store import Absent, Denied, ObjectStore
+from kvbm.core.errors import Broken, ConfigError
+from kvbm.stores.objects.cloud import Access
+from kvbm.stores.objects.folder import FolderStore
+from kvbm.stores.objects.names import parse
+from kvbm.stores.objects.places import locate, open_store
+from kvbm.testing.objects import ObjectStoreSuite
+
+
+class TestFolder(ObjectStoreSuite):
+    @pytest.fixture
+    def open(self, tmp_path: Path) -> Callable[[], ObjectStore]:
+        return lambda: FolderStore(tmp_path / "kv")
+
+
+# ---------------------------------------------------------------------- folders
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> FolderStore:
+    return FolderStore(tmp_path / "deep" / "kv")
+
+
+def test_rights_are_those_of_the_setting(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        FolderStore(tmp_path / "kv", mode=0o664).put("a/b", b"x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "kv/a/b").stat().st_mode) == 0o664
+    assert stat.S_IMODE((tmp_path / "kv/a").stat().st_mode) == 0o775
+    FolderStore(tmp_path / "own").put("a/b", b"x")
+    assert stat.S_IMODE((tmp_path / "own/a/b").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "own/a").stat().st_mode) == 0o700
+
+
+def test_what_is_no_file_is_absent(folder: FolderStore, tmp_path: Path) -> None:
+    """And nobody waits for it, or follows it."""
+    folder.put("a/real", b"secret")
+    here = tmp_path / "deep/kv/a"
+    (tmp_path / "elsewhere").write_bytes(b"of somebody else")
+    os.mkfifo(here / "fifo")
+    (here / "link").symlink_to(tmp_path / "elsewhere")
+    (here / "dangling").symlink_to(tmp_path / "nowhere")
+    (here / "folder").mkdir()
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(here / "socket"))
+        names = ["fifo", "link", "dangling", "folder", "socket"]
+        for name in names:
+            with pytest.raises(Absent):
+                folder.get(f"a/{name}")
+            with pytest.raises(Absent):
+                folder.stat(f"a/{name}")
+            assert not folder.put(f"a/{name}", b"x")
+            assert not folder.claim(f"a/{name}", b"x")
+        assert [each.name for page in folder.list("") for each in page] == ["a/real"]
+        folder.delete([f"a/{name}" for name in names])
+        assert sorted(each.name for each in here.iterdir()) == sorted([*names, "real"])
+    assert (tmp_path / "elsewhere").read_bytes() == b"of somebody else"
+
+
+def test_a_folder_that_is_a_link_is_not_listed(folder: FolderStore, tmp_path: Path) -> None:
+    folder.put("kv1/x", b"1")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/file").write_bytes(b"2")
+    (tmp_path / "deep/kv/kv1/way-out").symlink_to(tmp_path / "others")
+    assert [each.name for page in folder.list("") for each in page] == ["kv1/x"]
+
+
+def test_a_file_that_may_not_be_read_is_absent(folder: FolderStore, tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    folder.put("a/x", b"1")
+    (tmp_path / "deep/kv/a/x").chmod(0)
+    with pytest.raises(Absent):
+        folder.get("a/x")
+
+
+def test_a_folder_that_may_not_be_written_is_denied(folder: FolderStore, tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    folder.put("a/x", b"1")
+    (tmp_path / "deep/kv/a").chmod(0o500)
+    with pytest.raises(Denied):
+        folder.put("a/y", b"1")
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    folder: FolderStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.put("a/x", b"1")
+
+    def full(descriptor: int, data: memoryview) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(Broken, match="No space left"):
+        folder.put("a/y", b"1")
+    monkeypatch.undo()
+    assert [each.name for each in (tmp_path / "deep/kv/a").iterdir()] == ["x"]
+    assert folder.put("a/y", b"1")
+
+
+def test_what_a_killed_writer_left_is_ours() -> None:
+    assert parse("kv1/0123456789abcdef/01/.part-0123456789abcdef") is not None
+    assert parse("kv1/0123456789abcdef/01/.part-0123456789abcde") is None
+    assert parse("elsewhere/.part-0123456789abcdef") is None
+
+
+# ---------------------------------------------------------------------- addresses
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://user:pass-word@bucket/x", "s3://bucket/x?sig=pass-word", "file://pass-word@host/x", "file:///", "file://x",
+        "file://host/x", "s3://", "s3:///x", "s3://B_ucket!/x", "s3://bucket/../x", "nothing", "ftp://host/x",
+        "s3://bucket/a b", "s3://bucket/x#pass-word",
+    ],
+)  # fmt: skip
+def test_wrong_addresses(url: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        locate(url)
+    assert "pass-word" not in str(error.value)
+    assert error.value.setting == "g4_url"
+
+
+def test_addresses() -> None:
+    assert locate("s3://bucket").url == "s3://bucket"
+    assert locate("s3://bucket/a//b/").url == "s3://bucket/a/b"
+    assert locate("file:///mnt/kv/").path == "/mnt/kv"
+    assert locate("file:///mnt/k%20v").path == "/mnt/k v"
+    assert isinstance(open_store(locate("file:///mnt/kv"), Access(1.0)), FolderStore)
