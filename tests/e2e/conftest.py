@@ -14,7 +14,7 @@ from tests.e2e.engine import Done, Engine, minor, write_tiny
 _UNTIMED = (
     "adapters", "contract", "guard", "hybrid", "identity", "identity_files", "identity_weights", "images", "keys",
     "kv_dtype", "mla", "models", "namespace", "onboard", "one_process", "prompt_embeds", "random", "refusals",
-    "requests", "sessions", "speculation", "trust", "weights",
+    "requests", "sessions", "speculation", "storage", "trust", "weights",
 )  # fmt: skip
 """Modules that neither measure times nor have short deadlines."""
 
