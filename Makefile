@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install
 NIXL := $(shell sed -n 's/^nixl = \["\(.*\)"\]$$/\1/p' pyproject.toml)
 
-.PHONY: demo demo-disagg serve test test-all test-fast test-versions test-cuda-path check coverage bench gpu-bundle gpu-check
+.PHONY: demo demo-disagg demo-shared serve test test-all test-fast test-versions test-cuda-path check coverage bench gpu-bundle gpu-check
 .PHONY: docs clean
 
 demo: $(VENV)/engine
@@ -16,6 +16,10 @@ demo: $(VENV)/engine
 
 demo-disagg: $(VENV)/engine
 	$(BIN)/kvbm demo-disagg
+
+# ARGS=s3 shares a bucket of a real S3 server instead of a folder.
+demo-shared: $(VENV)/engine
+	$(BIN)/kvbm demo-shared $(ARGS)
 
 # Small, so that it starts fast: compiling (what --enforce-eager leaves out) would take longer than it saves a model of
 # this size, and the device cache holds two conversations of full length.

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from kvbm import __version__
 from kvbm.cli import disk, doctor, engines, models, serve, settings, store
-from kvbm.cli.demo import disagg
+from kvbm.cli.demo import disagg, shared
 from kvbm.cli.demo import run as demo
 from kvbm.cli.replay import command as replay
 from kvbm.cli.route import command as route
@@ -83,6 +83,7 @@ _FOR_ENGINE = {"allow_extra_args": True, "allow_interspersed_args": False}
 app.command(context_settings=_FOR_ENGINE)(serve.serve)
 app.command()(demo.demo)
 app.command("demo-disagg")(disagg.demo_disagg)
+app.command("demo-shared")(shared.demo_shared)
 app.command("replay")(replay.command)
 app.command("route")(route.command)
 app.command()(model)

@@ -154,7 +154,7 @@ class InFlight:
 
     def still(self, jobs: set[int]) -> list[int]:
         """Those of `jobs` that have not ended, in order."""
-        return sorted(jobs & self.jobs.keys())
+        return sorted(jobs & self.jobs.keys()) if jobs else []
 
     def unanswered(self, jobs: set[int], rank: int) -> list[int]:
         """Those of `jobs` that this rank has not answered, in order."""

@@ -165,10 +165,14 @@ class Variants:
 
     def seal(self) -> Adapters | None:
         """What the workers are to know of this step."""
-        number = next(self._numbers)
+        number, draft = next(self._numbers), self._step
+        if not (
+            self._stores or self._awaited or self._living.begun or draft.requests or draft.loads or draft.scheduled
+        ):
+            return None  # as where there are no adapters
         for job in [job for job, step in self._stores.items() if step == _THIS]:
             self._stores[job] = number
-        draft, self._step = self._step, _Draft()
+        self._step = _Draft()
         awaited = sorted(set(self._awaited.values()))
         if not (draft.requests or draft.loads or awaited or self._living.begun):
             return None

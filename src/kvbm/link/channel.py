@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 
@@ -35,6 +35,7 @@ threads let it, a millisecond later."""
 _peek.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _peek.restype = ctypes.c_ssize_t
 _BYTE = ctypes.create_string_buffer(1)
+_LOOK: Final = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 
 
 class _HasDescriptor(Protocol):
@@ -100,7 +101,7 @@ class Link:
 
     def _arrived(self) -> bool:
         """Whether there is something to receive, or an error. Waits for nobody, not even for the GIL."""
-        found: int = _peek(self._sock.fileno(), _BYTE, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        found: int = _peek(self._sock.fileno(), _BYTE, 1, _LOOK)
         return found >= 0 or ctypes.get_errno() != errno.EAGAIN
 
     def wait(self, timeout: float) -> Message | None:
@@ -147,6 +148,8 @@ class Link:
 
     def _frames(self, most: int = 1 << 30) -> list[Message]:
         messages: list[Message] = []
+        if not self._buffer:
+            return messages
         at = 0
         while len(messages) < most and len(self._buffer) - at >= _HEAD.size:
             (size,) = _HEAD.unpack_from(self._buffer, at)

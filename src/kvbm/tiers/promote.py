@@ -99,26 +99,23 @@ class Promotion:
         anywhere = near.copy()
         for _, mask in known:
             anywhere |= mask
-        reach, room = prefix(anywhere), self.room
-        wanted: dict[str, list[bytes]] = {}
-        before: list[bytes] = []
-        count = 0
-        for at in range(reach):
-            if (other := self._coming.get(keys[at])) is not None:
-                other.requests.setdefault(seeker.id, seeker.record)  # or it would end with the request it began for
-                break  # asked for again when that has come
-            if count + len(before) == room:
-                break
-            if near[at]:
-                before.append(keys[at])
-            else:
-                tier = next(tier for tier, mask in known if mask[at])
-                wanted.setdefault(tier.name, []).append(keys[at])
-                count += 1
-        for tier, _ in known:
-            if tier.name in wanted:
+        reach, coming = prefix(anywhere), self._coming
+        end = min(reach, self.room)
+        if coming:
+            first = next((at for at in range(reach) if keys[at] in coming), reach)
+            if first < reach and first <= end:
+                end = first  # asked for again when that has come
+                # Or that would end with the request it began for.
+                coming[keys[first]].requests.setdefault(seeker.id, seeker.record)
+        taken = near[:end].copy()
+        before = [keys[at] for at in np.flatnonzero(taken).tolist()]
+        for tier, mask in known:
+            its = mask[:end] & ~taken
+            if its.any():
+                taken |= its
+                wanted = [keys[at] for at in np.flatnonzero(its).tolist()]
                 # Whether that pays is not asked yet: it costs nothing while the request waits for its turn.
-                tier.seek(seeker, wanted[tier.name], None, partial(self._take, seeker, before, wants.worth))
+                tier.seek(seeker, wanted, None, partial(self._take, seeker, before, wants.worth))
                 before = []
         return reach
 
@@ -262,8 +259,9 @@ class Promotion:
     def _run(offer: Offer, at: Slots) -> Slots:
         """The first of these that can be staged together: on one set of terms."""
         terms = [offer.terms[place] for place in at.tolist()]
-        same = next((count for count, each in enumerate(terms) if each != terms[0]), len(terms))
-        return at[:same]
+        if not terms or terms.count(terms[0]) == len(terms):
+            return at
+        return at[: next(count for count, each in enumerate(terms) if each != terms[0])]
 
     def _read(self, staging: Staging, part: Slots, staged: Staged, move: Passage) -> None:
         """A batch was read, or not."""

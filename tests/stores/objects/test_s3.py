@@ -12,7 +12,7 @@ from kvbm.core.errors import Broken
 from kvbm.stores.objects.cloud import Access, CloudStore
 from kvbm.stores.objects.probe import probe
 from kvbm.testing.objects import ObjectStoreSuite
-from tests.seaweed import Seaweed
+from kvbm.cli.demo.seaweed import Seaweed
 
 NUMBERS = itertools.count()
 

@@ -142,9 +142,7 @@ def _restart(
     """Start what was killed and ask the first user's last question first."""
     last, (history, _) = turns[-plan.users], asked[-plan.users]
     with setup.start(advance, again="-restarted") as engine:
-        before = engine.client.metrics()
-        reply = engine.client.chat(history, plan.answer_tokens)
-        turn = _turn(last.user - 1, last.turn - 1, last.known_tokens, reply, before, engine.client.metrics())
+        turn = ask(last.user - 1, last.turn - 1, last.known_tokens, history, plan, engine.client)
         status = engine.status()
         engine.server.kill()
     return report.Restart(turn, engine.start_s, status["tokens"]["g3"] if status else 0)
@@ -177,6 +175,13 @@ def play(
             history.append({"role": "assistant", "content": reply.text})
             known[talk.user] = reply.prompt_tokens + reply.answer_tokens
     return done, asked
+
+
+def ask(user: int, turn: int, known: int, history: list[Message], plan: Plan, client: Client) -> report.Turn:
+    """One user's turn, whatever was before it. `known` tokens of its prompt were computed before."""
+    before = client.metrics()
+    reply = client.chat(history, plan.answer_tokens)
+    return _turn(user, turn, known, reply, before, client.metrics())
 
 
 def _turn(

@@ -401,7 +401,8 @@ class SharedStorage:
         return {
             "url": self._where, "writes": self.trials.writes, "run_blocks": self.runs.run,
             "objects": told.objects, "bytes": told.nbytes, "bound_bytes": told.bound, "deleted": told.deleted,
-            "undeletable": told.undeletable, "in_flight": {"put": self.uploads.in_flight, "get": self.traffic.reading},
+            "undeletable": told.undeletable, "waiting": self.uploads.waiting,
+            "in_flight": {"put": self.uploads.in_flight, "get": self.traffic.reading},
             "rates": self.traffic.gate.rates(),
         }  # fmt: skip
 

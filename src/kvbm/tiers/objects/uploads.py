@@ -81,6 +81,11 @@ class Uploads:
         return not self._queue and not self._writing
 
     @property
+    def waiting(self) -> int:
+        """Runs that wait to be written."""
+        return len(self._queue)
+
+    @property
     def in_flight(self) -> int:
         """Runs that are being written."""
         return len(self._writing)
