@@ -9,7 +9,7 @@ from tests.leader.roles import Stage
 
 _HERE = Path(__file__).parent
 _APART = {
-    "build/test_g9.py", "stores/objects/test_s3.py", "tiers/objects/test_failures.py", "tiers/objects/test_whole.py",
+    "build/test_g9.py", "stores/objects/test_s3.py", "tiers/objects/test_whole.py",
     "tiers/peers/test_rank.py",
     "tiers/peers/test_whole.py", "transfer/nixl/test_suites.py",
 }  # fmt: skip

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kvbm.abc.store import Denied, ObjectStore
+from kvbm.cli.demo.seaweed import Seaweed
 from kvbm.core.errors import Broken
 from kvbm.stores.objects.cloud import Access, CloudStore
 from kvbm.stores.objects.probe import probe
 from kvbm.testing.objects import ObjectStoreSuite
-from kvbm.cli.demo.seaweed import Seaweed
 
 NUMBERS = itertools.count()
 

@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
 Mode = Literal["good", "refused", "silent", "cut", "drip", "page", "stored"]
-"""As it is; 503; no answer; half an answer; an answer that takes for ever; an error page with status 200; what is written
-is, and answered by 500."""
+"""As it is; 503; no answer; half an answer; an answer that takes for ever; an error page with status 200; a write is
+made and answered by 500."""
 PAGE = b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>We are sorry</Message></Error>"
 
 

@@ -68,7 +68,8 @@ class Seaweed:
             self._program, "server", f"-dir={self._folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
             "-master.telemetry=false", "-master.volumeSizeLimitMB=256", "-volume.max=20", f"-master.port={master}",
             f"-volume.port={volume}", f"-filer.port={filer}", "-filer", "-s3", f"-s3.port={self.port}",
-            f"-s3.config={self._folder / 's3.json'}", "-s3.iam=false",
+            f"-s3.config={self._folder / 's3.json'}", "-s3.iam=false", "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
         ]  # fmt: skip
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder, start_new_session=True)
