@@ -104,7 +104,7 @@ def test_upstream_variables_mean_our_settings() -> None:
         "DYN_KVBM_METRICS_PORT": "7000",
         "DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS": "1800",
     }
-    assert values.keys() == UPSTREAM.keys()
+    assert values.keys() == {name for name in UPSTREAM if "_OBJECT_" not in name}
     resolved = resolve(values)
     settings = resolved.settings
     assert (settings.g2_gb, settings.g2_blocks, settings.metrics, settings.metrics_port) == (1.5, 200, True, 7000)
@@ -325,3 +325,27 @@ def test_a_read_only_root_has_another_temporary_folder(
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr("tempfile.gettempdir", gettempdir)
     assert resolve().settings.run_dir == Path(folder, f"kvbm-{os.getuid()}")
+
+
+def test_upstreams_bucket_counts_where_it_is_enabled() -> None:
+    given = {
+        "DYN_KVBM_OBJECT_BUCKET": "my-bucket", "DYN_KVBM_OBJECT_ENDPOINT": "http://host:9000",
+        "DYN_KVBM_OBJECT_REGION": "eu", "DYN_KVBM_OBJECT_ACCESS_KEY": "a", "DYN_KVBM_OBJECT_SECRET_KEY": "b-secret",
+        "DYN_KVBM_OBJECT_WRITE_THROUGH": "0", "DYN_KVBM_OBJECT_NUM_BLOCKS": "5",
+    }  # fmt: skip
+    off = load(environ=given)
+    assert off.settings.g4_url is None
+    assert [note for note in off.notes if "BUCKET" in note]
+    on = load(environ=given | {"DYN_KVBM_OBJECT_ENABLED": "true"})
+    settings = on.settings
+    assert (settings.g4_url, settings.g4_endpoint, settings.g4_region) == ("s3://my-bucket", "http://host:9000", "eu")
+    assert settings.g4_admission == "evicted"
+    assert settings.g4_secret_key is not None
+    assert settings.g4_secret_key.get_secret_value() == "b-secret"
+    assert "b-secret" not in repr(on)
+    assert on.sources["g4_url"] == "environment DYN_KVBM_OBJECT_BUCKET"
+    assert any("NUM_BLOCKS has no effect" in note for note in on.notes)
+    own = load(environ=given | {"DYN_KVBM_OBJECT_ENABLED": "1", "KVBM_G4_URL": "file:///mnt/kv"})
+    assert own.settings.g4_url == "file:///mnt/kv"
+    with pytest.raises(ConfigError, match="DYN_KVBM_OBJECT_ENABLED"):
+        load(environ={"DYN_KVBM_OBJECT_ENABLED": "perhaps"})

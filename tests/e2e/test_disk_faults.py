@@ -103,6 +103,7 @@ def works_again(status: dict[str, Any]) -> bool:
     return not status["degraded"]
 
 
+@pytest.mark.usefixtures("always_load")
 def test_a_folder_that_is_deleted_or_cut_is_made_again(
     tiny: Path, tmp_path: Path, talk: Callable[[Engine], Talk]
 ) -> None:
@@ -123,6 +124,7 @@ def test_a_folder_that_is_deleted_or_cut_is_made_again(
         assert engine.status()["healthy"]
 
 
+@pytest.mark.usefixtures("always_load")
 def test_a_file_system_that_becomes_read_only_and_is_replaced(
     tiny: Path, volume: Volume, talk: Callable[[Engine], Talk]
 ) -> None:

@@ -136,3 +136,51 @@ def test_reads_can_be_forgotten(gate: Gate, clock: ManualClock) -> None:
     read(gate, clock, 10, 10.0)
     gate.forget_reads()
     assert gate.objection(10) is None
+
+
+# ---------------------------------------------------------------------- several reads at once
+
+LANES, RUN = 16, 8
+
+
+def together(gate: Gate, clock: ManualClock, reads: int, seconds: float) -> None:
+    """So many reads of RUN blocks begin at once, and each takes so long; as many as there are lanes go on at a time."""
+    while reads:
+        now = min(reads, LANES)
+        for _ in range(now):
+            gate.read_begins(RUN)
+        clock.advance(seconds)
+        for _ in range(now):
+            gate.read_ends(RUN, RUN, seconds)
+        reads -= now
+
+
+def test_single_reads_do_not_make_many_look_slow(clock: ManualClock) -> None:
+    """Thirty milliseconds of latency and ninety megabytes a second for each connection: a run of 8 MB takes 123 ms,
+    alone as beside fifteen others."""
+    gate = Gate(TOKENS, clock, lanes=LANES)
+    compute(gate, clock, 16_000, 1.0)  # a thousand blocks a second
+    for _ in range(20):
+        together(gate, clock, 1, 0.123)
+    assert gate.loading_s(RUN) == pytest.approx(0.123, rel=0.01)
+    assert gate.loading_s(125 * RUN) == pytest.approx(125 / 16 * 0.123, rel=0.01)
+    assert gate.objection(125 * RUN) is None
+    assert gate.objection(RUN) is not None, "computing eight blocks is faster"
+    one_by_one = Gate(TOKENS, clock)
+    compute(one_by_one, clock, 16_000, 1.0)
+    for _ in range(20):
+        together(one_by_one, clock, 1, 0.123)
+    assert one_by_one.objection(125 * RUN) is not None, "the control: as if they came one after the other"
+
+
+def test_what_all_lanes_give_together_bounds_what_is_expected(clock: ManualClock) -> None:
+    """Sixteen at once are slower, each, where they share a link."""
+    gate = Gate(TOKENS, clock, lanes=LANES)
+    together(gate, clock, 1, 0.1)
+    assert gate.loading_s(160 * RUN) == pytest.approx(1.0, rel=0.01)
+    for _ in range(10):
+        together(gate, clock, LANES, 0.8)
+    assert gate.loading_s(160 * RUN) == pytest.approx(8.0, rel=0.05)
+    gate.forget_reads()
+    assert gate.loading_s(160 * RUN) == 0.0
+    assert gate.rates()["read_blocks_per_s"] is None

@@ -137,9 +137,10 @@ def _location(settings: Settings) -> Location:
 
 
 def _access(settings: Settings) -> Access:
+    secret = settings.g4_secret_key
     return Access(
         settings.g4_deadline_s, settings.g4_endpoint, settings.g4_region, settings.g4_path_style, settings.g4_ca_file,
-        settings.g4_proxy,
+        settings.g4_proxy, settings.g4_access_key, None if secret is None else secret.get_secret_value(),
     )  # fmt: skip
 
 

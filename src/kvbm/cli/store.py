@@ -34,7 +34,9 @@ _Endpoint = Annotated[
     str | None, typer.Option("--endpoint", metavar="URL", help="Find the service there, as in g4_endpoint.")
 ]
 _Region = Annotated[str | None, typer.Option("--region", metavar="NAME", help="As in g4_region.")]
-_PathStyle = Annotated[bool, typer.Option("--path-style", help="Put the bucket into the path, as in g4_path_style.")]
+_PathStyle = Annotated[
+    bool | None, typer.Option("--path-style/--host-style", help="Where the bucket is put, as in g4_path_style.")
+]
 _CaFile = Annotated[Path | None, typer.Option("--ca-file", metavar="FILE", help="As in g4_ca_file.")]
 _Secret = Annotated[
     Path | None,
@@ -69,7 +71,7 @@ class Space:
 @app.command()
 def inspect(
     url: _Url, namespace: _Namespace = "", secret_file: _Secret = None, endpoint: _Endpoint = None,
-    region: _Region = None, path_style: _PathStyle = False, ca_file: _CaFile = None, as_json: Json = False,
+    region: _Region = None, path_style: _PathStyle = None, ca_file: _CaFile = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Show every namespace: model, runs, bytes, ages. Also while engines use it."""
     store, envelope = _opened(url, secret_file, endpoint, region, path_style, ca_file)
@@ -94,7 +96,7 @@ def inspect(
 def verify(
     url: _Url, namespace: _Namespace = "", secret_file: _Secret = None,
     repair: Annotated[bool, typer.Option("--repair", help="Delete damaged runs.")] = False,
-    endpoint: _Endpoint = None, region: _Region = None, path_style: _PathStyle = False, ca_file: _CaFile = None,
+    endpoint: _Endpoint = None, region: _Region = None, path_style: _PathStyle = None, ca_file: _CaFile = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Read every run and compare its blocks with their checksums. Ends with 1 if one is damaged."""
@@ -124,7 +126,7 @@ def verify(
 def purge(
     url: _Url, namespace: _Namespace = "",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    endpoint: _Endpoint = None, region: _Region = None, path_style: _PathStyle = False, ca_file: _CaFile = None,
+    endpoint: _Endpoint = None, region: _Region = None, path_style: _PathStyle = None, ca_file: _CaFile = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Delete what KVBM keeps there, all or some namespaces. Nothing else is deleted, whatever lies there."""
@@ -157,7 +159,12 @@ def purge(
 
 
 def _opened(
-    url: str, secret_file: Path | None, endpoint: str | None, region: str | None, path_style: bool, ca_file: Path | None
+    url: str,
+    secret_file: Path | None,
+    endpoint: str | None,
+    region: str | None,
+    path_style: bool | None,
+    ca_file: Path | None,
 ) -> tuple[ObjectStore, Envelope]:
     access = Access(_DEADLINE_S, endpoint, region, path_style, ca_file)
     envelope = Envelope(None if secret_file is None else read_secret(secret_file))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import annotated_types as at
-from pydantic import Field, TypeAdapter, ValidationError, field_validator
+from pydantic import Field, SecretStr, TypeAdapter, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kvbm.core.errors import ConfigError
@@ -96,8 +96,12 @@ class Settings(BaseSettings):
     """Find the storage service at this address. Unset: where the service's own tools find it."""
     g4_region: Annotated[str, Field(min_length=1)] | None = None
     """Use this region of the storage service. Unset: the one that its own tools use."""
-    g4_path_style: bool = False
-    """Put the bucket into the address's path, as servers of one's own want it, and not into the host's name."""
+    g4_path_style: bool | None = None
+    """Put the bucket into the address's path (true), or into the host's name (false). Unset: true with g4_endpoint."""
+    g4_access_key: Annotated[str, Field(min_length=1)] | None = None
+    """Use this access key for S3. Unset: where Amazon's tools find one (environment, files, the instance's role)."""
+    g4_secret_key: SecretStr | None = None
+    """Use this secret key for S3, with g4_access_key. `kvbm config` does not show it."""
     g4_ca_file: Path | None = None
     """Trust the certificate authorities in this PEM file, too, when KVBM connects to the storage service."""
     g4_proxy: Annotated[str, Field(pattern=r"^[a-z0-9]+://.+")] | None = None
@@ -227,18 +231,28 @@ UPSTREAM = {
     "DYN_KVBM_METRICS": "metrics",
     "DYN_KVBM_METRICS_PORT": "metrics_port",
     "DYN_KVBM_LEADER_WORKER_INIT_TIMEOUT_SECS": "init_timeout_s",
+    "DYN_KVBM_OBJECT_BUCKET": "g4_url",
+    "DYN_KVBM_OBJECT_ENDPOINT": "g4_endpoint",
+    "DYN_KVBM_OBJECT_REGION": "g4_region",
+    "DYN_KVBM_OBJECT_ACCESS_KEY": "g4_access_key",
+    "DYN_KVBM_OBJECT_SECRET_KEY": "g4_secret_key",
+    "DYN_KVBM_OBJECT_WRITE_THROUGH": "g4_admission",
 }
 """Upstream's variables that mean one of our settings."""
 
 _TURNED: dict[str, Callable[[bool], object]] = {
     "DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER": lambda yes: "all" if yes else "frequency",
     "DYN_KVBM_DISK_DISABLE_O_DIRECT": lambda yes: not yes,
+    "DYN_KVBM_OBJECT_WRITE_THROUGH": lambda yes: "all" if yes else "evicted",
 }
 """Those that say yes or no, and what our setting is then."""
+_OBJECTS_ENABLED = "DYN_KVBM_OBJECT_ENABLED"
+"""Says whether the bucket is used at all. Unset: it is not, as upstream has it."""
 
 _WITHOUT_EFFECT = {
     r"DISK_ALLOCATOR_TYPE": "g3_direct says how the disk is read and written",
-    r"OBJECT_\w+|NIXL_BACKEND_\w+|TRANSFER_BATCH_SIZE|G[23]PB_\w+": "there is no remote tier yet",
+    r"OBJECT_NUM_BLOCKS": "g4_gb bounds shared storage, over all instances",
+    r"NIXL_BACKEND_\w+|TRANSFER_BATCH_SIZE|G[23]PB_\w+": "shared storage has a client of its own",
     r"HOST_OFFLOAD_PREFIX_MIN_PRIORITY": "every complete block is offered to G2",
     r"MAX_CONCURRENT_TRANSFERS|MAX_TRANSFER_BATCH_SIZE": "copies are bounded in bytes, by store_inflight_mb",
     r"DISABLE_WRITE_COMBINED|ENABLE_NUMA": "G2 is ordinary memory where the system places it",
@@ -249,7 +263,7 @@ _WITHOUT_EFFECT = {
 }
 """Upstream's other variables (patterns, without DYN_KVBM_) and why they do nothing here."""
 
-_ELSEWHERE = {"KVBM_CONFIG"}
+_ELSEWHERE = {"KVBM_CONFIG", _OBJECTS_ENABLED}
 _WINNERS = {
     "g2_gb": "g2_blocks",
     "g3_gb": "g3_blocks",
@@ -346,10 +360,14 @@ def _from_extra(extra: Mapping[str, Any]) -> dict[str, _Given]:
 def _from_environment(environ: Mapping[str, str], notes: list[str]) -> dict[str, _Given]:
     """Ours last, so that it wins. An empty variable counts as unset."""
     ours = {f"KVBM_{name.upper()}": name for name in Settings.model_fields}
+    bucket = _yes(_OBJECTS_ENABLED, environ[_OBJECTS_ENABLED]) if environ.get(_OBJECTS_ENABLED) else False
     upstream: dict[str, _Given] = {}
     own: dict[str, _Given] = {}
     for variable, value in sorted(environ.items()):
         if not variable.startswith(("KVBM_", "DYN_KVBM_")) or not value or variable in _ELSEWHERE:
+            continue
+        if variable == "DYN_KVBM_OBJECT_BUCKET" and not bucket:
+            notes.append(f"{variable} has no effect: {_OBJECTS_ENABLED} is not true.")
             continue
         if variable in ours:
             own[ours[variable]] = _Given(value, f"environment {variable}")
@@ -366,10 +384,14 @@ def _from_environment(environ: Mapping[str, str], notes: list[str]) -> dict[str,
 
 def _turned(variable: str, value: str) -> object:
     """What our setting is when upstream's variable has this value."""
-    if variable not in _TURNED:
-        return value
+    if variable == "DYN_KVBM_OBJECT_BUCKET":
+        return f"s3://{value}"
+    return _TURNED[variable](_yes(variable, value)) if variable in _TURNED else value
+
+
+def _yes(variable: str, value: str) -> bool:
     try:
-        return _TURNED[variable](TypeAdapter(bool).validate_python(value.strip()))
+        return TypeAdapter(bool).validate_python(value.strip())
     except ValidationError:
         raise ConfigError(
             variable, f"{value!r} is not allowed, it must be true or false", source=f"environment {variable}"
@@ -401,7 +423,7 @@ def _stem(name: str) -> str:
 def _validated(given: Mapping[str, _Given], environ: Mapping[str, str]) -> Settings:
     for name, entry in given.items():
         # Pydantic would take true for the number 1.
-        if isinstance(entry.value, bool) and Settings.model_fields[name].annotation is not bool:
+        if isinstance(entry.value, bool) and Settings.model_fields[name].annotation not in (bool, bool | None):
             raise _bad(name, entry)
     values = {"run_dir": default_run_dir(environ)} | {name: entry.value for name, entry in given.items()}
     try:
@@ -438,7 +460,7 @@ def allowed(name: str) -> str:
         return "true or false"
     if annotation is Path:
         return "a path"
-    if annotation is str:
+    if annotation in (str, SecretStr):
         return _TEXTS.get(name, "a text that is not empty")
     bounds = []
     for constraint in constraints:

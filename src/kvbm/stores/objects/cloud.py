@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -37,10 +37,12 @@ class Access:
     deadline_s: float
     endpoint: str | None = None
     region: str | None = None
-    path_style: bool = False
-    """The bucket is part of the path and not of the host's name."""
+    path_style: bool | None = None
+    """Whether the bucket is part of the path, and not of the host's name; None: where there is an `endpoint`."""
     ca_file: Path | None = None
     proxy: str | None = None
+    access_key: str | None = None
+    secret_key: str | None = field(default=None, repr=False)
 
 
 class CloudStore(ObjectStore):
@@ -72,9 +74,15 @@ class CloudStore(ObjectStore):
             given["prefix"] = prefix
         try:
             if scheme == "s3":
+                endpoint = access.endpoint
+                in_path = endpoint is not None if access.path_style is None else access.path_style
+                if endpoint is not None and not in_path:  # the client takes it as it is
+                    scheme_, host = endpoint.split("://", 1)
+                    endpoint = f"{scheme_}://{bucket}.{host}"
                 own: dict[str, Any] = {
-                    "endpoint": access.endpoint, "region": access.region, "unsigned_payload": True,
-                    "virtual_hosted_style_request": not access.path_style,
+                    "endpoint": endpoint, "region": access.region, "unsigned_payload": True,
+                    "virtual_hosted_style_request": not in_path, "access_key_id": access.access_key,
+                    "secret_access_key": access.secret_key,
                 }  # fmt: skip
                 make: Callable[..., Any] = S3Store
             elif scheme == "az":
