@@ -13,6 +13,7 @@ that can be guessed, and who may list the storage could confirm one.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final, Literal
@@ -78,6 +79,15 @@ class Names:
         hash_ = self._hash.copy()
         hash_.update(key)
         return hash_.digest()
+
+    def heads(self, keys: Sequence[bytes]) -> list[int]:
+        """The first eight bytes of the name of the run that ends with each of these blocks, as a number."""
+        copy, number, heads = self._hash.copy, int.from_bytes, list[int]()
+        for key in keys:
+            hash_ = copy()
+            hash_.update(key)
+            heads.append(number(hash_.digest()[:8], "little"))
+        return heads
 
     def run(self, digest: bytes) -> str:
         """Where it lies."""

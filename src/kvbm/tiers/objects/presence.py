@@ -1,14 +1,15 @@
 """Which runs are in the storage, as far as this process knows. A hint: the GET is the truth.
 
-The first eight bytes of each name, in 256 sets, so that none that grows is large. Names come by the thousand; a thread
-of its own takes them in, a few at a time, so that the engine's thread never waits for it. Sets are looked into without
-a lock: one operation on a set is one step under Python's own.
+The first eight bytes of each name, as a number, in 256 sets, so that none that grows is large. Names come by the
+thousand; a thread of its own takes them in, a few at a time, so that the engine's thread never waits for it. Sets are
+looked into without a lock: one operation on a set is one step under Python's own.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Final
 
@@ -17,7 +18,6 @@ import numpy as np
 _SETS: Final = 256
 _SLICE: Final = 200
 _PAUSE_S: Final = 0.001
-HEAD_BYTES: Final = 8
 
 
 class KnownNames:
@@ -34,17 +34,23 @@ class KnownNames:
     def __len__(self) -> int:
         return sum(map(len, self._sets))
 
-    def __contains__(self, digest: bytes) -> bool:
-        head = int.from_bytes(digest[:HEAD_BYTES], "little")
+    def __contains__(self, head: int) -> bool:
         return head in self._sets[head % _SETS]
 
-    def add(self, digest: bytes) -> None:
-        """This one came."""
-        self._add(int.from_bytes(digest[:HEAD_BYTES], "little"))
+    def positions(self, heads: Sequence[int | None]) -> list[int]:
+        """Where in this list there are known ones."""
+        sets = self._sets
+        return [at for at, head in enumerate(heads) if head is not None and head in sets[head % _SETS]]
 
-    def discard(self, digest: bytes) -> None:
+    def add(self, head: int) -> None:
+        """This one came."""
+        known = self._sets[head % _SETS]
+        if len(known) >= self._most and head not in known:
+            known.pop()
+        known.add(head)
+
+    def discard(self, head: int) -> None:
         """It is not there any more."""
-        head = int.from_bytes(digest[:HEAD_BYTES], "little")
         self._sets[head % _SETS].discard(head)
 
     def hear(self, came: bytes, went: bytes) -> None:
@@ -61,16 +67,10 @@ class KnownNames:
         """Take nothing in any more."""
         self._news.put(None)
 
-    def _add(self, head: int) -> None:
-        known = self._sets[head % _SETS]
-        if len(known) >= self._most and head not in known:
-            known.pop()
-        known.add(head)
-
     def _run(self) -> None:
         while (news := self._news.get()) is not None:
             came, went, generation = news
-            for text, take in ((came, self._add), (went, self._drop)):
+            for text, take in ((came, self.add), (went, self.discard)):
                 heads = np.frombuffer(text, "<u8").tolist()
                 for at in range(0, len(heads), _SLICE):
                     if generation != self._generation:
@@ -78,6 +78,3 @@ class KnownNames:
                     for head in heads[at : at + _SLICE]:
                         take(head)
                     time.sleep(_PAUSE_S)
-
-    def _drop(self, head: int) -> None:
-        self._sets[head % _SETS].discard(head)

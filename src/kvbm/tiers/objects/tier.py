@@ -7,9 +7,9 @@ memory; the read is the truth.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -58,27 +58,28 @@ class Runs:
 
     def __init__(self, names: Names, run: int, presence: KnownNames) -> None:
         self.run, self.presence, self._names = run, presence, names
-        self._digests: OrderedDict[bytes, bytes] = OrderedDict()
+        self._heads: dict[bytes, int] = {}
+        """Of keys that end runs, the heads of their names, the oldest first."""
 
     def note(self, keys: Sequence[bytes]) -> list[bytes]:
         """Those of a prompt, from its first block on, that end runs."""
         ends = list(keys[self.run - 1 :: self.run])
-        known = self._digests
-        for end in ends:
-            if end not in known:
-                known[end] = self._names.digest(end)
-        while len(known) > _MOST_ENDS:
-            known.popitem(last=False)
+        known = self._heads
+        if new := [end for end in ends if end not in known]:
+            known.update(zip(new, self._names.heads(new), strict=True))
+            if len(known) > _MOST_ENDS:
+                for end in [*islice(known, len(known) - _MOST_ENDS // 2)]:
+                    del known[end]
         return ends
 
-    def digest(self, end: bytes) -> bytes:
-        known = self._digests.get(end)
-        return self._names.digest(end) if known is None else known
+    def head(self, end: bytes) -> int:
+        """Of the name of the run that ends with this key."""
+        known = self._heads.get(end)
+        return self._names.heads([end])[0] if known is None else known
 
     def there(self, keys: Sequence[bytes]) -> list[tuple[int, bytes]]:
         """Of these, in prompt order, the positions of ends of runs that are there, and their keys."""
-        known, presence = self._digests, self.presence
-        return [(at, key) for at, key in enumerate(keys) if (name := known.get(key)) is not None and name in presence]
+        return [(at, keys[at]) for at in self.presence.positions([*map(self._heads.get, keys)])]
 
 
 @dataclass(slots=True, eq=False)
@@ -272,7 +273,7 @@ class SharedStorage:
 
     def knows(self, end: bytes) -> bool:
         """See `Shelf`."""
-        return self.runs.digest(end) in self.runs.presence
+        return self.runs.head(end) in self.runs.presence
 
     def seek(self, seeker: Seeker, keys: Sequence[bytes], first: int | None, give: Give) -> None:
         before = dict(zip(seeker.keys[1:], enumerate(seeker.keys), strict=False))
@@ -325,7 +326,7 @@ class SharedStorage:
 
         def there(passage: Passage) -> None:
             if passage.done.all() and self.trials.off is None:
-                self.runs.presence.add(self.runs.digest(end))
+                self.runs.presence.add(self.runs.head(end))
             ended(passage)
 
         self.traffic.put(run, slots, priorities, b"".join(each.tobytes() for each in sums), there)
@@ -333,7 +334,7 @@ class SharedStorage:
 
     def forget(self, end: bytes) -> None:
         """The run that ends with this key is not there, or is damaged."""
-        self.runs.presence.discard(self.runs.digest(end))
+        self.runs.presence.discard(self.runs.head(end))
 
     def answer(self, result: Result) -> bool:
         return self.traffic.answer(result)
