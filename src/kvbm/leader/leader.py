@@ -213,7 +213,8 @@ class Leader:
             if count == 0 or request.hold is None or self.core.health.aside() is not None:  # a quarantine in between
                 # Another connector may fill what is new before any step of this request.
                 for table in request.tables:
-                    self.reuse([block for block in table[request.record.device_blocks :] if block not in had])
+                    new = table[request.record.device_blocks :]
+                    self.reuse([block for block in new if block not in had] if had else new)
                 self._release(request)
             else:
                 self._load(request, count)

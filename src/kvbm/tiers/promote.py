@@ -100,6 +100,8 @@ class Promotion:
         for _, mask in known:
             anywhere |= mask
         reach, coming = prefix(anywhere), self._coming
+        if not reach:
+            return 0
         end = min(reach, self.room)
         if coming:
             first = next((at for at in range(reach) if keys[at] in coming), reach)
