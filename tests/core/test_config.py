@@ -327,6 +327,12 @@ def test_a_read_only_root_has_another_temporary_folder(
     assert resolve().settings.run_dir == Path(folder, f"kvbm-{os.getuid()}")
 
 
+def test_an_address_is_shown_without_what_it_should_not_contain() -> None:
+    assert shown("s3://user:pass@bucket/x?sig=secret") == "s3://***@bucket/x?***"
+    assert shown("s3://bucket/x?sig=se://cret") == "s3://bucket/x?***"
+    assert shown("module:function?delay=1") == "module:function?delay=1"
+
+
 def test_upstreams_bucket_counts_where_it_is_enabled() -> None:
     given = {
         "DYN_KVBM_OBJECT_BUCKET": "my-bucket", "DYN_KVBM_OBJECT_ENDPOINT": "http://host:9000",

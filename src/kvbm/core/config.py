@@ -441,8 +441,10 @@ def _bad(name: str, entry: _Given) -> ConfigError:
 
 
 def shown(value: Any) -> Any:
-    """A value as it may be shown: without the user and the password of an address."""
-    return re.sub(r"(?<=://)[^/@]*@", "***@", value) if isinstance(value, str) else value
+    """A value as it may be shown: without the user, the password and the query of an address."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(://[^?]*)\?.*", r"\1?***", re.sub(r"(?<=://)[^/@]*@", "***@", value))
 
 
 def allowed(name: str) -> str:

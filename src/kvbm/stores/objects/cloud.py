@@ -28,6 +28,8 @@ _ATTEMPT: Final = 0.5
 """One attempt takes this part of the deadline at most, and none begins after as much again."""
 _CONNECT: Final = 0.25
 _SHOWN: Final = 200
+_ROLE: Final = "169.254.169.254"
+"""Where a machine in a cloud asks for its role."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +188,8 @@ def _retries(access: Access) -> RetryConfig:
 def _short(error: Exception) -> str:
     """What a library said, on one line, without addresses' queries, user names and keys."""
     text = " ".join(str(error).split())
+    if _ROLE in text:
+        return "no credentials are in the environment or in files, and nothing says which role this machine has"
     text = re.sub(r"(?<=://)[^/@\s]*@", "***@", text)
     text = re.sub(r"\?[^\s\"')]*", "?***", text)
     return text[:_SHOWN] or type(error).__name__
