@@ -34,17 +34,12 @@ class ObjectStore(ABC):
     ``..``. They are relative to where the store was opened.
 
     Any thread, several at once. A call waits for the storage, and is to end within the deadline that the store was
-    opened with. One that cannot promise that (a mounted file system that hangs) says so by `bounded`. Buffers that a
+    opened with; one that does not (a mounted file system hangs) is written off by its caller. Buffers that a
     call was given may be read until it has returned or raised, whatever became of the storage meanwhile. No call
     follows links, or reads or deletes what is no ordinary object.
 
     Every method raises `Denied` where the storage refuses us, and `Broken` for what goes wrong otherwise.
     """
-
-    @property
-    @abstractmethod
-    def bounded(self) -> bool:
-        """Whether every call ends by itself within the deadline."""
 
     @abstractmethod
     def put(self, name: str, data: Buffer) -> bool:

@@ -13,8 +13,9 @@ from typing import ClassVar, Final, NamedTuple
 from kvbm.abc.policy import Drop, Move, Placement
 from kvbm.abc.transport import Transport
 from kvbm.blocks import Pool
-from kvbm.build.parts import MOVE_BYTES, Ground, Needs, Wrap
+from kvbm.build.parts import MOVE_BYTES, Ground, Needs, Wrap, open_ranks
 from kvbm.build.place import Place
+from kvbm.build.share import budget
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.core.folders import NO_HOME
@@ -29,7 +30,7 @@ from kvbm.stores.disk.format import padded
 from kvbm.stores.disk.meta import DiskPlace, as_facts, bytes_of, listed
 from kvbm.stores.disk.recovery import Recovered
 from kvbm.stores.disk.shard import Shard
-from kvbm.tiers.demote import Budget, Demotion, Rules
+from kvbm.tiers.demote import Demotion, Rules
 from kvbm.tiers.disk.adopt import adopt
 from kvbm.tiers.disk.folder import Generations
 from kvbm.tiers.disk.orders import TIER, to_open
@@ -48,7 +49,6 @@ _RINGS, _DEPTH = 3, 64
 _THREADS = 16
 """Without: threads, each with one operation in flight."""
 _TIERS: Final = ("g2", TIER)
-_TICK_S: Final = 0.005
 
 
 def wanted(settings: Settings) -> bool:
@@ -117,23 +117,8 @@ class DiskClaim:
     def open(self, namespace: Namespace, promotion: Promotion, nearer: Sequence[Tier]) -> DiskSide:
         ground = self._ground
         found = find(ground, self._folder, namespace)
-        self._open_ranks(found.folder)
+        open_ranks(ground, to_open(found.folder.place))
         return _side(ground, found)
-
-    def _open_ranks(self, part: NamespaceFolder) -> None:
-        """Has every rank that stores open its file. Raises Broken."""
-        core, ranks = self._ground.core, [*self._ground.links]
-        opened = core.lower.open(TIER)
-        for rank in ranks:
-            core.links[rank].send(to_open(part.place))
-        deadline = time.monotonic() + self._ground.settings.init_timeout_s
-        while len(opened) < len(ranks):
-            core.tick()
-            if time.monotonic() > deadline or not all(core.links[rank].open for rank in ranks):
-                raise Broken("not every rank said whether its file is open")
-            time.sleep(_TICK_S)
-        if problem := next((each.problem for each in opened.values() if each.problem), None):
-            raise Broken(problem)
 
     def close(self) -> None:
         self._folder.close()
@@ -231,7 +216,7 @@ def _side(ground: Ground, found: FolderFound) -> DiskSide:
     rules = Rules(
         admission(settings.g3_admission, slots),
         Frequency(slots),
-        _budget(settings),
+        budget(settings.g3_write_mb_s, settings.g3_write_gb_day),
         exclusive=isinstance(below.evict("g2", _TIERS), Move),
         block_bytes=ground.block_bytes,
         batch=MOVE_BYTES // ground.block_bytes,
@@ -245,13 +230,6 @@ def _side(ground: Ground, found: FolderFound) -> DiskSide:
 def _writing(most: int, g2: Pool) -> int:
     """Blocks that may be written at once: they are held meanwhile."""
     return min(most, g2.total // 4)
-
-
-def _budget(settings: Settings) -> Budget:
-    if settings.g3_write_mb_s is not None:
-        return Budget(settings.g3_write_mb_s * 1e6 * 3600, 3600, time.monotonic)
-    day = settings.g3_write_gb_day
-    return Budget(None if day is None else day * 1e9, 86_400, time.monotonic)
 
 
 def _cipher(settings: Settings) -> Cipher | None:

@@ -10,7 +10,8 @@ from functools import partial
 from typing import ClassVar, Final
 
 from kvbm.abc.transport import Transport
-from kvbm.build.parts import Ground, Needs, Wrap
+from kvbm.build.parts import Ground, Needs, Wrap, open_ranks
+from kvbm.build.share import budget
 from kvbm.core.config import Settings
 from kvbm.core.errors import Broken
 from kvbm.core.keys import Namespace
@@ -19,7 +20,6 @@ from kvbm.stores.objects.envelope import Envelope, read_secret
 from kvbm.stores.objects.names import Names
 from kvbm.stores.objects.places import Location, locate, open_store
 from kvbm.stores.objects.runs import RunFormat, Shape, run_blocks
-from kvbm.tiers.demote import Budget
 from kvbm.tiers.objects.clerk import Habits
 from kvbm.tiers.objects.mover import Library, lanes
 from kvbm.tiers.objects.orders import TIER, RunsPlace, to_open
@@ -36,10 +36,8 @@ log = logging.getLogger(__name__)
 _MOST_LOST: Final = 8
 _MOST_WAITING: Final = 4_096
 """Runs that wait to be written."""
-_OPEN_S: Final = 0.005
 _LATE_S: Final = 5.0
 """Seconds beyond its calls' deadlines after which a rank that says nothing counts as broken."""
-_DAY_S: Final = 86_400
 
 
 class ObjectsPart:
@@ -92,15 +90,14 @@ class ObjectsClaim:
             log.warning(
                 "KVBM: whoever may write to %s can forge blocks: g4_secret_file is not set", _location(settings).url
             )
-        self._open_ranks(place)
+        open_ranks(ground, to_open(place))
         shape = Shape(run, len(ground.links), ground.slot_bytes)
         gets, puts = lanes(settings.g4_inflight_mb * 1_000_000, shape.data_bytes)
         runs = Runs(_names(settings, namespace.fingerprint, shape), run, KnownNames(settings.g4_known))
 
         def uploads(objects: SharedStorage) -> Uploads:
-            rules = UploadRules(
-                settings.g4_admission, _budget(settings), run, shape.data_bytes, puts, _MOST_WAITING
-            )  # fmt: skip
+            most = budget(settings.g4_write_mb_s, settings.g4_write_gb_day)
+            rules = UploadRules(settings.g4_admission, most, run, shape.data_bytes, puts, _MOST_WAITING)
             return Uploads(objects, core.pool, rules, core.emit)
 
         traffic = Traffic(
@@ -111,21 +108,6 @@ class ObjectsClaim:
             traffic, runs, core.lower.sums(len(ground.links), core.pool.capacity), uploads, time.monotonic,
             _location(settings).url,
         )  # fmt: skip
-
-    def _open_ranks(self, place: RunsPlace) -> None:
-        """Has every rank that stores say where its memory is. Raises Broken."""
-        core, ranks = self._ground.core, [*self._ground.links]
-        opened = core.lower.open(TIER)
-        for rank in ranks:
-            core.links[rank].send(to_open(place))
-        deadline = time.monotonic() + self._ground.settings.init_timeout_s
-        while len(opened) < len(ranks):
-            core.tick()
-            if time.monotonic() > deadline or not all(core.links[rank].open for rank in ranks):
-                raise Broken("not every rank said where its host memory is")
-            time.sleep(_OPEN_S)
-        if problem := next((each.problem for each in opened.values() if each.problem), None):
-            raise Broken(problem)
 
     def close(self) -> None:
         """Nothing was taken."""
@@ -162,10 +144,3 @@ def _library(settings: Settings, place: RunsPlace, shape: Shape) -> Library:
     store = open_store(_location(settings), _access(settings), _mode(settings))
     names, envelope = _names(settings, place.fingerprint, shape), _envelope(settings)
     return Library(store, envelope, names, RunFormat(place.fingerprint, shape, place.model))
-
-
-def _budget(settings: Settings) -> Budget:
-    if settings.g4_write_mb_s is not None:
-        return Budget(settings.g4_write_mb_s * 1e6 * 3600, 3600, time.monotonic)
-    day = settings.g4_write_gb_day
-    return Budget(None if day is None else day * 1e9, _DAY_S, time.monotonic)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
@@ -9,9 +10,11 @@ from typing import Final, Literal, Protocol
 from kvbm.abc.transport import Transport
 from kvbm.build.place import Place
 from kvbm.core.config import Settings
+from kvbm.core.errors import Broken
 from kvbm.core.keys import Namespace
 from kvbm.leader.core import Core
 from kvbm.link.channel import Link
+from kvbm.link.messages import Open
 from kvbm.tiers.gate import Gate
 from kvbm.tiers.promote import Promotion
 from kvbm.tiers.tier import RankSide, RankTier, Tier
@@ -19,7 +22,7 @@ from kvbm.tiers.tier import RankSide, RankTier, Tier
 Wrap = Callable[[Transport], Transport]
 """What a transport is put into (`transport_wrapper`)."""
 
-
+_TICK_S: Final = 0.005
 MOVE_BYTES: Final = 32 << 20
 """Bytes that are moved between host memory and a tier at once, over all ranks: what has arrived can be used while the
 rest is on its way. Each move has work of its own, which costs a fast disk up to a tenth with half of this."""
@@ -102,3 +105,19 @@ class Part(Protocol):
 
     def claim(self, ground: Ground) -> Claim:
         """At the start of a leader. Raises Broken."""
+
+
+def open_ranks(ground: Ground, message: Open) -> None:
+    """Has every rank that stores open its part of a tier, and waits for the answers. Raises Broken."""
+    core, ranks = ground.core, [*ground.links]
+    opened = core.lower.open(message.tier)
+    for rank in ranks:
+        core.links[rank].send(message)
+    deadline = time.monotonic() + ground.settings.init_timeout_s
+    while len(opened) < len(ranks):
+        core.tick()
+        if time.monotonic() > deadline or not all(core.links[rank].open for rank in ranks):
+            raise Broken("not every rank said whether its part is open")
+        time.sleep(_TICK_S)
+    if problem := next((each.problem for each in opened.values() if each.problem), None):
+        raise Broken(problem)

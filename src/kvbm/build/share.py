@@ -10,10 +10,18 @@ from kvbm.blocks import Pool
 from kvbm.build.parts import MOVE_BYTES
 from kvbm.core.config import Settings
 from kvbm.leader.core import Core
+from kvbm.tiers.demote import Budget
 from kvbm.tiers.promote import Promotion
 
 _UNMEASURED: Final = 16
 """The first moves, while nothing is known about a place, are this part of later ones."""
+
+
+def budget(mb_s: float | None, gb_day: float | None) -> Budget:
+    """What may be written to a tier: so much a second, averaged over an hour, or else so much a day."""
+    if mb_s is not None:
+        return Budget(mb_s * 1e6 * 3600, 3600, time.monotonic)
+    return Budget(None if gb_day is None else gb_day * 1e9, 86_400, time.monotonic)
 
 
 def held(settings: Settings, g2: Pool) -> int:

@@ -6,37 +6,20 @@ import os
 import secrets
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Final, TypeVar
+from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 import pytest
 from typing_extensions import Buffer
 
 from kvbm.abc.store import Absent, Listed, ObjectStore
+from kvbm.stores.objects.probe import together
 
 ROUNDS: Final = 6
 """Races for one name."""
 MANY: Final = 1_100
 """More than a page."""
-_Result = TypeVar("_Result")
-
-
-def together(calls: Sequence[Callable[[], _Result]]) -> list[_Result]:
-    """All of them at once; what each returned. One that raises fails the test."""
-    results: dict[int, _Result] = {}
-    gate = threading.Barrier(len(calls))
-
-    def run(at: int) -> None:
-        gate.wait()
-        results[at] = calls[at]()
-
-    threads = [threading.Thread(target=run, args=(at,), daemon=True) for at in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return [results[at] for at in range(len(calls))]
 
 
 class ObjectStoreSuite(ABC):

@@ -20,10 +20,6 @@ class MemoryStore(ObjectStore):
         self.calls: list[tuple[str, str]] = []
         self._lock = threading.Lock()
 
-    @property
-    def bounded(self) -> bool:
-        return True
-
     def _begin(self, call: str, name: str) -> None:
         self.calls.append((call, name))
         self.before(call, name)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from kvbm.cli import serve
+from kvbm.core import config
 from kvbm.core.errors import Broken
 from kvbm.core.extras import installing
 
@@ -31,7 +32,8 @@ class Seaweed:
     """
 
     def __init__(self, folder: Path) -> None:
-        found = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+        others = config.child_environment().get("PATH", "")
+        found = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{others}")
         if found is None:
             raise Broken(f"this needs the S3 server SeaweedFS. Do: {installing('demo')}")
         self._folder, self._program = folder, found

@@ -96,10 +96,6 @@ class CloudStore(ObjectStore):
         except (exceptions.BaseError, ValueError, TypeError) as error:
             raise ConfigError("g4_url", f"it cannot be used: {_short(error)}") from None
 
-    @property
-    def bounded(self) -> bool:
-        return True
-
     def put(self, name: str, data: Buffer) -> bool:
         with self._told(name, absent=Denied):
             try:

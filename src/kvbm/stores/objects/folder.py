@@ -38,10 +38,6 @@ class FolderStore(ObjectStore):
         self._folder, self._mode = folder, mode
         self._folder_mode = mode | (mode & 0o444) >> 2
 
-    @property
-    def bounded(self) -> bool:
-        return False
-
     def put(self, name: str, data: Buffer) -> bool:
         return self._put(name, data, self._publish)
 

@@ -166,8 +166,10 @@ class Clerk:
         def run(job: Job[None], _: None) -> None:
             try:
                 do(job)
+                rota.failing = False
             except Broken as error:
-                log.debug("KVBM: shared storage: %s", error)
+                log.log(logging.DEBUG if rota.failing else logging.WARNING, "KVBM: shared storage (G4): %s", error)
+                rota.failing = True
             if job.end():
                 rota.busy = False
 
@@ -283,6 +285,8 @@ class Rota:
         self._next = {"feed": 0.0, "touch": now + EPOCH_S, "collect": now + random.uniform(0, _SPREAD_S)}
         self.listed = self.busy = self.over = False
         """Whether all runs were listed, something is being done, and nothing is to be done any more."""
+        self.failing = False
+        """Whether the last of it failed, which was said then."""
 
     def due(self, clock: Callable[[], float]) -> str | None:
         """What is due now, if anything; then it is due later again. `clock` is the storage's."""
