@@ -13,13 +13,14 @@ from kvbm.core.errors import Broken
 from kvbm.stores.objects.cloud import Access, CloudStore
 from kvbm.stores.objects.probe import probe
 from kvbm.testing.objects import ObjectStoreSuite
+from tests.seaweed import client, started
 
 NUMBERS = itertools.count()
 
 
 @pytest.fixture(scope="module")
 def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
-    server = Seaweed(tmp_path_factory.mktemp("weed"))
+    server = started(tmp_path_factory.mktemp("weed"))
     yield server
     server.kill()
 
@@ -29,9 +30,7 @@ def in_weed(weed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clo
     for name, value in weed.credentials.items():
         monkeypatch.setenv(name, value)
     own = f"test-{next(NUMBERS)}"  # this server sets much space aside for each bucket
-    return lambda prefix="some/prefix": CloudStore(
-        "s3", "bucket", f"{own}/{prefix}", Access(10.0, weed.endpoint, path_style=True)
-    )
+    return lambda prefix="some/prefix": client(weed, f"{own}/{prefix}")
 
 
 class TestS3(ObjectStoreSuite):

@@ -8,40 +8,25 @@ Some minutes: its server takes seconds for what others do at once.
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
 from kvbm.cli.demo.seaweed import Seaweed
 from kvbm.core.errors import Broken
-from kvbm.stores.objects.cloud import Access, CloudStore
 from kvbm.stores.objects.folder import FolderStore
 from tests.leader.roles import keys_of
+from tests.seaweed import client, started
 from tests.tiers.objects.faulty import Faulty, Mode
 from tests.tiers.objects.test_whole import Sharing
 
 NUMBERS = itertools.count()
 DEADLINE_S = 5.0
 """SeaweedFS takes up to two seconds where several create one object at once."""
-
-
-def started(folder: Path) -> Seaweed:
-    """A server that has its bucket: to make one takes seconds."""
-    folder.mkdir(exist_ok=True)
-    server = Seaweed(folder)
-    with mock.patch.dict(os.environ, server.credentials):
-        client(server).put("first", b"x")
-    return server
-
-
-def client(server: Seaweed) -> CloudStore:
-    return CloudStore("s3", "bucket", "", Access(20.0, server.endpoint, path_style=True))
 
 
 @pytest.fixture(scope="module")

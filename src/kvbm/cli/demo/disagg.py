@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import signal
 import statistics
 import subprocess
 import sys
@@ -12,13 +11,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from kvbm.cli import models, serve
+from kvbm.cli import serve
 from kvbm.cli.demo.client import Client
 from kvbm.cli.demo.conversations import conversations
 from kvbm.cli.demo.engine import Advance, Engine, Setup
@@ -32,15 +31,11 @@ from kvbm.cli.demo.run import (
     Turns,
     Users,
     play,
-    progress,
-    show,
+    present,
 )  # fmt: skip
 from kvbm.cli.engines import Json
-from kvbm.core import config
 from kvbm.core.errors import Broken, KvbmError
 from kvbm.core.extras import installing
-
-_err = Console(stderr=True, highlight=False)
 
 G2_GB = 1
 PREFILL, DECODE = "prefill", "decode"
@@ -112,16 +107,8 @@ def demo_disagg(
     as_json: Json = False,
 ) -> None:
     """Compare one engine with a prefill and a decode engine behind a router: the same conversations. A few minutes."""
-    # As an exception, so that the engines are ended with the demo.
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
-    output.parent.mkdir(parents=True, exist_ok=True)
     plan = Plan(users, turns, document_tokens, answer_tokens)
-    model = models.resolve("smollm2", config.load().settings.cache_dir, _err)
-    with progress() as advance:
-        result = measure(plan, model, output.parent, advance)
-    show(result.record(), result.table(), output, as_json)
-    if problem := result.problem():
-        raise KvbmError(f"the demo failed: {problem}")
+    present(output, as_json, partial(measure, plan))
 
 
 def measure(plan: Plan, model: str, logs: Path, advance: Advance) -> Disagg:

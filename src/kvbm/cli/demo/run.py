@@ -8,12 +8,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
@@ -96,6 +96,33 @@ def demo(
     model = models.resolve("smollm2", cache_dir, _err)
     result = measure(plan, model, output.parent)
     show(report.record(result), report.table(result), output, as_json)
+    if problem := result.problem():
+        raise KvbmError(f"the demo failed: {problem}")
+
+
+class Result(Protocol):
+    """What a demo measured."""
+
+    def record(self) -> dict[str, Any]:
+        """For programs."""
+
+    def table(self) -> Table:
+        """For people."""
+
+    def problem(self) -> str | None:
+        """Why the demo failed, in a sentence."""
+
+
+def present(output: Path, as_json: bool, measure: Callable[[str, Path, Advance], Result]) -> None:
+    """Measure (with a model, a folder for logs, and what says how far it is), and show it. Raises KvbmError where the
+    demo failed."""
+    # As an exception, so that the engines are ended with the demo.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    model = models.resolve("smollm2", config.load().settings.cache_dir, _err)
+    with progress() as advance:
+        result = measure(model, output.parent, advance)
+    show(result.record(), result.table(), output, as_json)
     if problem := result.problem():
         raise KvbmError(f"the demo failed: {problem}")
 

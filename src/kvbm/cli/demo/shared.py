@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -14,10 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from kvbm.cli import models
 from kvbm.cli.demo.conversations import conversations
 from kvbm.cli.demo.engine import Advance, Engine, Setup
 from kvbm.cli.demo.report import Same, Turn, same
@@ -30,15 +26,11 @@ from kvbm.cli.demo.run import (
     Users,
     ask,
     play,
-    progress,
-    show,
+    present,
 )  # fmt: skip
 from kvbm.cli.demo.seaweed import Seaweed
 from kvbm.cli.engines import Json
-from kvbm.core import config
-from kvbm.core.errors import Broken, KvbmError
-
-_err = Console(stderr=True, highlight=False)
+from kvbm.core.errors import Broken
 
 G2_GB = 2
 _STORED_WITHIN_S = 30.0
@@ -107,16 +99,8 @@ def demo_shared(
     as_json: Json = False,
 ) -> None:
     """Kill an engine, and have another one go on with its users, from shared storage. A few minutes."""
-    # As an exception, so that the engines are ended with the demo.
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
-    output.parent.mkdir(parents=True, exist_ok=True)
     plan = Plan(users, turns, document_tokens, answer_tokens)
-    model = models.resolve("smollm2", config.load().settings.cache_dir, _err)
-    with progress() as advance:
-        result = measure(plan, model, output.parent, where, advance)
-    show(result.record(), result.table(), output, as_json)
-    if problem := result.problem():
-        raise KvbmError(f"the demo failed: {problem}")
+    present(output, as_json, lambda model, logs, advance: measure(plan, model, logs, where, advance))
 
 
 def measure(plan: Plan, model: str, logs: Path, where: str, advance: Advance) -> Shared:
