@@ -230,8 +230,7 @@ def look_up(bench: Bench) -> None:
     took: list[float] = []
     for _ in range(40):
         runs, keys = Runs(names, 1, known), [secrets.token_bytes(32) for _ in range(PROMPT)]
-        for head in names.heads(keys[::2]):
-            known.add(head)
+        known.add(names.heads(keys[::2]))
         known.hear(os.urandom(8 * ARRIVING), b"")
 
         def match(runs: Runs = runs, keys: list[bytes] = keys) -> None:

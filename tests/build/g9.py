@@ -306,6 +306,9 @@ class G9:
     def status(self) -> Mapping[str, Any]:
         return {}
 
+    def limits(self) -> str | None:
+        return None
+
     def namesakes(self) -> tuple[str, ...]:
         return ()
 

@@ -3,7 +3,8 @@
 
 Requests mix what people use: two adapters and the base model, tenants, several answers to one prompt, opting out, times
 to live, priorities, shared beginnings, conversations that go on; some are aborted, and caches are reset. Each set-up is
-an engine with a small device cache (requests preempt each other), a G2 that evicts and, unless it has peers, a disk.
+an engine with a small device cache (requests preempt each other), a G2 that evicts and, unless it has others to share
+with, a disk.
 One copy in twenty fails, one comes after its deadline, and where checksums see it, one in twenty has a flipped bit. All
 in float32, where batching changes nothing.
 
@@ -27,10 +28,12 @@ from typing import Any
 
 import msgspec
 
+from kvbm.stores.objects.names import parse
 from kvbm.testing.faults import inject, injected
-from tests.e2e.engine import Done, Engine, asynchronous_scheduling, write_gemma, write_tiny
+from tests.e2e.engine import Done, Engine, asynchronous_scheduling, environment, write_gemma, write_tiny
 from tests.e2e.soak_peers import always_load, left, use
 from tests.e2e.test_requests import adapter
+from tests.gcs import ACCOUNT, Gcs, Spoilt
 from tests.valkey import Server
 
 CHUNK = 100
@@ -70,6 +73,8 @@ class Setup:
     """Makes the model."""
     renews: bool = False
     """Whether adapters get other weights between batches of requests: under another number, or in place."""
+    stretch: int = 1
+    """So many times longer prompts and more blocks: shared storage has nothing of less than 512 tokens."""
     several: bool = True
     """Whether requests ask for several answers: with top_k and speculation vLLM 0.32 ends when there was no guess."""
 
@@ -102,6 +107,7 @@ SETUPS = {
         {"g2_blocks": 6 * G2_BLOCKS, "checkpoint_tokens": 64}, {"num_gpu_blocks_override": 100}, write=write_gemma
     ),
     "adapters": Setup(renews=True),
+    "storage": Setup(tiers=("g2", "g4"), stretch=3),
 }
 
 
@@ -121,13 +127,14 @@ class Job:
 
 
 class Alone:
-    """The engine without KVBM, with a set-up's model and as many ranks, and the adapters of both. `close` ends it."""
+    """The engine without KVBM, with a set-up's model and as many ranks, room for as long prompts, and the adapters of
+    both. `close` ends it."""
 
-    def __init__(self, model: Path, folder: Path, ranks: int = 1) -> None:
+    def __init__(self, model: Path, folder: Path, ranks: int = 1, stretch: int = 1) -> None:
         folder.mkdir()
         self.model, self._folder = model, folder
         self.loras = [None, *(_lora(folder, number, number) for number in (1, 2))]
-        sizes = SIZES | {"num_gpu_blocks_override": 256, "tensor_parallel_size": ranks}
+        sizes = sizes_of(stretch) | {"num_gpu_blocks_override": 256 * stretch, "tensor_parallel_size": ranks}
         self._engine: Engine | None = Engine(model, None, **sizes, **LORA)
 
     def answer(self, jobs: Sequence[Job]) -> None:
@@ -171,12 +178,17 @@ def _lora(folder: Path, which: int, number: int, seed: int | None = None) -> Any
     return LoRARequest(f"adapter{which}", number, str(path))
 
 
-class Traffic:
-    """Makes requests and asks the engine alone for their answers."""
+def sizes_of(stretch: int) -> dict[str, Any]:
+    """SIZES for prompts that are so many times longer."""
+    return SIZES | {name: SIZES[name] * stretch for name in ("num_gpu_blocks_override", "max_model_len")}
 
-    def __init__(self, dice: random.Random, alone: Alone, *, several: bool) -> None:
-        self._dice, self._alone, self._several = dice, alone, several
-        self._roots = [self._text(150, 330) for _ in range(5)]
+
+class Traffic:
+    """Makes requests, `stretch` times longer, and asks the engine alone for their answers."""
+
+    def __init__(self, dice: random.Random, alone: Alone, *, several: bool, stretch: int = 1) -> None:
+        self._dice, self._alone, self._several, self._stretch = dice, alone, several, stretch
+        self._roots = [self._text(150 * stretch, 330 * stretch) for _ in range(5)]
         self._past: list[Job] = []
 
     def more(self, count: int) -> list[Job]:
@@ -192,13 +204,13 @@ class Traffic:
         dice, kind = self._dice, self._dice.random()
         tokens, features = dice.randrange(1, 60), set[str]()
         job = Job([], tokens, features)
-        before = [past for past in self._past if len(past.prompt) + len(past.answers[0]) < LONGEST - 60]
+        before = [past for past in self._past if len(past.prompt) + len(past.answers[0]) < LONGEST * self._stretch - 60]
         if kind < 0.25 and before:
             past = dice.choice(before)
             job.prompt, job.salt, job.lora = past.prompt + past.answers[0] + self._text(1, 50), past.salt, past.lora
             features.add("continued")
         else:
-            shared = dice.choice(self._roots)[: dice.randrange(1, 330)] if kind < 0.9 else []
+            shared = dice.choice(self._roots)[: dice.randrange(1, 330 * self._stretch)] if kind < 0.9 else []
             features |= {"shared beginning"} if len(shared) >= 32 else set()
             job.prompt = shared + self._text(1, 60)
             job.salt = dice.choice([*(None,) * 5, "a", "b"])
@@ -275,15 +287,33 @@ class Result:
         return None
 
 
+def unreliable(dice: random.Random, rate: float, counts: Counter[str]) -> Callable[[str, str], Spoilt]:
+    """Of requests about runs, so many go wrong in each way; `counts` says how often."""
+    ways: dict[str, tuple[Spoilt, ...]] = {
+        "PUT": ("refused", "stored and refused", "late", "flipped"),
+        "GET": ("refused", "missing", "late", "flipped", "cut"),
+    }
+
+    def spoil(command: str, name: str) -> Spoilt:
+        ours, at, these = parse(name.removeprefix("kv/")), dice.random(), ways.get(command, ())
+        if ours is None or ours.kind != "run" or at >= rate * len(these):
+            return ""
+        way = these[int(at / rate)]
+        counts[f"storage: {command} {way}"] += 1
+        return way
+
+    return spoil
+
+
 class Run:
     """One set-up, started in `folder`. `close` ends its engines, but not the one without KVBM."""
 
     def __init__(self, name: str, alone: Alone, folder: Path, seed: int, faults: Sequence[str]) -> None:
         self.setup, self.result, self._alone = SETUPS[name], Result(name, seed), alone
         self._dice, self._switch = random.Random(seed), folder / "faults"
-        self.traffic = Traffic(self._dice, alone, several=self.setup.several)
+        self.traffic = Traffic(self._dice, alone, several=self.setup.several, stretch=self.setup.stretch)
         inject(self._switch, *faults)
-        self._stack = ExitStack()
+        self._stack, self._spoiled, self._spoils = ExitStack(), Counter[str](), bool(faults)
         try:
             self.engines = [
                 self._stack.enter_context(closing(self._start(settings))) for settings in self._settings(folder)
@@ -297,11 +327,19 @@ class Run:
 
     def _settings(self, folder: Path) -> Iterator[dict[str, Any]]:
         own: dict[str, Any] = {
-            "g2_blocks": G2_BLOCKS, "transport_wrapper": f"kvbm.testing.faults:follow?{self._switch}", **DEADLINES,
-            **self.setup.settings,
+            "g2_blocks": G2_BLOCKS * self.setup.stretch,
+            "transport_wrapper": f"kvbm.testing.faults:follow?{self._switch}", **DEADLINES, **self.setup.settings,
         }  # fmt: skip
         if "g3" in self.setup.tiers:
             own |= {"g3_blocks": 1000, "g3_dir": str(folder / "disk")}
+        if "g4" in self.setup.tiers:
+            store = self._stack.enter_context(closing(Gcs()))
+            store.spoil = unreliable(random.Random(self.result.seed), RATE * self._spoils, self._spoiled)
+            self._stack.enter_context(environment(GOOGLE_SERVICE_ACCOUNT_KEY=ACCOUNT))
+            shared = {"g4_url": "gs://bucket/kv", "g4_endpoint": store.endpoint, "g4_feed_s": 0.2, "g4_deadline_s": 1.0}
+            for _ in "ab":
+                yield own | shared
+            return
         if "peer" not in self.setup.tiers:
             yield own
             return
@@ -315,7 +353,7 @@ class Run:
     def _start(self, settings: Mapping[str, Any]) -> Engine:
         options = dict(self.setup.options)
         with asynchronous_scheduling() if options.get("async_scheduling") else nullcontext():
-            engine = Engine(self._alone.model, settings, **(SIZES | LORA | options))
+            engine = Engine(self._alone.model, settings, **(sizes_of(self.setup.stretch) | LORA | options))
         config = engine.core.scheduler.vllm_config.scheduler_config
         assert config.async_scheduling == options.get("async_scheduling", False)
         self._count(engine, "_preempt_request", "preempted")
@@ -366,7 +404,7 @@ class Run:
         if (kind := self._dice.random()) > 0.01:
             return
         # A reset of KVBM ends sharing until the engine is started anew.
-        running, connector = kind < 0.003, kind < 0.0005 and "peer" not in self.setup.tiers
+        running, connector = kind < 0.003, kind < 0.0005 and not {"peer", "g4"} & {*self.setup.tiers}
         what = "KVBM" if connector else "the device, requests running" if running else "the device"
         try:
             if engine.vllm.reset_prefix_cache(reset_running_requests=running, reset_connector=connector):
@@ -414,13 +452,16 @@ class Run:
         result.left = " ".join(filter(None, map(left, self.engines)))
         result.tokens.clear()
         result.failed.clear()
-        result.faults, result.evictions = injected(self._switch), 0
+        result.faults, result.evictions = injected(self._switch) + self._spoiled, 0
         for status in (engine.status() for engine in self.engines):
             result.tokens.update(status["tokens"])
             result.evictions += status["evictions"]
             for what in ("onboard", "offload", "promote", "demote", "fetch"):
                 result.failed[what] += status.get(what, {}).get("failed", 0)
             result.failed["corrupt on disk"] += status.get("promote", {}).get("corrupt", 0)
+            result.failed["corrupt in storage"] += sum(
+                each.get("corrupt", 0) for each in status["tiers"] if each["name"] == "g4"
+            )
             result.failed["corrupt from peers"] += status.get("sharing", {}).get("peer_corrupt", 0)
         return result
 
@@ -485,12 +526,12 @@ def main() -> int:
     always_load()
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        engines = dict[tuple[Any, int], Alone]()
+        engines = dict[tuple[Any, int, int], Alone]()
         for at, setup in enumerate(names[:1] if given.minutes else names):
-            write, ranks = of = SETUPS[setup].write, SETUPS[setup].ranks
+            write, ranks, stretch = of = SETUPS[setup].write, SETUPS[setup].ranks, SETUPS[setup].stretch
             if of not in engines:
                 model = write(folder / f"model of {setup}")
-                engines[of] = stack.enter_context(closing(Alone(model, folder / f"alone for {setup}", ranks)))
+                engines[of] = stack.enter_context(closing(Alone(model, folder / f"alone for {setup}", ranks, stretch)))
             if given.minutes:
                 results.append(soak(setup, given.minutes, given.seed, engines[of], folder / setup))
                 break

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -64,6 +66,14 @@ def always_load(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def dice(request: pytest.FixtureRequest) -> random.Random:
     return random.Random(request.node.name)
+
+
+def downloaded_elsewhere(model: Path, folder: Path) -> Path:
+    """The same model as another machine has it: under another path, with other times."""
+    copy = shutil.copytree(model, folder / "elsewhere", copy_function=shutil.copyfile)
+    for at, path in enumerate(sorted(copy.iterdir())):
+        os.utime(path, (1_600_000_000 + at, 1_600_000_000 + at))
+    return copy
 
 
 def prompt_of(dice: random.Random, length: int) -> list[int]:

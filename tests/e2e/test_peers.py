@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import prompt_of
+from tests.e2e.conftest import downloaded_elsewhere, prompt_of
 from tests.e2e.engine import Done, Engine
 from tests.e2e.soak_peers import soak
 from tests.valkey import Server
@@ -48,11 +48,12 @@ def know(*engines: Engine) -> None:
 
 
 def test_what_one_computed_the_other_loads(
-    tiny: Path, plain: Plain, dice: random.Random, settings: dict[str, object], first: Engine
+    tiny: Path, plain: Plain, dice: random.Random, settings: dict[str, object], first: Engine, tmp_path: Path
 ) -> None:
+    """It has the model from elsewhere."""
     prompts = [prompt_of(dice, length) for length in (100, 320, 601)]
     expected = [done.tokens for done in plain(prompts, 24)]
-    with closing(Engine(tiny, settings)) as second:
+    with closing(Engine(downloaded_elsewhere(tiny, tmp_path), settings)) as second:
         know(first, second)
         assert [done.tokens for done in first.run(prompts, 24)] == expected
         first.settle()

@@ -29,12 +29,12 @@ def alone(request: pytest.FixtureRequest, name: str, one_rank: Alone, tiny: Path
     """The engine without KVBM for this set-up."""
     if name == "ngram":
         request.getfixturevalue("guesses")
-    write, ranks = SETUPS[name].write, SETUPS[name].ranks
-    if (write, ranks) == (write_tiny, 1):
+    write, ranks, stretch = SETUPS[name].write, SETUPS[name].ranks, SETUPS[name].stretch
+    if (write, ranks, stretch) == (write_tiny, 1, 1):
         yield one_rank
         return
     model = tiny if write is write_tiny else write(tmp_path / "model")
-    with closing(Alone(model, tmp_path / "alone", ranks)) as alone:
+    with closing(Alone(model, tmp_path / "alone", ranks, stretch)) as alone:
         yield alone
 
 

@@ -1,4 +1,5 @@
-"""The rules of a tier's part on a rank, kept by the disk's, by that of other instances, and by a dict's."""
+"""The rules of a tier's part on a rank, kept by the disk's, by those of other instances and of shared storage, and by a
+dict's."""
 
 from __future__ import annotations
 
@@ -14,15 +15,27 @@ import pytest
 
 from kvbm.abc.transport import Completion, Plan
 from kvbm.core.region import Region
-from kvbm.link.messages import pack
+from kvbm.link.messages import FromTier, pack
+from kvbm.stores.checksum import checksums
 from kvbm.stores.disk.disk import Disk
 from kvbm.stores.disk.folder import Folder
 from kvbm.stores.disk.meta import DiskPlace, bytes_of
 from kvbm.stores.disk.shard import Shard
-from kvbm.testing.ranks import PATIENCE_S, SLOTS, RankTierRig, RankTierSuite, Side
+from kvbm.stores.objects.envelope import Envelope
+from kvbm.stores.objects.folder import FolderStore
+from kvbm.stores.objects.names import Names
+from kvbm.stores.objects.runs import RunFormat, Shape
+from kvbm.testing.ranks import FILLING, KEYS, PATIENCE_S, SLOTS, RankTierRig, RankTierSuite, Side
 from kvbm.tiers.disk.orders import Read, Write, to_open
 from kvbm.tiers.disk.orders import to_rank as to_disk
 from kvbm.tiers.disk.rank import DiskRank
+from kvbm.tiers.objects.clerk import Habits
+from kvbm.tiers.objects.mover import Library
+from kvbm.tiers.objects.orders import AttachArenas, GetRun, PutRun, RankArena, RunsPlace
+from kvbm.tiers.objects.orders import decode_answer as objects_answer
+from kvbm.tiers.objects.orders import to_open as to_storage
+from kvbm.tiers.objects.orders import to_rank as objects_order
+from kvbm.tiers.objects.rank import CallLimits, ObjectsRank
 from kvbm.tiers.peers.orders import Attach, Pull
 from kvbm.tiers.peers.orders import to_rank as to_peers
 from kvbm.tiers.peers.rank import PeerMemory, PeerRank
@@ -134,6 +147,48 @@ class OfOthers(RankTierRig):
         self.theirs.close()
 
 
+class InStorage(RankTierRig):
+    """Blocks of one run of all keys."""
+
+    writes = False
+
+    def __init__(self, path: Path) -> None:
+        self.side = Side(BLOCK, BLOCK, [])
+        self.path, shape = path / "kv", Shape(len(KEYS), 1, BLOCK)
+        self.library = Library(FolderStore(self.path), Envelope(), Names(b"n"), RunFormat("f", shape))
+        limits, habits = CallLimits(4 * shape.data_bytes, PATIENCE_S, 4), Habits(1.0, 1 << 30, PATIENCE_S)
+        self.part = ObjectsRank(self.side, lambda place, shape: self.library, limits, habits)
+        self.part.open(to_storage(RunsPlace("f", "m", len(KEYS), [0], "0123456789abcdef")).body)
+        self.part.ready()
+        (arena,) = (objects_answer(said.body) for said in self.side.told if isinstance(said, FromTier))
+        assert isinstance(arena, RankArena)
+        self.part.take(objects_order(AttachArenas([arena])).body)
+        self.name = self.library.names.run(self.library.names.digest(KEYS[-1]))
+
+    def fill(self, keys: Sequence[bytes], blocks: Sequence[bytes]) -> None:
+        slots = np.arange(len(KEYS))
+        for slot in slots.tolist():
+            self.side.put(slot, blocks[slot] if slot < len(blocks) else bytes(BLOCK))
+        sums = checksums(self.side.memory("fill", BLOCK), slots, BLOCK).tobytes()
+        put = PutRun(FILLING, pack(slots), list(KEYS), None, 0, bytes(len(KEYS)), sums)
+        self.part.take(objects_order(put).body)
+        self.side.wait(FILLING)
+        self.side.ends.clear()
+
+    def read(self, job: int, keys: Sequence[bytes], slots: Sequence[int]) -> bytes:
+        at = [KEYS.index(key) for key in keys]
+        return objects_order(GetRun(job, KEYS[-1], pack(at), pack(slots), list(keys))).body
+
+    def spoil(self, key: bytes) -> None:
+        path = self.path / self.name
+        data = bytearray(path.read_bytes())
+        data[64 + self.library.format.header_bytes + KEYS.index(key) * BLOCK + 5000] ^= 1
+        path.write_bytes(data)
+
+    def close(self) -> None:
+        """Nothing else was opened."""
+
+
 class InDict(RankTierRig):
     def __init__(self, path: Path) -> None:
         self.side, self.bad = Side(BLOCK, BLOCK, []), set[bytes]()
@@ -169,6 +224,12 @@ class TestPeers(RankTierSuite):
     @pytest.fixture
     def rig(self) -> Iterator[RankTierRig]:
         yield from running(OfOthers())
+
+
+class TestStorage(RankTierSuite):
+    @pytest.fixture
+    def rig(self, tmp_path: Path) -> Iterator[RankTierRig]:
+        yield from running(InStorage(tmp_path))
 
 
 class TestDict(RankTierSuite):

@@ -1,4 +1,4 @@
-"""The rules of tiers, kept by the disk, by other instances, and by a tier that is a dict."""
+"""The rules of tiers, kept by the disk, by other instances, by shared storage, and by a tier that is a dict."""
 
 from __future__ import annotations
 
@@ -15,8 +15,17 @@ from kvbm.build.place import Place
 from kvbm.core.config import Settings
 from kvbm.core.outcome import Outcome
 from kvbm.link.messages import Result, ToTier
-from kvbm.testing.tiers import TierRig, TierSuite
+from kvbm.stores.objects.names import Names
+from kvbm.testing.tiers import KEYS, TierRig, TierSuite
+from kvbm.tiers.demote import Budget
 from kvbm.tiers.disk.orders import Read, Write
+from kvbm.tiers.host import Host
+from kvbm.tiers.objects.orders import GetRun, PutRun, RankArena, Tried, TryStorage, decode_order, to_leader
+from kvbm.tiers.objects.presence import KnownNames
+from kvbm.tiers.objects.tier import Runs, SharedStorage
+from kvbm.tiers.objects.traffic import Traffic
+from kvbm.tiers.objects.uploads import UploadRules, Uploads
+from kvbm.tiers.objects.warm import Warmth
 from kvbm.tiers.peers.orders import Pull
 from kvbm.tiers.tier import Offer, Record, Seeker
 from tests.build.g9 import G9, Order
@@ -131,6 +140,59 @@ class Others(Staged):
         self.stage.network.problem, self.stage.network.peers = None, ("other",)
 
 
+class Storage(Staged):
+    """Runs of three blocks, which one rank moves."""
+
+    writes = lends = False  # what is written is a run, and is not kept for anybody
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(stage)
+        self.ranks, core = [0], stage.leader.core
+        traffic = Traffic({0: core.links[0]}, stage.leader.gate.beside(4), core.copies.next_id, stage.clock, 60.0)
+        runs = Runs(Names(b"n"), 3, KnownNames(1_000))
+        rules = UploadRules("all", Budget(None, 1.0, stage.clock), 3, 1_000, 2, 8)
+        self.tier: SharedStorage = SharedStorage(
+            traffic, runs, core.lower.sums(1, core.pool.capacity),
+            lambda shelf: Uploads(shelf, core.pool, rules, lambda event: None),
+            Warmth(Host(core.pool), traffic, 0, lambda event: None), stage.clock, "file:///kv",
+        )  # fmt: skip
+        runs.presence.add(runs.heads(KEYS[2::3]))
+        self.tier.hear(to_leader(RankArena(0)).body)
+        self._tried()
+
+    def _orders(self) -> list[Any]:
+        return [decode_order(each.body) for each in self.stage.hear(ToTier, 0)]
+
+    def _tried(self) -> None:
+        """The rank has tried the storage, and it works."""
+        for order in self._orders():
+            if isinstance(order, TryStorage):
+                self.tier.hear(to_leader(Tried(order.number)).body)
+
+    def seeker(self, keys: Sequence[bytes]) -> Seeker:
+        return super().seeker(KEYS)
+
+    def jobs(self) -> list[int]:
+        return [order.job for order in self._orders() if isinstance(order, (GetRun, PutRun))]
+
+    def lent(self) -> int:
+        return 0
+
+    def break_down(self) -> None:
+        while self.tier.problem is None:
+            offer = self.offer(KEYS[3:6])
+            raw = self.g2.allocate(1)
+            assert raw is not None
+            with raw.stage(KEYS[3:4]) as staged:
+                job = offer.read(np.arange(1), staged, lambda passage: None)
+                assert self.tier.answer(Result(job, 0, bytes([Outcome.FAILED]), 0, 0.0, "no answer"))
+
+    def mend(self) -> None:
+        self.stage.clock.advance(40.0)
+        self.tier.tick()
+        self._tried()
+
+
 class Dict(Staged):
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
@@ -176,6 +238,12 @@ class TestPeers(TierSuite):
     @pytest.fixture
     def rig(self, make_stage: Make) -> TierRig:
         return Others(make_stage(ranks=RANKS))
+
+
+class TestStorage(TierSuite):
+    @pytest.fixture
+    def rig(self, make_stage: Make) -> TierRig:
+        return Storage(make_stage(ranks=RANKS))
 
 
 class TestDict(TierSuite):

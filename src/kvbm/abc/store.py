@@ -19,6 +19,10 @@ class Denied(Broken):
     """The storage does not let us: wrong credentials, a right that is missing, a bucket that does not exist."""
 
 
+class Full(Broken):
+    """The storage has no room for what was to be written. What is there can be read."""
+
+
 class Listed(NamedTuple):
     """One object, as the storage lists it. `modified` is when it was written: Unix seconds by the storage's clock."""
 
@@ -38,7 +42,8 @@ class ObjectStore(ABC):
     call was given may be read until it has returned or raised, whatever became of the storage meanwhile. No call
     follows links, or reads or deletes what is no ordinary object.
 
-    Every method raises `Denied` where the storage refuses us, and `Broken` for what goes wrong otherwise.
+    Every method raises `Denied` where the storage refuses us, `Full` where it has no room, and `Broken` for what goes
+    wrong otherwise.
     """
 
     @abstractmethod

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import count
 from typing import ClassVar, Final
 
 from kvbm.abc.transport import Transport
@@ -19,6 +20,7 @@ from kvbm.stores.objects.cloud import Access
 from kvbm.stores.objects.envelope import Envelope, read_secret
 from kvbm.stores.objects.names import Names
 from kvbm.stores.objects.places import Location, locate, open_store
+from kvbm.stores.objects.probe import Fitness, probe, together
 from kvbm.stores.objects.runs import RunFormat, Shape, run_blocks
 from kvbm.tiers.objects.clerk import Habits
 from kvbm.tiers.objects.mover import Library, lanes
@@ -28,6 +30,7 @@ from kvbm.tiers.objects.rank import CallLimits, ObjectsRank
 from kvbm.tiers.objects.tier import Runs, SharedStorage
 from kvbm.tiers.objects.traffic import Traffic
 from kvbm.tiers.objects.uploads import UploadRules, Uploads
+from kvbm.tiers.objects.warm import Warmth
 from kvbm.tiers.promote import Promotion
 from kvbm.tiers.tier import RankSide, Tier
 
@@ -38,6 +41,20 @@ _MOST_WAITING: Final = 4_096
 """Runs that wait to be written."""
 _LATE_S: Final = 5.0
 """Seconds beyond its calls' deadlines after which a rank that says nothing counts as broken."""
+
+
+_TRIAL_BYTES: Final = 1 << 16
+
+
+def try_storage(settings: Settings) -> tuple[str, Fitness]:
+    """The address, and whether the storage there does what KVBM needs, tried with a few small objects. Raises Broken,
+    ConfigError."""
+    where = _location(settings)
+    store = open_store(where, _access(settings), _mode(settings))
+    trial = partial(probe, store, secrets.token_hex(8), count(), _TRIAL_BYTES)
+    (fitness,) = together([trial], 3 * settings.g4_deadline_s)
+    store.close()
+    return where.url, fitness
 
 
 class ObjectsPart:
@@ -83,9 +100,11 @@ class ObjectsClaim:
     def open(self, namespace: Namespace, promotion: Promotion, nearer: Sequence[Tier]) -> SharedStorage:
         ground, settings, core = self._ground, self._ground.settings, self._ground.core
         run = run_blocks(ground.block_bytes, ground.gate.block_tokens)
+        warm = int(core.pool.capacity * settings.g4_warm)
         place = RunsPlace(
-            namespace.fingerprint, ground.place.model, run, sorted(ground.links), secrets.token_hex(8), settings.strict
-        )
+            namespace.fingerprint, ground.place.model, run, sorted(ground.links), secrets.token_hex(8), warm // run,
+            settings.strict,
+        )  # fmt: skip
         if settings.g4_secret_file is None:
             log.warning(
                 "KVBM: whoever may write to %s can forge blocks: g4_secret_file is not set", _location(settings).url
@@ -105,8 +124,8 @@ class ObjectsClaim:
             2 * settings.g4_deadline_s + _LATE_S,
         )  # fmt: skip
         return SharedStorage(
-            traffic, runs, core.lower.sums(len(ground.links), core.pool.capacity), uploads, time.monotonic,
-            _location(settings).url,
+            traffic, runs, core.lower.sums(len(ground.links), core.pool.capacity), uploads,
+            Warmth(core.host, traffic, warm, core.emit), time.monotonic, _location(settings).url,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -80,6 +80,7 @@ def doctor(
         *_installation(resolved),
         *([] if launch is None else [Finding(f"model {model}", True, "nothing that shows before the start is wrong")]),
         Finding("disk tier (G3)", *preflight.disk(settings)),
+        Finding("shared storage (G4)", *preflight.storage(settings)),
         *_findings(folder, objects),
     ):
         findings.append(finding)

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvbm.build import disk as build_disk
+from kvbm.build import objects as build_objects
 from kvbm.build.worker import check_device
 from kvbm.cli.render import size
 from kvbm.core.config import Resolved, Settings, child_environment
-from kvbm.core.errors import Unsupported, UsageError
+from kvbm.core.errors import Broken, ConfigError, Unsupported, UsageError
 from kvbm.core.folders import NO_HOME
 from kvbm.stores.disk.meta import listed
 from kvbm.transfer.cuda import LIBRARY
@@ -193,6 +194,20 @@ def disk(settings: Settings) -> tuple[bool, str]:
     if wanted > room:
         return False, f"{says}, and g3_gb asks for {size(wanted)}"
     return True, says
+
+
+def storage(settings: Settings) -> tuple[bool, str]:
+    """Whether shared storage does what KVBM needs, or none is wanted, and a sentence about it. Writes a few objects,
+    and deletes them."""
+    if settings.g4_url is None:
+        return True, "none: g4_url does not say where it is"
+    try:
+        where, fitness = build_objects.try_storage(settings)
+    except (Broken, ConfigError) as error:
+        return False, str(error)
+    if fitness.refusal is not None:
+        return False, f"{where} can be read, and nothing can be written: {fitness.refusal}"
+    return True, f"{where} can be read and written"
 
 
 def disk_folder(settings: Settings) -> Path | None:

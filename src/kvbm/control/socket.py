@@ -147,7 +147,7 @@ class Control:
             "healthy": not problems,
             "problems": problems,
             "degraded": self._core.lower.degraded(),
-            "smaller": {} if shortage is None else {"g2": shortage},
+            "smaller": ({} if shortage is None else {"g2": shortage}) | (stack.limits() if stack is not None else {}),
             "paused": health.paused,
             "namesakes": [*stack.namesakes()] if stack is not None else [],
             "quarantined": health.quarantined,

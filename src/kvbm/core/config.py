@@ -90,8 +90,10 @@ class Settings(BaseSettings):
     """Seal what is written to g4_url with the secret in this file, and believe only what was sealed with it."""
     g4_feed_s: Annotated[float, Field(ge=0.1, le=3600)] = 10.0
     """Tell other instances at g4_url what is new there, and ask what they wrote, every so many seconds."""
+    g4_warm: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """At the start, fill at most this part of G2 with what was asked for most at g4_url. 0: none."""
     g4_known: Annotated[int, Field(ge=1000, le=1_000_000_000)] = 2_000_000
-    """Remember the names of at most this many objects at g4_url. A name takes about 100 bytes."""
+    """Remember the names of at most this many objects at g4_url. A name takes 16 bytes."""
     g4_endpoint: Annotated[str, Field(pattern=r"^https?://[^@?]+$")] | None = None
     """Find the storage service at this address. Unset: where the service's own tools find it."""
     g4_region: Annotated[str, Field(min_length=1)] | None = None

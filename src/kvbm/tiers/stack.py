@@ -217,6 +217,10 @@ class Stack:
         """Why blocks of the same model that lie somewhere are not found."""
         return tuple(sentence for tier in self for sentence in tier.namesakes())
 
+    def limits(self) -> dict[str, str]:
+        """Tiers that are used, and do not do all that they could, and why."""
+        return {tier.name: limit for tier in self if (limit := tier.limits()) is not None}
+
     def problems(self) -> dict[str, str]:
         """Tiers that are left alone, and why."""
         return {tier.name: tier.problem for tier in self if tier.problem is not None}

@@ -244,6 +244,9 @@ class Tier(Protocol):
         """For `kvbm status`, beside `counts`: what only this tier has. Tiers that have ways of their own
         (`observe.names.WAYS`) add, under the name of a way, what is not counted of its copies."""
 
+    def limits(self) -> str | None:
+        """What it does not do although it is used, and why."""
+
     def namesakes(self) -> tuple[str, ...]:
         """Why blocks of the same model that are there are not found."""
 

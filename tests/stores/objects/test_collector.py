@@ -229,7 +229,7 @@ def test_what_an_operator_purges() -> None:
 def test_a_good_storage_passes_and_is_left_as_it_was() -> None:
     store = MemoryStore()
     store.objects["theirs"] = b"x", 0.0
-    assert probe(store, ME, itertools.count(), 100_000).writes
+    assert probe(store, ME, itertools.count(), 100_000).refusal is None
     assert {*store.objects} == {"theirs"}
 
 
@@ -312,7 +312,7 @@ def test_no_answer_breaks_no_promise() -> None:
 def test_what_may_only_be_read_is_used_for_that() -> None:
     store = MemoryStore()
     store.before = raising(Denied("no"), "put", "delete")
-    assert not probe(store, ME, itertools.count(), 1000).writes
+    assert probe(store, ME, itertools.count(), 1000).refusal is not None
     store.before = raising(Denied("no"))
     with pytest.raises(Denied):
         probe(store, ME, itertools.count(), 1000)
@@ -326,4 +326,4 @@ def test_an_answer_that_was_lost_is_no_broken_promise() -> None:
             super().put(name, data)
             return False
 
-    assert probe(Lost(), ME, itertools.count(), 1000).writes
+    assert probe(Lost(), ME, itertools.count(), 1000).refusal is None

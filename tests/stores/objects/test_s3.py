@@ -49,7 +49,7 @@ def test_wrong_credentials_are_said(in_weed: Callable[..., CloudStore], monkeypa
             call()
         assert "not-the-secret" not in str(error.value)
     assert bytes(memoryview(right.get("name"))) == b"x"
-    assert probe(right, "0123456789abcdef", itertools.count(), 100_000).writes
+    assert probe(right, "0123456789abcdef", itertools.count(), 100_000).refusal is None
     with pytest.raises(Denied):
         probe(wrong, "0123456789abcdef", itertools.count(), 100_000)
 

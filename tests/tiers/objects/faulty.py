@@ -8,9 +8,9 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
-Mode = Literal["good", "refused", "silent", "cut", "drip", "page", "stored"]
+Mode = Literal["good", "refused", "silent", "cut", "drip", "page", "stored", "full"]
 """As it is; 503; no answer; half an answer; an answer that takes for ever; an error page with status 200; a write is
-made and answered by 500."""
+made and answered by 500; nothing can be written, for want of room."""
 PAGE = b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>We are sorry</Message></Error>"
 
 
@@ -58,6 +58,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(length)
         if mode == "refused":
             self._answer(503, b"<Error><Code>SlowDown</Code></Error>")
+            return
+        if mode == "full" and self.command == "PUT":
+            self._answer(507, b"<Error><Code>XMinioStorageFull</Code></Error>")
             return
         if mode == "page" and self.command == "GET":
             self._answer(200, PAGE)

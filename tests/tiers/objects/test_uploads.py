@@ -15,7 +15,7 @@ from kvbm.testing.clock import ManualClock
 from kvbm.tiers.demote import Budget
 from kvbm.tiers.moves import Ended, Passage
 from kvbm.tiers.objects.uploads import Admission, Candidate, UploadRules, Uploads
-from kvbm.tiers.tier import Record
+from kvbm.tiers.tier import Mask, Record
 from tests.leader.roles import keys_of
 
 RUN = 4
@@ -37,8 +37,8 @@ class Desk:
         rules = UploadRules(admission, budget, RUN, run_bytes=1000, in_flight=2, most=8)
         self.uploads = Uploads(self, self.pool, rules, self.events.append)
 
-    def knows(self, end: bytes) -> bool:
-        return end in self.there
+    def known(self, ends: Sequence[bytes]) -> Mask:
+        return np.array([end in self.there for end in ends], np.bool_)
 
     def put(self, run: Candidate, blocks: Pinned, ended: Ended) -> bool:
         assert blocks.keys == run.keys

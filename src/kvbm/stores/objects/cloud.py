@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from typing_extensions import Buffer
 
-from kvbm.abc.store import Absent, Denied, Listed, ObjectStore
+from kvbm.abc.store import Absent, Denied, Full, Listed, ObjectStore
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.core.extras import installing
 
@@ -28,6 +28,10 @@ _ATTEMPT: Final = 0.5
 """One attempt takes this part of the deadline at most, and none begins after as much again."""
 _CONNECT: Final = 0.25
 _SHOWN: Final = 200
+_FULL: Final = re.compile(r"\b507 Insufficient|InsufficientStorage|StorageFull|QuotaExceeded")
+"""What servers say that have no room: WebDAV's status, MinIO's code, Ceph's and Google's."""
+_GONE: Final = re.compile(r"\b404 Not Found|NoSuchBucket|ContainerNotFound")
+"""What is said where a bucket is listed that does not exist."""
 _ROLE: Final = "169.254.169.254"
 """Where a machine in a cloud asks for its role."""
 
@@ -90,7 +94,7 @@ class CloudStore(ObjectStore):
             elif scheme == "az":
                 own, make = {"endpoint": access.endpoint}, AzureStore
             else:
-                own, make = {"url": access.endpoint}, GCSStore
+                own, make = {"base_url": access.endpoint}, GCSStore
             given |= {name: value for name, value in own.items() if value is not None}
             self._store = make(bucket, **given)
         except (exceptions.BaseError, ValueError, TypeError) as error:
@@ -146,9 +150,12 @@ class CloudStore(ObjectStore):
             raise absent(
                 f"{what} is not there: {_short(error)}" if absent is Denied else f"there is no {what}"
             ) from None
-        except (self._said.PermissionDeniedError, self._said.UnauthenticatedError) as error:
-            raise Denied(f"{what} is refused: {_short(error)}") from None
         except (self._said.BaseError, OSError, ValueError) as error:
+            if _FULL.search(str(error)):
+                raise Full(f"{what}: {_short(error)}") from None
+            gone = absent is Denied and _GONE.search(str(error))
+            if gone or isinstance(error, (self._said.PermissionDeniedError, self._said.UnauthenticatedError)):
+                raise Denied(f"{what} is refused: {_short(error)}") from None
             raise Broken(f"{what}: {_short(error)}") from None
 
 
@@ -183,9 +190,10 @@ def _retries(access: Access) -> RetryConfig:
 
 def _short(error: Exception) -> str:
     """What a library said, on one line, without addresses' queries, user names and keys."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).partition(" Debug source: ")[0]
     if _ROLE in text:
         return "no credentials are in the environment or in files, and nothing says which role this machine has"
     text = re.sub(r"(?<=://)[^/@\s]*@", "***@", text)
-    text = re.sub(r"\?[^\s\"')]*", "?***", text)
+    text = re.sub(r"(?<=[\w/%])\?[^\s\"')]*", "?***", text)
+    text = re.sub(r"Error performing .*?(?=Server returned)", "", text)
     return text[:_SHOWN] or type(error).__name__

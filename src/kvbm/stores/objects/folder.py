@@ -18,7 +18,7 @@ from typing import Final
 
 from typing_extensions import Buffer
 
-from kvbm.abc.store import Absent, Denied, Listed, ObjectStore
+from kvbm.abc.store import Absent, Denied, Full, Listed, ObjectStore
 from kvbm.core.errors import Broken
 
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -37,6 +37,7 @@ class FolderStore(ObjectStore):
     def __init__(self, folder: Path, *, mode: int = 0o600) -> None:
         self._folder, self._mode = folder, mode
         self._folder_mode = mode | (mode & 0o444) >> 2
+        self._below = _below(folder)
 
     def put(self, name: str, data: Buffer) -> bool:
         return self._put(name, data, self._publish)
@@ -72,6 +73,9 @@ class FolderStore(ObjectStore):
     def _write(self, path: Path, data: Buffer) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, self._mode)
         try:
+            if os.fstat(descriptor).st_dev == self._below:
+                os.unlink(path)
+                raise OSError(errno.ENODEV, "nothing is mounted there any more")
             os.fchmod(descriptor, self._mode)  # whatever the process masks
             left = memoryview(data).cast("B")
             while left:
@@ -170,6 +174,18 @@ def is_temporary(name: str) -> bool:
     return name.rpartition("/")[2].startswith(_TEMPORARY)
 
 
+def _below(folder: Path) -> int | None:
+    """The device that would be written to if what is mounted at or above this folder were not; None: nothing is."""
+    there = folder.absolute()
+    while not there.is_dir():
+        there = there.parent
+    while there != there.parent:
+        if (device := there.parent.stat().st_dev) != there.stat().st_dev:
+            return device
+        there = there.parent
+    return None
+
+
 @contextmanager
 def _said(what: str) -> Iterator[None]:
     """What the system says, in our words."""
@@ -177,7 +193,7 @@ def _said(what: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise Absent(f"there is no {what}") from None
-    except PermissionError as error:
-        raise Denied(f"{what}: {error.strerror}") from None
     except OSError as error:
-        raise Broken(f"{what}: {error.strerror or error}") from None
+        kind = Denied if isinstance(error, PermissionError) or error.errno == errno.EROFS else Broken
+        kind = Full if error.errno in (errno.ENOSPC, errno.EDQUOT) else kind
+        raise kind(f"{what}: {error.strerror or error}") from None

@@ -18,7 +18,12 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 ROOT: Final = "kv1/"
+TOUCHES: Final = f"{ROOT}touch/"
+"""Where instances say what they read."""
 EPOCH_S: Final = 600
 NAME_BYTES: Final = 16
 
@@ -80,14 +85,14 @@ class Names:
         hash_.update(key)
         return hash_.digest()
 
-    def heads(self, keys: Sequence[bytes]) -> list[int]:
+    def heads(self, keys: Sequence[bytes]) -> npt.NDArray[np.uint64]:
         """The first eight bytes of the name of the run that ends with each of these blocks, as a number."""
-        copy, number, heads = self._hash.copy, int.from_bytes, list[int]()
+        copy, digests = self._hash.copy, list[bytes]()
         for key in keys:
             hash_ = copy()
             hash_.update(key)
-            heads.append(number(hash_.digest()[:8], "little"))
-        return heads
+            digests.append(hash_.digest())
+        return np.frombuffer(b"".join(digests), "<u8")[:: NAME_BYTES // 8]
 
     def run(self, digest: bytes) -> str:
         """Where it lies."""
@@ -100,7 +105,7 @@ class Names:
 
     def touch(self, epoch: int, instance: str, number: int) -> str:
         """Where an instance says what it read."""
-        return f"{ROOT}touch/{epoch}/{self.space}.{instance}.{number}"
+        return f"{TOUCHES}{epoch}/{self.space}.{instance}.{number}"
 
 
 def feed_prefix(epoch: int) -> str:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from itertools import count
 from typing import Final, NamedTuple, TypeVar
 
-from kvbm.abc.store import Absent, Denied, Listed, ObjectStore
+from kvbm.abc.store import Absent, Denied, Full, Listed, ObjectStore
 from kvbm.core.errors import Broken
 from kvbm.stores.objects import names
 
@@ -24,9 +24,10 @@ class Unfit(Broken):
 
 
 class Fitness(NamedTuple):
-    """What a trial found. `ahead_s` is how far the storage's clock is ahead of ours; 0 where nothing may be written."""
+    """What a trial found: why nothing can be written, though it can be read; how far the storage's clock is ahead of
+    ours, 0 where nothing can be written."""
 
-    writes: bool
+    refusal: str | None
     ahead_s: float
 
 
@@ -48,14 +49,14 @@ def probe(store: ObjectStore, instance: str, numbers: count[int], nbytes: int) -
         try:
             ahead = _write(store, name(), nbytes)
             _race(store, name())
-        except Denied:
+        except (Denied, Full) as error:
             with suppress(Absent):
                 store.get(name())  # where even that is denied, all is
             for _ in store.list(names.feed_prefix(0)):
                 break
-            return Fitness(writes=False, ahead_s=0.0)
+            return Fitness(str(error), 0.0)
         _delete(store, written)
-        return Fitness(writes=True, ahead_s=ahead)
+        return Fitness(None, ahead)
     finally:
         with suppress(Broken):
             store.delete(written)
@@ -120,8 +121,9 @@ def _there(call: Callable[[], _Result], what: str) -> _Result:
         raise Unfit(f"{what} is not there: {error}") from None
 
 
-def together(calls: Sequence[Callable[[], _Result]]) -> list[_Result]:
-    """All of them at once, on threads that let the process end where one hangs. Raises what the first raised."""
+def together(calls: Sequence[Callable[[], _Result]], seconds: float = threading.TIMEOUT_MAX) -> list[_Result]:
+    """All of them at once, on threads that let the process end where one hangs. Raises what the first raised, or
+    Broken where one takes longer."""
     results: dict[int, _Result] = {}
     failed: dict[int, BaseException] = {}
     gate = threading.Barrier(len(calls))
@@ -136,8 +138,11 @@ def together(calls: Sequence[Callable[[], _Result]]) -> list[_Result]:
     threads = [threading.Thread(target=run, args=(at,), name="kvbm-probe", daemon=True) for at in range(len(calls))]
     for thread in threads:
         thread.start()
+    end = time.monotonic() + seconds
     for thread in threads:
-        thread.join()
+        thread.join(max(0.0, end - time.monotonic()) if seconds < threading.TIMEOUT_MAX else None)
+    if any(thread.is_alive() for thread in threads):
+        raise Broken("the storage does not answer")
     if failed:
         raise failed[min(failed)]
     return [results[at] for at in range(len(calls))]

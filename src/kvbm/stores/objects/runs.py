@@ -44,6 +44,8 @@ _UNIT: Final = 64
 _LARGEST_HEADER: Final = 1 << 24
 _MOST_TOKENS: Final = 512
 _ABOUT_BYTES: Final = 8 << 20
+MOST_ABOUT: Final = 1024
+"""Bytes of what people call a model, at most."""
 
 
 class Shape(NamedTuple):
@@ -80,7 +82,7 @@ class RunFormat:
 
     def __init__(self, fingerprint: str, shape: Shape, model: str = "") -> None:
         self.shape = shape
-        self._about = model.encode()[:1024]
+        self._about = model.encode()[:MOST_ABOUT]
         self._fingerprint = hashlib.sha256(fingerprint.encode()).digest()
         self.header_bytes = _header_bytes(shape, len(self._about))
 

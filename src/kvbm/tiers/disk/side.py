@@ -227,5 +227,8 @@ class DiskSide:
             "rates": self.tier.gate.rates(),
         }
 
+    def limits(self) -> str | None:
+        return None
+
     def namesakes(self) -> tuple[str, ...]:
         return self._namesakes

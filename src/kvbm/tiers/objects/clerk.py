@@ -1,5 +1,6 @@
-"""What one process does about the storage beside moving runs: tries it, lists it, reads and writes the feed, says what
-was read, collects, and deletes what is damaged. One thing after the other, on a thread that may hang.
+"""What one process does about the storage beside moving runs: tries it, lists it, finds the hottest runs, reads and
+writes the feed, says what was read, collects, and deletes what is damaged. One thing after the other, on a thread that
+may hang.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from kvbm.stores.objects.names import EPOCH_S, parse
 from kvbm.stores.objects.probe import Fitness, Unfit, probe
 from kvbm.tiers.objects.crew import Crew, Job
 from kvbm.tiers.objects.feed import SharedFeed
+from kvbm.tiers.objects.hot import HotRuns
 from kvbm.tiers.objects.mover import Library
-from kvbm.tiers.objects.orders import Answer, Known, Told, Tried
+from kvbm.tiers.objects.orders import Answer, Hot, Known, Told, Tried, TryStorage
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +43,13 @@ _PATIENCE: Final = 3
 
 
 class Habits(NamedTuple):
-    """Seconds between two looks at the feed; the bound on all objects, in bytes; the deadline of one call."""
+    """Seconds between two looks at the feed; the bound on all objects, in bytes; the deadline of one call; how many
+    of the hottest runs are found at the start."""
 
     feed_s: float
     bound: int
     deadline_s: float
+    warm: int = 0
 
 
 class StorageClock:
@@ -59,7 +63,7 @@ class StorageClock:
         """As a trial found it."""
         # Steps of our own clock do not move it.
         self._offset = time.time() + fitness.ahead_s - time.monotonic()
-        self.known, self.writes = True, fitness.writes
+        self.known, self.writes = True, fitness.refusal is None
 
     def __call__(self) -> float:
         return time.monotonic() + self._offset
@@ -102,13 +106,13 @@ class Clerk:
         self, library: Library, instance: str, habits: Habits, tell: Callable[[Answer], None], *, most_lost: int,
         broken: Callable[[str], None], stuck: Callable[[], int],
     ) -> None:  # fmt: skip
-        self._library, self._instance, self._habits, self._tell, self._stuck = library, instance, habits, tell, stuck
+        self._library, self._habits, self._tell, self._stuck = library, habits, tell, stuck
         self._crew: Crew[None] = Crew("kvbm-g4", 1, lambda: None, most_lost=most_lost, broken=broken)
-        self._numbers = count(int.from_bytes(secrets.token_bytes(3)))
-        self.feed = SharedFeed(library, instance, habits.bound, self._numbers)
+        self.feed = SharedFeed(library, instance, habits.bound, count(int.from_bytes(secrets.token_bytes(3))))
         self.suspects = DamagedRuns()
         self._clock = StorageClock()
         self._rota = Rota(habits.feed_s)
+        self._hot = HotRuns(library, habits.warm)
         self._told = Told()
 
     def came(self, digest: bytes) -> None:
@@ -123,21 +127,22 @@ class Clerk:
         """Do nothing more."""
         self._rota.over = True
 
-    def try_storage(self, number: int) -> None:
+    def try_storage(self, order: TryStorage) -> None:
         """Try the storage, and tell the leader."""
-        library = self._library
+        library, number = self._library, order.number
 
         def run(job: Job[None], _: None) -> None:
             nbytes = library.envelope.size(library.format.plain_bytes)
             try:
-                fitness = probe(library.store, self._instance, self._numbers, nbytes)
+                fitness = probe(library.store, self.feed.instance, self.feed.numbers, nbytes)
             except (Unfit, Denied) as error:
                 answer = Tried(number, str(error), off=True)
             except Broken as error:
                 answer = Tried(number, str(error))
             else:
                 self._clock.set(fitness)
-                answer = Tried(number, writes=fitness.writes)
+                self._rota.listed &= not order.anew
+                answer = Tried(number, refusal=fitness.refusal)
             if job.end():
                 self._tell(answer)
 
@@ -156,6 +161,8 @@ class Clerk:
             self._begin(self._list)
         elif self.suspects:
             self._begin(self._judge)
+        elif not self._hot.over:
+            self._begin(self._warm)
         elif (due := rota.due(self._clock)) is not None:
             self._begin({"feed": self._look, "touch": self._touch, "collect": self._collect}[due])
 
@@ -189,11 +196,19 @@ class Clerk:
         """All runs of the namespace that there are."""
         library = self._library
         for page in library.store.list(library.names.prefix):
-            ours = [parse(each.name) for each in page]
-            self._say([each.digest for each in ours if each is not None and each.kind == "run"], [])
+            ours = [(parse(each.name), each.modified) for each in page]
+            runs = [(each.digest, written) for each, written in ours if each is not None and each.kind == "run"]
+            self._say([digest for digest, _ in runs], [])
+            for digest, written in runs:
+                self._hot.listed(digest, written)
             if not self._goes_on(job):
                 return
         self._rota.listed = True
+
+    def _warm(self, job: Job[None]) -> None:
+        """Finds the next few of the hottest runs."""
+        if runs := self._hot.more(lambda: self._goes_on(job)):
+            self._tell(Hot(runs))
 
     def _say(self, came: Sequence[bytes], went: Sequence[bytes]) -> None:
         """The leader hears of these, a slice at a time."""
@@ -217,7 +232,7 @@ class Clerk:
     def _collect(self, job: Job[None]) -> None:
         """Once in an epoch, whoever is the first."""
         library, now = self._library, self._clock()
-        if not self._clock.writes or not take_lease(library.store, library.envelope, self._instance, now):
+        if not self._clock.writes or not take_lease(library.store, library.envelope, self.feed.instance, now):
             return
         swept = sweep(library.store, library.envelope, self._habits.bound, now, lambda: not self._goes_on(job))
         gone = [digest for space, digest in swept.deleted if space == library.names.space]

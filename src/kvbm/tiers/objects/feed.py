@@ -48,7 +48,7 @@ class SharedFeed:
     """Of one instance. `bound` is its own on all objects, in bytes; `numbers` tells its notes apart."""
 
     def __init__(self, library: Library, instance: str, bound: int, numbers: count[int]) -> None:
-        self._library, self._instance, self._bound, self._numbers = library, instance, bound, numbers
+        self._library, self.instance, self._bound, self.numbers = library, instance, bound, numbers
         self.diary = Diary()
         self._seen: set[str] | None = None
         """Notes that were read; None before the first look."""
@@ -63,7 +63,7 @@ class SharedFeed:
             went, diary.went = diary.went[:MOST], diary.went[MOST:]
         if not came and not went and self._bound_told == epoch(now):
             return
-        name = library.names.feed(epoch(now), self._instance, next(self._numbers), self._bound // _MB)
+        name = library.names.feed(epoch(now), self.instance, next(self.numbers), self._bound // _MB)
         try:
             library.store.put(name, library.envelope.wrap(name, Note(came, went).encode()))
         except Broken:
@@ -78,7 +78,7 @@ class SharedFeed:
         with diary.lock:
             touched, diary.touched = sorted(diary.touched), set()
         if touched:
-            name = library.names.touch(epoch(now), self._instance, next(self._numbers))
+            name = library.names.touch(epoch(now), self.instance, next(self.numbers))
             library.store.put(name, library.envelope.wrap(name, Note(touched).encode()))
 
     def read(self, now: float, goes_on: Callable[[], bool]) -> Note | None:
@@ -108,7 +108,7 @@ class SharedFeed:
 
     def _note(self, name: str, writer: str) -> Note:
         """A note of another instance; an empty one where it is our own, gone, or not what it has to be."""
-        if writer == self._instance:
+        if writer == self.instance:
             return Note([])
         try:
             return decode(self._library.envelope.unwrap(name, self._library.store.get(name)))

@@ -18,14 +18,15 @@ TIER: Final = OBJECTS
 
 class RunsPlace(msgspec.Struct, frozen=True):
     """What is stored, and by whom: the namespace's fingerprint, what people call its model, blocks in a run, the ranks
-    that store, our name among instances (16 hexadecimal digits). With `strict` the answer waits for a trial of the
-    storage."""
+    that store, our name among instances (16 hexadecimal digits). `warm` of the hottest runs are to be found. With
+    `strict` the answer waits for a trial of the storage."""
 
     fingerprint: str
     model: str
     run_blocks: int
     ranks: list[int]
     instance: str
+    warm: int = 0
     strict: bool = False
 
 
@@ -49,9 +50,11 @@ class AttachArenas(msgspec.Struct, frozen=True, tag=True):
 
 
 class TryStorage(msgspec.Struct, frozen=True, tag=True):
-    """Try whether the storage does what it has to."""
+    """Try whether the storage does what it has to. With `anew` it did not until now, and what is there is looked up
+    again."""
 
     number: int
+    anew: bool = True
 
 
 class PutRun(msgspec.Struct, frozen=True, tag=True):
@@ -99,12 +102,12 @@ class Leave(msgspec.Struct, frozen=True, tag=True):
 
 
 class Tried(msgspec.Struct, frozen=True, tag=True):
-    """How that trial ended. `problem` says what is wrong; `off`: for good. With `writes` false it may only be read."""
+    """How that trial ended. `problem` says what is wrong; `off`: for good. `refusal` says why it can only be read."""
 
     number: int
     problem: str | None = None
     off: bool = False
-    writes: bool = True
+    refusal: str | None = None
 
 
 class Known(msgspec.Struct, frozen=True, tag=True):
@@ -112,6 +115,20 @@ class Known(msgspec.Struct, frozen=True, tag=True):
 
     came: bytes = b""
     went: bytes = b""
+
+
+class HotRun(msgspec.Struct, frozen=True):
+    """Keys of a run, the key before them, and which block of its prompt the first is."""
+
+    keys: list[bytes]
+    parent: bytes | None
+    place: int
+
+
+class Hot(msgspec.Struct, frozen=True, tag=True):
+    """These were asked for most, the most first, each behind those before it in its prompt."""
+
+    runs: list[HotRun]
 
 
 class Got(msgspec.Struct, frozen=True, tag=True):
@@ -138,7 +155,7 @@ class Told(msgspec.Struct, frozen=True, tag=True):
 
 
 Order = AttachArenas | TryStorage | PutRun | GetRun | NoteSums | Touch | Leave
-Answer = RankArena | Tried | Known | Got | Told
+Answer = RankArena | Tried | Known | Hot | Got | Told
 
 _encode = msgspec.msgpack.Encoder().encode
 decode_order = msgspec.msgpack.Decoder(Order).decode

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import threading
 from collections.abc import Callable, Collection
 from itertools import count
 from pathlib import Path
@@ -18,7 +17,7 @@ from kvbm.core.errors import Broken, ConfigError
 from kvbm.core.region import Region, packed
 from kvbm.link.messages import Sick, unpack
 from kvbm.stores.memory import Arena
-from kvbm.stores.objects.probe import probe
+from kvbm.stores.objects.probe import Fitness, probe, together
 from kvbm.stores.objects.runs import Shape
 from kvbm.tiers.objects.clerk import Clerk, Habits
 from kvbm.tiers.objects.mover import Heard, Library, Mover, RunMoved, lanes
@@ -89,22 +88,15 @@ class ObjectsRank:
 
     def _try(self, place: RunsPlace) -> None:
         """The start waits for the storage. Raises Broken."""
-        failed: list[str] = []
 
-        def call() -> None:
-            try:
-                library = self._open_library(place, self._shape(place))
-                probe(library.store, place.instance, count(), library.envelope.size(library.format.plain_bytes))
-            except (Broken, ConfigError) as error:
-                failed.append(str(error))
+        def call() -> Fitness:
+            library = self._open_library(place, self._shape(place))
+            return probe(library.store, place.instance, count(), library.envelope.size(library.format.plain_bytes))
 
-        thread = threading.Thread(target=call, name="kvbm-g4-start", daemon=True)
-        thread.start()
-        thread.join(3 * self._limits.deadline_s)
-        if thread.is_alive():
-            raise Broken("the storage does not answer")
-        if failed:
-            raise Broken(failed[0])
+        try:
+            together([call], 3 * self._limits.deadline_s)
+        except ConfigError as error:
+            raise Broken(str(error)) from None
 
     def ready(self) -> None:
         """Its memory is used as the leader says, slot by slot."""
@@ -127,7 +119,7 @@ class ObjectsRank:
                 else:
                     self._put(message, RunMoved.badly(len(message.keys), "shared storage is not open"))
             case TryStorage() if self._clerk is not None:
-                self._clerk.try_storage(message.number)
+                self._clerk.try_storage(message)
             case Touch(ends=ends) if self._clerk is not None:
                 self._clerk.touch(ends)
             case Leave() if self._clerk is not None:
@@ -165,8 +157,8 @@ class ObjectsRank:
         limits = self._limits
         gets, puts = lanes(limits.in_flight, library.format.shape.data_bytes)
         clerk = self._clerk = Clerk(
-            library, place.instance, self._habits, self._say, most_lost=limits.most_lost, broken=self._broken,
-            stuck=lambda: 0 if self._mover is None else self._mover.lost,
+            library, place.instance, self._habits._replace(warm=place.warm), self._say, most_lost=limits.most_lost,
+            broken=self._broken, stuck=lambda: 0 if self._mover is None else self._mover.lost,
         )  # fmt: skip
         self._mover = Mover(
             library, memories, Heard(self._put, self._got, clerk.came, clerk.suspects.add),

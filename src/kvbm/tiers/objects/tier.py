@@ -7,9 +7,10 @@ memory; the read is the truth.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import compress, islice, repeat
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -27,6 +28,7 @@ from kvbm.tiers.objects.orders import (
     TIER,
     AttachArenas,
     Got,
+    Hot,
     Known,
     RankArena,
     Told,
@@ -35,9 +37,10 @@ from kvbm.tiers.objects.orders import (
     TryStorage,
     decode_answer,
 )
-from kvbm.tiers.objects.presence import KnownNames
+from kvbm.tiers.objects.presence import Heads, KnownNames
 from kvbm.tiers.objects.traffic import Traffic
 from kvbm.tiers.objects.uploads import Candidate, Uploads
+from kvbm.tiers.objects.warm import Warmth
 from kvbm.tiers.sums import Sums, bound
 from kvbm.tiers.tier import Give, Mask, Record, Seeker
 
@@ -45,6 +48,8 @@ log = logging.getLogger(__name__)
 
 _FAILURES: Final = 3
 _PROBE_EVERY: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+WRITES_AGAIN_S: Final = 60.0
+"""Seconds after which storage that can only be read is tried again."""
 _SILENT: Final = "the storage has not answered yet"
 _MOST_ENDS: Final = 200_000
 """Ends of runs whose names are remembered: a name is a hash, and is made once for each prompt."""
@@ -64,22 +69,33 @@ class Runs:
     def note(self, keys: Sequence[bytes]) -> list[bytes]:
         """Those of a prompt, from its first block on, that end runs."""
         ends = list(keys[self.run - 1 :: self.run])
+        self.note_ends(ends)
+        return ends
+
+    def note_ends(self, ends: Sequence[bytes]) -> None:
+        """These end runs."""
         known = self._heads
         if new := [end for end in ends if end not in known]:
-            known.update(zip(new, self._names.heads(new), strict=True))
+            known.update(zip(new, self._names.heads(new).tolist(), strict=True))
             if len(known) > _MOST_ENDS:
                 for end in [*islice(known, len(known) - _MOST_ENDS // 2)]:
                     del known[end]
-        return ends
 
-    def head(self, end: bytes) -> int:
-        """Of the name of the run that ends with this key."""
-        known = self._heads.get(end)
-        return self._names.heads([end])[0] if known is None else known
+    def heads(self, ends: Sequence[bytes]) -> Heads:
+        """Of the names of the runs that end with these keys."""
+        self.note_ends(ends)
+        return self._known(ends)
+
+    def _known(self, keys: Sequence[bytes]) -> Heads:
+        return np.fromiter(map(self._heads.get, keys, repeat(0)), np.uint64, len(keys))
 
     def there(self, keys: Sequence[bytes]) -> list[tuple[int, bytes]]:
         """Of these, in prompt order, the positions of ends of runs that are there, and their keys."""
-        return [(at, keys[at]) for at in self.presence.positions([*map(self._heads.get, keys)])]
+        return [(at, keys[at]) for at in np.flatnonzero(self.presence.among(self._known(keys))).tolist()]
+
+    def known(self, ends: Sequence[bytes]) -> Mask:
+        """Which of the runs that end with these keys are there."""
+        return self.presence.among(self.heads(ends))
 
 
 @dataclass(slots=True, eq=False)
@@ -136,14 +152,15 @@ class Trials:
     """Whether the storage is used, and when it is tried next. `ask` has it tried, by number."""
 
     def __init__(self, where: str, ask: Callable[[int], None], clock: Callable[[], float]) -> None:
-        self._where, self._ask = where, ask
+        self._where, self._ask, self._clock = where, ask, clock
         self._breaker = Breaker(_PROBE_EVERY, clock, most=_FAILURES)
         self._breaker.trip(_SILENT)
-        self._number = 0
+        self._number, self._trying = 0, False
         self.off: str | None = None
         """Why it is not used any more until the engine is started anew."""
-        self.writes = True
-        """Whether it may be written to."""
+        self.refusal: str | None = None
+        """Why nothing can be written, though it is used."""
+        self._again = math.inf
 
     @property
     def problem(self) -> str | None:
@@ -165,17 +182,20 @@ class Trials:
 
     def begin(self) -> None:
         """It can be tried now."""
-        self._number += 1
+        self._number, self._trying = self._number + 1, True
         self._ask(self._number)
 
     def tick(self) -> None:
-        if self.off is None and self._number and self._breaker.problem is not None and self._breaker.due():
+        if self.off is not None or not self._number or self._trying:
+            return
+        if self._breaker.due() if self._breaker.problem is not None else self._clock() > self._again:
             self.begin()
 
     def take(self, tried: Tried) -> bool:
         """How a trial ended. Whether the storage is used anew."""
         if tried.number != self._number or self.off is not None:
             return False
+        self._trying = False
         if tried.problem is not None:
             if tried.off:
                 log.error("KVBM: shared storage (G4) is not used: %s", tried.problem)
@@ -184,13 +204,39 @@ class Trials:
                 log.warning("KVBM: shared storage (G4) does not answer, and is tried again: %s", tried.problem)
             self._breaker.trip(tried.problem)
             return False
-        if self.writes and not tried.writes:
-            log.warning("KVBM: shared storage (G4) may only be read here: nothing is written to it")
-        self.writes, anew = tried.writes, self._breaker.problem is not None
+        if self.refusal is None and tried.refusal is not None:
+            log.warning("KVBM: shared storage (G4) is read, and nothing is written to it: %s", tried.refusal)
+        self.refusal, anew = tried.refusal, self._breaker.problem is not None
+        self._again = math.inf if tried.refusal is None else self._clock() + WRITES_AGAIN_S
         if anew:
             log.info("KVBM: shared storage (G4) works: %s", self._where)
             self._breaker.mend()
         return anew
+
+
+class AskedRuns:
+    """Last keys of runs that requests asked for and nobody was told of."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._ends: dict[bytes, None] = {}
+        self._next = clock() + _TOUCH_EVERY_S
+
+    def add(self, ends: Iterable[bytes]) -> None:
+        """These were asked for. Of too many, the last are left out."""
+        self._ends.update(zip(islice(ends, _MOST_TOUCHED - len(self._ends)), repeat(None)))
+
+    def due(self) -> list[bytes]:
+        """What is to be told now."""
+        if self._clock() <= self._next:
+            return []
+        ends, self._next = [*self._ends], self._clock() + _TOUCH_EVERY_S
+        self._ends.clear()
+        return ends
+
+    def clear(self) -> None:
+        """Nobody is to be told."""
+        self._ends.clear()
 
 
 class SharedStorage:
@@ -203,20 +249,22 @@ class SharedStorage:
 
     def __init__(
         self, traffic: Traffic, runs: Runs, sums: Sums, uploads: Callable[[SharedStorage], Uploads],
-        clock: Callable[[], float], where: str,
+        warmth: Warmth, clock: Callable[[], float], where: str,
     ) -> None:  # fmt: skip
-        self.traffic, self.runs, self._sums, self._clock, self._where = traffic, runs, sums, clock, where
-        self.trials = Trials(where, lambda number: traffic.tell(TryStorage(number)), clock)
+        self.traffic, self.runs, self._sums, self._where = traffic, runs, sums, where
+        self.trials = Trials(where, self._try, clock)
         traffic.listen(self._judge)
         self._arenas: dict[int, RankArena] = {}
-        self._touched: dict[bytes, None] = {}
-        self._touch_at = clock() + _TOUCH_EVERY_S
+        self._touched = AskedRuns(clock)
         self.corrupt = 0
         """Blocks that came and were not what they had to be."""
         self.told = Told()
-        self.uploads = uploads(self)
+        self.uploads, self.warmth = uploads(self), warmth
 
     # ------------------------------------------------------------------ whether it works
+
+    def _try(self, number: int) -> None:
+        self.traffic.tell(TryStorage(number, anew=self.trials.problem is not None))
 
     @property
     def problem(self) -> str | None:
@@ -225,15 +273,20 @@ class SharedStorage:
     @property
     def writes(self) -> bool:
         """See `Shelf`."""
-        return self.trials.writes and self.problem is None
+        return self.trials.refusal is None and self.problem is None
 
     def _close(self, why: str) -> None:
         """It is not used any more."""
         self.trials.off = self.trials.off or why
+        self._drop()
+        self.traffic.leave()
+
+    def _drop(self) -> None:
+        """Nothing that is known of it counts."""
         self.uploads.clear()
+        self.warmth.end()
         self.runs.presence.clear()
         self._touched.clear()
-        self.traffic.leave()
 
     def _judge(self, passage: Passage) -> None:
         self.corrupt += int((passage.outcomes == Outcome.CORRUPT).sum())
@@ -253,6 +306,8 @@ class SharedStorage:
                     self._close(answer.problem or "")
             case Known(came=came, went=went) if self.trials.off is None:
                 self.runs.presence.hear(came, went)
+            case Hot(runs=hot):
+                self.warmth.hear(hot)
             case Got():
                 self.traffic.got(answer)
             case Told():
@@ -271,9 +326,9 @@ class SharedStorage:
             mask[max(0, at - self.runs.run + 1) : at + 1] = True
         return mask
 
-    def knows(self, end: bytes) -> bool:
+    def known(self, ends: Sequence[bytes]) -> Mask:
         """See `Shelf`."""
-        return self.runs.head(end) in self.runs.presence
+        return self.runs.known(ends)
 
     def seek(self, seeker: Seeker, keys: Sequence[bytes], first: int | None, give: Give) -> None:
         before = dict(zip(seeker.keys[1:], enumerate(seeker.keys), strict=False))
@@ -295,9 +350,8 @@ class SharedStorage:
             offer.drop()
 
     def asked(self, keys: Sequence[bytes]) -> None:
-        for end in self.runs.note(keys):
-            if len(self._touched) < _MOST_TOUCHED and self.knows(end):
-                self._touched[end] = None
+        ends = self.runs.note(keys)
+        self._touched.add(compress(ends, self.runs.known(ends)))
 
     def over(self, keys: Sequence[bytes], record: Record) -> None:
         if self.trials.off is None:
@@ -326,7 +380,7 @@ class SharedStorage:
 
         def there(passage: Passage) -> None:
             if passage.done.all() and self.trials.off is None:
-                self.runs.presence.add(self.runs.head(end))
+                self.runs.presence.add(self.runs.heads([end]))
             ended(passage)
 
         self.traffic.put(run, slots, priorities, b"".join(each.tobytes() for each in sums), there)
@@ -334,13 +388,15 @@ class SharedStorage:
 
     def forget(self, end: bytes) -> None:
         """The run that ends with this key is not there, or is damaged."""
-        self.runs.presence.discard(self.runs.head(end))
+        self.runs.presence.discard(self.runs.heads([end]))
 
     def answer(self, result: Result) -> bool:
         return self.traffic.answer(result)
 
     def pump(self) -> None:
         self.uploads.pump()
+        if self.problem is None:
+            self.warmth.pump()
 
     def tick(self) -> None:
         if self.trials.off is not None:
@@ -348,11 +404,8 @@ class SharedStorage:
         if self.traffic.late():
             self.trials.fail("no answer about a move within its deadline")
         self.trials.tick()
-        if self._clock() > self._touch_at:
-            self._touch_at = self._clock() + _TOUCH_EVERY_S
-            if self._touched:
-                self.traffic.tell(Touch([*self._touched]))
-                self._touched.clear()
+        if ends := self._touched.due():
+            self.traffic.tell(Touch(ends))
 
     # ------------------------------------------------------------------ its end
 
@@ -364,8 +417,7 @@ class SharedStorage:
                 log.warning("KVBM: after a reset this engine does not use shared storage until it is restarted")
             self._close("a reset began a new generation")
             return
-        self.uploads.clear()
-        self.runs.presence.clear()
+        self._drop()
         self.traffic.cancel_all()
 
     def leave(self, why: str) -> None:
@@ -394,13 +446,13 @@ class SharedStorage:
         uploads = self.uploads
         return {
             "refused": uploads.refused, "cancelled": uploads.cancelled, "corrupt": self.corrupt,
-            "runs": len(self.runs.presence), "stuck": self.told.stuck,
+            "runs": len(self.runs.presence), "stuck": self.told.stuck, "warmed": self.warmth.warmed,
         }  # fmt: skip
 
     def status(self) -> Mapping[str, Any]:
         told = self.told
         return {
-            "url": self._where, "writes": self.trials.writes, "run_blocks": self.runs.run,
+            "url": self._where, "writes": self.trials.refusal is None, "run_blocks": self.runs.run,
             "objects": told.objects, "bytes": told.nbytes, "bound_bytes": told.bound, "deleted": told.deleted,
             "undeletable": told.undeletable, "waiting": self.uploads.waiting,
             "in_flight": {"put": self.uploads.in_flight, "get": self.traffic.reading},
@@ -409,3 +461,14 @@ class SharedStorage:
 
     def namesakes(self) -> tuple[str, ...]:
         return ()
+
+    def limits(self) -> str | None:
+        sentences = []
+        if (why := self.trials.refusal) is not None:
+            sentences.append(f"{self._where} is read, and nothing is written to it: {why}")
+        if left := self.told.undeletable:
+            sentences.append(
+                f"{left} damaged runs cannot be deleted from {self._where} by this engine, which computes their "
+                "blocks; with credentials that may delete: kvbm store verify --repair"
+            )
+        return "; ".join(sentences) or None

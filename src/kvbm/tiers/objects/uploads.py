@@ -17,7 +17,7 @@ from kvbm.blocks import Pinned, Pool
 from kvbm.core.events import Copied
 from kvbm.tiers.demote import Budget
 from kvbm.tiers.moves import Ended, Passage
-from kvbm.tiers.tier import Record
+from kvbm.tiers.tier import Mask, Record
 
 Admission = Literal["all", "second-use", "evicted"]
 """Which runs are written: all, those that were asked for before, those that are about to leave host memory."""
@@ -42,8 +42,8 @@ class Shelf(Protocol):
     def writes(self) -> bool:
         """Whether anything may be written there now."""
 
-    def knows(self, end: bytes) -> bool:
-        """Whether the run that ends with this key is there, as far as is known."""
+    def known(self, ends: Sequence[bytes]) -> Mask:
+        """Which of the runs that end with these keys are there, as far as is known."""
 
     def put(self, run: Candidate, blocks: Pinned, ended: Ended) -> bool:
         """Begin to write it; the caller holds the blocks. False: it cannot be."""
@@ -125,7 +125,7 @@ class Uploads:
         return Candidate(tuple(reversed(keys)), key or None, place - self._rules.run + 1)
 
     def _knows(self, end: bytes) -> bool:
-        return end in self._queue or end in self._writing or self._shelf.knows(end)
+        return end in self._queue or end in self._writing or bool(self._shelf.known([end])[0])
 
     def _add(self, run: Candidate) -> None:
         self._queue[run.keys[-1]] = run
@@ -146,11 +146,14 @@ class Uploads:
         """A request ended. `keys` are those of its first blocks; what was not written of them may be whole now."""
         if self._rules.admission == "evicted":
             return
-        for at in range(self._rules.run - 1, len(keys), self._rules.run):
-            first, end = at - self._rules.run + 1, keys[at]
-            if self._knows(end) or (self._rules.admission == "second-use" and not self._note(end)):
+        ends = keys[self._rules.run - 1 :: self._rules.run]
+        for at, (end, there) in enumerate(zip(ends, self._shelf.known(ends).tolist(), strict=True)):
+            if there or end in self._queue or end in self._writing:
                 continue
-            run = tuple(keys[first : at + 1])
+            if self._rules.admission == "second-use" and not self._note(end):
+                continue
+            first = at * self._rules.run
+            run = tuple(keys[first : first + self._rules.run])
             if not self._g2.present(run).all():
                 return  # nothing behind it is written before
             if (block := self._g2.look(end)) is not None and block.expires is not None:
@@ -166,7 +169,7 @@ class Uploads:
             self._take_leaving()
         while self._queue and len(self._writing) < self._rules.in_flight and self._shelf.writes:
             end, run = self._queue.popitem(last=False)
-            if self._shelf.knows(end):
+            if self._shelf.known([end])[0]:
                 continue
             if self._rules.budget.left() <= 0:
                 self.refused += 1

@@ -271,6 +271,9 @@ class Peers:
     def status(self) -> Mapping[str, Any]:
         return {"fetch": {"in_flight": self.in_flight()}, "peers": self.known(), "sharing": self.counts()}
 
+    def limits(self) -> str | None:
+        return None
+
     def namesakes(self) -> tuple[str, ...]:
         return self.network.namesakes
 
