@@ -177,6 +177,8 @@ class Engine:
         self.until(lambda: self.leader.core.in_flight() == (0, 0))
         self.leader.finish(name, blocks, len(keys))
         self.step(name, 0)
+        # What was offered only now is copied before the next request's zeros are there.
+        self.until(lambda: self.leader.core.in_flight() == (0, 0))
         return found
 
     def _failed(self, name: str) -> bool:

@@ -49,6 +49,7 @@ class ObjectStore(ABC):
     @abstractmethod
     def put(self, name: str, data: Buffer) -> bool:
         """Write an object that appears whole or not at all; False where the storage says that it has one of this name.
+        Others who looked for it before may see it some seconds later.
 
         False does not say whose it is, nor that anything is there: a retry after an answer that was lost says it, too.
         Where several write one at once, more than one may hear True, and the bytes of any of them may be there.
