@@ -37,6 +37,10 @@ test: check $(VENV)/engine test-fast
 test-all: test coverage
 	$(BIN)/python -m tests.decisions
 	$(BIN)/python -m tests.e2e.compare --requests 5000
+	$(BIN)/python -m tests.e2e.soak_storage --kills 50
+	$(BIN)/python -m tests.tiers.objects.damage --count 10000
+	$(BIN)/python -m pytest tests/e2e/storage_faults.py
+	$(BIN)/python -m pytest tests/stores/objects/azure.py tests/stores/objects/juicefs.py tests/stores/objects/ceph.py
 	$(BIN)/python -m tests.versions
 
 test-fast: $(VENV)/dev

@@ -33,11 +33,12 @@ RUN = 512
 class Shared(Engine):
     """An engine with host memory of its own, and shared storage."""
 
-    def __init__(self, model: Path, where: Path | str, **settings: Any) -> None:
+    def __init__(self, model: Path, where: Path | str, *, works: bool = True, **settings: Any) -> None:
         url = where if isinstance(where, str) else f"file://{where}"
         kvbm = {"g2_blocks": 256, "g4_url": url, "g4_feed_s": 0.2, "g4_warm": 0.0, **settings}
         super().__init__(model, kvbm, max_model_len=1024)
-        eventually(lambda: self.leader.tick() or self.storage.problem is None)
+        if works:
+            eventually(lambda: self.leader.tick() or self.storage.problem is None)
 
     @property
     def storage(self) -> SharedStorage:

