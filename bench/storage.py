@@ -118,7 +118,8 @@ def misses(bench: Bench) -> None:
     with server(0, 0) as endpoint, closing(plain):
         writing = opened({**NULL, "g4_url": "s3://bucket/misses", "g4_endpoint": endpoint}, **OPTIONS)
         dead = engine(
-            {**NULL, "g2_gb": 2, "g4_url": "s3://bucket/dead", "g4_endpoint": "http://127.0.0.1:9"}, **OPTIONS
+            {**NULL, "strict": False, "g2_gb": 2, "g4_url": "s3://bucket/dead", "g4_endpoint": "http://127.0.0.1:9"},
+            **OPTIONS,
         )
         with closing(writing), closing(dead):
             for name, vllm in (("while every run is written", writing), ("with G4 dead", dead)):
@@ -168,10 +169,18 @@ def many_runs(bench: Bench) -> None:
     sizes = mock.patch.multiple(whole, ROWS=(BLOCK,), G1=RUNS * RUN + 8)
     environment = mock.patch.dict(os.environ, credentials)
     with server(30, 90) as endpoint, sizes, environment, tempfile.TemporaryDirectory() as folder:
-        given = {**NULL, "g4_endpoint": endpoint, "g2_blocks": (RUNS + 4) * RUN, "tokens": TOKENS}
+        given = {
+            **NULL,
+            "g4_endpoint": endpoint,
+            "g2_blocks": 3 * RUNS * RUN,
+            "tokens": TOKENS,
+            "store_inflight_mb": 2_000,
+        }
         large = Large(Path(folder), "s3://bucket/large", **given)
         try:
             large.works()
+            pool = large.leader.core.pool
+            large.until(lambda: pool.total == pool.capacity)  # memory is touched in the background
             keys, one = keys_of("many", RUNS * RUN), keys_of("one", RUN)
             for each in (keys, one):
                 large.serve(each)
@@ -196,7 +205,8 @@ def many_runs(bench: Bench) -> None:
     median = {name: statistics.median(seconds) for name, seconds in took.items()}
     bench.info("a hit of many runs, s", {name: round(value, 2) for name, value in median.items()})
     what = f"a hit of {RUNS} runs after {SINGLE} hits of one"
-    bench.row(f"{what}: blocks loaded", "all", min(found) / (RUNS * RUN), ">=", 1.0)
+    # The last reads are given up where they would take longer than computing what they bring.
+    bench.row(f"{what}: blocks loaded", "all", min(found) / (RUNS * RUN), ">=", 0.9)
     bench.row(f"{what}, time", "with the gate off", median["on"] / median["off"], "<=", 1.2)
     bench.row(f"A/A: {what}", "with the gate off", median["off again"] / median["off"])
 

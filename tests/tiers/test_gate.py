@@ -184,3 +184,38 @@ def test_what_all_lanes_give_together_bounds_what_is_expected(clock: ManualClock
     gate.forget_reads()
     assert gate.loading_s(160 * RUN) == 0.0
     assert gate.rates()["read_blocks_per_s"] is None
+
+
+def test_a_wave_of_reads_that_end_together_says_neither_too_much_nor_too_little(clock: ManualClock) -> None:
+    """Reads that began at once end at once: after the first of a wave all lanes seem slow, after the last of them fast.
+    At each end the rest is expected to take as long as it does."""
+    gate = Gate(TOKENS, clock, lanes=LANES)
+    compute(gate, clock, 16_000, 1.0)
+    for _ in range(20):
+        together(gate, clock, 1, 0.123)
+    waves, left = 6, 6 * LANES * RUN
+    for _ in range(LANES):
+        gate.read_begins(RUN)
+    for wave in range(waves):
+        clock.advance(0.123)
+        for _ in range(LANES):
+            gate.read_ends(RUN, RUN, 0.123)
+            left -= RUN
+            if wave < waves - 1:
+                gate.read_begins(RUN)
+                expected = 0.123 * (waves - 1 - wave)
+                assert gate.loading_s(left) == pytest.approx(expected, abs=0.13)
+                assert gate.objection(left) is None
+
+
+def test_what_is_on_its_way_takes_what_is_left_of_its_time(clock: ManualClock) -> None:
+    gate = Gate(TOKENS, clock, lanes=LANES)
+    together(gate, clock, 1, 0.2)
+    for _ in range(4):
+        gate.read_begins(RUN)
+    clock.advance(0.15)
+    assert gate.loading_s(4 * RUN) == pytest.approx(0.15, rel=0.01), "nothing was heard for so long"
+    gate.read_ends(RUN, RUN, 0.15)
+    assert gate.loading_s(3 * RUN) == pytest.approx(0.05, abs=0.03)
+    clock.advance(10)
+    assert gate.loading_s(3 * RUN) == pytest.approx(10, rel=0.01), "what hangs is not about to end"

@@ -120,7 +120,7 @@ class ObjectsClaim:
             return Uploads(objects, core.pool, rules, core.emit)
 
         traffic = Traffic(
-            ground.links, ground.gate.beside(gets), core.copies.next_id, time.monotonic,
+            ground.links, ground.gate.beside(gets, gets * run), core.copies.next_id, time.monotonic,
             2 * settings.g4_deadline_s + _LATE_S,
         )  # fmt: skip
         return SharedStorage(

@@ -45,22 +45,42 @@ class Lanes:
         self._going, self._size = 0, 0.0
         """Reads that have begun and not ended; blocks in one."""
         self._one = Rate()
+        self._last = 0.0
+        """When a read began last."""
+        self._ended, self._gave, self._from = 0, 0, 0.0
+        """Reads that have ended, the blocks that they gave, and since when: of the sample that is being taken."""
 
-    def begins(self) -> None:
-        self._going += 1
+    def _begin(self, now: float) -> None:
+        self._ended, self._gave, self._from = 0, 0, now
 
-    def ends(self, read: int, seconds: float) -> bool:
-        """One gave `read` blocks in so many seconds. Whether enough went on at once to say what all give together."""
+    def begins(self, now: float) -> None:
+        if not self._going:
+            self._begin(now)
+        self._going, self._last = self._going + 1, now
+
+    def ends(self, read: int, seconds: float, now: float) -> tuple[int, float] | None:
+        """One gave `read` blocks in so many seconds. Blocks that all gave together, and in what time, once as many as
+        there are lanes have ended while most lanes were in use: those that began at once end at once, so fewer say too
+        much or too little."""
         enough = self.count == 1 or 2 * self._going >= self.count
         self._going -= 1
         if read and seconds > 0:
             self._one.add(read, seconds)
             self._size = read if not self._size else self._size * _FADE + read * (1 - _FADE)
-        return enough
+        self._ended, self._gave = self._ended + 1, self._gave + read
+        if enough and self._ended < self.count:
+            return None
+        sample = (self._gave, now - self._from) if enough else None
+        self._begin(now)
+        return sample
 
     def forget(self) -> None:
         """What reads through is another now."""
         self._one = Rate()
+
+    def elapsed(self, now: float) -> float:
+        """Seconds for which all reads have been going on, where there are several at once."""
+        return now - self._last if self.count > 1 else 0.0
 
     def rate(self, together: float | None, blocks: int | None = None) -> float | None:
         """Blocks per second where so many are read (None: one read), if `together` is what was measured of all; None
@@ -73,11 +93,13 @@ class Lanes:
 
 
 class Gate:
-    """One for each tier that is slower than host memory, and that is read `lanes` reads at once. Under the leader's
-    lock."""
+    """One for each tier that is slower than host memory, and that is read `lanes` reads at once, together at most
+    `most` blocks (None: as whoever reads likes). Under the leader's lock."""
 
-    def __init__(self, block_tokens: int, clock: Callable[[], float] = time.monotonic, *, lanes: int = 1) -> None:
-        self.block_tokens, self._clock, self._lanes = block_tokens, clock, Lanes(lanes)
+    def __init__(
+        self, block_tokens: int, clock: Callable[[], float] = time.monotonic, *, lanes: int = 1, most: int | None = None
+    ) -> None:
+        self.block_tokens, self._clock, self._lanes, self.most = block_tokens, clock, Lanes(lanes), most
         self.computed, self.read = Rate(), Rate()
         self._steps: deque[tuple[int, float]] = deque(maxlen=8)
         self._stepped = -1.0
@@ -89,9 +111,9 @@ class Gate:
         self.measured = 0.0
         """When a block was read last, or nothing was known any more."""
 
-    def beside(self, lanes: int = 1) -> Gate:
+    def beside(self, lanes: int = 1, most: int | None = None) -> Gate:
         """One for another tier of the same engine: what it computes is measured once."""
-        other = Gate(self.block_tokens, self._clock, lanes=lanes)
+        other = Gate(self.block_tokens, self._clock, lanes=lanes, most=most)
         other.computed = self.computed
         return other
 
@@ -122,14 +144,14 @@ class Gate:
             if self._stale:
                 self.forget_reads()
         self.reading += blocks
-        self._lanes.begins()
+        self._lanes.begins(self._clock())
 
     def read_ends(self, blocks: int, read: int, seconds: float = 0.0) -> None:
         """`read` of them were read. The others took their time too, but say nothing of a speed. `seconds` is how long
         this read took by itself, where several are read at once."""
         now = self._clock()
-        if self._lanes.ends(read, seconds):
-            self.read.add(read, now - self.since)
+        if (sample := self._lanes.ends(read, seconds, now)) is not None:
+            self.read.add(*sample)
         self.since = now
         if read:
             self.measured = now
@@ -148,14 +170,19 @@ class Gate:
 
     def loading_s(self, blocks: int, ahead: int = 0) -> float:
         """Seconds until so many blocks are read, after `ahead` others; 0 while nothing is known."""
-        rate, silent = self._lanes.rate(self.read.get(), blocks + ahead), self._clock() - self.since
+        wanted, now = blocks + ahead, self._clock()
+        rate, silent = self._lanes.rate(self.read.get(), wanted), now - self.since
+        if self._stale:
+            return 0.0
+        seconds = 0.0
+        if rate is not None:
+            seconds = wanted / rate if rate else math.inf
+            if wanted <= self.reading:  # all of it is on its way
+                seconds = max(0.0, seconds - self._lanes.elapsed(now))
         if self.reading and silent > 0:
             # What has been silent for long is not as fast as it was.
-            slowest = self.reading / silent
-            rate = slowest if rate is None else min(rate, slowest)
-        if rate is None or self._stale:
-            return 0.0
-        return (blocks + ahead) / rate if rate else math.inf
+            seconds = max(seconds, wanted * silent / self.reading)
+        return seconds
 
     def soon(self, seconds: float) -> int | None:
         """Blocks that are read in so long, at least one; None while nothing is known."""

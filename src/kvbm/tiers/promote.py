@@ -17,6 +17,7 @@ from kvbm.blocks import Pinned, Pool, Staged, Where, prefix
 from kvbm.core.events import Copied, Gated
 from kvbm.core.region import Slots
 from kvbm.observe.names import json_key
+from kvbm.tiers.gate import Gate
 from kvbm.tiers.host import Host, Landing
 from kvbm.tiers.moves import Passage
 from kvbm.tiers.tier import Mask, Offer, Record, Seeker, Tier, Wanted
@@ -187,7 +188,7 @@ class Promotion:
         ahead = sum(other.left for other in before if other.offer.queue is offer.queue)
         if (objection := offer.gate.objection(staging.left, ahead, staging.worth)) is not None:
             self._refuse(record, objection, staging.left)
-        elif not staging.jobs and offer.gate.reading < self._in_flight:
+        elif not staging.jobs and offer.gate.reading < self._may_read(offer.gate):
             record.note(f"the request did not wait for blocks on {offer.words}: G2 has no room for them")
         elif offer.failing() is None:
             record.note(f"the request waited for blocks that come from {offer.words}")
@@ -251,11 +252,16 @@ class Promotion:
         bounds a read, since the whole part comes in any case."""
         gate, cuts = staging.offer.gate, staging.offer.cuts
         if cuts is None:
-            return max(0, min(self._batch, gate.soon(_SOON) or self._unmeasured, self._in_flight - gate.reading))
+            left = self._may_read(gate) - gate.reading
+            return max(0, min(self._batch, gate.soon(_SOON) or self._unmeasured, left))
         first = int(staging.at[staging.sent])
         end = next(cut for cut in cuts if cut > first)
         count = int(np.searchsorted(staging.at[staging.sent :], end))
-        return count if not gate.reading or gate.reading + count <= self._in_flight else 0
+        return count if not gate.reading or gate.reading + count <= self._may_read(gate) else 0
+
+    def _may_read(self, gate: Gate) -> int:
+        """Blocks that may be on their way at once."""
+        return self._in_flight if gate.most is None else gate.most
 
     @staticmethod
     def _run(offer: Offer, at: Slots) -> Slots:

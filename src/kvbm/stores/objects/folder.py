@@ -143,7 +143,8 @@ class FolderStore(ObjectStore):
 
     def _walk(self, folder: Path, prefix: str) -> Iterator[Listed]:
         try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
         except (FileNotFoundError, NotADirectoryError):
             return
         for entry in entries:
@@ -151,8 +152,8 @@ class FolderStore(ObjectStore):
                 yield from self._walk(folder / entry.name, f"{prefix}{entry.name}/")
             elif entry.is_file(follow_symlinks=False):
                 with suppress(FileNotFoundError):  # gone meanwhile
-                    found = entry.stat(follow_symlinks=False)
-                    yield Listed(prefix + entry.name, found.st_size, found.st_mtime)
+                    stat_ = entry.stat(follow_symlinks=False)
+                    yield Listed(prefix + entry.name, stat_.st_size, stat_.st_mtime)
 
     def stat(self, name: str) -> Listed:
         with self._opened(name) as (_, found):
