@@ -169,17 +169,11 @@ def gate_off() -> Iterator[None]:
 
 def many_runs(bench: Bench) -> None:
     """A hit of many runs after many hits of one."""
-    credentials = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_EC2_METADATA_DISABLED": "true"}
     sizes = mock.patch.multiple(whole, ROWS=(BLOCK,), G1=RUNS * RUN + 8)
-    environment = mock.patch.dict(os.environ, credentials)
-    with server(30, 90) as endpoint, sizes, environment, tempfile.TemporaryDirectory() as folder:
+    with server(30, 90) as endpoint, sizes, tempfile.TemporaryDirectory() as folder:
         given = {
-            **NULL,
-            "g4_endpoint": endpoint,
-            "g2_blocks": 3 * RUNS * RUN,
-            "tokens": TOKENS,
-            "store_inflight_mb": 2_000,
-        }
+            **NULL, "g4_endpoint": endpoint, "g2_blocks": 3 * RUNS * RUN, "tokens": TOKENS, "store_inflight_mb": 2_000
+        }  # fmt: skip
         large = Large(Path(folder), "s3://bucket/large", **given)
         try:
             large.works()

@@ -19,6 +19,8 @@ _UNTIMED = (
     "requests", "sessions", "speculation", "storage", "trust", "weights",
 )  # fmt: skip
 """Modules that neither measure times nor have short deadlines."""
+RUN_PROMPT = 560
+"""Tokens: a run of shared storage has 512."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -78,3 +80,15 @@ def downloaded_elsewhere(model: Path, folder: Path) -> Path:
 
 def prompt_of(dice: random.Random, length: int) -> list[int]:
     return [dice.randrange(3, 1000) for _ in range(length)]
+
+
+@pytest.fixture
+def prompts(dice: random.Random) -> list[list[int]]:
+    """Each of a run of shared storage and somewhat more."""
+    return [prompt_of(dice, RUN_PROMPT) for _ in range(4)]
+
+
+@pytest.fixture
+def expected(plain: Callable[..., list[Done]], prompts: list[list[int]]) -> list[list[int]]:
+    """The engine's own answers to them."""
+    return [done.tokens for done in plain(prompts, 12)]

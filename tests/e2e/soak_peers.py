@@ -79,8 +79,11 @@ def peer(model: str, settings: str) -> None:
         engine.forget_device()
 
 
-def start(model: Path, settings: dict[str, Any], log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tests.e2e.soak_peers", "--peer", str(model), "--settings", json.dumps(settings)]
+def start(
+    model: Path, settings: dict[str, Any], log: Path, module: str = "tests.e2e.soak_peers"
+) -> subprocess.Popen[bytes]:
+    """The other engine of this module, as a group of processes."""
+    command = [sys.executable, "-m", module, "--peer", str(model), "--settings", json.dumps(settings)]
     with log.open("ab") as file:
         return subprocess.Popen(command, stdout=file, stderr=file, process_group=0)
 

@@ -13,17 +13,15 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from kvbm.stores.objects.names import parse
 from tests.e2e.engine import Engine, write_tiny
-from tests.e2e.soak_peers import always_load, kill, left
+from tests.e2e.soak_peers import always_load, kill, left, start
 
 PROMPTS, ANSWER = 60, 12
 SIZES = {"g2_blocks": 160, "g4_feed_s": 0.2, "g4_deadline_s": 2.0, "g4_warm": 0.0}
@@ -62,7 +60,7 @@ def prompts() -> list[list[int]]:
     return [[dice.randrange(3, 1000) for _ in range(dice.randrange(520, 1700))] for _ in range(PROMPTS)]
 
 
-def other(model: str, settings: str) -> None:
+def peer(model: str, settings: str) -> None:
     """Answers until it is killed."""
     always_load()
     engine, dice, wanted = Engine(Path(model), json.loads(settings), **OPTIONS), random.Random(os.getpid()), prompts()
@@ -70,20 +68,6 @@ def other(model: str, settings: str) -> None:
         engine.run(dice.sample(wanted, 2), ANSWER)
         engine.forget_device()
         print("answered", flush=True)
-
-
-def start(model: Path, settings: dict[str, Any], log: Path) -> subprocess.Popen[bytes]:
-    command = [
-        sys.executable,
-        "-m",
-        "tests.e2e.soak_storage",
-        "--other",
-        str(model),
-        "--settings",
-        json.dumps(settings),
-    ]
-    with log.open("wb") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file, process_group=0)
 
 
 def soak(kills: int, folder: Path) -> Result:
@@ -99,7 +83,8 @@ def soak(kills: int, folder: Path) -> Result:
     while result.kills < kills:
         for path in runs_in(storage):
             path.unlink()
-        victim, due = start(model, settings, log), None
+        log.unlink(missing_ok=True)
+        victim, due = start(model, settings, log, "tests.e2e.soak_storage"), None
         try:
             while due is None or time.monotonic() < due:
                 chosen = dice.sample(range(PROMPTS), dice.randrange(1, 4))
@@ -134,11 +119,11 @@ def runs_in(storage: Path) -> list[Path]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--other", help=argparse.SUPPRESS)
+    parser.add_argument("--peer", help=argparse.SUPPRESS)
     parser.add_argument("--settings", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.other is not None:
-        other(given.other, given.settings)
+    if given.peer is not None:
+        peer(given.peer, given.settings)
     with tempfile.TemporaryDirectory() as name:
         result = soak(given.kills, Path(name))
     print(json.dumps(asdict(result), indent=1))

@@ -1,15 +1,13 @@
-"""Every failure of shared storage with vLLM: answers are the engine's own, and the tier heals. Some minutes:
-
-python -m pytest tests/e2e/storage_faults.py
+"""Every failure of shared storage with vLLM: answers are the engine's own, and the tier heals. Five minutes, by
+`python -m pytest tests/e2e/storage_faults.py`.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +16,11 @@ from typing import Any
 import pytest
 
 from kvbm.cli.demo.seaweed import Seaweed
-from tests.e2e.conftest import prompt_of
-from tests.e2e.engine import Done
 from tests.e2e.test_serve import eventually
-from tests.e2e.test_storage import RUN, TOKENS, Shared, files
+from tests.e2e.test_storage import RUN, Shared, files
 from tests.seaweed import client, started
 from tests.tiers.objects.faulty import Faulty, Mode
 
-Plain = Callable[..., list[Done]]
 pytestmark = pytest.mark.usefixtures("always_load")
 MODES: tuple[Mode, ...] = ("refused", "silent", "cut", "drip", "page", "stored", "full")
 
@@ -39,16 +34,6 @@ class Place:
     mend: Callable[[], None]
     settings: dict[str, Any] = field(default_factory=dict)
     found: bool = False
-
-
-@pytest.fixture
-def prompts(dice: random.Random) -> list[list[int]]:
-    return [prompt_of(dice, TOKENS) for _ in range(4)]
-
-
-@pytest.fixture
-def expected(plain: Plain, prompts: list[list[int]]) -> list[list[int]]:
-    return [done.tokens for done in plain(prompts, 12)]
 
 
 @pytest.fixture
@@ -91,29 +76,15 @@ def check(tiny: Path, prompts: list[list[int]], expected: list[list[int]]) -> Ca
     return run
 
 
-@pytest.fixture(scope="module")
-def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
-    server = started(tmp_path_factory.mktemp("weed"))
-    yield server
-    server.kill()
-
-
 @pytest.fixture
-def given(weed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    for name, value in weed.credentials.items():
-        monkeypatch.setenv(name, value)
+def given(weed_user: Seaweed) -> dict[str, Any]:
     return {"g4_path_style": True}
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_server_that_fails(mode: Mode, weed: Seaweed, given: dict[str, Any], check: Callable[[Place], None]) -> None:
-    with closing(Faulty(weed.port)) as proxy:
-        check(
-            Place(
-                f"s3://bucket/{mode}", lambda: proxy.set(mode), lambda: proxy.set("good"),
-                {**given, "g4_endpoint": proxy.endpoint}, found=mode in ("cut", "stored", "full"),
-            )
-        )  # fmt: skip
+def test_a_server_that_fails(mode: Mode, faulty: Faulty, given: dict[str, Any], check: Callable[[Place], None]) -> None:
+    settings, found = {**given, "g4_endpoint": faulty.endpoint}, mode in ("cut", "stored", "full")
+    check(Place(f"s3://bucket/{mode}", lambda: faulty.set(mode), lambda: faulty.set("good"), settings, found))
 
 
 def test_a_server_that_is_killed_and_comes_back(
@@ -175,29 +146,13 @@ def test_what_is_wrong_at_the_start(
         stop()
 
 
-def hang(worker: Any, *, hangs: bool) -> None:
+def hang(worker: Any) -> None:
     """In a worker's process: reads of the mount do not return."""
     import threading
 
     from kvbm.stores.objects.folder import FolderStore
 
-    if hangs:
-        over = threading.Event()
-        FolderStore.unhung = FolderStore.get, over  # type: ignore[attr-defined]
-        FolderStore.get = lambda store, name: over.wait(120) and None  # type: ignore[method-assign,assignment,return-value]
-    else:
-        FolderStore.get, over = FolderStore.unhung  # type: ignore[attr-defined,method-assign]
-        over.set()
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Path]:
-    where = tmp_path / "mnt"
-    where.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", where], capture_output=True).returncode:
-        pytest.skip("only root may mount")
-    yield where
-    subprocess.run(["umount", "-l", where], capture_output=True, check=False)
+    FolderStore.get = lambda store, name: threading.Event().wait()  # type: ignore[method-assign,assignment,return-value]
 
 
 @pytest.mark.parametrize("how", ["read-only", "full", "gone", "no runs"])
@@ -256,7 +211,7 @@ def test_a_mount_that_hangs(tiny: Path, tmp_path: Path, prompts: list[list[int]]
         engine.stored()
     with closing(Shared(tiny, folder, g4_deadline_s=2.0)) as engine:
         engine.knows(len(prompts))
-        engine.core.model_executor.collective_rpc(hang, kwargs={"hangs": True})
+        engine.core.model_executor.collective_rpc(hang)
         begun = time.monotonic()
         assert [done.tokens for done in engine.run(prompts, 12)] == expected
         assert time.monotonic() - begun < 15

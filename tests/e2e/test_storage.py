@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,11 @@ from kvbm.stores.objects.envelope import PLAIN_AT
 from kvbm.stores.objects.names import parse
 from kvbm.stores.objects.runs import parse as parse_run
 from kvbm.tiers.objects.tier import SharedStorage
-from tests.e2e.conftest import downloaded_elsewhere, prompt_of
-from tests.e2e.engine import Done, Engine
+from tests.e2e.conftest import RUN_PROMPT, downloaded_elsewhere, prompt_of
+from tests.e2e.engine import Engine
 from tests.e2e.test_serve import eventually
-from tests.seaweed import started
 from tests.tiers.objects.faulty import Faulty, Mode
 
-Plain = Callable[..., list[Done]]
-TOKENS = 560
 RUN = 512
 """Tokens of a run: blocks of this model are small."""
 
@@ -89,16 +85,6 @@ def forge(path: Path) -> None:
     path.write_bytes(whole)
 
 
-@pytest.fixture
-def prompts(dice: random.Random) -> list[list[int]]:
-    return [prompt_of(dice, TOKENS) for _ in range(4)]
-
-
-@pytest.fixture
-def expected(plain: Plain, prompts: list[list[int]]) -> list[list[int]]:
-    return [done.tokens for done in plain(prompts, 12)]
-
-
 @pytest.mark.parametrize("sealed", [False, True])
 @pytest.mark.usefixtures("always_load")
 def test_another_engine_finds_what_one_has_computed(
@@ -145,18 +131,6 @@ def test_another_engine_finds_what_one_has_computed(
             same.append(done.tokens == tokens)
             assert done.cached == (0 if sealed else RUN)
         assert all(same) if sealed else not all(same)
-
-
-@pytest.fixture
-def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
-    """A real S3 server behind one that spoils what passes."""
-    weed = started(tmp_path / "weed")
-    for name, value in weed.credentials.items():
-        monkeypatch.setenv(name, value)
-    proxy = Faulty(weed.port)
-    yield proxy
-    proxy.close()
-    weed.kill()
 
 
 @pytest.mark.usefixtures("always_load")
@@ -213,7 +187,7 @@ def test_what_is_admitted_is_found(
             assert [done.tokens for done in engine.run(prompts, 12)] == expected
         else:
             for _ in range(9):
-                engine.run([prompt_of(dice, TOKENS)], 12)
+                engine.run([prompt_of(dice, RUN_PROMPT)], 12)
         engine.stored()
     written = len(files(folder))
     assert 0 < written <= len(prompts) + 9

@@ -41,8 +41,6 @@ _MOST_WAITING: Final = 4_096
 """Runs that wait to be written."""
 _LATE_S: Final = 5.0
 """Seconds beyond its calls' deadlines after which a rank that says nothing counts as broken."""
-
-
 _TRIAL_BYTES: Final = 1 << 16
 
 

@@ -94,7 +94,7 @@ class Lanes:
 
 class Gate:
     """One for each tier that is slower than host memory, and that is read `lanes` reads at once, together at most
-    `most` blocks (None: as whoever reads likes). Under the leader's lock."""
+    `most` blocks (None: as many as its reader likes). Under the leader's lock."""
 
     def __init__(
         self, block_tokens: int, clock: Callable[[], float] = time.monotonic, *, lanes: int = 1, most: int | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -13,24 +13,15 @@ from kvbm.core.errors import Broken
 from kvbm.stores.objects.cloud import Access, CloudStore
 from kvbm.stores.objects.probe import probe
 from kvbm.testing.objects import ObjectStoreSuite
-from tests.seaweed import client, started
+from tests.seaweed import client
 
 NUMBERS = itertools.count()
 
 
-@pytest.fixture(scope="module")
-def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
-    server = started(tmp_path_factory.mktemp("weed"))
-    yield server
-    server.kill()
-
-
 @pytest.fixture
-def in_weed(weed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Callable[..., CloudStore]:
-    for name, value in weed.credentials.items():
-        monkeypatch.setenv(name, value)
+def in_weed(weed_user: Seaweed) -> Callable[..., CloudStore]:
     own = f"test-{next(NUMBERS)}"  # this server sets much space aside for each bucket
-    return lambda prefix="some/prefix": client(weed, f"{own}/{prefix}")
+    return lambda prefix="some/prefix": client(weed_user, f"{own}/{prefix}")
 
 
 class TestS3(ObjectStoreSuite):

@@ -11,12 +11,15 @@ from typing import cast
 import numpy as np
 import pytest
 
+from kvbm.abc.store import Listed
 from kvbm.blocks import Pool, Staged
+from kvbm.core.errors import Broken
 from kvbm.core.events import Copied
 from kvbm.core.region import Slots
 from kvbm.policy import eviction_order
 from kvbm.stores.objects.envelope import Envelope
-from kvbm.stores.objects.names import Names
+from kvbm.stores.objects.folder import FolderStore
+from kvbm.stores.objects.names import TOUCHES, Names
 from kvbm.stores.objects.runs import Run, RunFormat, Shape
 from kvbm.tiers.host import Host
 from kvbm.tiers.moves import Ended, Passage
@@ -83,8 +86,28 @@ def test_what_is_gone_or_damaged_is_left_out(engine: Callable[..., Sharing], tmp
     gone.unlink()
     other = engine(g4_warm=1.0)
     warmed(other, 3 * RUN)
-    for keys in prompts:
-        other.serve(keys)  # looks at each byte
+    assert sorted(other.serve(keys) for keys in prompts) == [0, 0, 2 * RUN], "and each byte is looked at"
+
+
+def test_where_it_fails_the_rest_goes_on(
+    engine: Callable[..., Sharing], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What others write is heard of, though what was asked for cannot be listed."""
+    listed = FolderStore.list
+
+    def fails(store: FolderStore, prefix: str) -> Iterator[Sequence[Listed]]:
+        if prefix == TOUCHES:
+            raise Broken("no list of what was asked for")
+        return listed(store, prefix)
+
+    monkeypatch.setattr(FolderStore, "list", fails)
+    one, other = engine(g4_warm=1.0), engine(g4_warm=1.0)
+    keys = keys_of("prompt", 2 * RUN)
+    one.serve(keys)
+    one.stored()
+    other.knows(keys, 2 * RUN)
+    assert other.serve(keys) == 2 * RUN
+    assert caplog.text.count("no list of what was asked for") == 2, "each said it once"
 
 
 class Lane:

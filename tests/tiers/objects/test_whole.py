@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typing_extensions import Buffer
 
+from kvbm.stores.objects.folder import FolderStore
 from kvbm.stores.objects.names import parse
 from kvbm.tiers.objects.tier import SharedStorage
 from tests.build.whole import Engine
@@ -163,6 +166,39 @@ def test_after_a_reset_nothing_goes_there_or_comes(engine: Callable[..., Sharing
     assert other.serve(keys) == 8, "nothing was deleted"
     other.g4.asked(later)
     assert other.serve(later) == 0
+
+
+def test_a_reset_in_the_middle_of_an_upload(
+    engine: Callable[..., Sharing], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was begun may be there, and is what it was; nothing that waited or came later is. Others go on."""
+    goes, put = threading.Event(), FolderStore.put
+
+    def slow(store: FolderStore, name: str, data: Buffer) -> bool:
+        ours = parse(name)
+        if ours is not None and ours.kind == "run":
+            goes.wait(20)
+        return put(store, name, data)
+
+    one, other, keys, later = engine(g4_deadline_s=20.0).works(), engine().works(), keys_of("a", 22), keys_of("b", 22)
+    with monkeypatch.context() as patched:
+        patched.setattr(FolderStore, "put", slow)
+        one.serve(keys)
+        one.until(lambda: one.g4.uploads.in_flight and one.g4.uploads.waiting)
+        begun = one.g4.uploads.in_flight
+        one.leader.reset()
+        one.serve(later)
+        goes.set()
+        one.until(lambda: one.g4.uploads.idle)
+    assert len(objects(tmp_path)) <= begun < 5, "what waited was dropped"
+    assert one.serve(keys) == 0
+    other.g4.asked(later)
+    assert other.serve(later) == 0, "nothing that came later is there"
+    other.serve(keys)  # looks at every byte
+    other.stored()
+    third = engine().works()
+    third.knows(keys, 20)
+    assert third.serve(keys) == 20
 
 
 def test_a_storage_that_cannot_be_used_is_said_and_the_engine_goes_on(

@@ -112,7 +112,8 @@ class Clerk:
         self.suspects = DamagedRuns()
         self._clock = StorageClock()
         self._rota = Rota(habits.feed_s)
-        self._hot = HotRuns(library, habits.warm)
+        self._hot: HotRuns | None = HotRuns(library, habits.warm) if habits.warm else None
+        """Looked for once, after the first listing."""
         self._told = Told()
 
     def came(self, digest: bytes) -> None:
@@ -161,7 +162,7 @@ class Clerk:
             self._begin(self._list)
         elif self.suspects:
             self._begin(self._judge)
-        elif not self._hot.over:
+        elif self._hot is not None:
             self._begin(self._warm)
         elif (due := rota.due(self._clock)) is not None:
             self._begin({"feed": self._look, "touch": self._touch, "collect": self._collect}[due])
@@ -199,16 +200,21 @@ class Clerk:
             ours = [(parse(each.name), each.modified) for each in page]
             runs = [(each.digest, written) for each, written in ours if each is not None and each.kind == "run"]
             self._say([digest for digest, _ in runs], [])
-            for digest, written in runs:
-                self._hot.listed(digest, written)
+            if (hot := self._hot) is not None:
+                for digest, written in runs:
+                    hot.listed(digest, written)
             if not self._goes_on(job):
                 return
         self._rota.listed = True
 
     def _warm(self, job: Job[None]) -> None:
-        """Finds the next few of the hottest runs."""
-        if runs := self._hot.more(lambda: self._goes_on(job)):
+        """Finds the next few of the hottest runs. Where that fails or hangs, no more are looked for."""
+        hot, self._hot = self._hot, None
+        assert hot is not None
+        if runs := hot.more(lambda: self._goes_on(job)):
             self._tell(Hot(runs))
+        if not (hot.over or job.over):
+            self._hot = hot
 
     def _say(self, came: Sequence[bytes], went: Sequence[bytes]) -> None:
         """The leader hears of these, a slice at a time."""

@@ -51,7 +51,7 @@ class HotRuns:
         """There is this run."""
         if len(self._newest) < self._most:
             heappush(self._newest, (written, digest))
-        elif self._most:
+        else:
             heappushpop(self._newest, (written, digest))
 
     def more(self, goes_on: Callable[[], bool]) -> list[HotRun]:

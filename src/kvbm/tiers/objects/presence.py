@@ -39,9 +39,6 @@ class KnownNames:
     def __len__(self) -> int:
         return self._count
 
-    def __contains__(self, head: int) -> bool:
-        return head != 0 and head in self._rows[head % self._shape[0]].tolist()
-
     def _at(self, heads: Heads) -> npt.NDArray[np.int64]:
         return (heads % np.uint64(self._shape[0])).astype(np.int64)
 
