@@ -1,5 +1,8 @@
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -205,6 +208,33 @@ def test_misuse_leaves_nothing_behind(executor: Executor, memcpy: MemcpyTranspor
     with pytest.raises(Misuse, match="closed"):
         executor.submit(3, plan_of(pair, [0], [0]), 10, ended)
     assert list(ended.completions) == [1]
+
+
+def test_nobody_waits_for_a_job_whose_submission_raised(executor: Executor, pair: tuple[Memory, Memory]) -> None:
+    """At whichever line: a copy that the transport has ends, any other is forgotten."""
+    raised = set[int]()
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code is not Executor.submit.__code__:
+            return None
+        if event == "line" and frame.f_lineno not in raised:
+            raised.add(frame.f_lineno)
+            raise InterruptedError
+        return trace
+
+    for job in range(100):
+        before = len(raised)
+        sys.settrace(trace)
+        try:
+            executor.submit(job, plan_of(pair, [0], [1]), 60, Ended())
+        except InterruptedError:
+            pass
+        finally:
+            sys.settrace(None)
+        assert executor.wait([job], 30)
+        if len(raised) == before:
+            break
+    assert len(raised) > 8
 
 
 def test_close_fails_what_does_not_end_in_time(memcpy: MemcpyTransport, pair: tuple[Memory, Memory]) -> None:

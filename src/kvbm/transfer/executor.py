@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 from kvbm.abc.transport import Completion, Plan, Quiet, Transport
@@ -52,22 +53,24 @@ class Executor:
                 executor. Nothing was started and `done` is not called.
         """
         transport = self._transport(plan.source, plan.destination)
-        with self._changed:
-            if self._closed:
-                raise Misuse("this executor is closed")
-            if job_id in self._jobs:
-                raise Misuse(f"job {job_id} is still pending")
-            if isinstance(transport, Transport):
-                self._jobs[job_id] = job = _Job(done, self._clock() + deadline_s, transport)
-        if isinstance(transport, str):
-            self._call(done, job_id, Completion.failed(NO_TICKET, len(plan.destination_slots), transport))
-            return
+        job = _Job(done, self._clock() + deadline_s, transport) if isinstance(transport, Transport) else None
         try:
-            ticket = transport.submit(plan, lambda completion: self._finish(job_id, job, completion))
-        except BaseException:
             with self._changed:
-                del self._jobs[job_id]
-                self._changed.notify_all()
+                if self._closed:
+                    raise Misuse("this executor is closed")
+                if job_id in self._jobs:
+                    raise Misuse(f"job {job_id} is still pending")
+                if job is not None:
+                    self._jobs[job_id] = job
+            if job is None:
+                self._call(done, job_id, Completion.failed(NO_TICKET, len(plan.destination_slots), str(transport)))
+                return
+            ticket = job.transport.submit(plan, partial(self._finish, job_id, job))
+        except BaseException:  # until a transport has the job, nobody may wait for it
+            with self._changed:
+                if job is not None and self._jobs.get(job_id) is job:
+                    del self._jobs[job_id]
+                    self._changed.notify_all()
             raise
         with self._changed:
             job.ticket = ticket
