@@ -72,7 +72,7 @@ def forge(path: Path) -> None:
     """Another KV, and checksums that fit it."""
     whole = bytearray(path.read_bytes())
     plain = memoryview(whole)[PLAIN_AT:]
-    shape, run, _ = parse_run(plain)
+    shape, run, _, _ = parse_run(plain)
     data = len(plain) - shape.data_bytes
     floats = np.frombuffer(plain[data:], np.float32)
     floats.flags.writeable = True

@@ -21,7 +21,7 @@ from kvbm.stores.objects.envelope import Envelope, read_secret
 from kvbm.stores.objects.names import Names
 from kvbm.stores.objects.places import Location, locate, open_store
 from kvbm.stores.objects.probe import Fitness, probe, together
-from kvbm.stores.objects.runs import RunFormat, Shape, run_blocks
+from kvbm.stores.objects.runs import RunFormat, Shape, digest_of, names_of, run_blocks
 from kvbm.tiers.objects.clerk import Habits
 from kvbm.tiers.objects.mover import Library, lanes
 from kvbm.tiers.objects.orders import TIER, RunsPlace, to_open
@@ -105,7 +105,7 @@ class ObjectsClaim:
         )  # fmt: skip
         if settings.g4_secret_file is None:
             log.warning(
-                "KVBM: whoever may write to %s can forge blocks: g4_secret_file is not set", _location(settings).url
+                "KVBM: anyone who may write to %s can forge blocks: g4_secret_file is not set", _location(settings).url
             )
         open_ranks(ground, to_open(place))
         shape = Shape(run, len(ground.links), ground.slot_bytes)
@@ -152,8 +152,7 @@ def _envelope(settings: Settings) -> Envelope:
 
 
 def _names(settings: Settings, fingerprint: str, shape: Shape) -> Names:
-    """Names of runs of this shape: the same for all instances that can use each other's."""
-    return Names(_envelope(settings).key(f"names of {fingerprint} {shape.blocks} {shape.ranks} {shape.block_bytes}"))
+    return names_of(_envelope(settings), digest_of(fingerprint), shape)
 
 
 def _library(settings: Settings, place: RunsPlace, shape: Shape) -> Library:

@@ -197,7 +197,7 @@ def _describe(store: ObjectStore, envelope: Envelope, space: Space) -> None:
         else:
             whole = memoryview(store.get_range(space.sample, 0, _FIRST_BYTES)).cast("B")
             plain = envelope.open(space.sample, whole)
-        shape, _, space.model = parse_run(plain)
+        shape, _, _, space.model = parse_run(plain)
     except Absent:
         space.problem = "it is being deleted"
     except Damaged as error:
@@ -222,9 +222,13 @@ def _wrong(store: ObjectStore, envelope: Envelope, name: str) -> str | None:
         return "gone"
     try:
         plain = envelope.open(name, whole)
-        shape, run, _ = parse_run(plain)
+        header = parse_run(plain)
     except Damaged as error:
         return str(error)
+    shape, run = header.shape, header.run
+    names = header.names(envelope)
+    if names.run(names.digest(run.keys[-1])) != name:
+        return "it is another run than its name says"
     at = len(plain) - shape.data_bytes
     if at < PLAIN_AT:
         return f"it has {len(whole)} bytes"

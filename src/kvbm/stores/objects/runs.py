@@ -35,7 +35,8 @@ import xxhash
 
 from kvbm.core.errors import Misuse
 from kvbm.stores.checksum import Words
-from kvbm.stores.objects.envelope import Damaged
+from kvbm.stores.objects.envelope import Damaged, Envelope
+from kvbm.stores.objects.names import Names
 
 KEY_BYTES: Final = 32
 _MAGIC: Final = b"KVBM run"
@@ -77,13 +78,38 @@ class Run(NamedTuple):
     sums: Words
 
 
+class Header(NamedTuple):
+    """What an object says before its blocks: of the namespace, the digest of its fingerprint; what people call the
+    model."""
+
+    shape: Shape
+    run: Run
+    namespace: bytes
+    model: str
+
+    def names(self, envelope: Envelope) -> Names:
+        """Of the namespace's runs."""
+        return names_of(envelope, self.namespace, self.shape)
+
+
+def digest_of(fingerprint: str) -> bytes:
+    """Of a namespace's fingerprint."""
+    return hashlib.sha256(fingerprint.encode()).digest()
+
+
+def names_of(envelope: Envelope, namespace: bytes, shape: Shape) -> Names:
+    """Of runs of this shape in the namespace whose fingerprint has this digest: the same for all instances that can use
+    each other's."""
+    return Names(envelope.key(f"names of {namespace.hex()} {shape.blocks} {shape.ranks} {shape.block_bytes}"))
+
+
 class RunFormat:
     """Headers of one namespace's runs. `model` is what people call it."""
 
     def __init__(self, fingerprint: str, shape: Shape, model: str = "") -> None:
         self.shape = shape
         self._about = model.encode()[:MOST_ABOUT]
-        self._fingerprint = hashlib.sha256(fingerprint.encode()).digest()
+        self.namespace = digest_of(fingerprint)
         self.header_bytes = _header_bytes(shape, len(self._about))
 
     @property
@@ -98,7 +124,7 @@ class RunFormat:
             raise Misuse(f"a run has {shape.blocks} keys of one length, at most {KEY_BYTES} bytes")
         front = _FRONT.pack(
             _MAGIC, shape.blocks, shape.ranks, run.place, shape.block_bytes, self.header_bytes, len(self._about),
-            lengths.pop(), run.parent is not None, self._fingerprint, (run.parent or b"").ljust(KEY_BYTES, b"\0"),
+            lengths.pop(), run.parent is not None, self.namespace, (run.parent or b"").ljust(KEY_BYTES, b"\0"),
         )  # fmt: skip
         keys = b"".join(key.ljust(KEY_BYTES, b"\0") for key in run.keys)
         sums = np.ascontiguousarray(run.sums, "<u8").tobytes()
@@ -107,10 +133,10 @@ class RunFormat:
 
     def parse(self, plain: memoryview) -> Run:
         """The run of what an object says, blocks and all. Raises Damaged where it is no run of this namespace."""
-        said, run, model = parse(plain)
+        said, run, namespace, model = parse(plain)
         if said != self.shape:
             raise Damaged(f"its blocks, ranks and bytes are {tuple(said)}, not {tuple(self.shape)}")
-        if plain[32:64] != self._fingerprint:
+        if namespace != self.namespace:
             raise Damaged("it belongs to another namespace")
         if len(plain) != _header_bytes(said, len(model.encode())) + said.data_bytes:
             raise Damaged(f"it has {len(plain)} bytes")
@@ -126,14 +152,16 @@ def _header_bytes(shape: Shape, about: int) -> int:
     return -(-words // _UNIT) * _UNIT
 
 
-def parse(plain: memoryview) -> tuple[Shape, Run, str]:
-    """What a header says, of any namespace, and what people call the model. The blocks need not be there.
+def parse(plain: memoryview) -> Header:
+    """A header of any namespace. The blocks need not be there.
 
     Raises Damaged. Nothing is allocated that the object does not have.
     """
     if len(plain) < _FRONT.size:
         raise Damaged(f"it says {len(plain)} bytes")
-    magic, n, ranks, place, block_bytes, header_bytes, about, key_bytes, follows, _, parent = _FRONT.unpack_from(plain)
+    magic, n, ranks, place, block_bytes, header_bytes, about, key_bytes, follows, namespace, parent = (
+        _FRONT.unpack_from(plain)
+    )
     if magic != _MAGIC:
         raise Damaged("it is no run")
     shape = Shape(n, ranks, block_bytes)
@@ -151,4 +179,4 @@ def parse(plain: memoryview) -> tuple[Shape, Run, str]:
     keys = tuple(bytes(text[at : at + key_bytes]) for at in range(keys_at, priorities_at, KEY_BYTES))
     sums = np.frombuffer(text[sums_at:about_at], "<u8").astype(np.uint64).reshape(ranks, n)
     run = Run(keys, parent[:key_bytes] if follows else None, place, bytes(text[priorities_at:sums_at]), sums)
-    return shape, run, bytes(text[about_at : about_at + about]).decode(errors="replace")
+    return Header(shape, run, namespace, bytes(text[about_at : about_at + about]).decode(errors="replace"))

@@ -111,7 +111,7 @@ class HotRuns:
             self._read[digest] = None
             with suppress(Absent, Damaged):
                 whole = library.store.get(name) if library.envelope.sealed else library.store.get_range(name, 0, nbytes)
-                shape, run, _ = parse_run(library.envelope.open(name, memoryview(whole).cast("B")))
+                shape, run, _, _ = parse_run(library.envelope.open(name, memoryview(whole).cast("B")))
                 if shape == library.format.shape and library.names.digest(run.keys[-1]) == digest:
                     self._read[digest] = run
         return self._read[digest]
