@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kvbm.blocks import Pool
+from kvbm.core.errors import Misuse
 from kvbm.core.events import Cleared, Event, Removed, Stored
 from kvbm.policy import LRU
 from kvbm.testing.clock import ManualClock
@@ -84,6 +85,22 @@ def test_a_duplicate_keeps_the_larger_priority(pool: Pool, first: int, second: i
     store(pool, B, C, D, priority=40)
     evict(pool, 3)
     assert pool.peek([A]) == 1
+
+
+@pytest.mark.parametrize(("first", "raised"), [(0, 60), (60, 10), (60, 60)])
+def test_a_priority_is_raised_before_blocks_are_there(pool: Pool, first: int, raised: int) -> None:
+    raw = pool.allocate(1)
+    assert raw is not None
+    staged = raw.stage([A], priority=first)
+    with pytest.raises(Misuse):
+        staged.raise_to(101)
+    staged.raise_to(raised)
+    staged.register().drop()
+    store(pool, B, C, D, priority=50)
+    evict(pool, 3)
+    assert pool.peek([A]) == 1
+    with pytest.raises(Misuse):
+        staged.raise_to(1)
 
 
 def test_a_block_past_its_time_is_not_found(pool: Pool, clock: ManualClock) -> None:

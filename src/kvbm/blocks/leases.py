@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Self, final
 
 import numpy as np
+from msgspec.structs import replace
 
 from kvbm.abc.policy import Mask
 from kvbm.blocks.ledger import Ledger
@@ -136,6 +137,13 @@ class Staged(_Lease):
         """One per slot."""
         self._check()
         return self._terms.keys
+
+    def raise_to(self, priority: int) -> None:
+        """The blocks will have this priority (0 to 100), or the one they were staged with where that is higher."""
+        self._check()
+        if priority not in _PRIORITIES:
+            raise Misuse(f"priority {priority} is not in 0..100")
+        self._terms = replace(self._terms, priority=max(priority, self._terms.priority))
 
     def register(self, done: Mask | None = None) -> Pinned:
         """Publish the blocks whose bytes are in place: those where `done` is true, all of them where it is None.

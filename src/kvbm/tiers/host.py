@@ -19,11 +19,12 @@ ENGINE: Final = "engine"
 @dataclass(frozen=True, slots=True)
 class Landing:
     """How blocks come to host memory. `places` are their numbers in their prompt, where those are known; `sums` their
-    checksums, by rank, where somebody wants them."""
+    checksums, by rank, where somebody wants them; `priority` what they are to have at least."""
 
     origin: str
     places: Slots | None = None
     sums: Mapping[int, bytes] = field(default_factory=dict)
+    priority: int = 0
 
 
 class Listener(Protocol):
@@ -51,6 +52,8 @@ class Host:
         """Blocks are registered as far as they are `done`. The caller holds them."""
         for listener in self._listeners:
             listener.landing(staged.slots, staged.keys, how)
+        if how.priority:
+            staged.raise_to(how.priority)
         there = staged.register(done)
         if how.places is not None:  # none is there where the pool was cleared meanwhile
             how = Landing(how.origin, how.places[done][: len(there)], how.sums)

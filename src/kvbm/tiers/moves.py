@@ -28,6 +28,8 @@ class Passage(Tally):
     ended: Callable[[Passage], None]
     gate: Gate | None = None
     """What measures how fast reads are."""
+    priority: int = 0
+    """What comes is to have this one at least, where only its reader could say so."""
     wanted: bool = True
     """False once its failure says nothing of where it went: it was given up."""
 
@@ -80,6 +82,11 @@ class Moves:
             self.passages[job].wanted = False
         if live:
             self.tell(Cancel(live))
+
+    def ranked(self, job: int, priority: int) -> None:
+        """What this read brings has a priority."""
+        if (passage := self.passages.get(job)) is not None:
+            passage.priority = priority
 
     def cancel_all(self) -> None:
         """Nobody wants any of them any more."""

@@ -278,7 +278,7 @@ class Promotion:
         staging.ended += len(keys)
         self._forget(staging, keys)
         places = None if offer.places is None else offer.places[part]
-        there = self._host.land(staged, move.done, Landing(offer.tier, places, move.sums))
+        there = self._host.land(staged, move.done, Landing(offer.tier, places, move.sums, move.priority))
         staging.there.append(there)
         staging.until = self._clock() + _KEEP
         offer.judge(part, move)

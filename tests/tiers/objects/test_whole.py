@@ -87,7 +87,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_one_engine_computes_another_loads(kind: str, engine: Callable[..., Sharing], tmp_path: Path) -> None:
-    settings = dict(KINDS[kind])
+    settings = {"g4_deadline_s": 10.0} | KINDS[kind]  # one of them loads a library for the first time
     if settings.pop("secret", False):
         (tmp_path / "secret").write_text("sixteen bytes or more of it")
         (tmp_path / "secret").chmod(0o600)
@@ -110,6 +110,23 @@ def test_what_one_engine_computes_another_loads(kind: str, engine: Callable[...,
     third = engine(**settings, model="another model").works()
     third.g4.asked(keys)
     assert third.serve(keys) == 0, "another namespace finds nothing"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("warm", [0.0, 0.5])
+def test_priorities_come_back(ranks: int, warm: float, engine: Callable[..., Sharing]) -> None:
+    one, first, rest = engine(ranks=ranks).works(), keys_of("prompt", 8), keys_of("another", 8)
+    one.serve(first, priority=70)
+    one.serve(rest)
+    one.stored()
+    other = engine(ranks=ranks, g4_warm=warm).works()
+    if warm:
+        other.until(lambda: other.g4.warmth.warmed == 16)
+    for keys, priority in (first, 70), (rest, 0):
+        other.knows(keys, 8)
+        assert other.serve(keys) == 8
+        with other.leader.core.pool.match(keys) as held:
+            assert held.terms[0].tolist() == [priority] * 8
 
 
 def test_what_is_written_while_others_run_is_found(engine: Callable[..., Sharing]) -> None:

@@ -42,6 +42,7 @@ KEY_BYTES: Final = 32
 _MAGIC: Final = b"KVBM run"
 _FRONT: Final = struct.Struct("<8sHHIQIHBB32s32s")
 _UNIT: Final = 64
+_TOP: Final = 100
 _LARGEST_HEADER: Final = 1 << 24
 _MOST_TOKENS: Final = 512
 _ABOUT_BYTES: Final = 8 << 20
@@ -177,6 +178,9 @@ def parse(plain: memoryview) -> Header:
     sums_at = priorities_at + n
     about_at = sums_at + 8 * ranks * n
     keys = tuple(bytes(text[at : at + key_bytes]) for at in range(keys_at, priorities_at, KEY_BYTES))
+    priorities = bytes(text[priorities_at:sums_at])
+    if max(priorities) > _TOP:
+        raise Damaged("its header has a priority that there is not")
     sums = np.frombuffer(text[sums_at:about_at], "<u8").astype(np.uint64).reshape(ranks, n)
-    run = Run(keys, parent[:key_bytes] if follows else None, place, bytes(text[priorities_at:sums_at]), sums)
+    run = Run(keys, parent[:key_bytes] if follows else None, place, priorities, sums)
     return Header(shape, run, namespace, bytes(text[about_at : about_at + about]).decode(errors="replace"))

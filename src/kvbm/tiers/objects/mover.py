@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -73,13 +73,15 @@ class Hands:
 
 @dataclass(frozen=True, slots=True)
 class RunMoved:
-    """How a put or get ended: of each block, its outcome; by rank, in their order, the checksums of what came."""
+    """How a put or get ended: of each block, its outcome; by rank, in their order, the checksums of what came; the
+    highest priority of these blocks."""
 
     outcomes: npt.NDArray[np.uint8]
     error: str | None = None
     seconds: float = 0.0
     nbytes: int = 0
     sums: Sequence[Words] = field(default_factory=list)
+    priority: int = 0
 
     @classmethod
     def badly(cls, blocks: int, error: str, outcome: Outcome = Outcome.FAILED) -> RunMoved:
@@ -216,7 +218,8 @@ class Mover:
             self._heard.suspect(digest)
             return RunMoved.badly(blocks, f"run {name} is damaged: {error}", Outcome.CORRUPT)
         if (bad := int((outcomes == Outcome.CORRUPT).sum())) == 0:
-            return RunMoved(outcomes, nbytes=library.format.shape.data_bytes, sums=sums)
+            priority = max(run.priorities[at] for at in unpack(order.at).tolist())
+            return RunMoved(outcomes, nbytes=library.format.shape.data_bytes, sums=sums, priority=priority)
         self._heard.suspect(digest)
         return RunMoved(outcomes, f"{bad} blocks of run {name} are damaged", sums=sums)
 
@@ -245,4 +248,4 @@ def _same(run: Run, order: GetRun) -> None:
 
 
 def _timed(moved: RunMoved, seconds: float) -> RunMoved:
-    return RunMoved(moved.outcomes, moved.error, seconds, moved.nbytes, moved.sums)
+    return replace(moved, seconds=seconds)

@@ -132,13 +132,14 @@ class Hot(msgspec.Struct, frozen=True, tag=True):
 
 
 class Got(msgspec.Struct, frozen=True, tag=True):
-    """A read ended: how, and the checksums (uint64) of what came, rank by rank of those that store but the one that
-    read."""
+    """A read ended: how, the checksums (uint64) of what came, rank by rank of those that store but the one that read,
+    and the highest priority of what came."""
 
     job: int
     outcomes: bytes
     sums: list[bytes]
     error: str | None = None
+    priority: int = 0
 
 
 class Told(msgspec.Struct, frozen=True, tag=True):

@@ -181,9 +181,9 @@ class ObjectsRank:
         slots, zeros = unpack(order.g2), np.zeros(len(order.keys), np.uint64)
         sums = dict(zip(sorted(place.ranks), moved.sums, strict=True)) if moved.sums else {}
         own = sums.pop(self._side.rank, zeros)
-        if len(place.ranks) > 1:  # they answer after that, with what they noted
+        if len(place.ranks) > 1 or moved.priority:  # the others answer after that, with what they noted
             others = [sums.get(rank, zeros).tobytes() for rank in sorted(place.ranks) if rank != self._side.rank]
-            self._say(Got(order.job, moved.outcomes.tobytes(), others, moved.error))
+            self._say(Got(order.job, moved.outcomes.tobytes(), others, moved.error, moved.priority))
         self._side.read(slots, order.job, moved.completion(order.job), own)
 
     # ------------------------------------------------------------------ the others

@@ -64,6 +64,7 @@ class Traffic:
 
     def got(self, got: Got) -> None:
         """A read ended on the rank that moves: the others note what came to their memory, and answer after that."""
+        self._up.ranked(got.job, got.priority)
         slots = self._slots.pop(got.job, None)
         if slots is not None:
             for rank, sums in zip(self.ranks[1:], got.sums, strict=True):

@@ -62,7 +62,7 @@ class Warmth:
 
     def _read(self, staged: Staged, place: int, move: Passage) -> None:
         self._reading -= 1
-        how = Landing(TIER, np.arange(place, place + len(staged)), move.sums)
+        how = Landing(TIER, np.arange(place, place + len(staged)), move.sums, move.priority)
         there = self._host.land(staged, move.done, how)
         self.warmed += len(there)
         self._emit(Copied(TIER, "g2", len(there), int((~move.done).sum()), move.nbytes, move.seconds))
