@@ -15,6 +15,7 @@ from kvbm.stores.objects.envelope import PLAIN_AT, Envelope
 from kvbm.stores.objects.folder import FolderStore
 from kvbm.stores.objects.runs import Run, RunFormat, Shape, digest_of, names_of
 from kvbm.testing.store import key_of
+from tests.ports import free_port
 
 Kvbm = Callable[..., Result]
 SHAPE = Shape(4, 2, 512)
@@ -77,27 +78,50 @@ def test_inspect_shows_every_namespace(kvbm: Kvbm, tmp_path: Path) -> None:
     assert chosen["namespaces"] == [one]
 
 
-def test_what_is_sealed_is_shown_with_the_secret_only(kvbm: Kvbm, tmp_path: Path, secret: Path) -> None:
+def test_what_is_sealed_is_shown_with_the_secret_only(
+    kvbm: Kvbm, tmp_path: Path, secret: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(tmp_path / "kv", "a", 2, SECRET)
     url = f"file://{tmp_path}/kv"
     without = json.loads(kvbm("store", "inspect", url, "--json").stdout)["namespaces"][0]
     assert (without["runs"], without["model"]) == (2, "")
     assert "sealed" in without["problem"]
-    (with_it,) = json.loads(kvbm("store", "inspect", url, "--json", "--secret-file", str(secret)).stdout)["namespaces"]
+    monkeypatch.setenv("KVBM_G4_SECRET_FILE", str(secret))
+    (with_it,) = json.loads(kvbm("store", "inspect", url, "--json").stdout)["namespaces"]
     assert (with_it["model"], with_it["problem"]) == ("org/a", None)
-    assert kvbm("store", "verify", url, "--secret-file", str(secret)).exit_code == 0
-    assert kvbm("store", "verify", url).exit_code == 1
+
+
+@pytest.mark.parametrize("says", [None, SECRET, b"another secret, as long"])
+def test_what_cannot_be_opened_is_not_deleted(
+    says: bytes | None, kvbm: Kvbm, tmp_path: Path, secret: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Instances with a secret, with another and without one may share storage."""
+    plain, sealed = fill(tmp_path / "kv", "a", 2), fill(tmp_path / "kv", "a", 3, SECRET)
+    if says is not None:
+        secret.write_bytes(says)
+        monkeypatch.setenv("KVBM_G4_SECRET_FILE", str(secret))
+    url = f"file://{tmp_path}/kv"
+    whole = {None: 2, SECRET: 3}.get(says, 0)
+    shown = kvbm("store", "verify", url)
+    assert shown.exit_code == 0
+    assert f"whole runs: {whole}, damaged: 0" in shown.stdout
+    assert f"not checked: {5 - whole}" in shown.stdout
+    repaired = json.loads(kvbm("store", "verify", url, "--repair", "--json").stdout)
+    assert repaired == {"whole": whole, "damaged": 0, "unknown": 5 - whole, "gone": 0, "deleted": 0}
+    assert all(path.exists() for path in plain + sealed)
 
 
 @pytest.mark.parametrize("sealed", [False, True])
 def test_verify_finds_what_is_damaged_and_deletes_it_when_asked(
-    sealed: bool, kvbm: Kvbm, tmp_path: Path, secret: Path
+    sealed: bool, kvbm: Kvbm, tmp_path: Path, secret: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = fill(tmp_path / "kv", "a", 7, SECRET if sealed else None)
-    url, options = f"file://{tmp_path}/kv", ("--secret-file", str(secret)) if sealed else ()
-    good = kvbm("store", "verify", url, *options)
+    monkeypatch.setenv("KVBM_G4_URL", f"file://{tmp_path}/kv")
+    if sealed:
+        monkeypatch.setenv("KVBM_G4_SECRET_FILE", str(secret))
+    good = kvbm("store", "verify")
     assert good.exit_code == 0
-    assert "7 runs are whole, 0 are damaged" in good.stdout
+    assert "whole runs: 7, damaged: 0" in good.stdout
     flip(runs[0], runs[0].stat().st_size - 30)  # a block
     flip(runs[1], PLAIN_AT + 100)  # its keys
     runs[2].write_bytes(runs[2].read_bytes()[:-1])
@@ -105,16 +129,16 @@ def test_verify_finds_what_is_damaged_and_deletes_it_when_asked(
     one, other = runs[4].read_bytes(), runs[5].read_bytes()
     runs[4].write_bytes(other)
     runs[5].write_bytes(one)
-    found = kvbm("store", "verify", url, *options)
+    found = kvbm("store", "verify")
     assert found.exit_code == 1
     assert all(path.name in found.stdout for path in runs[:6])
-    assert "1 runs are whole, 6 are damaged" in found.stdout
+    assert "whole runs: 1, damaged: 6" in found.stdout
     assert sealed or found.stdout.count("it is another run than its name says") == 2
     assert all(path.exists() for path in runs)
-    repaired = json.loads(kvbm("store", "verify", url, "--repair", "--json", *options).stdout)
-    assert repaired == {"whole": 1, "damaged": 6, "gone": 0, "deleted": 6}
+    repaired = json.loads(kvbm("store", "verify", "--repair", "--json").stdout)
+    assert repaired == {"whole": 1, "damaged": 6, "unknown": 0, "gone": 0, "deleted": 6}
     assert [path.exists() for path in runs] == [False] * 6 + [True]
-    assert kvbm("store", "verify", url, *options).exit_code == 0
+    assert kvbm("store", "verify").exit_code == 0
 
 
 def test_purge_deletes_what_is_ours_and_nothing_else(kvbm: Kvbm, tmp_path: Path) -> None:
@@ -140,6 +164,8 @@ def test_addresses_that_nobody_can_open(command: str, kvbm: Kvbm, tmp_path: Path
     for url, said in {
         "s3://me:hunter2@bucket/p": "credentials",
         "file://relative": "file://",
+        f"file://{tmp_path}/missing": "missing does not exist",
+        f"file://{__file__}": "is no folder",
         "ftp://host/p": "ftp",
         str(tmp_path): "file://",
     }.items():
@@ -147,3 +173,18 @@ def test_addresses_that_nobody_can_open(command: str, kvbm: Kvbm, tmp_path: Path
         assert refused.exit_code != 0
         assert said in refused.stderr
         assert "hunter2" not in refused.stderr + refused.stdout
+    assert "KVBM_G4_URL" in kvbm("store", command).stderr
+
+
+def test_settings_are_those_of_an_engine(kvbm: Kvbm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVBM_G4_ENDPOINT", "127.0.0.1:1")
+    refused = kvbm("store", "inspect", "s3://bucket/p")
+    assert refused.exit_code == 2
+    assert "KVBM_G4_ENDPOINT" in refused.stderr
+    monkeypatch.setenv("KVBM_G4_ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("KVBM_G4_ACCESS_KEY", "a")
+    monkeypatch.setenv("KVBM_G4_SECRET_KEY", "hunter2")
+    silent = kvbm("store", "inspect", "s3://bucket/p")
+    assert silent.exit_code == 1
+    assert "refused" in silent.stderr, "nobody listens there"
+    assert "hunter2" not in silent.stderr

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import count
 from typing import ClassVar, Final
 
+from kvbm.abc.store import ObjectStore
 from kvbm.abc.transport import Transport
 from kvbm.build.parts import Ground, Needs, Wrap, open_ranks
 from kvbm.build.share import budget
@@ -47,12 +48,17 @@ _TRIAL_BYTES: Final = 1 << 16
 def try_storage(settings: Settings) -> tuple[str, Fitness]:
     """The address, and whether the storage there does what KVBM needs, tried with a few small objects. Raises Broken,
     ConfigError."""
-    where = _location(settings)
-    store = open_store(where, _access(settings), _mode(settings))
+    where, store, _ = open_storage(settings)
     trial = partial(probe, store, secrets.token_hex(8), count(), _TRIAL_BYTES)
     (fitness,) = together([trial], 3 * settings.g4_deadline_s)
     store.close()
-    return where.url, fitness
+    return where, fitness
+
+
+def open_storage(settings: Settings) -> tuple[str, ObjectStore, Envelope]:
+    """Its address, what lies there, and how it is sealed. Connects to nothing. Raises ConfigError."""
+    where = _location(settings)
+    return where.url, open_store(where, _access(settings), _mode(settings)), _envelope(settings)
 
 
 class ObjectsPart:
@@ -68,9 +74,7 @@ class ObjectsPart:
 
     def check(self, settings: Settings) -> None:
         if settings.g4_url is not None:
-            store = open_store(locate(settings.g4_url), _access(settings), _mode(settings))
-            store.close()
-            _envelope(settings)
+            open_storage(settings)[1].close()
 
     def needs(self, slot_bytes: int) -> Needs:
         return Needs(sums="told")
@@ -107,7 +111,10 @@ class ObjectsClaim:
             log.warning(
                 "KVBM: anyone who may write to %s can forge blocks: g4_secret_file is not set", _location(settings).url
             )
-        open_ranks(ground, to_open(place))
+        try:
+            open_ranks(ground, to_open(place))
+        except Broken as error:
+            raise Broken(f"{_location(settings).url} (g4_url): {error}") from None
         shape = Shape(run, len(ground.links), ground.slot_bytes)
         gets, puts = lanes(settings.g4_inflight_mb * 1_000_000, shape.data_bytes)
         runs = Runs(_names(settings, namespace.fingerprint, shape), run, KnownNames(settings.g4_known))
@@ -157,6 +164,6 @@ def _names(settings: Settings, fingerprint: str, shape: Shape) -> Names:
 
 def _library(settings: Settings, place: RunsPlace, shape: Shape) -> Library:
     """A client of the storage, in the process that moves. Connects to nothing. Raises ConfigError."""
-    store = open_store(_location(settings), _access(settings), _mode(settings))
-    names, envelope = _names(settings, place.fingerprint, shape), _envelope(settings)
+    _, store, envelope = open_storage(settings)
+    names = _names(settings, place.fingerprint, shape)
     return Library(store, envelope, names, RunFormat(place.fingerprint, shape, place.model))

@@ -94,7 +94,8 @@ def _traffic(result: dict[str, Any]) -> list[str]:
     below = [f"{name} {tokens[name]:,}" for name in tokens if name not in ("prompt", "device", "g2", "pulled")]
     hits = [f"{name} {tokens[name]:,}" for name in ("device", "g2", "pulled") if name in tokens]
     hits[1] += f" (of these from {', '.join(below)})" if below else ""
-    rates = [f"{name} {rate:.1%}" for name, rate in result["hit_rate"].items()]
+    tiers = [tier["name"] for tier in result["tiers"]]
+    rates = [f"{name} {rate:.1%}" for name, rate in result["hit_rate"].items() if name in tiers]
     unread = f"; {count:,} more requests did not look" if (count := result.get("unread_requests", 0)) else ""
     return [
         f"requests {result['requests']:,}, prompt tokens {tokens['prompt']:,}; found in: {', '.join(hits)}{unread}",
@@ -106,6 +107,7 @@ def _traffic(result: dict[str, Any]) -> list[str]:
         *(_trust(result) if "trust" in result else ()),
         *(_disk(result) if "demote" in result else ()),
         *(_peers(result) if "peers" in result else ()),
+        *(_shared(result) if "g4" in result else ()),
         *_others(result),
     ]
 
@@ -119,9 +121,24 @@ def _moved(copies: dict[str, Any]) -> str:
 def _others(result: dict[str, Any]) -> Iterator[str]:
     """Tiers that nothing above tells of."""
     for tier in result["tiers"]:
-        if "total" not in tier and tier["name"] != "peers":
+        if "total" not in tier and tier["name"] not in ("peers", "g4"):
             counts = [f"{name.replace('_', ' ')} {count:,}" for name, count in tier.items() if isinstance(count, int)]
             yield f"{escape(tier['name'])}: {escape(tier['problem'] or ', '.join(counts))}"
+
+
+def _shared(result: dict[str, Any]) -> list[str]:
+    g4 = result["g4"]
+    (tier,) = (tier for tier in result["tiers"] if tier["name"] == "g4")
+    if tier["problem"]:
+        return []  # it was said above
+    tokens = g4["run_blocks"] * result["block_tokens"]
+    return [
+        f"shared storage {escape(g4['url'])}: {tier['runs']:,} runs known, of {g4['run_blocks']} blocks"
+        f" = {tokens:,} tokens each; {tier['warmed']:,} blocks read at the start",
+        f"to shared storage {g4['waiting']:,} runs waiting, {g4['in_flight']['put']} in flight,"
+        f" {tier['refused']:,} refused, {tier['cancelled']:,} gone before;"
+        f" from there {g4['in_flight']['get']} in flight, {tier['corrupt']:,} blocks corrupt",
+    ]
 
 
 def _least(least: dict[str, float | None]) -> str:

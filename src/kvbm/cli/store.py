@@ -6,42 +6,31 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.table import Table
 
 from kvbm.abc.store import Absent, Listed, ObjectStore
+from kvbm.build import objects as build
 from kvbm.cli.engines import Json
 from kvbm.cli.render import console, duration, progress, size
-from kvbm.core.errors import KvbmError, UsageError
+from kvbm.core import config
+from kvbm.core.errors import ConfigError, KvbmError, UsageError
 from kvbm.stores.objects.blocks import address_of, sums_at
-from kvbm.stores.objects.cloud import Access
+from kvbm.stores.objects.collector import delete_runs
 from kvbm.stores.objects.collector import purge as purge_all
-from kvbm.stores.objects.envelope import PLAIN_AT, Damaged, Envelope, read_secret
+from kvbm.stores.objects.envelope import PLAIN_AT, Damaged, Envelope, Locked
+from kvbm.stores.objects.folder import FolderStore
 from kvbm.stores.objects.names import ROOT, parse
-from kvbm.stores.objects.places import locate, open_store
 from kvbm.stores.objects.runs import parse as parse_run
 
 app = typer.Typer(no_args_is_help=True, help="Inspect, verify or purge what KVBM keeps in shared storage.")
 
-_DEADLINE_S = 60.0
-_FIRST_BYTES = 1 << 16
+_DEADLINE_S: Final = 60.0
+_FIRST_BYTES: Final = 1 << 16
 
-_Url = Annotated[str, typer.Argument(metavar="URL", help="The storage, as in the setting g4_url.")]
-_Endpoint = Annotated[
-    str | None, typer.Option("--endpoint", metavar="URL", help="Find the service there, as in g4_endpoint.")
-]
-_Region = Annotated[str | None, typer.Option("--region", metavar="NAME", help="As in g4_region.")]
-_PathStyle = Annotated[
-    bool | None, typer.Option("--path-style/--host-style", help="Where the bucket is put, as in g4_path_style.")
-]
-_CaFile = Annotated[Path | None, typer.Option("--ca-file", metavar="FILE", help="As in g4_ca_file.")]
-_Secret = Annotated[
-    Path | None,
-    typer.Option("--secret-file", metavar="FILE", help="Read the secret from this file, as in g4_secret_file."),
-]
+_Url = Annotated[str, typer.Argument(metavar="[URL]", help="The storage. Default: the setting g4_url.")]
 _Namespace = Annotated[str, typer.Option("--namespace", metavar="PREFIX", help="Select only namespaces that begin so.")]
 
 
@@ -68,13 +57,26 @@ class Space:
         self.sample = self.sample or listed.name
 
 
+@dataclass(slots=True)
+class Checked:
+    """What was found of runs. `damaged` and `unknown` say of each why; unknown are those of namespaces of which no run
+    could be opened: another secret seals them, or none."""
+
+    whole: int = 0
+    gone: int = 0
+    damaged: dict[str, str] = field(default_factory=dict)
+    unknown: dict[str, str] = field(default_factory=dict)
+
+    def settle(self, opened: set[str]) -> None:
+        """Runs of these namespaces could be opened, so one of theirs that cannot be is damaged."""
+        for name in [name for name in self.unknown if _space(name) in opened]:
+            self.damaged[name] = self.unknown.pop(name)
+
+
 @app.command()
-def inspect(
-    url: _Url, namespace: _Namespace = "", secret_file: _Secret = None, endpoint: _Endpoint = None,
-    region: _Region = None, path_style: _PathStyle = None, ca_file: _CaFile = None, as_json: Json = False,
-) -> None:  # fmt: skip
+def inspect(url: _Url = "", namespace: _Namespace = "", as_json: Json = False) -> None:
     """Show every namespace: model, runs, bytes, ages. Also while engines use it."""
-    store, envelope = _opened(url, secret_file, endpoint, region, path_style, ca_file)
+    _, store, envelope = _opened(url)
     spaces, other = _spaces(store, namespace)
     for each in spaces.values():
         _describe(store, envelope, each)
@@ -94,51 +96,66 @@ def inspect(
 
 @app.command()
 def verify(
-    url: _Url, namespace: _Namespace = "", secret_file: _Secret = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Delete damaged runs.")] = False,
-    endpoint: _Endpoint = None, region: _Region = None, path_style: _PathStyle = None, ca_file: _CaFile = None,
-    as_json: Json = False,
+    url: _Url = "", namespace: _Namespace = "",
+    repair: Annotated[bool, typer.Option("--repair", help="Delete damaged runs.")] = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Read every run and compare its blocks with their checksums. Ends with 1 if one is damaged."""
-    store, envelope = _opened(url, secret_file, endpoint, region, path_style, ca_file)
-    counts = {"whole": 0, "damaged": 0, "gone": 0, "deleted": 0}
+    where, store, envelope = _opened(url)
+    checked, opened = Checked(), set[str]()
     with progress() as bar:
         task = bar.add_task("runs", total=None)
         for name in _runs(store, namespace):
-            problem = _wrong(store, envelope, name)
-            counts[problem if problem in ("gone",) else "damaged" if problem else "whole"] += 1
-            if problem not in (None, "gone"):
-                if not as_json:
-                    console().print(f"{name}: {problem}", markup=False, soft_wrap=True)
-                if repair:
-                    store.delete([name])
-                    counts["deleted"] += 1
+            try:
+                _check(store, envelope, name)
+                checked.whole += 1
+                opened.add(_space(name))
+            except Absent:
+                checked.gone += 1
+            except Locked as error:
+                checked.unknown[name] = str(error)
+            except Damaged as error:
+                checked.damaged[name] = str(error)
             bar.advance(task)
+    checked.settle(opened)
+    damaged, unknown = checked.damaged, checked.unknown
+    if repair:
+        delete_runs(store, damaged)
+    counts = {
+        "whole": checked.whole, "damaged": len(damaged), "unknown": len(unknown), "gone": checked.gone,
+        "deleted": len(damaged) if repair else 0,
+    }  # fmt: skip
     if as_json:
         print(json.dumps(counts, indent=2))
     else:
-        console().print(f"{counts['whole']:,} runs are whole, {counts['damaged']:,} are damaged.")
-    if counts["damaged"]:
-        raise KvbmError(f"{locate(url).url}: {counts['damaged']:,} runs are damaged")
+        for name, problem in damaged.items():
+            console().print(f"{name}: {problem}", markup=False, soft_wrap=True)
+        console().print(f"whole runs: {checked.whole:,}, damaged: {len(damaged):,}{', deleted' if repair else ''}")
+        if unknown:
+            console().print(
+                f"not checked: {len(unknown):,}, of {len({_space(name) for name in unknown})} namespaces of which no "
+                f"run can be opened ({next(iter(unknown.values()))}; see g4_secret_file)",
+                markup=False,
+                soft_wrap=True,
+            )
+    if damaged and not repair:
+        raise KvbmError(f"{where}: {len(damaged):,} damaged. kvbm store verify --repair deletes them.")
 
 
 @app.command()
 def purge(
-    url: _Url, namespace: _Namespace = "",
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    endpoint: _Endpoint = None, region: _Region = None, path_style: _PathStyle = None, ca_file: _CaFile = None,
-    as_json: Json = False,
+    url: _Url = "", namespace: _Namespace = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Delete what KVBM keeps there, all or some namespaces. Nothing else is deleted, whatever lies there."""
     if as_json and not yes:
         raise UsageError("--json does not ask before it deletes: it needs --yes")
-    store, _ = _opened(url, None, endpoint, region, path_style, ca_file)
+    where, store, _ = _opened(url)
     spaces, other = _spaces(store, namespace)
     objects, nbytes = sum(each.runs for each in spaces.values()), sum(each.bytes for each in spaces.values())
     if not namespace:
         objects, nbytes = objects + other["objects"], nbytes + other["bytes"]
     if not as_json:
-        console().print(f"{locate(url).url}: {objects:,} objects, {size(nbytes)}", markup=False)
+        console().print(f"{where}: {objects:,} objects, {size(nbytes)}", markup=False)
     if objects and not yes:
         typer.confirm("Delete these?", abort=True)
     deleted = freed = 0
@@ -158,17 +175,21 @@ def purge(
         console().print(f"Deleted {deleted:,} objects, {size(freed)}.")
 
 
-def _opened(
-    url: str,
-    secret_file: Path | None,
-    endpoint: str | None,
-    region: str | None,
-    path_style: bool | None,
-    ca_file: Path | None,
-) -> tuple[ObjectStore, Envelope]:
-    access = Access(_DEADLINE_S, endpoint, region, path_style, ca_file)
-    envelope = Envelope(None if secret_file is None else read_secret(secret_file))
-    return open_store(locate(url), access), envelope
+def _opened(url: str) -> tuple[str, ObjectStore, Envelope]:
+    """The storage's address, the storage, and how objects there are sealed, by the settings that an engine would have
+    here."""
+    try:
+        settings = config.load(options={"g4_url": url or None}).settings
+        if settings.g4_url is None:
+            raise UsageError("no storage is given. Give an address, or set g4_url (KVBM_G4_URL)")
+        where, store, envelope = build.open_storage(settings.model_copy(update={"g4_deadline_s": _DEADLINE_S}))
+    except ConfigError as error:
+        if error.setting != "g4_url" or not url:
+            raise
+        raise ConfigError("URL", error.problem, remedy=error.remedy) from None
+    if isinstance(store, FolderStore):
+        store.check()
+    return where, store, envelope
 
 
 def _spaces(store: ObjectStore, prefix: str) -> tuple[dict[str, Space], dict[str, int]]:
@@ -214,24 +235,22 @@ def _runs(store: ObjectStore, prefix: str) -> Iterator[str]:
                 yield each.name
 
 
-def _wrong(store: ObjectStore, envelope: Envelope, name: str) -> str | None:
-    """What is wrong with a run: "gone" where it is not there any more."""
-    try:
-        whole = memoryview(store.get(name)).cast("B")
-    except Absent:
-        return "gone"
-    try:
-        plain = envelope.open(name, whole)
-        header = parse_run(plain)
-    except Damaged as error:
-        return str(error)
-    shape, run = header.shape, header.run
-    names = header.names(envelope)
+def _space(name: str) -> str:
+    """The namespace of a run."""
+    return name.removeprefix(ROOT).partition("/")[0]
+
+
+def _check(store: ObjectStore, envelope: Envelope, name: str) -> None:
+    """Raises Damaged, Absent."""
+    whole = memoryview(store.get(name)).cast("B")
+    plain = envelope.open(name, whole)
+    header = parse_run(plain)
+    shape, run, names = header.shape, header.run, header.names(envelope)
     if names.run(names.digest(run.keys[-1])) != name:
-        return "it is another run than its name says"
+        raise Damaged("it is another run than its name says")
     at = len(plain) - shape.data_bytes
     if at < PLAIN_AT:
-        return f"it has {len(whole)} bytes"
+        raise Damaged(f"it has {len(whole)} bytes")
     sums = sums_at(address_of(plain) + at, shape.block_bytes, shape.ranks * shape.blocks)
-    bad = int((sums != run.sums.reshape(-1)).sum())
-    return f"{bad} blocks are damaged" if bad else None
+    if bad := int((sums != run.sums.reshape(-1)).sum()):
+        raise Damaged(f"damaged blocks: {bad}")

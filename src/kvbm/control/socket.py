@@ -206,7 +206,8 @@ class Control:
             block_tokens=self.about.block_tokens,
             healthy=lambda: not core.health.problems,
             tiers=lambda: (
-                dict.fromkeys(self._pools(), not core.health.problems) | dict.fromkeys(core.lower.degraded(), False)
+                dict.fromkeys([*self._pools(), *self._lower()], not core.health.problems)
+                | dict.fromkeys(core.lower.degraded(), False)
             ),
             pools=lambda: {name: dataclasses.asdict(pool) for name, pool in self._pools().items()},
             lower=lambda: core.lower.stack.counts() if core.lower.stack is not None else {},
@@ -225,8 +226,12 @@ class Control:
 
     def _named(self) -> list[str]:
         """Tiers that blocks may have come from."""
+        return [*dict.fromkeys((*SHOWN, *self._lower()))]
+
+    def _lower(self) -> list[str]:
+        """Tiers below host memory."""
         stack = self._core.lower.stack
-        return [*dict.fromkeys((*SHOWN, *(stack.tiers if stack is not None else ())))]
+        return [*stack.tiers] if stack is not None else []
 
     def _others(self) -> list[dict[str, Any]]:
         """Tiers whose slots nobody here keeps account of."""

@@ -46,5 +46,5 @@ def test_an_address_leads_there(access: Access, google: Gcs) -> None:
 
 def test_a_bucket_that_is_not_there(access: Access) -> None:
     store = open_store(locate("gs://another"), access)
-    with pytest.raises(Denied, match="NoSuchBucket"):
+    with pytest.raises(Denied, match="no such bucket"):
         probe(store, "0123456789abcdef", itertools.count(), 1_000)

@@ -30,6 +30,7 @@ class TestFolder(ObjectStoreSuite):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> FolderStore:
+    (tmp_path / "deep").mkdir()
     return FolderStore(tmp_path / "deep" / "kv")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from typing_extensions import Buffer
 
+from kvbm.stores.objects.collector import delete_runs, purge
 from kvbm.stores.objects.folder import FolderStore
 from kvbm.stores.objects.names import parse
 from kvbm.tiers.objects.tier import SharedStorage
@@ -169,6 +171,32 @@ def test_what_an_operator_deletes_is_a_miss(engine: Callable[..., Sharing], tmp_
     assert len(objects(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("how", ["everything", "the namespace", "one run, as damaged"])
+def test_what_an_operator_purges_is_written_again(how: str, engine: Callable[..., Sharing], tmp_path: Path) -> None:
+    """By engines that run and have the blocks in host memory, without having looked for them there."""
+    one, other, keys = engine().works(), engine().works(), keys_of("prompt", 8)
+    one.serve(keys)
+    one.stored()
+    other.knows(keys, 8)
+    assert other.serve(keys) == 8
+    one.until(lambda: any((tmp_path / "shared/kv1/feed").rglob("*.*.*")))
+    store, (first, _) = FolderStore(tmp_path / "shared"), objects(tmp_path)
+    time.sleep(1.0)  # both have seen the notes
+    if how == "one run, as damaged":
+        delete_runs(store, [first.relative_to(tmp_path / "shared").as_posix()])
+        assert len(objects(tmp_path)) == 1
+    else:
+        purge(store, first.parts[-3] if how == "the namespace" else None)
+        assert objects(tmp_path) == []
+    for each in one, other:
+        each.until(lambda each=each: not each.g4.known([keys[RUN - 1], keys[2 * RUN - 1]]).all())  # type: ignore[misc]
+    assert other.serve(keys) == 8, "from host memory"
+    other.until(lambda: len(objects(tmp_path)) == 2)
+    third = engine().works()
+    third.knows(keys, 8)
+    assert third.serve(keys) == 8
+
+
 def test_after_a_reset_nothing_goes_there_or_comes(engine: Callable[..., Sharing], tmp_path: Path) -> None:
     one, other, keys = engine().works(), engine().works(), keys_of("before", 8)
     one.serve(keys)
@@ -228,6 +256,18 @@ def test_a_storage_that_cannot_be_used_is_said_and_the_engine_goes_on(
     problems = one.side.control.health()["problems"]
     assert one.g4.problem is not None
     assert problems == [] or "g4" in str(problems)
+
+
+def test_a_folder_whose_parent_is_missing_is_not_made(engine: Callable[..., Sharing], tmp_path: Path) -> None:
+    """What is to be mounted may be mounted later."""
+    one, keys = engine(shared=f"file://{tmp_path}/mnt/kv"), keys_of("prompt", 8)
+    one.until(lambda: "there is no folder" in (one.g4.problem or ""))
+    one.serve(keys)
+    assert not (tmp_path / "mnt").exists()
+    (tmp_path / "mnt").mkdir()
+    one.works().serve(keys)
+    one.stored()
+    assert len([*(tmp_path / "mnt/kv/kv1").glob("*/??/*")]) == 2
 
 
 def test_strict_ends_the_start(engine: Callable[..., Sharing], tmp_path: Path) -> None:

@@ -32,6 +32,10 @@ _FULL: Final = re.compile(r"\b507 Insufficient|InsufficientStorage|StorageFull|Q
 """What servers say that have no room: WebDAV's status, MinIO's code, Ceph's and Google's."""
 _GONE: Final = re.compile(r"\b404 Not Found|NoSuchBucket|ContainerNotFound")
 """What is said where a bucket is listed that does not exist."""
+_NO_BUCKET: Final = "there is no such bucket or container"
+_SILENT: Final = re.compile(r"Error performing \w+ (https?://[^/\s?@]+).* HTTP error", re.DOTALL)
+"""What is said where no answer came; `_CAUSE` says why, further down."""
+_CAUSE: Final = re.compile(r'(?:message|error): "([^"]+)"')
 _ROLE: Final = "169.254.169.254"
 """Where a machine in a cloud asks for its role."""
 
@@ -98,7 +102,10 @@ class CloudStore(ObjectStore):
             given |= {name: value for name, value in own.items() if value is not None}
             self._store = make(bucket, **given)
         except (exceptions.BaseError, ValueError, TypeError) as error:
-            raise ConfigError("g4_url", f"it cannot be used: {_short(error)}") from None
+            raise ConfigError(
+                "g4_url", f"it cannot be used: {_short(error)}",
+                remedy="Account and credentials come from the variables AWS_*, AZURE_STORAGE_* or GOOGLE_*.",
+            ) from None  # fmt: skip
 
     def put(self, name: str, data: Buffer) -> bool:
         with self._told(name, absent=Denied):
@@ -146,15 +153,14 @@ class CloudStore(ObjectStore):
         """What the library says, in our words, without addresses: they may contain signatures."""
         try:
             yield
-        except FileNotFoundError as error:
-            raise absent(
-                f"{what} is not there: {_short(error)}" if absent is Denied else f"there is no {what}"
-            ) from None
+        except FileNotFoundError:
+            raise absent(_NO_BUCKET if absent is Denied else f"there is no {what}") from None
         except (self._said.BaseError, OSError, ValueError) as error:
             if _FULL.search(str(error)):
                 raise Full(f"{what}: {_short(error)}") from None
-            gone = absent is Denied and _GONE.search(str(error))
-            if gone or isinstance(error, (self._said.PermissionDeniedError, self._said.UnauthenticatedError)):
+            if absent is Denied and _GONE.search(str(error)):
+                raise Denied(_NO_BUCKET) from None
+            if isinstance(error, (self._said.PermissionDeniedError, self._said.UnauthenticatedError)):
                 raise Denied(f"{what} is refused: {_short(error)}") from None
             raise Broken(f"{what}: {_short(error)}") from None
 
@@ -191,6 +197,9 @@ def _retries(access: Access) -> RetryConfig:
 def _short(error: Exception) -> str:
     """What a library said, on one line, without addresses' queries, user names and keys."""
     text = " ".join(str(error).split()).partition(" Debug source: ")[0]
+    if (silent := _SILENT.search(str(error).partition("Debug source:")[0])) is not None and _ROLE not in text:
+        cause = _CAUSE.search(str(error))
+        return f"{silent[1]} does not answer{'' if cause is None else f': {cause[1]}'}"
     if _ROLE in text:
         return "no credentials are in the environment or in files, and nothing says which role this machine has"
     text = re.sub(r"(?<=://)[^/@\s]*@", "***@", text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -19,7 +19,7 @@ import numpy as np
 from kvbm.abc.store import Listed, ObjectStore
 from kvbm.core.errors import Broken
 from kvbm.stores.objects.envelope import Envelope
-from kvbm.stores.objects.names import EPOCH_S, NAME_BYTES, ROOT, Ours, epoch, lease, parse
+from kvbm.stores.objects.names import EPOCH_S, FEEDS, NAME_BYTES, ROOT, TOUCHES, epoch, lease, parse
 from kvbm.stores.objects.notes import decode
 
 log = logging.getLogger(__name__)
@@ -176,17 +176,24 @@ def take_lease(store: ObjectStore, envelope: Envelope, instance: str, now: float
 def purge(
     store: ObjectStore, space: str | None, progress: Callable[[int], None] = lambda objects: None
 ) -> tuple[int, int]:
-    """Delete all that is ours, or the runs of one namespace (16 digits); how many objects, and their bytes."""
+    """Delete all that is ours, or that is of one namespace (16 digits); how many objects, and their bytes. Engines that
+    run list anew what there is: they miss their notes."""
     deleted = nbytes = 0
-    prefix = ROOT if space is None else f"{ROOT}{space}/"
-    for page in store.list(prefix):
-        ours = [each for each in page if _belongs(parse(each.name), space)]
-        _delete(store, [each.name for each in ours])
-        deleted += len(ours)
-        nbytes += sum(each.size for each in ours)
-        progress(deleted)
+    for prefix in [ROOT] if space is None else [f"{ROOT}{space}/", FEEDS, TOUCHES]:
+        for page in store.list(prefix):
+            parsed = ((each, parse(each.name)) for each in page)
+            these = [each for each, ours in parsed if ours is not None and space in (None, ours.space)]
+            _delete(store, [each.name for each in these])
+            deleted += len(these)
+            nbytes += sum(each.size for each in these)
+            progress(deleted)
     return deleted, nbytes
 
 
-def _belongs(ours: Ours | None, space: str | None) -> bool:
-    return ours is not None and (space is None or ours.space == space)
+def delete_runs(store: ObjectStore, names: Collection[str]) -> None:
+    """Delete these, and the feed of their namespaces, which engines that run miss: then they list what there is."""
+    _delete(store, [*names])
+    spaces = {ours.space for name in names if (ours := parse(name)) is not None}
+    for page in store.list(FEEDS):
+        notes = [each.name for each in page if (ours := parse(each.name)) is not None and ours.space in spaces]
+        _delete(store, notes)

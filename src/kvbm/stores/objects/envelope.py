@@ -41,6 +41,11 @@ class Damaged(Broken):
     """An object is not what its name says: cut, changed, another's, or of another version."""
 
 
+class Locked(Damaged):
+    """It cannot be opened with what is known: it is sealed with no secret or another one, or not sealed. What was
+    sealed and then changed looks the same."""
+
+
 class Envelope:
     """With `secret` everything is sealed. Threads: any."""
 
@@ -104,7 +109,7 @@ class Envelope:
         if version != _VERSION:
             raise Damaged(f"its version is {version}, not {_VERSION}")
         if sealed != self.sealed:
-            raise Damaged("it is sealed, and there is no secret" if sealed == 1 else "it is not sealed")
+            raise Locked("it is sealed, and there is no secret" if sealed == 1 else "it is not sealed")
         if not self.sealed:
             if any(salt):
                 raise Damaged("it has a salt and is not sealed")
@@ -117,7 +122,7 @@ class Envelope:
             aes = self._aes(self._derive(salt, name))
             aes.decrypt_into(_NONCE, whole[PLAIN_AT:], whole[:PLAIN_AT], plain)
         except self._invalid:
-            raise Damaged("it was sealed with another secret, for another name, or changed") from None
+            raise Locked("it was sealed with another secret, for another name, or changed") from None
         return plain
 
     def wrap(self, name: str, text: bytes) -> bytes:

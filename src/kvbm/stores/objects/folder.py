@@ -28,8 +28,8 @@ _TEMPORARY: Final = ".part-"
 
 
 class FolderStore(ObjectStore):
-    """Below `folder`, which is made where it is missing. Files are of `mode`, folders of the same with a right to enter
-    for each right to read.
+    """Below `folder`, which is made where it is missing, if its parent is there. Files are of `mode`, folders of the
+    same with a right to enter for each right to read.
 
     A call may hang as long as the mount does.
     """
@@ -38,6 +38,12 @@ class FolderStore(ObjectStore):
         self._folder, self._mode = folder, mode
         self._folder_mode = mode | (mode & 0o444) >> 2
         self._below = _below(folder)
+
+    def check(self) -> None:
+        """Raises Broken where there is no such folder."""
+        if not self._folder.is_dir():
+            what = "is no folder" if self._folder.exists() else "does not exist"
+            raise Broken(f"{self._folder} {what}")
 
     def put(self, name: str, data: Buffer) -> bool:
         return self._put(name, data, self._publish)
@@ -87,8 +93,8 @@ class FolderStore(ObjectStore):
         """The folders down to this one, each with its mode whatever the process masks."""
         if folder != self._folder:
             self._make(folder.parent)
-        else:
-            folder.parent.mkdir(parents=True, exist_ok=True)
+        elif not folder.parent.exists():
+            raise Broken(f"there is no folder {folder.parent}, in which KVBM would make {folder.name}")
         with suppress(FileExistsError):
             folder.mkdir(self._folder_mode)
             os.chmod(folder, self._folder_mode)

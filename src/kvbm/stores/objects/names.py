@@ -22,6 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 ROOT: Final = "kv1/"
+FEEDS: Final = f"{ROOT}feed/"
+"""Where instances say what they wrote."""
 TOUCHES: Final = f"{ROOT}touch/"
 """Where instances say what they read."""
 EPOCH_S: Final = 600
@@ -110,7 +112,7 @@ class Names:
 
 def feed_prefix(epoch: int) -> str:
     """Where the feed of an epoch lies, of all namespaces."""
-    return f"{ROOT}feed/{epoch}/"
+    return f"{FEEDS}{epoch}/"
 
 
 def lease(epoch: int) -> str:

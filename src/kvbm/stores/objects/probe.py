@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from kvbm.stores.objects import names
 
 _CREATORS: Final = 4
 _CLAIM_BYTES: Final = 64
+_OWN: Final = re.compile(r"\bkv1/(?:probe|feed)/[0-9a-f.]+/?")
 _Result = TypeVar("_Result")
 
 
@@ -46,20 +48,26 @@ def probe(store: ObjectStore, instance: str, numbers: count[int], nbytes: int) -
         return written[-1]
 
     try:
-        try:
-            ahead = _write(store, name(), nbytes)
-            _race(store, name())
-        except (Denied, Full) as error:
-            with suppress(Absent):
-                store.get(name())  # where even that is denied, all is
-            for _ in store.list(names.feed_prefix(0)):
-                break
-            return Fitness(str(error), 0.0)
-        _delete(store, written)
-        return Fitness(None, ahead)
+        return _tried(store, name, nbytes, written)
+    except Broken as error:
+        raise type(error)(_OWN.sub("a test object", str(error))) from None
     finally:
         with suppress(Broken):
             store.delete(written)
+
+
+def _tried(store: ObjectStore, name: Callable[[], str], nbytes: int, written: Sequence[str]) -> Fitness:
+    try:
+        ahead = _write(store, name(), nbytes)
+        _race(store, name())
+    except (Denied, Full) as error:
+        with suppress(Absent):
+            store.get(name())  # where even that is denied, all is
+        for _ in store.list(names.feed_prefix(0)):
+            break
+        return Fitness(_OWN.sub("a test object", str(error)), 0.0)
+    _delete(store, written)
+    return Fitness(None, ahead)
 
 
 def _write(store: ObjectStore, name: str, nbytes: int) -> float:

@@ -6,12 +6,13 @@ may hang.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from itertools import count
+from itertools import chain, count
 from typing import Final, NamedTuple
 
 from msgspec.structs import replace
@@ -36,6 +37,8 @@ _SLICE: Final = 1_000
 _HEAD: Final = 8
 _LET_BE_S: Final = 3_600.0
 """How long a damaged run that cannot be deleted is left alone."""
+_LIST_AGAIN: Final = 6
+"""So many looks at the feed are between two listings at least."""
 _SPREAD_S: Final = 30.0
 """Seconds over which instances try to become the collector of an epoch."""
 _PATIENCE: Final = 3
@@ -142,7 +145,8 @@ class Clerk:
                 answer = Tried(number, str(error))
             else:
                 self._clock.set(fitness)
-                self._rota.listed &= not order.anew
+                if order.anew:
+                    self._rota.list_at = time.monotonic()
                 answer = Tried(number, refusal=fitness.refusal)
             if job.end():
                 self._tell(answer)
@@ -158,7 +162,7 @@ class Clerk:
         rota = self._rota
         if not self._clock.known or rota.busy or rota.over:
             return
-        if not rota.listed:
+        if rota.list_at <= time.monotonic():
             self._begin(self._list)
         elif self.suspects:
             self._begin(self._judge)
@@ -194,9 +198,12 @@ class Clerk:
     # ------------------------------------------------------------------ on its thread
 
     def _list(self, job: Job[None]) -> None:
-        """All runs of the namespace that there are."""
-        library = self._library
-        for page in library.store.list(library.names.prefix):
+        """All runs of the namespace that there are, instead of what was known."""
+        library, begun = self._library, time.monotonic()
+        pages = iter(library.store.list(library.names.prefix))
+        first = next(pages, ())
+        self._tell(Known(anew=True))
+        for page in chain([first], pages):
             ours = [(parse(each.name), each.modified) for each in page]
             runs = [(each.digest, written) for each, written in ours if each is not None and each.kind == "run"]
             self._say([digest for digest, _ in runs], [])
@@ -205,7 +212,7 @@ class Clerk:
                     hot.listed(digest, written)
             if not self._goes_on(job):
                 return
-        self._rota.listed = True
+        self._rota.listed(begun)
 
     def _warm(self, job: Job[None]) -> None:
         """Finds the next few of the hottest runs. Where that fails or hangs, no more are looked for."""
@@ -219,15 +226,17 @@ class Clerk:
     def _say(self, came: Sequence[bytes], went: Sequence[bytes]) -> None:
         """The leader hears of these, a slice at a time."""
         for at in range(0, max(len(came), len(went)), _SLICE):
-            heads = [b"".join(each[:_HEAD] for each in these[at : at + _SLICE]) for these in (came, went)]
-            self._tell(Known(*heads))
+            new, gone = (b"".join(each[:_HEAD] for each in these[at : at + _SLICE]) for these in (came, went))
+            self._tell(Known(new, gone))
 
     def _look(self, job: Job[None]) -> None:
         """Tells the others what is new here, then hears what is new elsewhere."""
         if self._clock.writes:
             self.feed.write(self._clock())
-        if (note := self.feed.read(self._clock(), lambda: self._goes_on(job))) is not None:
-            self._say(note.came, note.went)
+        if (news := self.feed.read(self._clock(), lambda: self._goes_on(job))) is not None:
+            self._say(news.came, news.went)
+            if news.missing:
+                self._rota.list_soon()
             stuck, undeletable = self._stuck() + self._crew.lost, len(self.suspects.let_be)
             self._tell(replace(self._told, stuck=stuck, undeletable=undeletable))
 
@@ -304,10 +313,23 @@ class Rota:
     def __init__(self, feed_s: float) -> None:
         self._feed_s, now = feed_s, time.monotonic()
         self._next = {"feed": 0.0, "touch": now + EPOCH_S, "collect": now + random.uniform(0, _SPREAD_S)}
-        self.listed = self.busy = self.over = False
-        """Whether all runs were listed, something is being done, and nothing is to be done any more."""
+        self.busy = self.over = False
+        """Whether something is being done, and nothing is to be done any more."""
+        self.list_at = 0.0
+        """When all runs are to be listed."""
+        self._listed = 0.0
         self.failing = False
         """Whether the last of it failed, which was said then."""
+
+    def listed(self, begun: float) -> None:
+        """All runs were listed, unless that is to be done again meanwhile."""
+        self._listed = begun
+        if self.list_at <= begun:
+            self.list_at = math.inf
+
+    def list_soon(self) -> None:
+        """What was listed is not what there is."""
+        self.list_at = min(self.list_at, self._listed + _LIST_AGAIN * self._feed_s)
 
     def due(self, clock: Callable[[], float]) -> str | None:
         """What is due now, if anything; then it is due later again. `clock` is the storage's."""

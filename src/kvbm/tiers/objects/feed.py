@@ -8,12 +8,12 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvbm.abc.store import Absent
 from kvbm.core.errors import Broken
 from kvbm.stores.objects.envelope import Damaged
-from kvbm.stores.objects.names import epoch, feed_prefix, parse
+from kvbm.stores.objects.names import Ours, epoch, feed_prefix, parse
 from kvbm.stores.objects.notes import MOST, Note, decode
 from kvbm.tiers.objects.mover import Library
 
@@ -42,6 +42,15 @@ class Diary:
         """Requests asked for these. Of too many in one epoch, the last are not noted."""
         with self.lock:
             self.touched.update(digests[: max(0, MOST - len(self.touched))])
+
+
+class News(NamedTuple):
+    """What others told: runs that came and went. `missing`: notes are gone that should be there, so somebody has
+    deleted what he liked."""
+
+    came: list[bytes]
+    went: list[bytes]
+    missing: bool
 
 
 class SharedFeed:
@@ -81,21 +90,20 @@ class SharedFeed:
             name = library.names.touch(epoch(now), self.instance, next(self.numbers))
             library.store.put(name, library.envelope.wrap(name, Note(touched).encode()))
 
-    def read(self, now: float, goes_on: Callable[[], bool]) -> Note | None:
+    def read(self, now: float, goes_on: Callable[[], bool]) -> News | None:
         """What the others told since the last look; None where nobody wants to know any more. Raises Broken.
 
         Whole epochs are listed, this one and the one before: an entry may appear before one that was seen.
         """
-        library, found = self._library, set[str]()
-        for each in (epoch(now) - 1, epoch(now)):
+        library, found, seen = self._library, set[str](), self._seen or set()
+        for each in (first := epoch(now) - 1, epoch(now)):
             for page in library.store.list(feed_prefix(each)):
                 found.update(listed.name for listed in page)
                 if not goes_on():
                     return None
         came, went = list[bytes](), set[bytes]()
-        for name in sorted(found - (self._seen or set())):
-            ours = parse(name)
-            if ours is not None and ours.kind == "feed" and ours.space == library.names.space:
+        for name in sorted(found - seen):
+            if (ours := self._ours(name)) is not None:
                 note = self._note(name, ours.writer)
                 came += note.came
                 went.update(note.went)
@@ -103,8 +111,15 @@ class SharedFeed:
                     return None
         # The listing is younger than what was told before it, and what came may have come again.
         gone = [] if self._seen is None else sorted(went.difference(came))
+        missing = any((ours := self._ours(name)) is not None and ours.epoch >= first for name in seen - found)
         self._seen = found
-        return Note(came, gone)
+        return News(came, gone, missing)
+
+    def _ours(self, name: str) -> Ours | None:
+        """A note about our namespace."""
+        ours = parse(name)
+        mine = ours is not None and ours.kind == "feed" and ours.space == self._library.names.space
+        return ours if mine else None
 
     def _note(self, name: str, writer: str) -> Note:
         """A note of another instance; an empty one where it is our own, gone, or not what it has to be."""

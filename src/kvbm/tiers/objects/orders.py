@@ -111,10 +111,12 @@ class Tried(msgspec.Struct, frozen=True, tag=True):
 
 
 class Known(msgspec.Struct, frozen=True, tag=True):
-    """Names of runs that came to the storage, and of those that went: 8 bytes of each."""
+    """Names of runs that came to the storage, and of those that went: 8 bytes of each. `anew`: what was known before
+    counts no more."""
 
     came: bytes = b""
     went: bytes = b""
+    anew: bool = False
 
 
 class HotRun(msgspec.Struct, frozen=True):

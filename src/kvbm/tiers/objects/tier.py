@@ -232,7 +232,9 @@ class SharedStorage:
                     self.traffic.gate.forget_reads()
                 elif answer.off:
                     self._close(answer.problem or "")
-            case Known(came=came, went=went) if self.trials.off is None:
+            case Known(came=came, went=went, anew=anew) if self.trials.off is None:
+                if anew:
+                    self.runs.presence.clear()
                 self.runs.presence.hear(came, went)
             case Hot(runs=hot):
                 self.warmth.hear(hot)

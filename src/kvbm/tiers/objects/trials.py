@@ -70,18 +70,19 @@ class Trials:
             return False
         self._trying = False
         if tried.problem is not None:
+            why = f"{self._where}: {tried.problem}"
             if tried.off:
-                log.error("KVBM: shared storage (G4) is not used: %s", tried.problem)
-                self.off = tried.problem
+                log.error("KVBM: shared storage (G4) is not used: %s", why)
+                self.off = why
             elif self._breaker.problem == _SILENT:
-                log.warning("KVBM: shared storage (G4) does not answer, and is tried again: %s", tried.problem)
-            self._breaker.trip(tried.problem)
+                log.warning("KVBM: shared storage (G4) does not answer, and is tried again: %s", why)
+            self._breaker.trip(why)
             return False
         if self.refusal is None and tried.refusal is not None:
             log.warning("KVBM: shared storage (G4) is read, and nothing is written to it: %s", tried.refusal)
         self.refusal, anew = tried.refusal, self._breaker.problem is not None
         self._again = math.inf if tried.refusal is None else self._clock() + WRITES_AGAIN_S
         if anew:
-            log.info("KVBM: shared storage (G4) works: %s", self._where)
+            log.info("KVBM: shared storage (G4) %s: %s", "is used" if tried.refusal else "works", self._where)
             self._breaker.mend()
         return anew
