@@ -34,6 +34,13 @@ def test_every_setting_with_value_source_and_meaning(kvbm: Kvbm, monkeypatch: py
     assert "environment KVBM_RUN_DIR" in next(line for line in shown.stdout.splitlines() if "run_dir" in line)
 
 
+def test_what_an_engine_would_refuse_is_refused(kvbm: Kvbm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVBM_G4_URL", "s3:///x")
+    refused = kvbm("config")
+    assert refused.exit_code == 2
+    assert "environment KVBM_G4_URL" in refused.stderr
+
+
 def test_sources(kvbm: Kvbm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "kvbm.toml"
     file.write_text("g2_gb = 1\ncopy_threads = 2\n")

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from kvbm.build import leader as build
 from kvbm.cli.engines import Json
 from kvbm.cli.render import console
 from kvbm.core import config
@@ -23,6 +24,7 @@ def show(
 ) -> None:
     """Check all settings, and list them as an engine started here would see them."""
     resolved = config.load(extra=_parse(extra))
+    build.check(resolved)
     fields = config.Settings.model_fields
     values = resolved.settings.model_dump(mode="json")
     if as_json:

@@ -154,6 +154,14 @@ def test_what_has_a_time_to_live_is_not_written() -> None:
     assert record.why == ["KVBM wrote none of the blocks to shared storage: they have a time to live"]
 
 
+def test_a_request_that_fills_no_run_is_told() -> None:
+    desk, record = Desk(), Record("r", 0)
+    desk.uploads.over(keys_of("a", RUN), record)
+    assert record.why == []
+    desk.uploads.over(keys_of("a", RUN - 1), record)
+    assert record.why == ["KVBM writes 4 blocks at once to shared storage, and the request filled fewer"]
+
+
 def test_blocks_are_held_while_they_are_written() -> None:
     desk, keys = Desk(slots=8), keys_of("a", 8)
     desk.land(keys, 0, 8)

@@ -146,6 +146,8 @@ class Uploads:
         """A request ended. `keys` are those of its first blocks; what was not written of them may be whole now."""
         if self._rules.admission == "evicted":
             return
+        if len(keys) < self._rules.run:
+            record.note(f"KVBM writes {self._rules.run} blocks at once to shared storage, and the request filled fewer")
         ends = keys[self._rules.run - 1 :: self._rules.run]
         for at, (end, there) in enumerate(zip(ends, self._shelf.known(ends).tolist(), strict=True)):
             if there or end in self._queue or end in self._writing:
