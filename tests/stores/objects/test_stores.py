@@ -126,7 +126,8 @@ def test_what_a_killed_writer_left_is_ours() -> None:
 @pytest.mark.parametrize(
     "url",
     [
-        "s3://user:pass-word@bucket/x", "s3://bucket/x?sig=pass-word", "file://pass-word@host/x", "file:///", "file://x",
+        "s3://user:pass-word@bucket/x", "s3://user:pass-word/x@bucket", "s3://bucket/x?sig=pass-word",
+        "file://pass-word@host/x", "file:///", "file://x",
         "file://host/x", "s3://", "s3:///x", "s3://B_ucket!/x", "s3://bucket/../x", "nothing", "ftp://host/x",
         "s3://bucket/a b", "s3://bucket/x#pass-word",
     ],

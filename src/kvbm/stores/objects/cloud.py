@@ -205,4 +205,4 @@ def _short(error: Exception) -> str:
     text = re.sub(r"(?<=://)[^/@\s]*@", "***@", text)
     text = re.sub(r"(?<=[\w/%])\?[^\s\"')]*", "?***", text)
     text = re.sub(r"Error performing .*?(?=Server returned)", "", text)
-    return text[:_SHOWN] or type(error).__name__
+    return text[:_SHOWN].rstrip(".") or type(error).__name__

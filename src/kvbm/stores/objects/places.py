@@ -40,7 +40,7 @@ def locate(url: str) -> Location:
         hostname = parts.netloc
     except ValueError:
         raise _wrong("it is no address") from None
-    if "@" in hostname or parts.query or parts.fragment or "?" in url:
+    if "@" in (hostname if parts.scheme.lower() == "file" else url) or parts.query or parts.fragment or "?" in url:
         raise _wrong(
             "an address with a user, a password or a query is not taken",
             "Give credentials by the variables and files that the storage's own tools read.",
