@@ -100,7 +100,7 @@ class Tier:
                 self.errors.append(error)
             self._done.release()
 
-        heard = Heard(over, over, lambda digest: None, lambda digest: None)
+        heard = Heard(over, over, lambda digest: None, lambda digest: None, lambda digest: False)
         self.mover = Mover(
             library, [self.region], heard, puts=lanes, gets=lanes, deadline_s=DEADLINE_S, most_lost=8,
             broken=self.errors.append,

@@ -164,8 +164,8 @@ def test_addresses_that_nobody_can_open(command: str, kvbm: Kvbm, tmp_path: Path
     for url, said in {
         "s3://me:hunter2@bucket/p": "credentials",
         "file://relative": "file://",
-        f"file://{tmp_path}/missing": "missing does not exist",
-        f"file://{__file__}": "is no folder",
+        f"file://{tmp_path}/missing": "there is no folder",
+        f"file://{__file__}": "Not a directory",
         "ftp://host/p": "ftp",
         str(tmp_path): "file://",
     }.items():

@@ -152,7 +152,7 @@ def hang(worker: Any) -> None:
 
     from kvbm.stores.objects.folder import FolderStore
 
-    FolderStore.get = lambda store, name: threading.Event().wait()  # type: ignore[method-assign,assignment,return-value]
+    FolderStore.get = lambda store, name, most=0: threading.Event().wait()  # type: ignore[method-assign,assignment,return-value]
 
 
 @pytest.mark.parametrize("how", ["read-only", "full", "gone", "no runs"])

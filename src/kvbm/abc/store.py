@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from typing_extensions import Buffer
 
@@ -21,6 +21,14 @@ class Denied(Broken):
 
 class Full(Broken):
     """The storage has no room for what was to be written. What is there can be read."""
+
+
+class Damaged(Broken):
+    """An object is not what its name says: cut, changed, another's, of another version, or longer than it may be."""
+
+
+MOST_BYTES: Final = 1 << 30
+"""Bytes of an object that is read, where its reader does not know better."""
 
 
 class Listed(NamedTuple):
@@ -63,8 +71,9 @@ class ObjectStore(ABC):
         """
 
     @abstractmethod
-    def get(self, name: str) -> Buffer:
-        """The bytes of an object. Raises Absent."""
+    def get(self, name: str, most: int = MOST_BYTES) -> Buffer:
+        """The bytes of an object. Raises Absent; Damaged, before anything is allocated for it, where it has more than
+        `most` bytes."""
 
     @abstractmethod
     def get_range(self, name: str, start: int, length: int) -> Buffer:

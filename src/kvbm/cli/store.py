@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Final
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from kvbm.abc.store import Absent, Listed, ObjectStore
+from kvbm.abc.store import Absent, Damaged, Listed, ObjectStore
 from kvbm.build import objects as build
 from kvbm.cli.engines import Json
 from kvbm.cli.render import console, duration, progress, size
@@ -20,14 +21,16 @@ from kvbm.core.errors import ConfigError, KvbmError, UsageError
 from kvbm.stores.objects.blocks import address_of, sums_at
 from kvbm.stores.objects.collector import delete_runs
 from kvbm.stores.objects.collector import purge as purge_all
-from kvbm.stores.objects.envelope import PLAIN_AT, Damaged, Envelope, Locked
+from kvbm.stores.objects.envelope import PLAIN_AT, Envelope, Locked
 from kvbm.stores.objects.folder import FolderStore
 from kvbm.stores.objects.names import ROOT, parse
+from kvbm.stores.objects.probe import together
 from kvbm.stores.objects.runs import parse as parse_run
 
 app = typer.Typer(no_args_is_help=True, help="Inspect, verify or purge what KVBM keeps in shared storage.")
 
 _DEADLINE_S: Final = 60.0
+_PATIENCE_S: Final = 10.0
 _FIRST_BYTES: Final = 1 << 16
 
 _Url = Annotated[str, typer.Argument(metavar="[URL]", help="The storage. Default: the setting g4_url.")]
@@ -89,7 +92,7 @@ def inspect(url: _Url = "", namespace: _Namespace = "", as_json: Json = False) -
         ages = [duration(max(0.0, time.time() - when)) for when in (each.oldest, each.newest)]
         blocks = f"{each.runs * each.run_blocks:,}" if each.run_blocks else "?"
         model = each.model or f"? ({each.problem or 'no name'})"
-        table.add_row(each.namespace, model, f"{each.runs:,}", blocks, size(each.bytes), *ages)
+        table.add_row(each.namespace, escape(model), f"{each.runs:,}", blocks, size(each.bytes), *ages)
     console().print(table)
     console().print(f"{other['objects']:,} other objects of KVBM's, {size(other['bytes'])}")
 
@@ -188,7 +191,7 @@ def _opened(url: str) -> tuple[str, ObjectStore, Envelope]:
             raise
         raise ConfigError("URL", error.problem, remedy=error.remedy) from None
     if isinstance(store, FolderStore):
-        store.check()
+        together([store.check], _PATIENCE_S)
     return where, store, envelope
 
 

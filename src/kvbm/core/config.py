@@ -94,7 +94,7 @@ class Settings(BaseSettings):
     """At the start, fill at most this part of G2 with what was asked for most at g4_url. 0: none."""
     g4_known: Annotated[int, Field(ge=1000, le=1_000_000_000)] = 2_000_000
     """Remember the names of at most this many objects at g4_url. A name takes 16 bytes."""
-    g4_endpoint: Annotated[str, Field(pattern=r"^https?://[^@?]+$")] | None = None
+    g4_endpoint: Annotated[str, Field(pattern=r"^https?://[^@?\s]+$")] | None = None
     """Find the storage service at this address. Unset: where the service's own tools find it."""
     g4_region: Annotated[str, Field(min_length=1)] | None = None
     """Use this region of the storage service. Unset: the one that its own tools use."""
@@ -106,7 +106,7 @@ class Settings(BaseSettings):
     """Use this secret key for S3, with g4_access_key. `kvbm config` does not show it."""
     g4_ca_file: Path | None = None
     """Trust the certificate authorities in this PEM file, too, when KVBM connects to the storage service."""
-    g4_proxy: Annotated[str, Field(pattern=r"^[a-z0-9]+://.+")] | None = None
+    g4_proxy: Annotated[str, Field(pattern=r"^(https?|socks5h?)://[^\s/]+/?$")] | None = None
     """Connect to the storage service through this proxy. Unset: as HTTPS_PROXY and NO_PROXY say."""
     g4_mode: Annotated[str, Field(pattern=r"^0?[0-7]{3}$")] = "600"
     """Give files below file:///FOLDER these rights (octal). Folders get a right to enter for each right to read."""
@@ -439,7 +439,13 @@ def _validated(given: Mapping[str, _Given], environ: Mapping[str, str]) -> Setti
 
 
 def _bad(name: str, entry: _Given) -> ConfigError:
-    return ConfigError(name, f"{shown(entry.value)!r} is not allowed, it must be {allowed(name)}", source=entry.source)
+    hidden = name in _SECRETS or (name in _ADDRESSES and re.search("[@?%]", str(entry.value)))
+    what = "a value that may contain a secret" if hidden else repr(shown(entry.value))
+    return ConfigError(name, f"{what} is not allowed, it must be {allowed(name)}", source=entry.source)
+
+
+_SECRETS = ("g4_secret_key",)
+_ADDRESSES = ("g4_url", "g4_endpoint", "g4_proxy", "directory")
 
 
 def shown(value: Any) -> Any:

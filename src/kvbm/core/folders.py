@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -45,3 +46,18 @@ def default_cache_dir() -> Path | None:
         return expanded(Path("~/.cache/kvbm"))
     except ValueError:
         return None
+
+
+def read_small(setting: str, path: Path, most: int) -> tuple[bytes, int]:
+    """The first `most` bytes of an ordinary file, and its mode. Waits for nobody. Raises ConfigError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(mode):
+                raise ConfigError(setting, f"{path} is no ordinary file")
+            return file.read(most), mode
+    except OSError as error:
+        raise ConfigError(setting, f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(setting, f"{str(path)!r} cannot be the name of a file: {error}") from None

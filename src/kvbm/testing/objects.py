@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from typing_extensions import Buffer
 
-from kvbm.abc.store import Absent, Listed, ObjectStore
+from kvbm.abc.store import Absent, Damaged, Listed, ObjectStore
 from kvbm.stores.objects.probe import together
 
 ROUNDS: Final = 6
@@ -67,6 +67,13 @@ class ObjectStoreSuite(ABC):
                 call("kv1/none/here")
         assert self.listed(store) == {}
         assert self.listed(store, "kv1/none/") == {}
+
+    def test_what_is_longer_than_it_may_be_is_not_read(self, open: Callable[[], ObjectStore]) -> None:
+        store = open()
+        store.put("long", bytes(1_000))
+        assert len(memoryview(store.get("long", 1_000))) == 1_000
+        with pytest.raises(Damaged):
+            store.get("long", 999)
 
     def test_nothing_is_written_twice(self, open: Callable[[], ObjectStore]) -> None:
         store, other = open(), open()

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from kvbm.abc.store import Absent, Listed, ObjectStore
+from kvbm.abc.store import MOST_BYTES, Absent, Damaged, Listed, ObjectStore
 
 
 class MemoryStore(ObjectStore):
@@ -34,11 +34,14 @@ class MemoryStore(ObjectStore):
 
     claim = put
 
-    def get(self, name: str) -> bytes:
+    def get(self, name: str, most: int = MOST_BYTES) -> bytes:
         self._begin("get", name)
         if name not in self.objects:
             raise Absent(f"there is no {name}")
-        return self.objects[name][0]
+        data = self.objects[name][0]
+        if len(data) > most:
+            raise Damaged(f"it has {len(data)} bytes")
+        return data
 
     def get_range(self, name: str, start: int, length: int) -> bytes:
         return self.get(name)[start : start + length]

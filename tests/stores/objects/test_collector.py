@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvbm.abc.store import Denied
+from kvbm.abc.store import MOST_BYTES, Denied
 from kvbm.core.errors import Broken
 from kvbm.stores.objects.collector import YOUNG_S, purge, sweep, take_lease
 from kvbm.stores.objects.envelope import Envelope
@@ -78,6 +78,29 @@ def test_a_note_that_was_damaged_or_sealed_by_others_says_nothing() -> None:
         store.objects[name] = bytes(text), now
     sweep(store, ENVELOPE, 10 * SIZE, now, go_on)
     assert mine[0] not in store.objects
+
+
+def test_a_name_of_the_far_future_says_no_bound() -> None:
+    store, now = MemoryStore(), time.time()
+    fill(store, 10, now)
+    store.objects[f"kv1/feed/999999999999/{ME}.{YOU}.1.999999999999"] = b"", now
+    assert len(sweep(store, ENVELOPE, SIZE, now, go_on).deleted) > 8
+
+
+def test_what_was_written_in_the_far_future_goes_first() -> None:
+    store, now = MemoryStore(), time.time()
+    mine = fill(store, 10, now)
+    store.objects[mine[5]] = bytes(SIZE), now + 50 * 365 * DAY
+    swept = sweep(store, ENVELOPE, 9_999, now, go_on)
+    assert mine[5] not in store.objects
+    assert len(swept.deleted) == 2, "down to 90 % of the bound"
+
+
+def test_every_page_of_a_listing_says_that_it_goes_on() -> None:
+    store, now, asked = MemoryStore(), time.time(), []
+    fill(store, 1_000, now)
+    sweep(store, ENVELOPE, 10**9, now, lambda: bool(asked.append(1)))
+    assert len(asked) > 10
 
 
 def test_young_runs_stay_whatever_there_is() -> None:
@@ -253,12 +276,12 @@ class Forgets(MemoryStore):
 
 
 class Cuts(MemoryStore):
-    def get(self, name: str) -> bytes:
+    def get(self, name: str, most: int = MOST_BYTES) -> bytes:
         return super().get(name)[:-1]
 
 
 class Changes(MemoryStore):
-    def get(self, name: str) -> bytes:
+    def get(self, name: str, most: int = MOST_BYTES) -> bytes:
         data = bytearray(super().get(name))
         data[len(data) // 2] ^= 1
         return bytes(data)

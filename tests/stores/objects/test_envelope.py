@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvbm.abc.store import Damaged
 from kvbm.core.errors import ConfigError, Misuse
 from kvbm.stores.objects.blocks import Buffer
-from kvbm.stores.objects.envelope import PLAIN_AT, Damaged, Envelope, read_secret
+from kvbm.stores.objects.envelope import PLAIN_AT, Envelope, read_secret
 from kvbm.stores.objects.names import Names, epoch, parse
 from kvbm.stores.objects.notes import Note, decode
 from kvbm.stores.objects.runs import Run, RunFormat, Shape, run_blocks
@@ -112,6 +113,15 @@ def test_hostile_lengths_allocate_nothing() -> None:
                 FORMAT.parse(memoryview(changed))
             assert tracemalloc.get_traced_memory()[1] < 100_000
             tracemalloc.stop()
+
+
+def test_a_key_that_is_there_twice_is_damage() -> None:
+    """Host memory has one place for a key."""
+    shape = Shape(4, 1, 64)
+    format_ = RunFormat("namespace", shape)
+    header = format_.header(Run((b"k" * 32,) * 4, None, 0, bytes(4), np.zeros((1, 4), np.uint64)))
+    with pytest.raises(Damaged, match="twice"):
+        format_.parse(memoryview(header + bytes(shape.data_bytes)))
 
 
 def test_random_bytes_are_damaged() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from kvbm.abc.store import Absent, Denied, ObjectStore
+from kvbm.abc.store import Absent, Damaged, Denied, ObjectStore
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.stores.objects.cloud import Access
 from kvbm.stores.objects.folder import FolderStore
@@ -78,6 +79,72 @@ def test_a_folder_that_is_a_link_is_not_listed(folder: FolderStore, tmp_path: Pa
     (tmp_path / "others/file").write_bytes(b"2")
     (tmp_path / "deep/kv/kv1/way-out").symlink_to(tmp_path / "others")
     assert [each.name for page in folder.list("") for each in page] == ["kv1/x"]
+
+
+@pytest.mark.parametrize("at", ["kv1", "kv1/space", "kv1/space/ab"])
+def test_no_link_leads_to_anything(at: str, folder: FolderStore, tmp_path: Path) -> None:
+    """Wherever it is in the name."""
+    name, others = "kv1/space/ab/x", FolderStore(tmp_path / "others")
+    below = name.removeprefix(f"{at}/")
+    others.put(below, b"of somebody else")
+    folder.put("a", b"1")
+    here = tmp_path / "deep/kv" / at
+    here.parent.mkdir(parents=True, exist_ok=True)
+    here.symlink_to(tmp_path / "others")
+    for prefix in ("", "kv1/", "kv1/space/", "kv1/space/ab/"):
+        assert "x" not in str([*folder.list(prefix)])
+    with pytest.raises(Absent):
+        folder.get(name)
+    assert not folder.put(f"{name}y", b"1")
+    assert not folder.claim(f"{name}y", b"1")
+    folder.delete([name])
+    assert [each.name for page in others.list("") for each in page] == [below]
+
+
+def test_a_hostile_length_allocates_nothing(folder: FolderStore, tmp_path: Path) -> None:
+    folder.put("a", b"1")
+    os.truncate(tmp_path / "deep/kv/a", 1 << 42)
+    for most in (10_000,), ():
+        with pytest.raises(Damaged):
+            folder.get("a", *most)
+
+
+def test_what_lies_too_deep_is_not_listed(folder: FolderStore, tmp_path: Path) -> None:
+    folder.put("kv1/x", b"1")
+    here = os.open(tmp_path / "deep/kv/kv1", os.O_RDONLY)
+    for _ in range(1_500):
+        os.mkdir("d", dir_fd=here)
+        deeper = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = deeper
+    os.close(here)
+    assert [each.name for page in folder.list("") for each in page] == ["kv1/x"]
+    while (tmp_path / "deep/kv/kv1/d").exists():  # deeper than `rmtree` goes
+        subprocess.run(["rm", "-rf", tmp_path / "deep/kv/kv1/d"], check=True)
+
+
+def test_folders_that_are_empty_are_deleted(folder: FolderStore, tmp_path: Path) -> None:
+    folder.put("feed/1/a", b"1")
+    folder.put("feed/1/b", b"1")
+    folder.put("feed/2/a", b"1")
+    folder.delete(["feed/1/a", "feed/2/a"])
+    assert [each.name for each in (tmp_path / "deep/kv/feed").iterdir()] == ["1"]
+    assert folder.put("feed/2/c", b"1")
+
+
+def test_a_folder_that_hangs_or_is_broken_says_so_at_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making it touches nothing."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(107, "Transport endpoint is not connected")
+
+    for call in ("stat", "open", "lstat", "mkdir"):
+        monkeypatch.setattr(os, call, broken)
+    store = FolderStore(Path("/mnt/kv"))
+    for touch in (lambda: store.put("a", b""), lambda: store.get("a"), lambda: [*store.list("")], store.check):
+        with pytest.raises(Broken, match="not connected"):
+            touch()
+    monkeypatch.undo()
 
 
 def test_a_file_that_may_not_be_read_is_absent(folder: FolderStore, tmp_path: Path) -> None:

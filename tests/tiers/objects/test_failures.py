@@ -390,10 +390,10 @@ def test_a_mount_that_hangs(engine: Callable[..., Sharing], tmp_path: Path, monk
     shared, hangs, goes = f"file://{tmp_path}/kv", threading.Event(), threading.Event()
     read = FolderStore.get
 
-    def hang(store: FolderStore, name: str) -> Any:
+    def hang(store: FolderStore, name: str, most: int) -> Any:
         if hangs.is_set():
             goes.wait(60)
-        return read(store, name)
+        return read(store, name, most)
 
     monkeypatch.setattr(FolderStore, "get", hang)
     one, other = engine(shared=shared).works(), engine(shared=shared).works()

@@ -146,12 +146,26 @@ def test_a_write_that_failed_is_made_again_when_somebody_asks() -> None:
 
 def test_what_has_a_time_to_live_is_not_written() -> None:
     desk, keys, record = Desk(), keys_of("a", 8), Record("r", 0)
-    desk.land(keys, 0, 4, ttl=100.0)
-    desk.land(keys, 4, 8)
-    assert runs(keys, 0)[0] not in desk.pump()
+    desk.land(keys, 0, 3, ttl=100.0)
+    desk.land(keys, 3, 8)
+    assert desk.pump() == [], "nor is what is behind it"
     desk.uploads.over(keys, record)
     assert desk.pump() == []
     assert record.why == ["KVBM wrote none of the blocks to shared storage: they have a time to live"]
+
+
+def test_nothing_is_written_behind_what_is_not() -> None:
+    """Nobody would find it."""
+    desk, keys = Desk(), keys_of("a", 3 * RUN)
+    desk.land(keys, 0, 3 * RUN)
+    desk.pool.discard(keys[1:2])
+    assert desk.pump() == []
+    desk.land(keys, 0, 2)
+    desk.uploads.over(keys, Record("r", 0))
+    assert desk.pump() == runs(keys, 0, 1, 2)
+    desk, keys = Desk(), keys_of("b", 10 * RUN)
+    desk.land(keys, 0, 10 * RUN)
+    assert desk.pump() == runs(keys, *range(8)), "more may not wait"
 
 
 def test_a_request_that_fills_no_run_is_told() -> None:
@@ -192,11 +206,11 @@ def test_a_budget_is_kept() -> None:
     assert len(desk.pump()) == 1
 
 
-def test_of_more_than_may_wait_the_oldest_do_not() -> None:
+def test_of_more_than_may_wait_the_last_do_not() -> None:
     desk = Desk()
     for number in range(10):
         desk.land(keys_of(f"{number}", 4), 0, 4)
-    assert desk.pump() == [tuple(keys_of(f"{number}", 4)) for number in range(2, 10)]
+    assert desk.pump() == [tuple(keys_of(f"{number}", 4)) for number in range(8)]
     assert desk.uploads.refused == 2
 
 

@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 from typing_extensions import Buffer
 
-from kvbm.abc.store import Absent, Denied, Full, Listed, ObjectStore
+from kvbm.abc.store import MOST_BYTES, Absent, Damaged, Denied, Full, Listed, ObjectStore
 from kvbm.core.errors import Broken, ConfigError
 from kvbm.core.extras import installing
+from kvbm.core.folders import read_small
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
 
 _PAGE: Final = 1_000
+_CERTIFICATES_BYTES: Final = 10_000_000
 _ATTEMPT: Final = 0.5
 """One attempt takes this part of the deadline at most, and none begins after as much again."""
 _CONNECT: Final = 0.25
@@ -79,6 +81,9 @@ class CloudStore(ObjectStore):
             ) from None
         self._obstore = obstore
         self._said = exceptions
+        if (access.access_key is None) != (access.secret_key is None):
+            missing = "g4_access_key" if access.access_key is None else "g4_secret_key"
+            raise ConfigError(missing, "one of g4_access_key and g4_secret_key is set, and the other one is not")
         given: dict[str, Any] = {"client_options": _client(access), "retry_config": _retries(access)}
         if prefix:
             given["prefix"] = prefix
@@ -102,6 +107,8 @@ class CloudStore(ObjectStore):
             given |= {name: value for name, value in own.items() if value is not None}
             self._store = make(bucket, **given)
         except (exceptions.BaseError, ValueError, TypeError) as error:
+            if "root_certificate" in str(error):
+                raise ConfigError("g4_ca_file", f"{access.ca_file} has no certificates (PEM)") from None
             raise ConfigError(
                 "g4_url", f"it cannot be used: {_short(error)}",
                 remedy="Account and credentials come from the variables AWS_*, AZURE_STORAGE_* or GOOGLE_*.",
@@ -119,9 +126,12 @@ class CloudStore(ObjectStore):
     def claim(self, name: str, data: Buffer) -> bool:
         return self.put(name, data)
 
-    def get(self, name: str) -> Buffer:
+    def get(self, name: str, most: int = MOST_BYTES) -> Buffer:
         with self._told(name):
-            return self._obstore.get(self._store, name).buffer()
+            found = self._obstore.get(self._store, name)
+            if (length := found.meta["size"]) <= most:
+                return found.buffer()
+        raise Damaged(f"it has {length} bytes")
 
     def get_range(self, name: str, start: int, length: int) -> Buffer:
         with self._told(name):
@@ -174,10 +184,7 @@ def _client(access: Access) -> ClientConfig:
     if access.proxy is not None:
         options["proxy_url"] = access.proxy
     if access.ca_file is not None:
-        try:
-            options["root_certificate"] = access.ca_file.read_bytes()
-        except OSError as error:
-            raise ConfigError("g4_ca_file", f"{access.ca_file} cannot be read: {error.strerror}") from None
+        options["root_certificate"], _ = read_small("g4_ca_file", access.ca_file, _CERTIFICATES_BYTES)
     return options
 
 

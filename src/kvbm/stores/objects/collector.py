@@ -20,7 +20,7 @@ from kvbm.abc.store import Listed, ObjectStore
 from kvbm.core.errors import Broken
 from kvbm.stores.objects.envelope import Envelope
 from kvbm.stores.objects.names import EPOCH_S, FEEDS, NAME_BYTES, ROOT, TOUCHES, epoch, lease, parse
-from kvbm.stores.objects.notes import decode
+from kvbm.stores.objects.notes import MOST_BYTES, decode
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,9 @@ _KEEP_S: Final = {"feed": 3_600.0 + EPOCH_S, "touch": 86_400.0, "lease": 3_600.0
 _SPACE_BYTES: Final = 8
 _BATCH: Final = 1_000
 _MB: Final = 1_000_000
+_LEASE_BYTES: Final = 4_096
+_FAR_S: Final = 86_400.0
+"""What was written so long from now was written by nobody whose clock counts."""
 
 
 @dataclass(slots=True)
@@ -61,9 +64,9 @@ class Census:
         if ours.kind == "run":
             self.runs += bytes.fromhex(ours.space) + ours.digest
             self.sizes.append(listed.size)
-            self.written.append(listed.modified)
+            self.written.append(listed.modified if listed.modified < self.now + _FAR_S else 0.0)
             return
-        if ours.kind == "feed" and ours.epoch >= epoch(self.now) - _BOUND_EPOCHS:
+        if ours.kind == "feed" and 0 <= epoch(self.now) + 1 - ours.epoch <= _BOUND_EPOCHS + 1:
             self.bound = max(self.bound, ours.mb * _MB)
         if self.now - listed.modified > _KEEP_S[ours.kind]:
             self.stale.append(listed.name)
@@ -87,20 +90,23 @@ class Swept:
     freed: int = 0
 
 
-def census(store: ObjectStore, now: float, progress: Callable[[int], None] = lambda objects: None) -> Census:
-    """All that is ours. Raises Broken."""
+def census(store: ObjectStore, now: float, stopped: Callable[[], bool] = bool) -> Census:
+    """All that is ours, or what was counted when it was `stopped`. Raises Broken."""
     found = Census(now)
     for page in store.list(ROOT):
         for each in page:
             found.add(each)
-        progress(found.objects)
+        if stopped():
+            break
     return found
 
 
 def sweep(store: ObjectStore, envelope: Envelope, bound: int, now: float, stopped: Callable[[], bool]) -> Swept:
     """Delete the coldest runs where there is more than the bound, and what is no run and old. `now` is by the storage's
     clock; `bound` is our own, in bytes. Ends early once it is `stopped`. Raises Broken."""
-    found = census(store, now)
+    found = census(store, now, stopped)
+    if stopped():
+        return Swept(found.objects, found.total, max(bound, found.bound))
     swept = Swept(found.objects, found.total, max(bound, found.bound))
     _delete(store, found.stale)
     excess = found.total - int(swept.bound * DOWN_TO) if found.total > swept.bound else 0
@@ -127,8 +133,8 @@ def _ages(
         ours = parse(name)
         assert ours is not None
         with suppress(Broken):  # gone, or sealed with another secret
-            note = decode(envelope.unwrap(name, store.get(name)))
-            space, when = bytes.fromhex(ours.space), (ours.epoch + 1) * float(EPOCH_S)
+            note = decode(envelope.unwrap(name, store.get(name, envelope.size(MOST_BYTES))))
+            space, when = bytes.fromhex(ours.space), min((ours.epoch + 1) * float(EPOCH_S), found.now)
             for digest in note.came:
                 last[space + digest] = max(when, last.get(space + digest, 0.0))
     ages = np.array(found.written, np.float64)
@@ -169,7 +175,7 @@ def take_lease(store: ObjectStore, envelope: Envelope, instance: str, now: float
     body = instance.encode()
     store.claim(name, envelope.wrap(name, body))
     with suppress(Broken):
-        return envelope.unwrap(name, store.get(name)) == body
+        return envelope.unwrap(name, store.get(name, _LEASE_BYTES)) == body
     return False
 
 

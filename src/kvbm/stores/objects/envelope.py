@@ -25,8 +25,10 @@ from typing import Final
 import xxhash
 from typing_extensions import Buffer
 
-from kvbm.core.errors import Broken, ConfigError
+from kvbm.abc.store import Damaged
+from kvbm.core.errors import ConfigError
 from kvbm.core.extras import installing
+from kvbm.core.folders import read_small
 
 PLAIN_AT: Final = 64
 TAG_BYTES: Final = 16
@@ -35,10 +37,6 @@ _MAGIC: Final = b"KVBMOBJ1"
 _VERSION: Final = 1
 _NONCE: Final = bytes(12)
 _SECRET_BYTES: Final = 16
-
-
-class Damaged(Broken):
-    """An object is not what its name says: cut, changed, another's, or of another version."""
 
 
 class Locked(Damaged):
@@ -144,12 +142,8 @@ class Envelope:
 
 def read_secret(path: Path) -> bytes:
     """The secret in a file that only its owner can read. Raises ConfigError, about g4_secret_file."""
-    try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            secret = file.read(4096).strip()
-    except OSError as error:
-        raise ConfigError("g4_secret_file", f"{path} cannot be read: {error.strerror}") from None
+    content, mode = read_small("g4_secret_file", path, 4096)
+    secret = content.strip()
     if mode & 0o077:
         raise ConfigError("g4_secret_file", f"others than its owner may use {path}", remedy=f"Do: chmod 600 {path}")
     if len(secret) < _SECRET_BYTES:

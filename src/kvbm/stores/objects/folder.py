@@ -13,16 +13,23 @@ import secrets
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
 from typing_extensions import Buffer
 
-from kvbm.abc.store import Absent, Denied, Full, Listed, ObjectStore
+from kvbm.abc.store import MOST_BYTES, Absent, Damaged, Denied, Full, Listed, ObjectStore
 from kvbm.core.errors import Broken
 
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """A link is not followed, and a FIFO does not block whoever opens it."""
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_NOTHING_THERE: Final = (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENODEV, errno.EACCES)
+"""What is said of a link, a file where a folder should be, a socket, a device without a driver, somebody's own file."""
+_ATTEMPTS: Final = 3
+_DEEP: Final = 100
+"""Folders below each other, as many as a name of 200 characters has."""
 _PAGE: Final = 1_000
 _TEMPORARY: Final = ".part-"
 
@@ -35,15 +42,45 @@ class FolderStore(ObjectStore):
     """
 
     def __init__(self, folder: Path, *, mode: int = 0o600) -> None:
+        """Touches nothing."""
         self._folder, self._mode = folder, mode
         self._folder_mode = mode | (mode & 0o444) >> 2
-        self._below = _below(folder)
+
+    @cached_property
+    def _below(self) -> int | None:
+        """The device that would be written to if what is mounted at or above the folder were not; None: nothing is."""
+        there = self._folder.absolute()
+        while not there.is_dir():
+            there = there.parent
+        while there != there.parent:
+            if (device := there.parent.stat().st_dev) != there.stat().st_dev:
+                return device
+            there = there.parent
+        return None
 
     def check(self) -> None:
         """Raises Broken where there is no such folder."""
-        if not self._folder.is_dir():
-            what = "is no folder" if self._folder.exists() else "does not exist"
-            raise Broken(f"{self._folder} {what}")
+        with _said(f"folder {self._folder}"):
+            os.close(os.open(self._folder, _DIRECTORY))
+
+    @contextmanager
+    def _within(self, name: str) -> Iterator[tuple[int, str]]:
+        """The open folder in which this file lies, reached by folders and no links, and its name there."""
+        *parts, last = name.split("/")
+        descriptor = os.open(self._folder, _DIRECTORY)
+        try:
+            for part in parts:
+                try:
+                    deeper = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
+                except OSError as error:
+                    if error.errno == errno.ELOOP:
+                        raise NotADirectoryError(errno.ENOTDIR, "a link is where a folder should be") from None
+                    raise
+                os.close(descriptor)
+                descriptor = deeper
+            yield descriptor, last
+        finally:
+            os.close(descriptor)
 
     def put(self, name: str, data: Buffer) -> bool:
         return self._put(name, data, self._publish)
@@ -51,36 +88,44 @@ class FolderStore(ObjectStore):
     def claim(self, name: str, data: Buffer) -> bool:
         return self._put(name, data, self._write)
 
-    def _put(self, name: str, data: Buffer, write: Callable[[Path, Buffer], None]) -> bool:
-        path = self._folder / name
+    def _put(self, name: str, data: Buffer, write: Callable[[int, str, Buffer], None]) -> bool:
         with _said(name):
-            try:
+            _ = self._below  # before anything is made
+            for attempt in range(_ATTEMPTS):
                 try:
-                    write(path, data)
+                    with self._within(name) as (folder, last):
+                        write(folder, last, data)
+                    return True
+                except FileExistsError:
+                    return False
+                except NotADirectoryError:  # a link or a file is where one of our folders should be
+                    if self._folder.is_dir():
+                        return False
+                    raise
                 except FileNotFoundError:
-                    self._make(path.parent)
-                    write(path, data)
-            except FileExistsError:
-                return False
-            return True
+                    if attempt == _ATTEMPTS - 1:
+                        raise
+                    self._make(name)
+            return False
 
-    def _publish(self, path: Path, data: Buffer) -> None:
-        if os.path.lexists(path):
+    def _publish(self, folder: int, name: str, data: Buffer) -> None:
+        with suppress(FileNotFoundError):
+            os.lstat(name, dir_fd=folder)
             raise FileExistsError
-        temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
+        temporary = f"{_TEMPORARY}{secrets.token_hex(8)}"
         try:
-            self._write(temporary, data)
-            os.rename(temporary, path)
+            self._write(folder, temporary, data)
+            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
             with suppress(OSError):
-                os.unlink(temporary)
+                os.unlink(temporary, dir_fd=folder)
             raise
 
-    def _write(self, path: Path, data: Buffer) -> None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, self._mode)
+    def _write(self, folder: int, name: str, data: Buffer) -> None:
+        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, self._mode, dir_fd=folder)
         try:
             if os.fstat(descriptor).st_dev == self._below:
-                os.unlink(path)
+                os.unlink(name, dir_fd=folder)
                 raise OSError(errno.ENODEV, "nothing is mounted there any more")
             os.fchmod(descriptor, self._mode)  # whatever the process masks
             left = memoryview(data).cast("B")
@@ -89,25 +134,37 @@ class FolderStore(ObjectStore):
         finally:
             os.close(descriptor)  # some file systems say only now that there is no room
 
-    def _make(self, folder: Path) -> None:
-        """The folders down to this one, each with its mode whatever the process masks."""
-        if folder != self._folder:
-            self._make(folder.parent)
-        elif not folder.parent.exists():
-            raise Broken(f"there is no folder {folder.parent}, in which KVBM would make {folder.name}")
+    def _make(self, name: str) -> None:
+        """The folders down to this file, each with its mode whatever the process masks."""
+        if not self._folder.parent.exists():
+            raise Broken(f"there is no folder {self._folder.parent}, in which KVBM would make {self._folder.name}")
         with suppress(FileExistsError):
-            folder.mkdir(self._folder_mode)
-            os.chmod(folder, self._folder_mode)
+            self._folder.mkdir(self._folder_mode)
+            self._folder.chmod(self._folder_mode)
+        descriptor = os.open(self._folder, _DIRECTORY)
+        try:
+            for part in name.split("/")[:-1]:
+                with suppress(FileExistsError):
+                    os.mkdir(part, self._folder_mode, dir_fd=descriptor)
+                deeper = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
+                os.close(descriptor)
+                descriptor = deeper
+                if os.fstat(descriptor).st_uid == os.geteuid():
+                    os.fchmod(descriptor, self._folder_mode)
+        finally:
+            os.close(descriptor)
 
-    def get(self, name: str) -> Buffer:
-        return self._read(name, 0, None)
+    def get(self, name: str, most: int = MOST_BYTES) -> Buffer:
+        return self._read(name, 0, None, most)
 
     def get_range(self, name: str, start: int, length: int) -> Buffer:
-        return self._read(name, start, length)
+        return self._read(name, start, length, length)
 
-    def _read(self, name: str, start: int, length: int | None) -> bytearray:
+    def _read(self, name: str, start: int, length: int | None, most: int) -> bytearray:
         with self._opened(name) as (descriptor, found):
             end = found.st_size if length is None else min(found.st_size, start + length)
+            if end - start > most:
+                raise Damaged(f"it has {end - start} bytes")
             into = bytearray(max(0, end - start))
             left = memoryview(into)
             while left:
@@ -122,10 +179,10 @@ class FolderStore(ObjectStore):
         """An ordinary file, open to be read. Raises Absent."""
         with _said(name):
             try:
-                descriptor = os.open(self._folder / name, os.O_RDONLY | _FLAGS)
+                with self._within(name) as (folder, last):
+                    descriptor = os.open(last, os.O_RDONLY | _FLAGS, dir_fd=folder)
             except OSError as error:
-                # A link, a socket, a device without a driver, or a file of somebody who keeps it to himself.
-                if error.errno in (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EACCES):
+                if error.errno in _NOTHING_THERE:
                     raise Absent(f"{name}: {error.strerror}") from None
                 raise
             try:
@@ -139,7 +196,7 @@ class FolderStore(ObjectStore):
     def list(self, prefix: str) -> Iterator[Sequence[Listed]]:
         page: list[Listed] = []
         with _said(prefix or "the folder"):
-            for each in self._walk(self._folder / prefix, prefix):
+            for each in self._walk(prefix):
                 page.append(each)
                 if len(page) == _PAGE:
                     yield page
@@ -147,19 +204,30 @@ class FolderStore(ObjectStore):
         if page:
             yield page
 
-    def _walk(self, folder: Path, prefix: str) -> Iterator[Listed]:
+    def _walk(self, prefix: str, depth: int = 0) -> Iterator[Listed]:
+        """Files below it, but for what lies deeper than any of ours, and what may not be entered."""
         try:
-            with os.scandir(folder) as found:
+            with self._within(prefix) as (folder, _), os.scandir(folder) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
+                files = [*self._files(prefix, entries)]
+                folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
         except (FileNotFoundError, NotADirectoryError):
             return
+        except PermissionError:
+            if not depth:
+                raise
+            return
+        yield from files
+        for name in folders if depth < _DEEP else ():
+            yield from self._walk(f"{prefix}{name}/", depth + 1)
+
+    @staticmethod
+    def _files(prefix: str, entries: Sequence[os.DirEntry[str]]) -> Iterator[Listed]:
         for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from self._walk(folder / entry.name, f"{prefix}{entry.name}/")
-            elif entry.is_file(follow_symlinks=False):
-                with suppress(FileNotFoundError):  # gone meanwhile
-                    stat_ = entry.stat(follow_symlinks=False)
-                    yield Listed(prefix + entry.name, stat_.st_size, stat_.st_mtime)
+            with suppress(FileNotFoundError):  # gone meanwhile
+                if entry.is_file(follow_symlinks=False):
+                    found = entry.stat(follow_symlinks=False)
+                    yield Listed(prefix + entry.name, found.st_size, found.st_mtime)
 
     def stat(self, name: str) -> Listed:
         with self._opened(name) as (_, found):
@@ -167,10 +235,12 @@ class FolderStore(ObjectStore):
 
     def delete(self, names: Sequence[str]) -> None:
         for name in names:
-            path = self._folder / name
-            with _said(name), suppress(FileNotFoundError):
-                if stat.S_ISREG(os.lstat(path).st_mode):
-                    os.unlink(path)
+            with _said(name), suppress(FileNotFoundError, NotADirectoryError), self._within(name) as (folder, last):
+                if stat.S_ISREG(os.lstat(last, dir_fd=folder).st_mode):
+                    os.unlink(last, dir_fd=folder)
+        for parent in dict.fromkeys(name.rpartition("/")[0] for name in names):
+            with suppress(OSError), self._within(parent) as (folder, last):
+                os.rmdir(last, dir_fd=folder)  # where it is empty now
 
     def close(self) -> None:
         """Nothing is open between calls."""
@@ -179,18 +249,6 @@ class FolderStore(ObjectStore):
 def is_temporary(name: str) -> bool:
     """Whether a file of this name is being written, or was when its writer was killed."""
     return name.rpartition("/")[2].startswith(_TEMPORARY)
-
-
-def _below(folder: Path) -> int | None:
-    """The device that would be written to if what is mounted at or above this folder were not; None: nothing is."""
-    there = folder.absolute()
-    while not there.is_dir():
-        there = there.parent
-    while there != there.parent:
-        if (device := there.parent.stat().st_dev) != there.stat().st_dev:
-            return device
-        there = there.parent
-    return None
 
 
 @contextmanager

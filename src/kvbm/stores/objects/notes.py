@@ -10,12 +10,14 @@ import struct
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from kvbm.stores.objects.envelope import Damaged
+from kvbm.abc.store import Damaged
 from kvbm.stores.objects.names import NAME_BYTES
 
 _COUNTS: Final = struct.Struct("<II")
 MOST: Final = 100_000
 """Names in one note, of either kind."""
+MOST_BYTES: Final = 8 + _COUNTS.size + 2 * MOST * NAME_BYTES
+"""What a note says, at most."""
 
 
 class Note(NamedTuple):

@@ -47,17 +47,17 @@ def locate(url: str) -> Location:
         )
     scheme, path = parts.scheme.lower(), unquote(parts.path)
     if scheme == "file":
-        if hostname not in ("", "localhost") or not path.startswith("/") or path == "/":
-            raise _wrong(f"{url!r} names no folder", "A folder is given as file:///mnt/kv")
+        if hostname not in ("", "localhost") or not path.startswith("/") or not path.strip("/") or "\0" in path:
+            raise _wrong("the address names no folder", "A folder is given as file:///mnt/kv")
         return Location("file", "", path.rstrip("/"))
     if scheme not in _CLOUD and not entry_points(group=GROUP).select(name=scheme):
         known = ", ".join(f"{each}://" for each in ("file", "s3", "az", "gs", *sorted(entry_points(group=GROUP).names)))
-        raise _wrong(f"there is no store for {scheme or url!r}; there are {known}")
+        raise _wrong(f"there is no store for {scheme or 'what has no scheme'}; there are {known}")
     prefix = [part for part in path.split("/") if part]
     if scheme in _CLOUD and not _BUCKET.fullmatch(hostname):
-        raise _wrong(f"{hostname!r} cannot be the name of a bucket")
+        raise _wrong("after :// there has to be the name of a bucket or container")
     if any(not _PART.fullmatch(part) or set(part) == {"."} for part in prefix):
-        raise _wrong(f"{path!r} cannot be a prefix", "Use letters, digits and ._=- between slashes.")
+        raise _wrong("what follows the bucket cannot be a prefix", "Use letters, digits and ._=- between slashes.")
     return Location(_CLOUD.get(scheme, scheme), hostname, "".join(f"/{part}" for part in prefix))
 
 

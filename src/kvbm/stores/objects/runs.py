@@ -33,9 +33,10 @@ from typing import Final, NamedTuple
 import numpy as np
 import xxhash
 
+from kvbm.abc.store import Damaged
 from kvbm.core.errors import Misuse
 from kvbm.stores.checksum import Words
-from kvbm.stores.objects.envelope import Damaged, Envelope
+from kvbm.stores.objects.envelope import Envelope
 from kvbm.stores.objects.names import Names
 
 KEY_BYTES: Final = 32
@@ -118,6 +119,11 @@ class RunFormat:
         """What a run says, with its blocks."""
         return self.header_bytes + self.shape.data_bytes
 
+    @property
+    def most_bytes(self) -> int:
+        """The same of any run of the namespace, whatever its writer calls the model."""
+        return _header_bytes(self.shape, MOST_ABOUT) + self.shape.data_bytes
+
     def header(self, run: Run) -> bytes:
         """Raises Misuse: keys that differ in length, or are too long."""
         shape, lengths = self.shape, {len(key) for key in run.keys}
@@ -181,6 +187,8 @@ def parse(plain: memoryview) -> Header:
     priorities = bytes(text[priorities_at:sums_at])
     if max(priorities) > _TOP:
         raise Damaged("its header has a priority that there is not")
+    if len(set(keys)) < n:
+        raise Damaged("its header has a key twice")
     sums = np.frombuffer(text[sums_at:about_at], "<u8").astype(np.uint64).reshape(ranks, n)
     run = Run(keys, parent[:key_bytes] if follows else None, place, priorities, sums)
     return Header(shape, run, namespace, bytes(text[about_at : about_at + about]).decode(errors="replace"))

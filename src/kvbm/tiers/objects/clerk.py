@@ -17,11 +17,10 @@ from typing import Final, NamedTuple
 
 from msgspec.structs import replace
 
-from kvbm.abc.store import Absent, Denied
+from kvbm.abc.store import Absent, Damaged, Denied
 from kvbm.core.errors import Broken
 from kvbm.stores.objects.blocks import address_of, sums_at
 from kvbm.stores.objects.collector import sweep, take_lease
-from kvbm.stores.objects.envelope import Damaged
 from kvbm.stores.objects.names import EPOCH_S, parse
 from kvbm.stores.objects.probe import Fitness, Unfit, probe
 from kvbm.tiers.objects.crew import Crew, Job
@@ -35,7 +34,7 @@ log = logging.getLogger(__name__)
 _SLICE: Final = 1_000
 """Names in one message to the leader."""
 _HEAD: Final = 8
-_LET_BE_S: Final = 3_600.0
+LET_BE_S: Final = 3_600.0
 """How long a damaged run that cannot be deleted is left alone."""
 _LIST_AGAIN: Final = 6
 """So many looks at the feed are between two listings at least."""
@@ -84,9 +83,20 @@ class DamagedRuns:
     def __bool__(self) -> bool:
         return bool(self._found)
 
-    def add(self, digest: bytes) -> None:
+    def alone(self, digest: bytes) -> bool:
+        """Whether it is damaged, cannot be deleted, and is left alone."""
         with self._lock:
-            if self.let_be.get(digest, 0.0) < time.monotonic():
+            if self.let_be.get(digest, math.inf) < time.monotonic():
+                del self.let_be[digest]
+            return digest in self.let_be
+
+    def count(self) -> int:
+        """Those that are left alone."""
+        return sum(self.alone(digest) for digest in [*self.let_be])
+
+    def add(self, digest: bytes) -> None:
+        if not self.alone(digest):
+            with self._lock:
                 self._found.add(digest)
 
     def take(self) -> set[bytes]:
@@ -98,7 +108,7 @@ class DamagedRuns:
     def leave(self, digest: bytes) -> None:
         """It cannot be deleted."""
         with self._lock:
-            self.let_be[digest] = time.monotonic() + _LET_BE_S
+            self.let_be[digest] = time.monotonic() + LET_BE_S
 
 
 class Clerk:
@@ -200,6 +210,9 @@ class Clerk:
     def _list(self, job: Job[None]) -> None:
         """All runs of the namespace that there are, instead of what was known."""
         library, begun = self._library, time.monotonic()
+        # What was told until now the listing knows better; what is told from now on counts.
+        if self.feed.read(self._clock(), lambda: self._goes_on(job)) is None:
+            return
         pages = iter(library.store.list(library.names.prefix))
         first = next(pages, ())
         self._tell(Known(anew=True))
@@ -224,7 +237,9 @@ class Clerk:
             self._hot = hot
 
     def _say(self, came: Sequence[bytes], went: Sequence[bytes]) -> None:
-        """The leader hears of these, a slice at a time."""
+        """The leader hears of these, a slice at a time, but for what is left alone."""
+        if self.suspects.let_be:
+            came = [digest for digest in came if not self.suspects.alone(digest)]
         for at in range(0, max(len(came), len(went)), _SLICE):
             new, gone = (b"".join(each[:_HEAD] for each in these[at : at + _SLICE]) for these in (came, went))
             self._tell(Known(new, gone))
@@ -237,7 +252,7 @@ class Clerk:
             self._say(news.came, news.went)
             if news.missing:
                 self._rota.list_soon()
-            stuck, undeletable = self._stuck() + self._crew.lost, len(self.suspects.let_be)
+            stuck, undeletable = self._stuck() + self._crew.lost, self.suspects.count()
             self._tell(replace(self._told, stuck=stuck, undeletable=undeletable))
 
     def _touch(self, job: Job[None]) -> None:
@@ -288,7 +303,7 @@ class Clerk:
         library = self._library
         name, shape = library.names.run(digest), library.format.shape
         try:
-            plain = library.envelope.open(name, memoryview(library.store.get(name)).cast("B"))
+            plain = library.envelope.open(name, memoryview(library.store.get(name, library.most_bytes)).cast("B"))
             run = library.format.parse(plain)
         except Absent:
             return None

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Final, NamedTuple
 
-from kvbm.abc.store import Absent
+from kvbm.abc.store import Absent, Damaged
 from kvbm.core.errors import Broken
-from kvbm.stores.objects.envelope import Damaged
 from kvbm.stores.objects.names import Ours, epoch, feed_prefix, parse
-from kvbm.stores.objects.notes import MOST, Note, decode
+from kvbm.stores.objects.notes import MOST, MOST_BYTES, Note, decode
 from kvbm.tiers.objects.mover import Library
 
 log = logging.getLogger(__name__)
@@ -61,6 +60,8 @@ class SharedFeed:
         self.diary = Diary()
         self._seen: set[str] | None = None
         """Notes that were read; None before the first look."""
+        self._warned = False
+        """Whether a note was not what it has to be, which was said then: anybody may write more."""
         self._bound_told = -1
         """The epoch in which the others heard our bound last."""
 
@@ -95,25 +96,27 @@ class SharedFeed:
 
         Whole epochs are listed, this one and the one before: an entry may appear before one that was seen.
         """
-        library, found, seen = self._library, set[str](), self._seen or set()
+        library, found, seen = self._library, dict[str, float](), self._seen or set()
         for each in (first := epoch(now) - 1, epoch(now)):
             for page in library.store.list(feed_prefix(each)):
-                found.update(listed.name for listed in page)
+                found.update((listed.name, listed.modified) for listed in page)
                 if not goes_on():
                     return None
-        came, went = list[bytes](), set[bytes]()
-        for name in sorted(found - seen):
+        told = list[tuple[float, bool, Sequence[bytes]]]()
+        for name in sorted(found.keys() - seen):
             if (ours := self._ours(name)) is not None:
                 note = self._note(name, ours.writer)
-                came += note.came
-                went.update(note.went)
+                told += [(found[name], False, note.went), (found[name], True, note.came)]
                 if not goes_on():
                     return None
-        # The listing is younger than what was told before it, and what came may have come again.
-        gone = [] if self._seen is None else sorted(went.difference(came))
-        missing = any((ours := self._ours(name)) is not None and ours.epoch >= first for name in seen - found)
-        self._seen = found
-        return News(came, gone, missing)
+        there = dict[bytes, bool]()
+        for _, came, digests in sorted(told, key=lambda each: each[:2]):
+            there.update(dict.fromkeys(digests, came))  # what was told last counts
+        # A listing follows the first look, and knows better what went before.
+        gone = [] if self._seen is None else sorted(digest for digest, came in there.items() if not came)
+        missing = any((ours := self._ours(name)) is not None and ours.epoch >= first for name in seen - found.keys())
+        self._seen = {*found}
+        return News([digest for digest, came in there.items() if came], gone, missing)
 
     def _ours(self, name: str) -> Ours | None:
         """A note about our namespace."""
@@ -126,9 +129,11 @@ class SharedFeed:
         if writer == self.instance:
             return Note([])
         try:
-            return decode(self._library.envelope.unwrap(name, self._library.store.get(name)))
+            note = self._library.store.get(name, self._library.envelope.size(MOST_BYTES))
+            return decode(self._library.envelope.unwrap(name, note))
         except Damaged as error:
-            log.warning("KVBM: a note of another instance in shared storage is not believed: %s: %s", name, error)
+            level, self._warned = logging.DEBUG if self._warned else logging.WARNING, True
+            log.log(level, "KVBM: a note of another instance in shared storage is not believed: %s: %s", name, error)
         except Absent:
             log.debug("KVBM: note %s is gone", name)
         return Note([])

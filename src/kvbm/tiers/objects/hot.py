@@ -13,16 +13,18 @@ from heapq import heappush, heappushpop
 from itertools import islice
 from typing import Final
 
-from kvbm.abc.store import Absent
-from kvbm.stores.objects.envelope import PLAIN_AT, Damaged
+from kvbm.abc.store import Absent, Damaged
+from kvbm.stores.objects.envelope import PLAIN_AT
 from kvbm.stores.objects.names import TOUCHES, parse
-from kvbm.stores.objects.notes import decode
+from kvbm.stores.objects.notes import MOST_BYTES, decode
 from kvbm.stores.objects.runs import MOST_ABOUT, Run
 from kvbm.stores.objects.runs import parse as parse_run
 from kvbm.tiers.objects.mover import Library
 from kvbm.tiers.objects.orders import HotRun
 
 _MOST_NOTES: Final = 1_000
+_MOST_NAMES: Final = 1_000_000
+"""Names that are counted, about."""
 _SLICE: Final = 32
 """Prompts that are followed to their beginning in one call."""
 _MOST_READ: Final = 4
@@ -66,7 +68,7 @@ class HotRuns:
         for _ in range(_SLICE):
             if self.over or not goes_on():
                 break
-            chain, room = [*self._chain(self._waiting.popleft())], self._most - len(self._found)
+            chain, room = [*self._chain(self._waiting.popleft(), goes_on)], self._most - len(self._found)
             for digest, run in islice(reversed(chain), room):
                 self._found.add(digest)
                 found.append(HotRun(list(run.keys), run.parent, run.place))
@@ -87,15 +89,18 @@ class HotRuns:
             if not goes_on():
                 break
             with suppress(Absent, Damaged):
-                count.update(decode(library.envelope.unwrap(name, library.store.get(name))).came)
+                note = library.store.get(name, library.envelope.size(MOST_BYTES))
+                count.update(decode(library.envelope.unwrap(name, note)).came)
+            if len(count) > _MOST_NAMES:
+                break
         return dict(count.most_common(_MOST_READ * self._most))
 
-    def _chain(self, digest: bytes) -> Iterator[tuple[bytes, Run]]:
+    def _chain(self, digest: bytes, goes_on: Callable[[], bool]) -> Iterator[tuple[bytes, Run]]:
         """This run and those before it that were not found yet, the last first; none where one is missing."""
         chain, names, blocks = list[tuple[bytes, Run]](), self._library.names, self._library.format.shape.blocks
         while digest not in self._found:
             run = self._header(digest)
-            if run is None or (chain and run.place + blocks != chain[-1][1].place):
+            if run is None or not goes_on() or (chain and run.place + blocks != chain[-1][1].place):
                 return
             chain.append((digest, run))
             if run.parent is None:
@@ -110,7 +115,10 @@ class HotRuns:
             nbytes = PLAIN_AT + library.format.header_bytes + MOST_ABOUT
             self._read[digest] = None
             with suppress(Absent, Damaged):
-                whole = library.store.get(name) if library.envelope.sealed else library.store.get_range(name, 0, nbytes)
+                if library.envelope.sealed:
+                    whole = library.store.get(name, library.most_bytes)
+                else:
+                    whole = library.store.get_range(name, 0, nbytes)
                 shape, run, _, _ = parse_run(library.envelope.open(name, memoryview(whole).cast("B")))
                 if shape == library.format.shape and library.names.digest(run.keys[-1]) == digest:
                     self._read[digest] = run

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvbm.abc.store import Absent, ObjectStore
+from kvbm.abc.store import Absent, Damaged, ObjectStore
 from kvbm.abc.transport import Completion
 from kvbm.core.errors import Broken
 from kvbm.core.outcome import Outcome
@@ -23,7 +23,7 @@ from kvbm.core.region import Region
 from kvbm.link.messages import unpack
 from kvbm.stores.checksum import Words
 from kvbm.stores.objects.blocks import Buffer, address_of, gather, scatter
-from kvbm.stores.objects.envelope import PLAIN_AT, Damaged, Envelope
+from kvbm.stores.objects.envelope import PLAIN_AT, Envelope
 from kvbm.stores.objects.names import Names
 from kvbm.stores.objects.runs import Run, RunFormat
 from kvbm.tiers.objects.crew import Crew, Job
@@ -47,6 +47,11 @@ class Library(NamedTuple):
     envelope: Envelope
     names: Names
     format: RunFormat
+
+    @property
+    def most_bytes(self) -> int:
+        """Of a run as it is stored."""
+        return self.envelope.size(self.format.most_bytes)
 
 
 class Hands:
@@ -95,12 +100,13 @@ class RunMoved:
 
 class Heard(NamedTuple):
     """These hear how a put or a get ended, of a run (its name's digest) that is there now, and of one that was not
-    what it has to be. Any thread."""
+    what it has to be; `alone` says whether one is damaged and cannot be replaced. Any thread."""
 
     put: Callable[[PutRun, RunMoved], None]
     get: Callable[[GetRun, RunMoved], None]
     came: Callable[[bytes], None]
     suspect: Callable[[bytes], None]
+    alone: Callable[[bytes], bool]
 
 
 class Mover:
@@ -178,6 +184,9 @@ class Mover:
     def _put(self, order: PutRun, job: Job[Hands], hands: Hands) -> RunMoved | None:
         library, slots = self._library, unpack(order.g2)
         shape, blocks = library.format.shape, len(order.keys)
+        digest = library.names.digest(order.keys[-1])
+        if self._heard.alone(digest):
+            return RunMoved.badly(blocks, "a damaged run is in its place and cannot be deleted", Outcome.MISSING)
         whole, plain = hands.whole, hands.plain
         room = whole.view[PLAIN_AT : PLAIN_AT + library.format.plain_bytes] if plain is None else plain.view
         wanted = np.frombuffer(order.sums, np.uint64).reshape(shape.ranks, blocks)
@@ -194,7 +203,6 @@ class Mover:
         run = Run(tuple(order.keys), order.parent, order.place, order.priorities, wanted)
         header = library.format.header(run)
         room[: len(header)] = header
-        digest = library.names.digest(order.keys[-1])
         name = library.names.run(digest)
         library.envelope.close(name, whole.view, room)
         library.store.put(name, whole.view)  # where there is one already, it says the same, or is found not to
@@ -206,7 +214,7 @@ class Mover:
         digest = library.names.digest(order.end)
         name = library.names.run(digest)
         try:
-            whole = memoryview(library.store.get(name)).cast("B")
+            whole = memoryview(library.store.get(name, library.most_bytes)).cast("B")
             plain, run = self._opened(name, whole, hands)
             _same(run, order)
             if not job.commit():

@@ -161,7 +161,7 @@ class ObjectsRank:
             broken=self._broken, stuck=lambda: 0 if self._mover is None else self._mover.lost,
         )  # fmt: skip
         self._mover = Mover(
-            library, memories, Heard(self._put, self._got, clerk.came, clerk.suspects.add),
+            library, memories, Heard(self._put, self._got, clerk.came, clerk.suspects.add, clerk.suspects.alone),
             puts=puts, gets=gets, deadline_s=limits.deadline_s, most_lost=limits.most_lost,
             broken=self._broken,
         )  # fmt: skip

@@ -128,9 +128,9 @@ class Uploads:
         return end in self._queue or end in self._writing or bool(self._shelf.known([end])[0])
 
     def _add(self, run: Candidate) -> None:
-        self._queue[run.keys[-1]] = run
-        if len(self._queue) > self._rules.most:
-            self._queue.popitem(last=False)
+        if len(self._queue) < self._rules.most:
+            self._queue[run.keys[-1]] = run
+        else:
             self.refused += 1
 
     def _note(self, end: bytes, place: int = 0) -> bool:
@@ -158,7 +158,7 @@ class Uploads:
             run = tuple(keys[first : first + self._rules.run])
             if not self._g2.present(run).all():
                 return  # nothing behind it is written before
-            if (block := self._g2.look(end)) is not None and block.expires is not None:
+            if any((block := self._g2.look(key)) is not None and block.expires is not None for key in run):
                 record.note("KVBM wrote none of the blocks to shared storage: they have a time to live")
                 return
             self._add(Candidate(run, keys[first - 1] if first else None, first))
@@ -173,6 +173,8 @@ class Uploads:
             end, run = self._queue.popitem(last=False)
             if self._shelf.known([end])[0]:
                 continue
+            if not (run.parent is None or self._knows(run.parent) or self._rules.admission == "evicted"):
+                continue  # what is before it will not be there, and nobody would find it; what leaves is a leaf first
             if self._rules.budget.left() <= 0:
                 self.refused += 1
                 continue

@@ -52,7 +52,7 @@ class Warmth:
             if free < blocks or (raw := pool.allocate(blocks)) is None:
                 return
             self._waiting.popleft()
-            if pool.present(run.keys).any():
+            if pool.present(run.keys).any():  # then of all, or they are read once they are asked for
                 raw.drop()
                 continue
             self._left -= blocks
