@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from kvbm.abc.store import MOST_BYTES
 from kvbm.core.errors import Broken
 from kvbm.stores.objects.folder import FolderStore
 from tests.leader.roles import keys_of
@@ -390,7 +391,7 @@ def test_a_mount_that_hangs(engine: Callable[..., Sharing], tmp_path: Path, monk
     shared, hangs, goes = f"file://{tmp_path}/kv", threading.Event(), threading.Event()
     read = FolderStore.get
 
-    def hang(store: FolderStore, name: str, most: int) -> Any:
+    def hang(store: FolderStore, name: str, most: int = MOST_BYTES) -> Any:
         if hangs.is_set():
             goes.wait(60)
         return read(store, name, most)
