@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvbm.abc.store import Denied
+from kvbm.abc.store import Denied, Listed
 from kvbm.stores.objects.envelope import Envelope
 from kvbm.stores.objects.folder import FolderStore
 from kvbm.stores.objects.names import EPOCH_S, Names, parse
@@ -18,6 +18,7 @@ from kvbm.stores.objects.runs import RunFormat, Shape
 from kvbm.tiers.objects import clerk
 from kvbm.tiers.objects.feed import News, SharedFeed
 from kvbm.tiers.objects.mover import Library
+from kvbm.tiers.objects.orders import Answer, Known, Tried, TryStorage
 from tests.leader.roles import keys_of
 from tests.stores.objects.memory import MemoryStore
 from tests.tiers.objects.test_whole import Sharing, objects, shared  # noqa: F401
@@ -90,6 +91,41 @@ def test_an_engine_forgets_what_another_one_deleted(engine: Callable[..., Sharin
     third.diary.tell([], [ours.digest])
     third.write(time.time())
     other.until(lambda: int(other.g4.covers(keys).sum()) == 4)
+
+
+class Endless(MemoryStore):
+    """Its listing of runs has no end."""
+
+    def list(self, prefix: str) -> Iterator[Sequence[Listed]]:
+        while prefix == self.prefix:
+            time.sleep(0.01)
+            yield []
+        yield from super().list(prefix)
+
+
+def test_a_trial_does_not_wait_for_a_long_listing() -> None:
+    store, names, told = Endless(), Names(b"namespace"), list[Answer]()
+    store.prefix = names.prefix
+    library = Library(store, Envelope(), names, RunFormat("f", Shape(4, 1, 64)))
+    habits = clerk.Habits(0.1, 10**9, 0.5)
+    one = clerk.Clerk(library, "a" * 16, habits, told.append, most_lost=8, broken=pytest.fail, stuck=lambda: 0)
+
+    def tried(number: int) -> Tried:
+        one.try_storage(TryStorage(number, anew=False))
+        deadline = time.monotonic() + 10
+        while not (found := [each for each in told if isinstance(each, Tried) and each.number == number]):
+            assert time.monotonic() < deadline
+            one.tick()
+            time.sleep(0.01)
+        return found[0]
+
+    assert tried(1).problem is None
+    for _ in range(10):
+        one.tick()
+        time.sleep(0.05)
+    assert Known(anew=True) in told, "it lists"
+    assert tried(2).problem is None
+    one.close(2)
 
 
 class _Named(Names):

@@ -127,6 +127,8 @@ class Clerk:
         self._rota = Rota(habits.feed_s)
         self._hot: HotRuns | None = HotRuns(library, habits.warm) if habits.warm else None
         """Looked for once, after the first listing."""
+        self._trial_waits = False
+        """Whether a trial waits for what is being done, which ends early."""
         self._told = Told()
 
     def came(self, digest: bytes) -> None:
@@ -144,8 +146,10 @@ class Clerk:
     def try_storage(self, order: TryStorage) -> None:
         """Try the storage, and tell the leader."""
         library, number = self._library, order.number
+        self._trial_waits = True
 
         def run(job: Job[None], _: None) -> None:
+            self._trial_waits = False
             nbytes = library.envelope.size(library.format.plain_bytes)
             try:
                 fitness = probe(library.store, self.feed.instance, self.feed.numbers, nbytes)
@@ -161,7 +165,11 @@ class Clerk:
             if job.end():
                 self._tell(answer)
 
-        self._crew.do(Job(run, lambda why: self._tell(Tried(number, why)), self._due()))
+        def failed(why: str) -> None:
+            self._trial_waits = False
+            self._tell(Tried(number, why))
+
+        self._crew.do(Job(run, failed, self._due()))
 
     def _due(self) -> float:
         return time.monotonic() + _PATIENCE * self._habits.deadline_s
@@ -203,7 +211,7 @@ class Clerk:
     def _goes_on(self, job: Job[None]) -> bool:
         """A call has returned: the next one may take as long. False: nobody wants any more of it."""
         job.due = self._due()
-        return not (job.over or self._rota.over)
+        return not (job.over or self._rota.over or self._trial_waits)
 
     # ------------------------------------------------------------------ on its thread
 
