@@ -15,7 +15,7 @@ import pytest
 
 from kvbm.abc.transport import Completion, Plan
 from kvbm.core.region import Region
-from kvbm.link.messages import FromTier, pack
+from kvbm.link.messages import FromTier, Sick, pack
 from kvbm.stores.checksum import checksums
 from kvbm.stores.disk.disk import Disk
 from kvbm.stores.disk.folder import Folder
@@ -160,9 +160,9 @@ class InStorage(RankTierRig):
         self.part = ObjectsRank(self.side, lambda place, shape: self.library, limits, habits)
         self.part.open(to_storage(RunsPlace("f", "m", len(KEYS), [0], "0123456789abcdef")).body)
         self.part.ready()
-        (arena,) = (objects_answer(said.body) for said in self.side.told if isinstance(said, FromTier))
-        assert isinstance(arena, RankArena)
-        self.part.take(objects_order(AttachArenas([arena])).body)
+        (self.arena,) = (objects_answer(said.body) for said in self.side.told if isinstance(said, FromTier))
+        assert isinstance(self.arena, RankArena)
+        self.part.take(objects_order(AttachArenas([self.arena])).body)
         self.name = self.library.names.run(self.library.names.digest(KEYS[-1]))
 
     def fill(self, keys: Sequence[bytes], blocks: Sequence[bytes]) -> None:
@@ -236,3 +236,21 @@ class TestDict(RankTierSuite):
     @pytest.fixture
     def rig(self, tmp_path: Path) -> Iterator[RankTierRig]:
         yield from running(InDict(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"host": "another"}, "different hosts"),
+        ({"fd": 99_999}, "cannot be mapped"),
+    ],
+)
+def test_the_memory_of_a_rank_that_is_not_here(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """Shared storage is not used, with a sentence; nothing is read or written."""
+    rig = InStorage(tmp_path)
+    other = msgspec.structs.replace(rig.arena, rank=1, **changed)
+    rig.part.take(objects_order(AttachArenas([rig.arena, other])).body)
+    (sick,) = (message for message in rig.side.told if isinstance(message, Sick))
+    assert said in sick.problem
+    rig.part.close(PATIENCE_S)
+    rig.side.close()

@@ -32,7 +32,7 @@ class RunsPlace(msgspec.Struct, frozen=True):
 
 class RankArena(msgspec.Struct, frozen=True, tag=True):
     """Where a rank's host memory is: a file that process `pid` has open as `fd`, of so many bytes; bytes from one slot
-    to the next. `host` tells machines apart. `problem` says why it is nowhere."""
+    to the next. `host` tells machines apart."""
 
     rank: int
     pid: int = 0
@@ -40,7 +40,6 @@ class RankArena(msgspec.Struct, frozen=True, tag=True):
     nbytes: int = 0
     stride: int = 0
     host: str = ""
-    problem: str | None = None
 
 
 class AttachArenas(msgspec.Struct, frozen=True, tag=True):
