@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -27,12 +28,12 @@ _PAGE = 1_000
 
 
 class Gcs(ThreadingHTTPServer):
-    """Has the bucket `bucket`. From now on until `close`."""
+    """Has the bucket `bucket`, and speaks TLS where it is given one. From now on until `close`."""
 
     daemon_threads = True
 
-    def __init__(self, bucket: str = "bucket") -> None:
-        self.bucket = bucket
+    def __init__(self, bucket: str = "bucket", tls: ssl.SSLContext | None = None) -> None:
+        self.bucket, self._tls = bucket, tls
         self.lock = threading.Lock()
         self.objects: dict[str, tuple[bytes, int, float]] = {}
         """Bytes, generation, and when they were written."""
@@ -40,11 +41,13 @@ class Gcs(ThreadingHTTPServer):
         self.spoil: Callable[[str, str], Spoilt] = lambda command, name: ""
         """What goes wrong with a request about an object, by its command and name."""
         super().__init__(("127.0.0.1", 0), _Handler)
+        if tls is not None:
+            self.socket = tls.wrap_socket(self.socket, server_side=True)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+        return f"http{'s' if self._tls is not None else ''}://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients go."""

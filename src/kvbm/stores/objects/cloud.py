@@ -38,6 +38,7 @@ _NO_BUCKET: Final = "there is no such bucket or container"
 _SILENT: Final = re.compile(r"Error performing \w+ (https?://[^/\s?@]+).* HTTP error", re.DOTALL)
 """What is said where no answer came; `_CAUSE` says why, further down."""
 _CAUSE: Final = re.compile(r'(?:message|error): "([^"]+)"')
+_CERTIFICATE: Final = re.compile(r"InvalidCertificate\(\s*(\w+)")
 _ROLE: Final = "169.254.169.254"
 """Where a machine in a cloud asks for its role."""
 
@@ -205,6 +206,8 @@ def _short(error: Exception) -> str:
     """What a library said, on one line, without addresses' queries, user names and keys."""
     text = " ".join(str(error).split()).partition(" Debug source: ")[0]
     if (silent := _SILENT.search(str(error).partition("Debug source:")[0])) is not None and _ROLE not in text:
+        if (bad := _CERTIFICATE.search(str(error))) is not None:
+            return f"{silent[1]} has a certificate that is not trusted: {bad[1]} (see g4_ca_file)"
         cause = _CAUSE.search(str(error))
         return f"{silent[1]} does not answer{'' if cause is None else f': {cause[1]}'}"
     if _ROLE in text:
