@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,3 +189,22 @@ def test_settings_are_those_of_an_engine(kvbm: Kvbm, monkeypatch: pytest.MonkeyP
     assert silent.exit_code == 1
     assert "refused" in silent.stderr, "nobody listens there"
     assert "hunter2" not in silent.stderr
+
+
+def test_a_model_may_be_called_anything(kvbm: Kvbm, tmp_path: Path) -> None:
+    fill(tmp_path / "kv", "[/x]", 1)
+    shown = kvbm("store", "inspect", f"file://{tmp_path}/kv")
+    assert shown.exit_code == 0
+    assert "org/[/x]" in shown.stdout
+
+
+@pytest.mark.parametrize("name", ["g4_secret_file", "g4_ca_file"])
+def test_a_file_that_nobody_writes_is_not_waited_for(
+    name: str, kvbm: Kvbm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    monkeypatch.setenv(f"KVBM_{name.upper()}", str(tmp_path / "fifo"))
+    refused = kvbm("store", "inspect", "s3://bucket/p")
+    assert refused.exit_code == 2
+    assert f"setting {name}" in refused.stderr
+    assert "no ordinary file" in refused.stderr
