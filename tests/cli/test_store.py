@@ -191,6 +191,26 @@ def test_settings_are_those_of_an_engine(kvbm: Kvbm, monkeypatch: pytest.MonkeyP
     assert "hunter2" not in silent.stderr
 
 
+def test_runs_of_another_version_are_left_alone(kvbm: Kvbm, tmp_path: Path) -> None:
+    """Whatever else can be opened in their namespace."""
+    runs = fill(tmp_path / "kv", "a", 3)
+    flip(runs[0], 8)
+    shown = kvbm("store", "verify", f"file://{tmp_path}/kv", "--repair")
+    assert shown.exit_code == 0
+    assert "not checked: 1" in shown.stdout
+    assert all(path.exists() for path in runs)
+
+
+def test_no_part_of_an_endpoint_that_is_secret_is_shown(kvbm: Kvbm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://me:hunter2@127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    silent = kvbm("store", "inspect", "s3://bucket/p")
+    assert silent.exit_code == 1
+    assert "does not answer" in silent.stderr
+    assert "hunter2" not in silent.stderr
+
+
 def test_a_model_may_be_called_anything(kvbm: Kvbm, tmp_path: Path) -> None:
     fill(tmp_path / "kv", "[/x]", 1)
     shown = kvbm("store", "inspect", f"file://{tmp_path}/kv")

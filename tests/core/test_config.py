@@ -270,6 +270,8 @@ def test_a_child_gets_this_environment_and_defaults_for_the_rest(monkeypatch: py
         ("valkey://:pass@host:6379/0", "valkey://***@host:6379/0"),
         ("http://user:pass@host", "http://***@host"),
         ("user:pass@host/x", "***@host/x"),
+        ("http://user:p@ss@host:1", "http://***@host:1"),
+        ("valkey://user:pa/ss@host/0", "valkey://***@host/0"),
         ("/mnt/a@b", "/mnt/a@b"),
         ("valkey://host:6379/0", "valkey://host:6379/0"),
         ("unix:///a@b/c", "unix:///a@b/c"),

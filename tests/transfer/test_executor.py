@@ -1,6 +1,7 @@
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -226,9 +227,8 @@ def test_nobody_waits_for_a_job_whose_submission_raised(executor: Executor, pair
         before = len(raised)
         sys.settrace(trace)
         try:
-            executor.submit(job, plan_of(pair, [0], [1]), 60, Ended())
-        except InterruptedError:
-            pass
+            with suppress(InterruptedError):
+                executor.submit(job, plan_of(pair, [0], [1]), 60, Ended())
         finally:
             sys.settrace(None)
         assert executor.wait([job], 30)

@@ -21,7 +21,7 @@ from kvbm.core.errors import ConfigError, KvbmError, UsageError
 from kvbm.stores.objects.blocks import address_of, sums_at
 from kvbm.stores.objects.collector import delete_runs
 from kvbm.stores.objects.collector import purge as purge_all
-from kvbm.stores.objects.envelope import PLAIN_AT, Envelope, Locked
+from kvbm.stores.objects.envelope import PLAIN_AT, Envelope, Locked, OtherVersion
 from kvbm.stores.objects.folder import FolderStore
 from kvbm.stores.objects.names import ROOT, parse
 from kvbm.stores.objects.probe import together
@@ -62,18 +62,20 @@ class Space:
 
 @dataclass(slots=True)
 class Checked:
-    """What was found of runs. `damaged` and `unknown` say of each why; unknown are those of namespaces of which no run
-    could be opened: another secret seals them, or none."""
+    """What was found of runs. `damaged` and `unknown` say of each why; unknown are those of another version, and those
+    of namespaces of which no run could be opened: another secret seals them, or none."""
 
     whole: int = 0
     gone: int = 0
     damaged: dict[str, str] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
+    locked: dict[str, str] = field(default_factory=dict)
+    """Those of which it is not known yet which of both they are."""
 
     def settle(self, opened: set[str]) -> None:
         """Runs of these namespaces could be opened, so one of theirs that cannot be is damaged."""
-        for name in [name for name in self.unknown if _space(name) in opened]:
-            self.damaged[name] = self.unknown.pop(name)
+        for name, why in self.locked.items():
+            (self.damaged if _space(name) in opened else self.unknown)[name] = why
 
 
 @app.command()
@@ -115,6 +117,8 @@ def verify(
             except Absent:
                 checked.gone += 1
             except Locked as error:
+                checked.locked[name] = str(error)
+            except OtherVersion as error:
                 checked.unknown[name] = str(error)
             except Damaged as error:
                 checked.damaged[name] = str(error)
@@ -122,6 +126,7 @@ def verify(
     checked.settle(opened)
     damaged, unknown = checked.damaged, checked.unknown
     if repair:
+        damaged = {name: why for name, why in damaged.items() if not _whole_by_now(store, envelope, name)}
         delete_runs(store, damaged)
     counts = {
         "whole": checked.whole, "damaged": len(damaged), "unknown": len(unknown), "gone": checked.gone,
@@ -241,6 +246,17 @@ def _runs(store: ObjectStore, prefix: str) -> Iterator[str]:
 def _space(name: str) -> str:
     """The namespace of a run."""
     return name.removeprefix(ROOT).partition("/")[0]
+
+
+def _whole_by_now(store: ObjectStore, envelope: Envelope, name: str) -> bool:
+    """Whether an engine has replaced a run that was damaged, or deleted it."""
+    try:
+        _check(store, envelope, name)
+    except Absent:
+        return True
+    except Damaged:
+        return False
+    return True
 
 
 def _check(store: ObjectStore, envelope: Envelope, name: str) -> None:

@@ -452,7 +452,8 @@ def shown(value: Any) -> Any:
     """A value as it may be shown: without the user, the password and the query of an address."""
     if not isinstance(value, str):
         return value
-    return re.sub(r"(://[^?]*)\?.*", r"\1?***", re.sub(r"^([a-z0-9+.-]+://)?[^/@]*@", r"\1***@", value))
+    value = re.sub(r"^([^/]*://)(?!/).*@" if "://" in value else r"^()(?!/).*@", r"\1***@", value)
+    return re.sub(r"(://[^?]*)\?.*", r"\1?***", value)
 
 
 def allowed(name: str) -> str:

@@ -52,11 +52,14 @@ def read_small(setting: str, path: Path, most: int) -> tuple[bytes, int]:
     """The first `most` bytes of an ordinary file, and its mode. Waits for nobody. Raises ConfigError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
+        try:
             mode = os.fstat(descriptor).st_mode
             if not stat.S_ISREG(mode):
                 raise ConfigError(setting, f"{path} is no ordinary file")
-            return file.read(most), mode
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read(most), mode
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise ConfigError(setting, f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:

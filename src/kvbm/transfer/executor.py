@@ -142,7 +142,7 @@ class Executor:
             completion = replace(completion, error="deadline")
         self._call(job.done, job_id, completion)
         with self._changed:
-            del self._jobs[job_id]
+            self._jobs.pop(job_id, None)  # its submission may have been interrupted
             self._changed.notify_all()
 
     @staticmethod

@@ -12,7 +12,7 @@ import pytest
 
 from kvbm.abc.store import MOST_BYTES, Denied
 from kvbm.core.errors import Broken
-from kvbm.stores.objects.collector import YOUNG_S, purge, sweep, take_lease
+from kvbm.stores.objects.collector import YOUNG_S, delete_runs, purge, sweep, take_lease
 from kvbm.stores.objects.envelope import Envelope
 from kvbm.stores.objects.names import EPOCH_S, Names, epoch, lease, parse
 from kvbm.stores.objects.notes import Note
@@ -101,6 +101,25 @@ def test_every_page_of_a_listing_says_that_it_goes_on() -> None:
     fill(store, 1_000, now)
     sweep(store, ENVELOPE, 10**9, now, lambda: bool(asked.append(1)))
     assert len(asked) > 10
+
+
+@pytest.mark.parametrize("how", ["a run", "the namespace"])
+def test_what_people_delete_leaves_bounds(how: str) -> None:
+    """Of engines that told theirs more than twenty minutes ago; the last notes go, and those engines tell it again."""
+    store, now = MemoryStore(), time.time()
+    mine, others = fill(store, 10, now), fill(store, 10, now, OTHER)
+    notes = []
+    for number, names in enumerate((NAMES, OTHER)):
+        for age in range(4):
+            notes.append(name := names.feed(epoch(now) - age, YOU, 10 * number + age, 1))
+            store.objects[name] = b"x", now - age * EPOCH_S
+    if how == "a run":
+        delete_runs(store, mine[:1])
+    else:
+        assert purge(store, NAMES.space)[0] == 10
+    left = {*mine[1:]} if how == "a run" else set()
+    assert {*store.objects} == {*left, *others, *notes[2:]}
+    assert sweep(store, ENVELOPE, SIZE, now, go_on).deleted == [], "the bound of a megabyte holds"
 
 
 def test_young_runs_stay_whatever_there_is() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import tracemalloc
 from pathlib import Path
@@ -201,3 +202,7 @@ def test_secrets(tmp_path: Path) -> None:
     path.chmod(0o640)
     with pytest.raises(ConfigError, match="chmod 600"):
         read_secret(path)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ConfigError, match="no ordinary file"):
+        read_secret(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -48,6 +48,35 @@ def test_rights_are_those_of_the_setting(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "own/a").stat().st_mode) == 0o700
 
 
+def test_folders_that_are_there_keep_their_mode(tmp_path: Path) -> None:
+    """And those below one that passes its group on do so, too."""
+    (tmp_path / "kv/kv1").mkdir(parents=True)
+    (tmp_path / "kv").chmod(0o2770)
+    (tmp_path / "kv/kv1").chmod(0o2775)
+    FolderStore(tmp_path / "kv", mode=0o660).put("kv1/a/b/x", b"1")
+    modes = [stat.S_IMODE((tmp_path / f"kv/{at}").stat().st_mode) for at in (".", "kv1", "kv1/a", "kv1/a/b")]
+    assert modes == [0o2770, 0o2775, 0o2770, 0o2770]
+
+
+def test_a_folder_that_is_deleted_while_it_is_made_is_made_again(
+    folder: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, left = os.mkdir, [1]
+
+    def mkdir(name: str, *args: int, **more: int) -> None:
+        made(name, *args, **more)
+        if name == "probe" and left[0]:
+            left[0] -= 1
+            os.rmdir(name, **more)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    assert folder.put("kv1/probe/x", b"1")
+    left[0] = 100
+    folder.delete(["kv1/probe/x"])
+    with pytest.raises(Broken, match="again and again"):
+        folder.put("kv1/probe/x", b"1")
+
+
 def test_what_is_no_file_is_absent(folder: FolderStore, tmp_path: Path) -> None:
     """And nobody waits for it, or follows it."""
     folder.put("a/real", b"secret")

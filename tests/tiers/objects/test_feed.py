@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kvbm.abc.store import Denied, Listed
+from kvbm.core.errors import Broken
 from kvbm.stores.objects.envelope import Envelope
 from kvbm.stores.objects.folder import FolderStore
 from kvbm.stores.objects.names import EPOCH_S, Names, parse
@@ -125,6 +126,68 @@ def test_a_trial_does_not_wait_for_a_long_listing() -> None:
         time.sleep(0.05)
     assert Known(anew=True) in told, "it lists"
     assert tried(2).problem is None
+    one.close(2)
+
+
+def test_a_listing_goes_on_after_a_trial() -> None:
+    """Of storage that can only be read there is one every minute; a listing may take longer."""
+    store, names, told = MemoryStore(), Names(b"namespace"), list[Answer]()
+    library = Library(store, Envelope(), names, RunFormat("f", Shape(4, 1, 64)))
+    for number in range(1_000):
+        store.objects[names.run(names.digest(str(number).encode()))] = b"", NOW
+    one = clerk.Clerk(
+        library, "a" * 16, clerk.Habits(0.1, 10**9, 5.0), told.append, most_lost=8, broken=pytest.fail, stuck=lambda: 0
+    )
+    listed = store.list
+
+    def slow(prefix: str) -> Iterator[Sequence[Listed]]:
+        for page in listed(prefix):
+            time.sleep(0.1 if prefix == names.prefix else 0.0)
+            yield page
+
+    store.list = slow  # type: ignore[method-assign]
+    one.try_storage(TryStorage(1, anew=False))
+    deadline, trials = time.monotonic() + 30, 1
+    while sum(len(each.came) // 8 for each in told if isinstance(each, Known)) < 1_000:
+        assert time.monotonic() < deadline
+        one.tick()
+        time.sleep(0.02)
+        if any(isinstance(each, Tried) and each.number == trials for each in told):
+            trials += 1
+            one.try_storage(TryStorage(trials, anew=False))
+    assert trials > 3
+    assert told.count(Known(anew=True)) == 1
+    assert sum(len(each.came) // 8 for each in told if isinstance(each, Known)) == 1_000, "none twice"
+    one.close(2)
+
+
+@pytest.mark.parametrize("broken", ["feed", "runs"])
+def test_a_listing_that_fails_is_not_begun_again_at_once(broken: str) -> None:
+    """And one of runs goes well where that of the feed does not."""
+    store, names, told = MemoryStore(), Names(b"namespace"), list[Answer]()
+    library = Library(store, Envelope(), names, RunFormat("f", Shape(4, 1, 64)))
+    store.objects[names.run(names.digest(b"0"))] = b"", NOW
+    one = clerk.Clerk(
+        library, "a" * 16, clerk.Habits(0.3, 10**9, 5.0), told.append, most_lost=8, broken=pytest.fail, stuck=lambda: 0
+    )
+    one.try_storage(TryStorage(1, anew=False))
+    deadline = time.monotonic() + 10
+    while not any(isinstance(each, Tried) for each in told):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+    def fails(call: str, name: str) -> None:
+        if call == "list" and name.startswith("kv1/feed/" if broken == "feed" else names.prefix):
+            raise Broken("no")
+
+    store.before, store.calls = fails, []
+    for _ in range(50):
+        one.tick()
+        time.sleep(0.02)
+    lists = store.calls.count(("list", names.prefix))
+    assert lists == 1, "a second has passed, and two are between two listings"
+    assert any(isinstance(each, Known) and each.came for each in told) == (broken == "feed")
+    assert told.count(Known(anew=True)) == (broken == "feed")
     one.close(2)
 
 

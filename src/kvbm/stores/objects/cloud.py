@@ -35,7 +35,7 @@ _FULL: Final = re.compile(r"\b507 Insufficient|InsufficientStorage|StorageFull|Q
 _GONE: Final = re.compile(r"\b404 Not Found|NoSuchBucket|ContainerNotFound")
 """What is said where a bucket is listed that does not exist."""
 _NO_BUCKET: Final = "there is no such bucket or container"
-_SILENT: Final = re.compile(r"Error performing \w+ (https?://[^/\s?@]+).* HTTP error", re.DOTALL)
+_SILENT: Final = re.compile(r"Error performing \w+ (https?://)(?:[^/\s]*@)?([^/\s?@]+).* HTTP error", re.DOTALL)
 """What is said where no answer came; `_CAUSE` says why, further down."""
 _CAUSE: Final = re.compile(r'(?:message|error): "([^"]+)"')
 _CERTIFICATE: Final = re.compile(r"InvalidCertificate\(\s*(\w+)")
@@ -207,9 +207,9 @@ def _short(error: Exception) -> str:
     text = " ".join(str(error).split()).partition(" Debug source: ")[0]
     if (silent := _SILENT.search(str(error).partition("Debug source:")[0])) is not None and _ROLE not in text:
         if (bad := _CERTIFICATE.search(str(error))) is not None:
-            return f"{silent[1]} has a certificate that is not trusted: {bad[1]} (see g4_ca_file)"
+            return f"{silent[1]}{silent[2]} has a certificate that is not trusted: {bad[1]} (see g4_ca_file)"
         cause = _CAUSE.search(str(error))
-        return f"{silent[1]} does not answer{'' if cause is None else f': {cause[1]}'}"
+        return f"{silent[1]}{silent[2]} does not answer{'' if cause is None else f': {cause[1]}'}"
     if _ROLE in text:
         return "no credentials are in the environment or in files, and nothing says which role this machine has"
     text = re.sub(r"(?<=://)[^/@\s]*@", "***@", text)

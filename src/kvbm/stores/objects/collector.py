@@ -182,10 +182,10 @@ def take_lease(store: ObjectStore, envelope: Envelope, instance: str, now: float
 def purge(
     store: ObjectStore, space: str | None, progress: Callable[[int], None] = lambda objects: None
 ) -> tuple[int, int]:
-    """Delete all that is ours, or that is of one namespace (16 digits); how many objects, and their bytes. Engines that
-    run list anew what there is: they miss their notes."""
+    """Delete all that is ours, or runs and touches of one namespace (16 digits); how many objects, and their bytes.
+    Engines that run notice (`_unsettle`)."""
     deleted = nbytes = 0
-    for prefix in [ROOT] if space is None else [f"{ROOT}{space}/", FEEDS, TOUCHES]:
+    for prefix in [ROOT] if space is None else [f"{ROOT}{space}/", TOUCHES]:
         for page in store.list(prefix):
             parsed = ((each, parse(each.name)) for each in page)
             these = [each for each, ours in parsed if ours is not None and space in (None, ours.space)]
@@ -193,13 +193,20 @@ def purge(
             deleted += len(these)
             nbytes += sum(each.size for each in these)
             progress(deleted)
+    if space is not None:
+        _unsettle(store, {space})
     return deleted, nbytes
 
 
 def delete_runs(store: ObjectStore, names: Collection[str]) -> None:
-    """Delete these, and the feed of their namespaces, which engines that run miss: then they list what there is."""
+    """Delete these. Engines that run notice (`_unsettle`)."""
     _delete(store, [*names])
-    spaces = {ours.space for name in names if (ours := parse(name)) is not None}
-    for page in store.list(FEEDS):
-        notes = [each.name for each in page if (ours := parse(each.name)) is not None and ours.space in spaces]
-        _delete(store, notes)
+    _unsettle(store, {ours.space for name in names if (ours := parse(name)) is not None})
+
+
+def _unsettle(store: ObjectStore, spaces: Collection[str]) -> None:
+    """Delete the last notes of these namespaces. Engines that run miss them, list what there is, and tell their bounds
+    again; older notes, with the bounds in them, stay."""
+    notes = [(each, ours) for page in store.list(FEEDS) for each in page if (ours := parse(each.name)) is not None]
+    first = epoch(max((each.modified for each, _ in notes), default=0.0)) - 1
+    _delete(store, [each.name for each, ours in notes if ours.space in spaces and ours.epoch >= first])

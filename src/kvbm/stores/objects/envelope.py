@@ -39,6 +39,10 @@ _NONCE: Final = bytes(12)
 _SECRET_BYTES: Final = 16
 
 
+class OtherVersion(Damaged):
+    """Another version of KVBM wrote it."""
+
+
 class Locked(Damaged):
     """It cannot be opened with what is known: it is sealed with no secret or another one, or not sealed. What was
     sealed and then changed looks the same."""
@@ -105,7 +109,7 @@ class Envelope:
         if magic != _MAGIC or zero or any(zeros):
             raise Damaged("it was not written by KVBM")
         if version != _VERSION:
-            raise Damaged(f"its version is {version}, not {_VERSION}")
+            raise OtherVersion(f"its version is {version}, not {_VERSION}")
         if sealed != self.sealed:
             raise Locked("it is sealed, and there is no secret" if sealed == 1 else "it is not sealed")
         if not self.sealed:

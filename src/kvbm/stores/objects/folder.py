@@ -93,6 +93,8 @@ class FolderStore(ObjectStore):
             _ = self._below  # before anything is made
             for attempt in range(_ATTEMPTS):
                 try:
+                    if attempt:
+                        self._make(name)
                     with self._within(name) as (folder, last):
                         write(folder, last, data)
                     return True
@@ -102,11 +104,10 @@ class FolderStore(ObjectStore):
                     if self._folder.is_dir():
                         return False
                     raise
-                except FileNotFoundError:
-                    if attempt == _ATTEMPTS - 1:
+                except OSError as error:  # another instance may delete a folder that is empty
+                    if error.errno not in (errno.ENOENT, errno.ESTALE):
                         raise
-                    self._make(name)
-            return False
+            raise Broken(f"{name}: its folder cannot be made, or is deleted again and again")
 
     def _publish(self, folder: int, name: str, data: Buffer) -> None:
         with suppress(FileNotFoundError):
@@ -138,19 +139,19 @@ class FolderStore(ObjectStore):
         """The folders down to this file, each with its mode whatever the process masks."""
         if not self._folder.parent.exists():
             raise Broken(f"there is no folder {self._folder.parent}, in which KVBM would make {self._folder.name}")
-        with suppress(FileExistsError):
-            self._folder.mkdir(self._folder_mode)
-            self._folder.chmod(self._folder_mode)
-        descriptor = os.open(self._folder, _DIRECTORY)
+        descriptor = os.open(self._folder.parent, _DIRECTORY)
         try:
-            for part in name.split("/")[:-1]:
-                with suppress(FileExistsError):
+            for part, follow in [(self._folder.name, 0), *((part, os.O_NOFOLLOW) for part in name.split("/")[:-1])]:
+                made = True
+                try:
                     os.mkdir(part, self._folder_mode, dir_fd=descriptor)
-                deeper = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
+                except FileExistsError:
+                    made = False
+                deeper = os.open(part, _DIRECTORY | follow, dir_fd=descriptor)
                 os.close(descriptor)
                 descriptor = deeper
-                if os.fstat(descriptor).st_uid == os.geteuid():
-                    os.fchmod(descriptor, self._folder_mode)
+                if made:  # a folder that passes its group on goes on doing so
+                    os.fchmod(descriptor, self._folder_mode | (os.fstat(descriptor).st_mode & stat.S_ISGID))
         finally:
             os.close(descriptor)
 

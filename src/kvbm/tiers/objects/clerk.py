@@ -11,13 +11,13 @@ import random
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, count
 from typing import Final, NamedTuple
 
 from msgspec.structs import replace
 
-from kvbm.abc.store import Absent, Damaged, Denied
+from kvbm.abc.store import Absent, Damaged, Denied, Listed
 from kvbm.core.errors import Broken
 from kvbm.stores.objects.blocks import address_of, sums_at
 from kvbm.stores.objects.collector import sweep, take_lease
@@ -127,13 +127,14 @@ class Clerk:
         self._rota = Rota(habits.feed_s)
         self._hot: HotRuns | None = HotRuns(library, habits.warm) if habits.warm else None
         """Looked for once, after the first listing."""
-        self._trial_waits = False
-        """Whether a trial waits for what is being done, which ends early."""
+        self._listing = RunListing(_LIST_AGAIN * habits.feed_s)
         self._told = Told()
 
     def came(self, digest: bytes) -> None:
         """This process wrote a run."""
         self.feed.diary.tell([digest])
+        if (lately := self._listing.lately) is not None:
+            lately.append(digest)
 
     def touch(self, ends: Sequence[bytes]) -> None:
         """Requests asked for the runs that end with these keys."""
@@ -146,10 +147,10 @@ class Clerk:
     def try_storage(self, order: TryStorage) -> None:
         """Try the storage, and tell the leader."""
         library, number = self._library, order.number
-        self._trial_waits = True
+        self._rota.trial_waits = True
 
         def run(job: Job[None], _: None) -> None:
-            self._trial_waits = False
+            self._rota.trial_waits = False
             nbytes = library.envelope.size(library.format.plain_bytes)
             try:
                 fitness = probe(library.store, self.feed.instance, self.feed.numbers, nbytes)
@@ -160,13 +161,13 @@ class Clerk:
             else:
                 self._clock.set(fitness)
                 if order.anew:
-                    self._rota.list_at = time.monotonic()
+                    self._listing.anew()
                 answer = Tried(number, refusal=fitness.refusal)
             if job.end():
                 self._tell(answer)
 
         def failed(why: str) -> None:
-            self._trial_waits = False
+            self._rota.trial_waits = False
             self._tell(Tried(number, why))
 
         self._crew.do(Job(run, failed, self._due()))
@@ -180,7 +181,7 @@ class Clerk:
         rota = self._rota
         if not self._clock.known or rota.busy or rota.over:
             return
-        if rota.list_at <= time.monotonic():
+        if self._listing.at <= time.monotonic():
             self._begin(self._list)
         elif self.suspects:
             self._begin(self._judge)
@@ -211,29 +212,51 @@ class Clerk:
     def _goes_on(self, job: Job[None]) -> bool:
         """A call has returned: the next one may take as long. False: nobody wants any more of it."""
         job.due = self._due()
-        return not (job.over or self._rota.over or self._trial_waits)
+        return not (job.over or self._rota.over or self._rota.trial_waits)
 
     # ------------------------------------------------------------------ on its thread
 
     def _list(self, job: Job[None]) -> None:
-        """All runs of the namespace that there are, instead of what was known."""
-        library, begun = self._library, time.monotonic()
-        # What was told until now the listing knows better; what is told from now on counts.
-        if self.feed.read(self._clock(), lambda: self._goes_on(job)) is None:
-            return
+        """All runs of the namespace that there are, instead of what was known. Goes on where a trial interrupted it."""
+        listing = self._listing
+        pages, listing.pages = listing.pages, None
+        try:
+            if pages is None and (pages := self._first_pages(job)) is None:
+                return
+            for page in pages:
+                self._take(page)
+                if not self._goes_on(job):
+                    listing.pages = None if job.over else pages
+                    return
+        except Broken:
+            listing.later()
+            raise
+        listing.ends()
+
+    def _first_pages(self, job: Job[None]) -> Iterator[Sequence[Listed]] | None:
+        """Begins a listing. From its first page on what was known counts no more."""
+        library, lately = self._library, self._listing.begins()
+        try:  # what was told until now the listing knows better; what is told from now on counts
+            if self.feed.read(self._clock(), lambda: self._goes_on(job)) is None:
+                return None
+        except Broken as error:
+            log.debug("KVBM: the feed of shared storage could not be read before the listing: %s", error)
         pages = iter(library.store.list(library.names.prefix))
         first = next(pages, ())
         self._tell(Known(anew=True))
-        for page in chain([first], pages):
-            ours = [(parse(each.name), each.modified) for each in page]
-            runs = [(each.digest, written) for each, written in ours if each is not None and each.kind == "run"]
-            self._say([digest for digest, _ in runs], [])
-            if (hot := self._hot) is not None:
-                for digest, written in runs:
-                    hot.listed(digest, written)
-            if not self._goes_on(job):
-                return
-        self._rota.listed(begun)
+        self._say(lately, [])
+        if self._hot is not None:
+            self._hot.begins()
+        return chain([first], pages)
+
+    def _take(self, page: Sequence[Listed]) -> None:
+        """A page of the listing."""
+        ours = [(parse(each.name), each.modified) for each in page]
+        runs = [(each.digest, written) for each, written in ours if each is not None and each.kind == "run"]
+        self._say([digest for digest, _ in runs], [])
+        if (hot := self._hot) is not None:
+            for digest, written in runs:
+                hot.listed(digest, written)
 
     def _warm(self, job: Job[None]) -> None:
         """Finds the next few of the hottest runs. Where that fails or hangs, no more are looked for."""
@@ -259,7 +282,7 @@ class Clerk:
         if (news := self.feed.read(self._clock(), lambda: self._goes_on(job))) is not None:
             self._say(news.came, news.went)
             if news.missing:
-                self._rota.list_soon()
+                self._listing.soon()
             stuck, undeletable = self._stuck() + self._crew.lost, self.suspects.count()
             self._tell(replace(self._told, stuck=stuck, undeletable=undeletable))
 
@@ -275,6 +298,8 @@ class Clerk:
         swept = sweep(library.store, library.envelope, self._habits.bound, now, lambda: not self._goes_on(job))
         gone = [digest for space, digest in swept.deleted if space == library.names.space]
         self._went(gone)
+        if not self._goes_on(job):
+            return  # not all was counted
         self._told = Told(
             swept.objects - len(swept.deleted), swept.total - swept.freed, swept.bound,
             self._told.deleted + len(swept.deleted),
@@ -287,14 +312,17 @@ class Clerk:
 
     def _judge(self, job: Job[None]) -> None:
         """Deletes what is damaged when it is read for the second time, too."""
-        for digest in self.suspects.take():
-            damaged = self._damaged(digest)
+        suspects = self.suspects.take()
+        while suspects:
+            damaged = self._damaged(digest := suspects.pop())
             if damaged:
                 self._delete(digest)
             elif damaged is not None:
                 self._say([digest], [])
             if not self._goes_on(job):
-                return
+                break
+        for digest in suspects:  # another time
+            self.suspects.add(digest)
 
     def _delete(self, digest: bytes) -> None:
         name = self._library.names.run(digest)
@@ -303,6 +331,7 @@ class Clerk:
         except Broken as error:
             log.warning("KVBM: run %s in shared storage is damaged and cannot be deleted: %s", name, error)
             self.suspects.leave(digest)
+            self._say([], [digest])
         else:
             self._went([digest])
 
@@ -330,29 +359,52 @@ class Clerk:
         self._crew.close(seconds)
 
 
+class RunListing:
+    """When all runs are listed, and what is left of that. `pause_s` are at least between two."""
+
+    def __init__(self, pause_s: float) -> None:
+        self._pause_s, self._begun = pause_s, 0.0
+        self.at = 0.0
+        """When it is to be done."""
+        self.pages: Iterator[Sequence[Listed]] | None = None
+        """What is left of one that a trial interrupted."""
+        self.lately: list[bytes] | None = None
+        """What this process has written since it began."""
+
+    def begins(self) -> list[bytes]:
+        """It is done now; `lately` is what this process writes meanwhile."""
+        self._begun, self.lately = time.monotonic(), []
+        return self.lately
+
+    def ends(self) -> None:
+        """It was done, unless it is to be done again meanwhile."""
+        self.lately = None
+        if self.at <= self._begun:
+            self.at = math.inf
+
+    def anew(self) -> None:
+        """From the first page, now."""
+        self.at, self.pages = time.monotonic(), None
+
+    def soon(self) -> None:
+        """What was listed is not what there is."""
+        self.at = min(self.at, self._begun + self._pause_s)
+
+    def later(self) -> None:
+        """It failed."""
+        self.at = time.monotonic() + self._pause_s
+
+
 class Rota:
     """What is done again and again, and when next. `feed_s` are the seconds from one look at the feed to the next."""
 
     def __init__(self, feed_s: float) -> None:
         self._feed_s, now = feed_s, time.monotonic()
         self._next = {"feed": 0.0, "touch": now + EPOCH_S, "collect": now + random.uniform(0, _SPREAD_S)}
-        self.busy = self.over = False
-        """Whether something is being done, and nothing is to be done any more."""
-        self.list_at = 0.0
-        """When all runs are to be listed."""
-        self._listed = 0.0
+        self.busy = self.over = self.trial_waits = False
+        """Whether something is being done, nothing is to be done any more, and a trial waits for what is being done."""
         self.failing = False
         """Whether the last of it failed, which was said then."""
-
-    def listed(self, begun: float) -> None:
-        """All runs were listed, unless that is to be done again meanwhile."""
-        self._listed = begun
-        if self.list_at <= begun:
-            self.list_at = math.inf
-
-    def list_soon(self) -> None:
-        """What was listed is not what there is."""
-        self.list_at = min(self.list_at, self._listed + _LIST_AGAIN * self._feed_s)
 
     def due(self, clock: Callable[[], float]) -> str | None:
         """What is due now, if anything; then it is due later again. `clock` is the storage's."""

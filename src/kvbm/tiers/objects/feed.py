@@ -115,6 +115,8 @@ class SharedFeed:
         # A listing follows the first look, and knows better what went before.
         gone = [] if self._seen is None else sorted(digest for digest, came in there.items() if not came)
         missing = any((ours := self._ours(name)) is not None and ours.epoch >= first for name in seen - found.keys())
+        if missing:  # our bound may be among them
+            self._bound_told = -1
         self._seen = {*found}
         return News([digest for digest, came in there.items() if came], gone, missing)
 

@@ -49,6 +49,10 @@ class HotRuns:
         full = len(self._found) >= self._most or len(self._read) >= _MOST_READ * self._most
         return full or (self._waiting is not None and not self._waiting)
 
+    def begins(self) -> None:
+        """All that there is is listed anew."""
+        self._newest = []
+
     def listed(self, digest: bytes, written: float) -> None:
         """There is this run."""
         if len(self._newest) < self._most:
@@ -61,6 +65,8 @@ class HotRuns:
         Broken."""
         if self._waiting is None:
             touched = self._touched(goes_on)
+            if not goes_on():
+                return []
             newest = [digest for _, digest in sorted(self._newest, reverse=True)]
             self._waiting = deque([*touched, *(digest for digest in newest if digest not in touched)])
             self._newest = []
@@ -68,7 +74,11 @@ class HotRuns:
         for _ in range(_SLICE):
             if self.over or not goes_on():
                 break
-            chain, room = [*self._chain(self._waiting.popleft(), goes_on)], self._most - len(self._found)
+            digest = self._waiting.popleft()
+            chain, room = [*self._chain(digest, goes_on)], self._most - len(self._found)
+            if not (chain or goes_on()):
+                self._waiting.appendleft(digest)  # another time
+                break
             for digest, run in islice(reversed(chain), room):
                 self._found.add(digest)
                 found.append(HotRun(list(run.keys), run.parent, run.place))

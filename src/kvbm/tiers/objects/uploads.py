@@ -51,7 +51,7 @@ class Shelf(Protocol):
 
 class UploadRules(NamedTuple):
     """`run` blocks of `run_bytes` make a run. At most `in_flight` runs are being written, and `most` wait; of more, the
-    oldest are not written."""
+    last are not written."""
 
     admission: Admission
     budget: Budget
