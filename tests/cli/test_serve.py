@@ -61,13 +61,19 @@ def test_on_a_gpu_the_engine_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_vllm_for_gpus_wants_one(kvbm: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "engine_build", lambda: "gpu")
     monkeypatch.setattr(serve, "run", lambda _: 0)
-    monkeypatch.setattr(preflight.check_gpu, "__defaults__", ("/nowhere/libcuda.so.1",))
+    monkeypatch.setitem(preflight.check_gpu.__kwdefaults__, "library", "/nowhere/libcuda.so.1")
     monkeypatch.setattr(serve, "installed_engine", lambda: ("0.32.0", "gpu"))
     refused = kvbm("serve", "org/model")
     assert refused.exit_code == 1
     assert "their driver cannot be used: /nowhere/libcuda.so.1" in refused.stderr.replace("\n", " ")
     asleep = kvbm("serve", "org/model", "--enable-sleep-mode")
     assert "sleep mode on GPUs before vLLM 0.33 (this is 0.32.0)" in asleep.stderr.replace("\n", " ")
+    drafts = ["--speculative-config", '{"method": "draft_model", "model": "org/small"}']
+    assert "model runner V2" not in kvbm("serve", "org/model", *drafts).stderr
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    for given in (drafts, ["--speculative-config.method=draft_model"]):
+        said = kvbm("serve", "org/model", *given).stderr.replace("\n", " ")
+        assert "a draft model under vLLM's model runner V2" in said
     monkeypatch.setenv("KVBM_ONBOARD", "sync")
     assert "sync cannot be used on a GPU" in kvbm("serve", "org/model").stderr.replace("\n", " ")
 

@@ -108,7 +108,7 @@ def test_what_cannot_be_opened_is_not_deleted(
     assert f"whole runs: {whole}, damaged: 0" in shown.stdout
     assert f"not checked: {5 - whole}" in shown.stdout
     repaired = json.loads(kvbm("store", "verify", url, "--repair", "--json").stdout)
-    assert repaired == {"whole": whole, "damaged": 0, "unknown": 5 - whole, "gone": 0, "deleted": 0}
+    assert repaired == {"whole": whole, "damaged": 0, "unknown": 5 - whole, "other_version": 0, "gone": 0, "deleted": 0}
     assert all(path.exists() for path in plain + sealed)
 
 
@@ -137,7 +137,7 @@ def test_verify_finds_what_is_damaged_and_deletes_it_when_asked(
     assert sealed or found.stdout.count("it is another run than its name says") == 2
     assert all(path.exists() for path in runs)
     repaired = json.loads(kvbm("store", "verify", "--repair", "--json").stdout)
-    assert repaired == {"whole": 1, "damaged": 6, "unknown": 0, "gone": 0, "deleted": 6}
+    assert repaired == {"whole": 1, "damaged": 6, "unknown": 0, "other_version": 0, "gone": 0, "deleted": 6}
     assert [path.exists() for path in runs] == [False] * 6 + [True]
     assert kvbm("store", "verify").exit_code == 0
 
@@ -197,7 +197,8 @@ def test_runs_of_another_version_are_left_alone(kvbm: Kvbm, tmp_path: Path) -> N
     flip(runs[0], 8)
     shown = kvbm("store", "verify", f"file://{tmp_path}/kv", "--repair")
     assert shown.exit_code == 0
-    assert "not checked: 1" in shown.stdout
+    assert "not checked: 1, of another version (its version is 0, not 1)" in shown.stdout
+    assert "g4_secret_file" not in shown.stdout
     assert all(path.exists() for path in runs)
 
 

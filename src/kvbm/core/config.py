@@ -452,8 +452,9 @@ def shown(value: Any) -> Any:
     """A value as it may be shown: without the user, the password and the query of an address."""
     if not isinstance(value, str):
         return value
-    value = re.sub(r"^([^/]*://)(?!/).*@" if "://" in value else r"^()(?!/).*@", r"\1***@", value)
-    return re.sub(r"(://[^?]*)\?.*", r"\1?***", value)
+    userinfo = r"^([^/]*://)(?!/).*@" if "://" in value else r"^()(?!/).*@"
+    value = re.sub(userinfo, r"\1***@", value, flags=re.DOTALL)
+    return re.sub(r"(://[^?]*)\?.*", r"\1?***", value, flags=re.DOTALL)
 
 
 def allowed(name: str) -> str:

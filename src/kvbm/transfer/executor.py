@@ -142,7 +142,8 @@ class Executor:
             completion = replace(completion, error="deadline")
         self._call(job.done, job_id, completion)
         with self._changed:
-            self._jobs.pop(job_id, None)  # its submission may have been interrupted
+            if self._jobs.get(job_id) is job:  # its submission may have been interrupted
+                del self._jobs[job_id]
             self._changed.notify_all()
 
     @staticmethod

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvbm.abc.store import MOST_BYTES, Denied
+from kvbm.abc.store import MOST_BYTES, Denied, Full
 from kvbm.core.errors import Broken
 from kvbm.stores.objects.collector import YOUNG_S, delete_runs, purge, sweep, take_lease
 from kvbm.stores.objects.envelope import Envelope
@@ -119,7 +119,65 @@ def test_what_people_delete_leaves_bounds(how: str) -> None:
         assert purge(store, NAMES.space)[0] == 10
     left = {*mine[1:]} if how == "a run" else set()
     assert {*store.objects} == {*left, *others, *notes[2:]}
+    for name in notes[4:]:
+        del store.objects[name]
     assert sweep(store, ENVELOPE, SIZE, now, go_on).deleted == [], "the bound of a megabyte holds"
+
+
+def test_a_note_of_the_far_future_does_not_hide_those_that_are_missed() -> None:
+    store, now = MemoryStore(), time.time()
+    mine = fill(store, 1, now)
+    notes = [NAMES.feed(epoch(now) - age, YOU, age, 1) for age in (0, 1, 5)]
+    for name, modified in zip(notes, (now, now, now + 50 * 365 * DAY), strict=True):
+        store.objects[name] = b"x", modified
+    assert delete_runs(store, mine) == mine
+    assert {*store.objects} == {notes[2]}
+
+
+def refuses(*names: str) -> Callable[[str, str], None]:
+    """Of these, and of a call that has one of these among others."""
+
+    def before(call: str, name: str) -> None:
+        if call == "delete" and name in names:
+            raise Denied("somebody else's")
+
+    return before
+
+
+def test_what_another_user_may_delete_stays_and_the_rest_goes(caplog: pytest.LogCaptureFixture) -> None:
+    store, now = MemoryStore(), time.time()
+    mine = fill(store, 1_000, now)
+    theirs = [*mine[0:100], *mine[150:160]]
+    store.before = refuses(*theirs)
+    swept = sweep(store, ENVELOPE, 900 * SIZE, now, go_on)
+    assert {*mine} - {*store.objects} == {*mine[100:150], *mine[160:300]}, "down to 90 % of the bound"
+    assert len(swept.deleted) == 190
+    assert swept.freed == 190 * SIZE
+    assert "may not delete runs in shared storage that should go: 110" in caplog.text
+
+
+def test_where_nothing_may_be_deleted_few_are_tried() -> None:
+    store, now = MemoryStore(), time.time()
+    mine = fill(store, 3_000, now)
+    store.before = refuses(*mine)
+    assert sweep(store, ENVELOPE, SIZE, now, go_on).deleted == []
+    assert sum(call == "delete" for call, _ in store.calls) < 1_100
+    with pytest.raises(Denied):
+        purge(store, None)
+    assert sum(call == "delete" for call, _ in store.calls) < 1_500
+    assert len(store.objects) == 3_000
+
+
+def test_what_another_user_may_delete_is_said_when_the_rest_is_gone() -> None:
+    store, now = MemoryStore(), time.time()
+    mine = fill(store, 500, now)
+    store.before = refuses(*mine[:20])
+    with pytest.raises(Denied, match="somebody else's"):
+        delete_runs(store, mine[10:30])
+    assert {*store.objects} == {*mine[:20], *mine[30:]}
+    with pytest.raises(Denied, match="somebody else's"):
+        purge(store, NAMES.space)
+    assert {*store.objects} == {*mine[:20]}
 
 
 def test_young_runs_stay_whatever_there_is() -> None:
@@ -183,6 +241,7 @@ def test_an_engines_clock_decides_nothing(ahead: float) -> None:
     """All times are the storage's, as far away as that is."""
     store = MemoryStore(ahead)
     fitness = probe(store, ME, itertools.count(), 5000)
+    assert fitness.ahead_s is not None
     assert fitness.ahead_s == pytest.approx(ahead, abs=1.0)
     now = time.time() + fitness.ahead_s
     for at in range(5):
@@ -349,6 +408,29 @@ def test_no_answer_breaks_no_promise() -> None:
     with pytest.raises(Broken) as error:
         probe(store, ME, itertools.count(), 1000)
     assert not isinstance(error.value, Unfit | Denied)
+
+
+@pytest.mark.parametrize("ahead", [0.0, DAY])
+def test_a_full_storage_says_what_time_it_is_if_something_small_has_room(ahead: float) -> None:
+    store = MemoryStore(ahead)
+    put = store.put
+
+    def small(name: str, data: object) -> bool:
+        if memoryview(data).nbytes > 100:  # type: ignore[arg-type]
+            raise Full("no room")
+        return put(name, data)
+
+    store.put = small  # type: ignore[method-assign]
+    fitness = probe(store, ME, itertools.count(), 1000)
+    assert fitness.full
+    assert fitness.refusal == "no room"
+    assert fitness.ahead_s == pytest.approx(ahead, abs=1.0)
+    assert not store.objects
+    store.before = raising(Full("no room"), "put")
+    assert probe(store, ME, itertools.count(), 1000) == ("no room", None, True)
+    denied = MemoryStore(ahead)
+    denied.before = raising(Denied("no"), "put", "delete")
+    assert probe(denied, ME, itertools.count(), 1000) == ("no", None, False)
 
 
 def test_what_may_only_be_read_is_used_for_that() -> None:

@@ -32,11 +32,12 @@ def collect(folder: Path, skew: float) -> tuple[int, float]:
         return real() + skew
 
     with mock.patch("time.time", wrong):
-        fitness = probe(store, f"{os.getpid():016x}", itertools.count(), SIZE)
+        ahead = probe(store, f"{os.getpid():016x}", itertools.count(), SIZE).ahead_s
+        assert ahead is not None
         end = time.monotonic() + SECONDS
         while time.monotonic() < end:
-            deleted += len(sweep(store, Envelope(), BOUND, time.time() + fitness.ahead_s, lambda: False).deleted)
-    return deleted, fitness.ahead_s
+            deleted += len(sweep(store, Envelope(), BOUND, time.time() + ahead, lambda: False).deleted)
+    return deleted, ahead
 
 
 def write(folder: Path, seed: int) -> tuple[int, int, list[str]]:

@@ -54,6 +54,17 @@ def test_two_prefixes_of_a_bucket_are_apart(in_weed: Callable[..., CloudStore]) 
     assert [each.name for page in other.list("") for each in page] == ["name"]
 
 
+@pytest.mark.parametrize("address", ["minio:9000", "http://me:hun/ter2@127.0.0.1:1", "http://me:hun ter2@h:1"])
+def test_an_address_that_makes_the_library_panic(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    store = CloudStore("s3", "bucket", "", Access(1.0, region="us-east-1"))
+    with pytest.raises(Broken, match=r"obstore broke off .*AWS_ENDPOINT_URL") as error:
+        probe(store, "0123456789abcdef", itertools.count(), 100)
+    assert "ter2" not in str(error.value)
+
+
 def test_nobody_listens() -> None:
     store = CloudStore("s3", "bucket", "", Access(1.0, "http://127.0.0.1:9", "us-east-1", path_style=True))
     with pytest.raises(Broken):

@@ -6,7 +6,8 @@ import os
 import socket
 import stat
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from kvbm.stores.objects.folder import FolderStore
 from kvbm.stores.objects.names import parse
 from kvbm.stores.objects.places import locate, open_store
 from kvbm.testing.objects import ObjectStoreSuite
+
+_NOBODY = 65534
 
 
 class TestFolder(ObjectStoreSuite):
@@ -176,22 +179,46 @@ def test_a_folder_that_hangs_or_is_broken_says_so_at_the_first_call(monkeypatch:
     monkeypatch.undo()
 
 
-def test_a_file_that_may_not_be_read_is_absent(folder: FolderStore, tmp_path: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may read everything")
+@pytest.fixture
+def ordinary() -> Iterator[Path]:
+    """A folder below one that may be entered and not read, by somebody who is not root: who that is may do all."""
+    with tempfile.TemporaryDirectory() as name:
+        parent = Path(name) / "parent"
+        (parent / "kv").mkdir(parents=True)
+        Path(name).chmod(0o711)
+        parent.chmod(0o311)
+        root = os.geteuid() == 0
+        try:
+            if root:
+                os.chown(parent / "kv", _NOBODY, _NOBODY)
+                os.seteuid(_NOBODY)
+            yield parent / "kv"
+        finally:
+            if root:
+                os.seteuid(0)
+            parent.chmod(0o700)
+
+
+def test_a_file_that_may_not_be_read_is_absent(ordinary: Path) -> None:
+    folder = FolderStore(ordinary)
     folder.put("a/x", b"1")
-    (tmp_path / "deep/kv/a/x").chmod(0)
+    (ordinary / "a/x").chmod(0)
     with pytest.raises(Absent):
         folder.get("a/x")
 
 
-def test_a_folder_that_may_not_be_written_is_denied(folder: FolderStore, tmp_path: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
+def test_a_folder_that_may_not_be_written_is_denied(ordinary: Path) -> None:
+    folder = FolderStore(ordinary)
     folder.put("a/x", b"1")
-    (tmp_path / "deep/kv/a").chmod(0o500)
+    (ordinary / "a").chmod(0o500)
     with pytest.raises(Denied):
         folder.put("a/y", b"1")
+
+
+def test_a_parent_that_may_be_entered_alone_is_enough(ordinary: Path) -> None:
+    folder = FolderStore(ordinary)
+    assert folder.put("a/x", b"1")
+    assert bytes(memoryview(folder.get("a/x"))) == b"1"
 
 
 def test_a_full_disk_leaves_nothing_behind(

@@ -152,6 +152,22 @@ def test_a_job_that_raises_ends_as_failed(crew: Crew[None], calls: Calls, caplog
     calls.until(2)
 
 
+def test_a_panic_of_a_library_ends_a_job_and_no_thread(crew: Crew[None], calls: Calls) -> None:
+    """What Rust raises is no Exception."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panics(job: Job[None], _: None) -> None:
+        raise PanicException("called `unwrap`")
+
+    crew.do(Job(panics, lambda why: calls.ended(1, why), 1e9, 1))
+    assert calls.until(1) == [(1, "PanicException: called `unwrap`")]
+    crew.do(calls.job(2, waits=False))
+    assert calls.until(2)[1] == (2, "done")
+    assert crew.lost == 0
+
+
 def test_a_process_ends_although_a_call_hangs() -> None:
     script = """
 import threading

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvbm.abc.store import Denied, Listed
-from kvbm.core.errors import Broken
+from kvbm.abc.store import Denied
 from kvbm.stores.objects.envelope import Envelope
 from kvbm.stores.objects.folder import FolderStore
 from kvbm.stores.objects.names import EPOCH_S, Names, parse
@@ -19,7 +18,6 @@ from kvbm.stores.objects.runs import RunFormat, Shape
 from kvbm.tiers.objects import clerk
 from kvbm.tiers.objects.feed import News, SharedFeed
 from kvbm.tiers.objects.mover import Library
-from kvbm.tiers.objects.orders import Answer, Known, Tried, TryStorage
 from tests.leader.roles import keys_of
 from tests.stores.objects.memory import MemoryStore
 from tests.tiers.objects.test_whole import Sharing, objects, shared  # noqa: F401
@@ -92,103 +90,6 @@ def test_an_engine_forgets_what_another_one_deleted(engine: Callable[..., Sharin
     third.diary.tell([], [ours.digest])
     third.write(time.time())
     other.until(lambda: int(other.g4.covers(keys).sum()) == 4)
-
-
-class Endless(MemoryStore):
-    """Its listing of runs has no end."""
-
-    def list(self, prefix: str) -> Iterator[Sequence[Listed]]:
-        while prefix == self.prefix:
-            time.sleep(0.01)
-            yield []
-        yield from super().list(prefix)
-
-
-def test_a_trial_does_not_wait_for_a_long_listing() -> None:
-    store, names, told = Endless(), Names(b"namespace"), list[Answer]()
-    store.prefix = names.prefix
-    library = Library(store, Envelope(), names, RunFormat("f", Shape(4, 1, 64)))
-    habits = clerk.Habits(0.1, 10**9, 0.5)
-    one = clerk.Clerk(library, "a" * 16, habits, told.append, most_lost=8, broken=pytest.fail, stuck=lambda: 0)
-
-    def tried(number: int) -> Tried:
-        one.try_storage(TryStorage(number, anew=False))
-        deadline = time.monotonic() + 10
-        while not (found := [each for each in told if isinstance(each, Tried) and each.number == number]):
-            assert time.monotonic() < deadline
-            one.tick()
-            time.sleep(0.01)
-        return found[0]
-
-    assert tried(1).problem is None
-    for _ in range(10):
-        one.tick()
-        time.sleep(0.05)
-    assert Known(anew=True) in told, "it lists"
-    assert tried(2).problem is None
-    one.close(2)
-
-
-def test_a_listing_goes_on_after_a_trial() -> None:
-    """Of storage that can only be read there is one every minute; a listing may take longer."""
-    store, names, told = MemoryStore(), Names(b"namespace"), list[Answer]()
-    library = Library(store, Envelope(), names, RunFormat("f", Shape(4, 1, 64)))
-    for number in range(1_000):
-        store.objects[names.run(names.digest(str(number).encode()))] = b"", NOW
-    one = clerk.Clerk(
-        library, "a" * 16, clerk.Habits(0.1, 10**9, 5.0), told.append, most_lost=8, broken=pytest.fail, stuck=lambda: 0
-    )
-    listed = store.list
-
-    def slow(prefix: str) -> Iterator[Sequence[Listed]]:
-        for page in listed(prefix):
-            time.sleep(0.1 if prefix == names.prefix else 0.0)
-            yield page
-
-    store.list = slow  # type: ignore[method-assign]
-    one.try_storage(TryStorage(1, anew=False))
-    deadline, trials = time.monotonic() + 30, 1
-    while sum(len(each.came) // 8 for each in told if isinstance(each, Known)) < 1_000:
-        assert time.monotonic() < deadline
-        one.tick()
-        time.sleep(0.02)
-        if any(isinstance(each, Tried) and each.number == trials for each in told):
-            trials += 1
-            one.try_storage(TryStorage(trials, anew=False))
-    assert trials > 3
-    assert told.count(Known(anew=True)) == 1
-    assert sum(len(each.came) // 8 for each in told if isinstance(each, Known)) == 1_000, "none twice"
-    one.close(2)
-
-
-@pytest.mark.parametrize("broken", ["feed", "runs"])
-def test_a_listing_that_fails_is_not_begun_again_at_once(broken: str) -> None:
-    """And one of runs goes well where that of the feed does not."""
-    store, names, told = MemoryStore(), Names(b"namespace"), list[Answer]()
-    library = Library(store, Envelope(), names, RunFormat("f", Shape(4, 1, 64)))
-    store.objects[names.run(names.digest(b"0"))] = b"", NOW
-    one = clerk.Clerk(
-        library, "a" * 16, clerk.Habits(0.3, 10**9, 5.0), told.append, most_lost=8, broken=pytest.fail, stuck=lambda: 0
-    )
-    one.try_storage(TryStorage(1, anew=False))
-    deadline = time.monotonic() + 10
-    while not any(isinstance(each, Tried) for each in told):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-    def fails(call: str, name: str) -> None:
-        if call == "list" and name.startswith("kv1/feed/" if broken == "feed" else names.prefix):
-            raise Broken("no")
-
-    store.before, store.calls = fails, []
-    for _ in range(50):
-        one.tick()
-        time.sleep(0.02)
-    lists = store.calls.count(("list", names.prefix))
-    assert lists == 1, "a second has passed, and two are between two listings"
-    assert any(isinstance(each, Known) and each.came for each in told) == (broken == "feed")
-    assert told.count(Known(anew=True)) == (broken == "feed")
-    one.close(2)
 
 
 class _Named(Names):

@@ -60,7 +60,7 @@ def test_a_new_engine_has_what_was_asked_for(ranks: int, engine: Callable[..., S
     one, prompts = engine(ranks=ranks), [keys_of(f"prompt {number}", 9) for number in range(5)]
     for keys in prompts:
         assert one.serve(keys) == 0
-    one.stored()
+        one.stored()
     other = engine(ranks=ranks, g4_warm=0.5)
     warmed(other, 6 * RUN)
     there = [int(other.leader.core.pool.present(keys).sum()) for keys in prompts]

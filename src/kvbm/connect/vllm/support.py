@@ -29,6 +29,11 @@ _HASHES = {"sha256", "sha256_cbor"}
 _SPECULATION = {"ngram", "draft_model"}
 """Others keep KV that depends on the target's hidden states, and on the token after a block."""
 
+_EARLY = (
+    "layers of which vLLM's model runner V2 zeroes or copies blocks before it lets a connector wait for them "
+    "(recurrent layers, KV of several precisions, matches inside blocks); VLLM_USE_V2_MODEL_RUNNER=0 helps"
+)
+
 
 def runs_on(config: VllmConfig) -> str:
     """What the engine computes on, as torch calls it."""
@@ -90,6 +95,7 @@ def _on_a_gpu(config: VllmConfig) -> Iterator[tuple[object, str]]:
     asleep = config.model_config.enable_sleep_mode and not contract.tells_of_sleep()
     yield asleep, "sleep mode on GPUs where vLLM does not tell a connector of it (before 0.33)"
     yield draft_model and runs_v2(config), "a draft model under vLLM's model runner V2"
+    yield config.model_config.has_inner_state and runs_v2(config), _EARLY
 
 
 def runs_v2(config: VllmConfig) -> bool:
@@ -152,11 +158,7 @@ def check(config: VllmConfig, kv: KVCacheConfig, resolved: Resolved) -> None:
     early = runs_on(config) == "cuda" and runs_v2(config)
     _refuse(
         (unlike, unlike),
-        (
-            early and (finer or getattr(kv, "needs_kv_cache_zeroing", True)),
-            "layers of which vLLM's model runner V2 zeroes or copies blocks before it lets a connector wait for them "
-            "(recurrent layers, KV of several precisions, matches inside blocks); VLLM_USE_V2_MODEL_RUNNER=0 helps",
-        ),
+        (early and (finer or getattr(kv, "needs_kv_cache_zeroing", True)), _EARLY),
         (
             speculative is not None and speculative.method == "draft_model" and bool(layer_groups(kv)),
             "a draft model beside sliding windows",

@@ -174,6 +174,13 @@ class CloudStore(ObjectStore):
             if isinstance(error, (self._said.PermissionDeniedError, self._said.UnauthenticatedError)):
                 raise Denied(f"{what} is refused: {_short(error)}") from None
             raise Broken(f"{what}: {_short(error)}") from None
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            raise Broken(
+                f"{what}: obstore broke off ({_short(error)}); it does that where an address is none, g4_endpoint's or "
+                "that of a variable (AWS_ENDPOINT_URL, HTTPS_PROXY)"
+            ) from None
 
 
 def _client(access: Access) -> ClientConfig:
@@ -202,7 +209,7 @@ def _retries(access: Access) -> RetryConfig:
     }
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     """What a library said, on one line, without addresses' queries, user names and keys."""
     text = " ".join(str(error).split()).partition(" Debug source: ")[0]
     if (silent := _SILENT.search(str(error).partition("Debug source:")[0])) is not None and _ROLE not in text:
@@ -212,7 +219,7 @@ def _short(error: Exception) -> str:
         return f"{silent[1]}{silent[2]} does not answer{'' if cause is None else f': {cause[1]}'}"
     if _ROLE in text:
         return "no credentials are in the environment or in files, and nothing says which role this machine has"
-    text = re.sub(r"(?<=://)[^/@\s]*@", "***@", text)
+    text = re.sub(r"(?<=://)\S*@", "***@", text)
     text = re.sub(r"(?<=[\w/%])\?[^\s\"')]*", "?***", text)
     text = re.sub(r"Error performing .*?(?=Server returned)", "", text)
     return text[:_SHOWN].rstrip(".") or type(error).__name__

@@ -8,15 +8,16 @@ as the last time that somebody wrote it, or said that a request asked for it.
 from __future__ import annotations
 
 import logging
+import time
 from array import array
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
-from kvbm.abc.store import Listed, ObjectStore
+from kvbm.abc.store import Denied, Full, Listed, ObjectStore
 from kvbm.core.errors import Broken
 from kvbm.stores.objects.envelope import Envelope
 from kvbm.stores.objects.names import EPOCH_S, FEEDS, NAME_BYTES, ROOT, TOUCHES, epoch, lease, parse
@@ -32,7 +33,10 @@ _BOUND_EPOCHS: Final = 6
 _KEEP_S: Final = {"feed": 3_600.0 + EPOCH_S, "touch": 86_400.0, "lease": 3_600.0, "probe": 3_600.0, "part": 3_600.0}
 """How long what is no run stays."""
 _SPACE_BYTES: Final = 8
-_BATCH: Final = 1_000
+_BATCH: Final = 250
+"""Names that are deleted in one call: some storage takes one after the other."""
+_MOST_REFUSED: Final = 1_000
+"""So many runs of one sweep may turn out to be another's, whom alone the storage lets delete them."""
 _MB: Final = 1_000_000
 _LEASE_BYTES: Final = 4_096
 _FAR_S: Final = 86_400.0
@@ -108,17 +112,22 @@ def sweep(store: ObjectStore, envelope: Envelope, bound: int, now: float, stoppe
     if stopped():
         return Swept(found.objects, found.total, max(bound, found.bound))
     swept = Swept(found.objects, found.total, max(bound, found.bound))
-    _delete(store, found.stale)
+    _delete(store, found.stale, stopped)
     excess = found.total - int(swept.bound * DOWN_TO) if found.total > swept.bound else 0
     if excess <= 0:
         return swept
-    ages = _ages(store, envelope, found, stopped)
-    for rows in _coldest(ages, found, excess):
-        if stopped():
-            break
-        _delete(store, [_name(found.row(at)) for at in rows])
-        swept.deleted += [(found.row(at)[:_SPACE_BYTES].hex(), found.row(at)[_SPACE_BYTES:]) for at in rows]
-        swept.freed += sum(found.sizes[at] for at in rows)
+    order, sizes, refused = _coldest(_ages(store, envelope, found, stopped), found), np.array(found.sizes, np.int64), 0
+    while len(order) and swept.freed < excess and refused < _MOST_REFUSED and not stopped():
+        ends = np.cumsum(sizes[order[:_BATCH]])
+        rows, order = np.split(order, [int(np.searchsorted(ends, excess - swept.freed)) + 1])
+        names = {_name(row := found.row(at)): (row, found.sizes[at]) for at in rows.tolist()}
+        deleted = _delete(store, [*names])
+        refused += len(names) - len(deleted.gone)
+        for row, nbytes in map(names.__getitem__, deleted.gone):
+            swept.deleted.append((row[:_SPACE_BYTES].hex(), row[_SPACE_BYTES:]))
+            swept.freed += nbytes
+    if refused:
+        log.warning("KVBM: this instance may not delete runs in shared storage that should go: %d", refused)
     return swept
 
 
@@ -144,14 +153,12 @@ def _ages(
     return ages
 
 
-def _coldest(ages: np.ndarray[tuple[int], np.dtype[np.float64]], found: Census, excess: int) -> Iterator[Sequence[int]]:
-    """Runs to delete, batch by batch, until there is no excess any more."""
+def _coldest(
+    ages: np.ndarray[tuple[int], np.dtype[np.float64]], found: Census
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Rows of runs that may go, the coldest first."""
     order = np.argsort(ages, kind="stable")
-    order = order[ages[order] < found.now - YOUNG_S]
-    ends = np.cumsum(np.array(found.sizes, np.int64)[order])
-    rows = order[: int(np.searchsorted(ends, excess)) + 1].tolist()
-    for at in range(0, len(rows), _BATCH):
-        yield rows[at : at + _BATCH]
+    return order[ages[order] < found.now - YOUNG_S]
 
 
 def _name(row: bytes) -> str:
@@ -159,21 +166,46 @@ def _name(row: bytes) -> str:
     return f"{ROOT}{space}/{digest[:2]}/{digest}"
 
 
-def _delete(store: ObjectStore, these: Sequence[str]) -> None:
-    """Only what is ours, whoever asks for it."""
-    ours = [name for name in these if parse(name) is not None]
+class _Deleted(NamedTuple):
+    """What is not there any more, and why the others are: it is not us who may delete them."""
+
+    gone: list[str]
+    refusal: Denied | None
+
+
+def _delete(store: ObjectStore, these: Sequence[str], stopped: Callable[[], bool] = bool) -> _Deleted:
+    """Only what is ours, whoever asks for it. Ends early once it is `stopped`, or may delete nothing. Raises Broken."""
+    ours, gone, refusal = [name for name in these if parse(name) is not None], list[str](), None
     for at in range(0, len(ours), _BATCH):
-        store.delete(ours[at : at + _BATCH])
+        if stopped():
+            break
+        batch, before = ours[at : at + _BATCH], len(gone)
+        try:
+            store.delete(batch)
+            gone += batch
+        except Denied as error:
+            refusal = error
+            for name in batch:
+                with suppress(Denied):
+                    store.delete([name])
+                    gone.append(name)
+            if len(gone) == before:
+                break
+    return _Deleted(gone, refusal)
 
 
 def take_lease(store: ObjectStore, envelope: Envelope, instance: str, now: float) -> bool:
     """Whether this instance collects in this epoch. Raises Broken.
 
-    That a lease is there already does not say whose: the answer to our own may have been lost.
+    That a lease is there already does not say whose: the answer to our own may have been lost. Where there is no room
+    for one, everybody collects.
     """
     name = lease(epoch(now))
     body = instance.encode()
-    store.claim(name, envelope.wrap(name, body))
+    try:
+        store.claim(name, envelope.wrap(name, body))
+    except Full:
+        return True
     with suppress(Broken):
         return envelope.unwrap(name, store.get(name, _LEASE_BYTES)) == body
     return False
@@ -183,30 +215,44 @@ def purge(
     store: ObjectStore, space: str | None, progress: Callable[[int], None] = lambda objects: None
 ) -> tuple[int, int]:
     """Delete all that is ours, or runs and touches of one namespace (16 digits); how many objects, and their bytes.
-    Engines that run notice (`_unsettle`)."""
+    Engines that run notice (`_unsettle`). Raises Broken, at the end where something may not be deleted by us."""
     deleted = nbytes = 0
+    refusal: Denied | None = None
     for prefix in [ROOT] if space is None else [f"{ROOT}{space}/", TOUCHES]:
         for page in store.list(prefix):
             parsed = ((each, parse(each.name)) for each in page)
             these = [each for each, ours in parsed if ours is not None and space in (None, ours.space)]
-            _delete(store, [each.name for each in these])
-            deleted += len(these)
-            nbytes += sum(each.size for each in these)
+            done = _delete(store, [each.name for each in these])
+            gone, refusal = {*done.gone}, done.refusal or refusal
+            deleted += len(gone)
+            nbytes += sum(each.size for each in these if each.name in gone)
             progress(deleted)
-    if space is not None:
+            if these and not gone:
+                break
+    if space is not None and deleted:
         _unsettle(store, {space})
+    if refusal is not None:
+        raise refusal
     return deleted, nbytes
 
 
-def delete_runs(store: ObjectStore, names: Collection[str]) -> None:
-    """Delete these. Engines that run notice (`_unsettle`)."""
-    _delete(store, [*names])
-    _unsettle(store, {ours.space for name in names if (ours := parse(name)) is not None})
+def delete_runs(store: ObjectStore, names: Iterable[str]) -> list[str]:
+    """Delete these, each before the next is asked for, and say which. Engines that run notice (`_unsettle`). Raises
+    Broken, at the end where something may not be deleted by us."""
+    done = [_delete(store, [name]) for name in names]
+    gone = [name for each in done for name in each.gone]
+    if gone:
+        _unsettle(store, {ours.space for name in gone if (ours := parse(name)) is not None})
+    for refusal in (each.refusal for each in done):
+        if refusal is not None:
+            raise refusal
+    return gone
 
 
-def _unsettle(store: ObjectStore, spaces: Collection[str]) -> None:
+def _unsettle(store: ObjectStore, spaces: set[str]) -> None:
     """Delete the last notes of these namespaces. Engines that run miss them, list what there is, and tell their bounds
     again; older notes, with the bounds in them, stay."""
     notes = [(each, ours) for page in store.list(FEEDS) for each in page if (ours := parse(each.name)) is not None]
-    first = epoch(max((each.modified for each, _ in notes), default=0.0)) - 1
+    latest = max((each.modified for each, _ in notes if each.modified < time.time() + _FAR_S), default=0.0)
+    first = epoch(latest) - 1
     _delete(store, [each.name for each, ours in notes if ours.space in spaces and ours.epoch >= first])

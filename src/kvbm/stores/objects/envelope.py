@@ -40,7 +40,7 @@ _SECRET_BYTES: Final = 16
 
 
 class OtherVersion(Damaged):
-    """Another version of KVBM wrote it."""
+    """Another version of KVBM wrote it. Under a name of ours (`Envelope.key`) it is damaged."""
 
 
 class Locked(Damaged):
@@ -79,10 +79,10 @@ class Envelope:
         return PLAIN_AT + plain + TAG_BYTES * self.sealed
 
     def key(self, what: str) -> bytes:
-        """A key of 32 bytes for something else than sealing, the same for all who have the secret; without one it is no
-        secret either."""
+        """A key of 32 bytes for something else than sealing, the same for all of this version who have the secret;
+        without one it is no secret either."""
         if self._secret is None:
-            return xxhash.xxh3_128_digest(what.encode()) * 2
+            return xxhash.xxh3_128_digest(f"kvbm {_VERSION} {what}".encode()) * 2
         return self._derive(bytes(32), what)
 
     def _derive(self, salt: bytes, info: str) -> bytes:

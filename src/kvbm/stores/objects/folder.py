@@ -25,6 +25,8 @@ from kvbm.core.errors import Broken
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """A link is not followed, and a FIFO does not block whoever opens it."""
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_PARENT: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+"""What may be entered, and need not be readable."""
 _NOTHING_THERE: Final = (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENODEV, errno.EACCES)
 """What is said of a link, a file where a folder should be, a socket, a device without a driver, somebody's own file."""
 _ATTEMPTS: Final = 3
@@ -139,7 +141,7 @@ class FolderStore(ObjectStore):
         """The folders down to this file, each with its mode whatever the process masks."""
         if not self._folder.parent.exists():
             raise Broken(f"there is no folder {self._folder.parent}, in which KVBM would make {self._folder.name}")
-        descriptor = os.open(self._folder.parent, _DIRECTORY)
+        descriptor = os.open(self._folder.parent, _PARENT)
         try:
             for part, follow in [(self._folder.name, 0), *((part, os.O_NOFOLLOW) for part in name.split("/")[:-1])]:
                 made = True

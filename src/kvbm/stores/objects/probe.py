@@ -27,10 +27,11 @@ class Unfit(Broken):
 
 class Fitness(NamedTuple):
     """What a trial found: why nothing can be written, though it can be read; how far the storage's clock is ahead of
-    ours, 0 where nothing can be written."""
+    ours, None where nothing can be written; whether that is because there is no room."""
 
     refusal: str | None
-    ahead_s: float
+    ahead_s: float | None
+    full: bool = False
 
 
 def probe(store: ObjectStore, instance: str, numbers: count[int], nbytes: int) -> Fitness:
@@ -65,9 +66,20 @@ def _tried(store: ObjectStore, name: Callable[[], str], nbytes: int, written: Se
             store.get(name())  # where even that is denied, all is
         for _ in store.list(names.feed_prefix(0)):
             break
-        return Fitness(_OWN.sub("a test object", str(error)), 0.0)
+        ahead, full = None, isinstance(error, Full)
+        with suppress(Broken):
+            ahead = _ahead(store, name()) if full else None
+        return Fitness(_OWN.sub("a test object", str(error)), ahead, full)
     _delete(store, written)
     return Fitness(None, ahead)
+
+
+def _ahead(store: ObjectStore, name: str) -> float:
+    """By something small, where there is no room for a run."""
+    begun = time.time()
+    store.put(name, os.urandom(_CLAIM_BYTES))
+    ended = time.time()
+    return store.stat(name).modified - (begun + ended) / 2
 
 
 def _write(store: ObjectStore, name: str, nbytes: int) -> float:
@@ -140,7 +152,7 @@ def together(calls: Sequence[Callable[[], _Result]], seconds: float = threading.
         gate.wait()
         try:
             results[at] = calls[at]()
-        except Exception as error:  # noqa: BLE001  raised again below
+        except BaseException as error:  # noqa: BLE001  raised again below
             failed[at] = error
 
     threads = [threading.Thread(target=run, args=(at,), name="kvbm-probe", daemon=True) for at in range(len(calls))]

@@ -1,6 +1,6 @@
 """What one process does about the storage beside moving runs: tries it, lists it, finds the hottest runs, reads and
 writes the feed, says what was read, collects, and deletes what is damaged. One thing after the other, on a thread that
-may hang.
+may hang; trials are made beside that, on another one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, count
 from typing import Final, NamedTuple
 
@@ -55,17 +55,20 @@ class Habits(NamedTuple):
 
 
 class StorageClock:
-    """The storage's time, once it was tried, and whether it may be written to."""
+    """The storage's time, once it was tried; whether it may be written to; whether what is old may be deleted, also
+    where there is no room: the time has to be the storage's."""
 
     def __init__(self) -> None:
-        self._offset = 0.0
-        self.known = self.writes = False
+        self._offset = time.time() - time.monotonic()
+        self._measured = self.known = self.writes = self.collects = False
 
     def set(self, fitness: Fitness) -> None:
         """As a trial found it."""
-        # Steps of our own clock do not move it.
-        self._offset = time.time() + fitness.ahead_s - time.monotonic()
+        if fitness.ahead_s is not None:
+            # Steps of our own clock do not move it.
+            self._offset, self._measured = time.time() + fitness.ahead_s - time.monotonic(), True
         self.known, self.writes = True, fitness.refusal is None
+        self.collects = self._measured and (self.writes or fitness.full)
 
     def __call__(self) -> float:
         return time.monotonic() + self._offset
@@ -120,13 +123,13 @@ class Clerk:
         broken: Callable[[str], None], stuck: Callable[[], int],
     ) -> None:  # fmt: skip
         self._library, self._habits, self._tell, self._stuck = library, habits, tell, stuck
-        self._crew: Crew[None] = Crew("kvbm-g4", 1, lambda: None, most_lost=most_lost, broken=broken)
+        self._crew: Crew[None] = Crew("kvbm-g4", 2, lambda: None, most_lost=most_lost, broken=broken)
         self.feed = SharedFeed(library, instance, habits.bound, count(int.from_bytes(secrets.token_bytes(3))))
         self.suspects = DamagedRuns()
         self._clock = StorageClock()
         self._rota = Rota(habits.feed_s)
         self._hot: HotRuns | None = HotRuns(library, habits.warm) if habits.warm else None
-        """Looked for once, after the first listing."""
+        """Looked for once, after the first listing that ended."""
         self._listing = RunListing(_LIST_AGAIN * habits.feed_s)
         self._told = Told()
 
@@ -147,11 +150,9 @@ class Clerk:
     def try_storage(self, order: TryStorage) -> None:
         """Try the storage, and tell the leader."""
         library, number = self._library, order.number
-        self._rota.trial_waits = True
 
         def run(job: Job[None], _: None) -> None:
-            self._rota.trial_waits = False
-            nbytes = library.envelope.size(library.format.plain_bytes)
+            nbytes, fitness = library.envelope.size(library.format.plain_bytes), None
             try:
                 fitness = probe(library.store, self.feed.instance, self.feed.numbers, nbytes)
             except (Unfit, Denied) as error:
@@ -159,18 +160,16 @@ class Clerk:
             except Broken as error:
                 answer = Tried(number, str(error))
             else:
+                answer = Tried(number, refusal=fitness.refusal)
+            if not job.end():
+                return  # what it found is old by now
+            if fitness is not None:
                 self._clock.set(fitness)
                 if order.anew:
                     self._listing.anew()
-                answer = Tried(number, refusal=fitness.refusal)
-            if job.end():
-                self._tell(answer)
+            self._tell(answer)
 
-        def failed(why: str) -> None:
-            self._rota.trial_waits = False
-            self._tell(Tried(number, why))
-
-        self._crew.do(Job(run, failed, self._due()))
+        self._crew.do(Job(run, lambda why: self._tell(Tried(number, why)), self._due()))
 
     def _due(self) -> float:
         return time.monotonic() + _PATIENCE * self._habits.deadline_s
@@ -185,7 +184,7 @@ class Clerk:
             self._begin(self._list)
         elif self.suspects:
             self._begin(self._judge)
-        elif self._hot is not None:
+        elif self._hot is not None and self._listing.ended:
             self._begin(self._warm)
         elif (due := rota.due(self._clock)) is not None:
             self._begin({"feed": self._look, "touch": self._touch, "collect": self._collect}[due])
@@ -212,42 +211,46 @@ class Clerk:
     def _goes_on(self, job: Job[None]) -> bool:
         """A call has returned: the next one may take as long. False: nobody wants any more of it."""
         job.due = self._due()
-        return not (job.over or self._rota.over or self._rota.trial_waits)
+        return not (job.over or self._rota.over)
 
     # ------------------------------------------------------------------ on its thread
 
     def _list(self, job: Job[None]) -> None:
-        """All runs of the namespace that there are, instead of what was known. Goes on where a trial interrupted it."""
-        listing = self._listing
-        pages, listing.pages = listing.pages, None
+        """All runs of the namespace that there are. From its first page on what was known counts no more, but for what
+        an attempt found that failed."""
+        library, listing, now = self._library, self._listing, self._clock()
+        lately = listing.begins()
         try:
-            if pages is None and (pages := self._first_pages(job)) is None:
+            told = self._told_before(job, now)
+            pages = iter(library.store.list(library.names.prefix))
+            first = next(pages, ())
+            if not self._goes_on(job):
                 return
-            for page in pages:
-                self._take(page)
+            if told is not None:
+                self.feed.skip(told, now)
+            if listing.counts_anew():
+                self._tell(Known(anew=True))
+            self._say(lately, [])
+            if self._hot is not None:
+                self._hot.begins()
+            for page in chain([first], pages):
                 if not self._goes_on(job):
-                    listing.pages = None if job.over else pages
                     return
-        except Broken:
-            listing.later()
+                self._take(page)
+        except Exception:
+            if not job.over:
+                listing.later()
             raise
-        listing.ends()
+        if not job.over:
+            listing.ends()
 
-    def _first_pages(self, job: Job[None]) -> Iterator[Sequence[Listed]] | None:
-        """Begins a listing. From its first page on what was known counts no more."""
-        library, lately = self._library, self._listing.begins()
-        try:  # what was told until now the listing knows better; what is told from now on counts
-            if self.feed.read(self._clock(), lambda: self._goes_on(job)) is None:
-                return None
+    def _told_before(self, job: Job[None], now: float) -> dict[str, float] | None:
+        """What was told until now, which the listing knows better; what is told from now on counts."""
+        try:
+            return self.feed.notes(now, lambda: self._goes_on(job))
         except Broken as error:
             log.debug("KVBM: the feed of shared storage could not be read before the listing: %s", error)
-        pages = iter(library.store.list(library.names.prefix))
-        first = next(pages, ())
-        self._tell(Known(anew=True))
-        self._say(lately, [])
-        if self._hot is not None:
-            self._hot.begins()
-        return chain([first], pages)
+            return None
 
     def _take(self, page: Sequence[Listed]) -> None:
         """A page of the listing."""
@@ -293,12 +296,12 @@ class Clerk:
     def _collect(self, job: Job[None]) -> None:
         """Once in an epoch, whoever is the first."""
         library, now = self._library, self._clock()
-        if not self._clock.writes or not take_lease(library.store, library.envelope, self.feed.instance, now):
+        if not self._clock.collects or not take_lease(library.store, library.envelope, self.feed.instance, now):
             return
         swept = sweep(library.store, library.envelope, self._habits.bound, now, lambda: not self._goes_on(job))
         gone = [digest for space, digest in swept.deleted if space == library.names.space]
         self._went(gone)
-        if not self._goes_on(job):
+        if job.over:
             return  # not all was counted
         self._told = Told(
             swept.objects - len(swept.deleted), swept.total - swept.freed, swept.bound,
@@ -313,16 +316,19 @@ class Clerk:
     def _judge(self, job: Job[None]) -> None:
         """Deletes what is damaged when it is read for the second time, too."""
         suspects = self.suspects.take()
-        while suspects:
-            damaged = self._damaged(digest := suspects.pop())
-            if damaged:
-                self._delete(digest)
-            elif damaged is not None:
-                self._say([digest], [])
-            if not self._goes_on(job):
-                break
-        for digest in suspects:  # another time
-            self.suspects.add(digest)
+        try:
+            for digest in [*suspects]:
+                damaged = self._damaged(digest)
+                suspects.discard(digest)
+                if damaged:
+                    self._delete(digest)
+                elif damaged is not None:
+                    self._say([digest], [])
+                if not self._goes_on(job):
+                    break
+        finally:
+            for digest in suspects:  # another time
+                self.suspects.add(digest)
 
     def _delete(self, digest: bytes) -> None:
         name = self._library.names.run(digest)
@@ -360,39 +366,51 @@ class Clerk:
 
 
 class RunListing:
-    """When all runs are listed, and what is left of that. `pause_s` are at least between two."""
+    """When all runs are listed. `pause_s` are at least between two. Any thread."""
 
     def __init__(self, pause_s: float) -> None:
-        self._pause_s, self._begun = pause_s, 0.0
+        self._pause_s, self._begun, self._lock = pause_s, 0.0, threading.Lock()
+        self._counts_anew = True
         self.at = 0.0
         """When it is to be done."""
-        self.pages: Iterator[Sequence[Listed]] | None = None
-        """What is left of one that a trial interrupted."""
+        self.ended = False
+        """Whether the last one that began has ended."""
         self.lately: list[bytes] | None = None
         """What this process has written since it began."""
 
     def begins(self) -> list[bytes]:
         """It is done now; `lately` is what this process writes meanwhile."""
-        self._begun, self.lately = time.monotonic(), []
-        return self.lately
+        with self._lock:
+            self._begun, self.ended, self.lately = time.monotonic(), False, []
+            return self.lately
+
+    def counts_anew(self) -> bool:
+        """Whether what was known before counts no more: not where an attempt has failed after its first page."""
+        with self._lock:
+            anew, self._counts_anew = self._counts_anew, False
+            return anew
 
     def ends(self) -> None:
         """It was done, unless it is to be done again meanwhile."""
-        self.lately = None
-        if self.at <= self._begun:
-            self.at = math.inf
+        with self._lock:
+            self.ended, self.lately = True, None
+            if self.at <= self._begun:
+                self.at = math.inf
 
     def anew(self) -> None:
-        """From the first page, now."""
-        self.at, self.pages = time.monotonic(), None
+        """At once."""
+        with self._lock:
+            self.at, self._counts_anew = time.monotonic(), True
 
     def soon(self) -> None:
         """What was listed is not what there is."""
-        self.at = min(self.at, self._begun + self._pause_s)
+        with self._lock:
+            self.at, self._counts_anew = min(self.at, self._begun + self._pause_s), True
 
     def later(self) -> None:
         """It failed."""
-        self.at = time.monotonic() + self._pause_s
+        with self._lock:
+            self.at = time.monotonic() + self._pause_s
 
 
 class Rota:
@@ -401,8 +419,8 @@ class Rota:
     def __init__(self, feed_s: float) -> None:
         self._feed_s, now = feed_s, time.monotonic()
         self._next = {"feed": 0.0, "touch": now + EPOCH_S, "collect": now + random.uniform(0, _SPREAD_S)}
-        self.busy = self.over = self.trial_waits = False
-        """Whether something is being done, nothing is to be done any more, and a trial waits for what is being done."""
+        self.busy = self.over = False
+        """Whether something is being done, and nothing is to be done any more."""
         self.failing = False
         """Whether the last of it failed, which was said then."""
 

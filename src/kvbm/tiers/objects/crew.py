@@ -78,7 +78,7 @@ class Job(Generic[Hands]):
         if self._step(_BEGINS, to=_RUNS):
             try:
                 self._run(self, hands)
-            except Exception as error:
+            except BaseException as error:  # a panic of a library in Rust is no Exception
                 log.exception("KVBM: a job of shared storage went wrong")
                 if self.end():
                     self._failed(f"{type(error).__name__}: {error}")

@@ -1,5 +1,5 @@
 """What instances tell each other about the storage they share, through the storage. On one thread at a time, but for
-what is told to the diary."""
+what is told to the diary, and the last thing that is written."""
 
 from __future__ import annotations
 
@@ -91,19 +91,38 @@ class SharedFeed:
             name = library.names.touch(epoch(now), self.instance, next(self.numbers))
             library.store.put(name, library.envelope.wrap(name, Note(touched).encode()))
 
-    def read(self, now: float, goes_on: Callable[[], bool]) -> News | None:
-        """What the others told since the last look; None where nobody wants to know any more. Raises Broken.
+    def notes(self, now: float, goes_on: Callable[[], bool]) -> dict[str, float] | None:
+        """The notes that there are, and when they were written; None where nobody wants to know any more. Raises
+        Broken.
 
         Whole epochs are listed, this one and the one before: an entry may appear before one that was seen.
         """
-        library, found, seen = self._library, dict[str, float](), self._seen or set()
-        for each in (first := epoch(now) - 1, epoch(now)):
-            for page in library.store.list(feed_prefix(each)):
+        found = dict[str, float]()
+        for each in (epoch(now) - 1, epoch(now)):
+            for page in self._library.store.list(feed_prefix(each)):
                 found.update((listed.name, listed.modified) for listed in page)
                 if not goes_on():
                     return None
+        return found
+
+    def skip(self, found: dict[str, float], now: float) -> None:
+        """What these notes tell is known."""
+        self._missing(found, now)
+        self._seen = {*found}
+
+    def _missing(self, found: dict[str, float], now: float) -> bool:
+        """Whether notes are gone that should be there. Our bound, which may be among them, is told again."""
+        gone = (self._ours(name) for name in (self._seen or set()) - found.keys())
+        if missing := any(ours is not None and ours.epoch >= epoch(now) - 1 for ours in gone):
+            self._bound_told = -1
+        return missing
+
+    def read(self, now: float, goes_on: Callable[[], bool]) -> News | None:
+        """What the others told since the last look; None where nobody wants to know any more. Raises Broken."""
+        if (found := self.notes(now, goes_on)) is None:
+            return None
         told = list[tuple[float, bool, Sequence[bytes]]]()
-        for name in sorted(found.keys() - seen):
+        for name in sorted(found.keys() - (self._seen or set())):
             if (ours := self._ours(name)) is not None:
                 note = self._note(name, ours.writer)
                 told += [(found[name], False, note.went), (found[name], True, note.came)]
@@ -114,9 +133,7 @@ class SharedFeed:
             there.update(dict.fromkeys(digests, came))  # what was told last counts
         # A listing follows the first look, and knows better what went before.
         gone = [] if self._seen is None else sorted(digest for digest, came in there.items() if not came)
-        missing = any((ours := self._ours(name)) is not None and ours.epoch >= first for name in seen - found.keys())
-        if missing:  # our bound may be among them
-            self._bound_told = -1
+        missing = self._missing(found, now)
         self._seen = {*found}
         return News([digest for digest, came in there.items() if came], gone, missing)
 

@@ -65,8 +65,6 @@ class HotRuns:
         Broken."""
         if self._waiting is None:
             touched = self._touched(goes_on)
-            if not goes_on():
-                return []
             newest = [digest for _, digest in sorted(self._newest, reverse=True)]
             self._waiting = deque([*touched, *(digest for digest in newest if digest not in touched)])
             self._newest = []
@@ -76,9 +74,6 @@ class HotRuns:
                 break
             digest = self._waiting.popleft()
             chain, room = [*self._chain(digest, goes_on)], self._most - len(self._found)
-            if not (chain or goes_on()):
-                self._waiting.appendleft(digest)  # another time
-                break
             for digest, run in islice(reversed(chain), room):
                 self._found.add(digest)
                 found.append(HotRun(list(run.keys), run.parent, run.place))
