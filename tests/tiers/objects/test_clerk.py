@@ -12,7 +12,7 @@ import pytest
 from kvbm.abc.store import Full, Listed
 from kvbm.core.errors import Broken
 from kvbm.stores.objects.envelope import Envelope
-from kvbm.stores.objects.names import FEEDS, TOUCHES, Names
+from kvbm.stores.objects.names import FEEDS, TOUCHES, Names, epoch, feed_prefix
 from kvbm.stores.objects.runs import RunFormat, Shape
 from kvbm.tiers.objects.clerk import Clerk, Habits
 from kvbm.tiers.objects.feed import SharedFeed
@@ -86,6 +86,18 @@ class Office:
 
         self.store.list = list_  # type: ignore[method-assign]
 
+    def breaks(self, page: int) -> None:
+        """The listing of runs does, at this page."""
+        listed = self.store.list
+
+        def list_(prefix: str) -> Iterator[Sequence[Listed]]:
+            for at, found in enumerate(listed(prefix)):
+                if prefix == NAMES.prefix and at == page:
+                    raise Broken("a name that no client can have")
+                yield found
+
+        self.store.list = list_  # type: ignore[method-assign]
+
     def fails(self, prefix: str, error: Exception) -> None:
         def before(call: str, name: str) -> None:
             if call == "list" and name.startswith(prefix):
@@ -141,10 +153,10 @@ def test_a_listing_that_fails_is_not_begun_again_at_once(broken: str, office: Ca
     """And one of runs goes well where that of the feed does not."""
     one = office(Habits(10.0, GB, 5.0))
     one.run(0)
-    one.tried()
     error = TypeError("its author's fault") if "somebody" in broken else Broken("no")
-    one.fails(FEEDS if broken == "feed" else NAMES.prefix, error)
-    one.store.calls.clear()
+    # A trial looks into the feed of another epoch.
+    one.fails(feed_prefix(epoch(time.time())) if broken == "feed" else NAMES.prefix, error)
+    one.tried()
     one.ticks(1.0)
     assert one.store.calls.count(("list", NAMES.prefix)) == 1, "a minute is between two listings"
     assert one.known() == (broken == "feed")
@@ -156,15 +168,7 @@ def test_what_a_listing_that_broke_off_found_stays(office: Callable[..., Office]
     one = office(Habits(0.05, GB, 5.0))
     for number in range(300):
         one.run(number)
-    listed = one.store.list
-
-    def breaks(prefix: str) -> Iterator[Sequence[Listed]]:
-        for at, page in enumerate(listed(prefix)):
-            if prefix == NAMES.prefix and at == 2:
-                raise Broken("a name that no client can have")
-            yield page
-
-    one.store.list = breaks  # type: ignore[method-assign]
+    one.breaks(2)
     one.tried()
     one.until(lambda: one.known() >= 600)
     assert one.told.count(Known(anew=True)) == 1
@@ -186,21 +190,26 @@ def test_what_was_told_before_a_listing_is_not_read(office: Callable[..., Office
     assert sum(call == "get" and name.startswith(FEEDS) for call, name in one.store.calls) == 1
 
 
-def test_what_was_told_before_a_listing_that_fails_is_read(office: Callable[..., Office]) -> None:
-    one = office(Habits(0.1, GB, 5.0))
+@pytest.mark.parametrize("page", [0, 1])
+def test_what_was_told_before_a_listing_that_fails_is_read(page: int, office: Callable[..., Office]) -> None:
+    """At its first page, or behind it."""
+    one, digest = office(Habits(0.1, GB, 5.0)), b"0123456789abcdef"
+    for number in range(150):
+        one.run(number)
     you = SharedFeed(one.library, "b" * 16, GB, count())
-    you.diary.tell([b"0123456789abcdef"])
+    you.diary.tell([digest])
     you.write(time.time())
+    one.breaks(page)
     one.tried()
-    one.fails(NAMES.prefix, Broken("no"))
-    one.until(lambda: one.known() == 1)
+    one.until(lambda: digest[:8] in [each.came for each in one.told if isinstance(each, Known)])
+    one.ticks(0.5)
+    assert [each.came for each in one.told if isinstance(each, Known)].count(digest[:8]) == 1, "it is read once"
 
 
 def test_a_listing_that_was_given_up_says_nothing_when_it_comes_back(office: Callable[..., Office]) -> None:
     one, hangs, let_go = office(Habits(0.1, GB, 0.2)), threading.Event(), threading.Event()
     for number in range(300):
         one.run(number)
-    one.tried()
 
     def once(call: str, name: str) -> None:
         if call == "list" and name == NAMES.prefix and not hangs.is_set():
@@ -208,6 +217,7 @@ def test_a_listing_that_was_given_up_says_nothing_when_it_comes_back(office: Cal
             let_go.wait(PATIENCE_S)
 
     one.store.before = once
+    one.tried()
     one.until(lambda: one.known() == 300)
     assert hangs.is_set()
     before = len(one.store.calls)
@@ -240,14 +250,15 @@ def test_the_hottest_runs_are_looked_for_after_a_listing(broken: str, office: Ca
     for name in ("one", "other"):
         shelf.asked(shelf.prompt(name, 2, 0.0))
     one = office(Habits(0.05, GB, 5.0, warm=8), shelf.library)
-    one.tried()
     if broken == "the first listing":
         one.fails(shelf.library.names.prefix, Broken("503"))
+        one.tried()
         one.until(lambda: ("list", shelf.library.names.prefix) in one.store.calls)
         one.ticks(0.1)
         assert ("list", TOUCHES) not in one.store.calls
         one.store.before = lambda call, name: None
     one.slow(TOUCHES, 0.2)
+    one.tried()
     one.until(lambda: one.tried().problem is None and any(isinstance(each, Hot) for each in one.told))
     assert sum(len(each.runs) for each in one.told if isinstance(each, Hot)) == 4
     assert one.store.calls.count(("list", TOUCHES)) == 1

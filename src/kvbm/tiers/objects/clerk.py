@@ -226,8 +226,6 @@ class Clerk:
             first = next(pages, ())
             if not self._goes_on(job):
                 return
-            if told is not None:
-                self.feed.skip(told, now)
             if listing.counts_anew():
                 self._tell(Known(anew=True))
             self._say(lately, [])
@@ -242,10 +240,12 @@ class Clerk:
                 listing.later()
             raise
         if not job.over:
+            if told is not None:
+                self.feed.skip(told, now)
             listing.ends()
 
     def _told_before(self, job: Job[None], now: float) -> dict[str, float] | None:
-        """What was told until now, which the listing knows better; what is told from now on counts."""
+        """What was told until now, which a listing that ends knows better; what is told from now on counts."""
         try:
             return self.feed.notes(now, lambda: self._goes_on(job))
         except Broken as error:
