@@ -78,7 +78,8 @@ class Pool:
         if len(set(keys)) != len(keys):
             raise Misuse("a key is twice among the keys")
         slots, positions, generation = self._ledger.scan(keys)
-        return Pinned(self._ledger, slots, tuple(keys[at] for at in positions), generation), positions
+        held = tuple(keys if len(positions) == len(keys) else [keys[at] for at in positions])
+        return Pinned(self._ledger, slots, held, generation), positions
 
     def peek(self, keys: Sequence[bytes], start: int = 0) -> int:
         """How many blocks `match` would hold; holds nothing."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from kvbm.tiers.host import Host, Landing
 from kvbm.tiers.moves import Passage
 from kvbm.tiers.tier import Mask, Offer, Record, Seeker, Tier, Wanted
 
+_T = TypeVar("_T")
 _KEEP = 30.0
 """Seconds that what has arrived is held for a request that is not scheduled."""
 _SOON = 0.05
@@ -46,9 +48,9 @@ class Staging:
     jobs: set[int] = field(default_factory=set)
     until: float = 0.0
 
-    def keys(self, part: slice = slice(None)) -> list[bytes]:
+    def keys(self, part: slice = slice(None)) -> tuple[bytes, ...]:
         """Of what is on its way, or of a part of it."""
-        return [self.offer.keys[at] for at in self.at[part].tolist()]
+        return _at(self.offer.keys, self.at[part])
 
     @property
     def left(self) -> int:
@@ -236,11 +238,10 @@ class Promotion:
                 return
             if (raw := self._g2.allocate(len(part))) is None:
                 return
-            places = part.tolist()
-            priority, until = offer.terms[places[0]]
+            priority, until = offer.terms[part[0]]
             staged = raw.stage(
-                tuple(offer.keys[at] for at in places),
-                parent=tuple(offer.parents[at] for at in places),
+                _at(offer.keys, part),
+                parent=_at(offer.parents, part),
                 priority=priority,
                 ttl=None if until == np.inf else max(until - self._clock(), 1e-3),
             )
@@ -266,7 +267,7 @@ class Promotion:
     @staticmethod
     def _run(offer: Offer, at: Slots) -> Slots:
         """The first of these that can be staged together: on one set of terms."""
-        terms = [offer.terms[place] for place in at.tolist()]
+        terms = _at(offer.terms, at)
         if not terms or terms.count(terms[0]) == len(terms):
             return at
         return at[: next(count for count, each in enumerate(terms) if each != terms[0])]
@@ -326,6 +327,12 @@ class Promotion:
             staging.there.pop().drop()
         if not staging.jobs and staging in self.stagings:
             self.stagings.remove(staging)
+
+
+def _at(values: Sequence[_T], at: Slots) -> tuple[_T, ...]:
+    """The values at these places, which ascend."""
+    first, end = (int(at[0]), int(at[-1]) + 1) if len(at) else (0, 0)
+    return tuple(values[first:end] if end - first == len(at) else [values[place] for place in at.tolist()])
 
 
 class _Reachable:

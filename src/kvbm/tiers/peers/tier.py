@@ -156,7 +156,7 @@ class Peers:
         if seconds < _WORTH_S:
             return None
         search = PeerSearch(
-            self.sought.number(), seeker, list(keys), first, give, seconds=seconds,
+            self.sought.number(), seeker, keys, first, give, seconds=seconds,
             until=self.patience.clock() + seconds, found=self._promised,
         )  # fmt: skip
         self.sought.begin(search)
