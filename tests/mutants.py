@@ -42,10 +42,11 @@ MUTANTS = (
     Mutant(
         "checksums of what lands are noted after registering", "tiers/host.py",
         "        for listener in self._listeners:\n            listener.landing(staged.slots, staged.keys, how)\n"
-        "        there = staged.register(done)\n",
-        "        into, keys = staged.slots, staged.keys\n        there = staged.register(done)\n"
+        "        if how.priority:\n            staged.raise_to(how.priority)\n        there = staged.register(done)\n",
+        "        into, keys = staged.slots, staged.keys\n"
+        "        if how.priority:\n            staged.raise_to(how.priority)\n        there = staged.register(done)\n"
         "        for listener in self._listeners:\n            listener.landing(into, keys, how)\n",
-        "leader/test_leader tiers/test_promote tiers/peers/test_whole",
+        "tiers/test_host leader/test_leader tiers/test_promote tiers/peers/test_whole",
     ),
     Mutant(
         "a source's lease is dropped before a cancelled read ended", "tiers/promote.py",
@@ -86,7 +87,7 @@ MUTANTS = (
         "leaf and root are exchanged where a request ends", "leader/leader.py",
         "            self.core.pool.touch(blocks := self._coverage.in_order(request))\n",
         "            self.core.pool.touch([*reversed(blocks := self._coverage.in_order(request))])\n",
-        "leader/test_leader",
+        "leader/test_endings leader/test_leader",
     ),
     Mutant(
         "leaf and root are exchanged on disk", "tiers/disk/side.py",
@@ -204,11 +205,11 @@ MUTANTS = (
         "a promise that is over is read from", "tiers/peers/offer.py",
         "        if self.broken is None and now > self.until:\n", "        if now < 0:\n",
         "tiers/peers/test_promises::test_a_lease_that_is_shorter_than_the_deadline_is_of_use"
-        " tiers/peers/test_promises::test_a_promise_that_comes_too_late_is_given_back",
+        " tiers/peers/test_promises::test_a_promise_that_comes_too_late_is_given_back tiers/peers/test_serving",
     ),
     Mutant(
         "blocks are promised whose checksums are not known", "tiers/peers/serving.py",
-        "        hold.narrow(self.sums.known(hold.slots))\n", "", "tiers/peers/test_whole",
+        "        hold.narrow(self.sums.known(hold.slots))\n", "", "tiers/peers/test_serving tiers/peers/test_whole",
     ),
     Mutant(
         "what a reader did not fetch is held for ever", "tiers/peers/serving.py",

@@ -260,7 +260,7 @@ def test_check(kvbm: Kvbm, engine: Start) -> None:
     result = kvbm("check")
     assert result.exit_code == 1
     assert "three: g2: a key does not lead to its slot; 9 blocks count as held, 0 are" in result.stdout.splitlines()
-    assert result.stderr == "kvbm: the books do not agree with the blocks of three\n"
+    assert result.stderr == "kvbm: KVBM's accounts do not agree with its blocks in three\n"
     assert json.loads(kvbm("check", "--json", "--engine", "three").stdout)[0]["violations"] == 2
 
 

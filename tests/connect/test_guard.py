@@ -226,7 +226,7 @@ def test_a_reset_that_cannot_forget_answers_all_the_same(ranks: Ranks, caplog: p
     ranks.upper.bad = "forget"
     ranks.scheduler.off = ranks.upper.off = "something raised"
     assert ranks.scheduler.reset()
-    assert "may be served after a restart" in caplog.text
+    assert "could not clear the disk tier" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["place", "step", "match", "on_new_request", "finish", "stepped"])

@@ -822,7 +822,7 @@ def test_slots_are_used_once_every_rank_has_touched_them(make_stage: Make, caplo
     stage.say(Touched(1, 10), 1)
     assert stage.matchable(keys) == 6  # nothing was evicted for what came later
     assert (stage.pool.total, stage.pool.statistics().evictions) == (10, 0)
-    assert caplog.text.count("ready after") == 1
+    assert caplog.text.count("is ready after") == 1
     assert stage.leader.smaller() == {}
     stage.pool.check()
 

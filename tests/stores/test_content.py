@@ -197,7 +197,7 @@ def test_one_digests_and_the_others_wait(
         waiting.start()
         time.sleep(0.3)
         assert not said
-        assert "its result is waited for" in caplog.text
+        assert "waits for its result" in caplog.text
         first = Contents(tmp_path / "cache")
         paths = {path: (path, survey([path])[path]) for path in files}
         result = first._make(paths)

@@ -11,7 +11,7 @@ import pytest
 from kvbm.link.messages import unpack
 from kvbm.testing.clock import ManualClock
 from kvbm.tiers.demote import Budget
-from kvbm.tiers.disk.orders import Write
+from kvbm.tiers.disk.orders import Forget, Read, Write
 from tests.leader.roles import BLOCK_BYTES, DONE, FAILED, Stage, keys_of
 from tests.leader.ways import Demoted
 
@@ -345,3 +345,39 @@ def test_a_drain_ends_when_its_time_is_over_or_nobody_writes(
     stage.leader.core.drain(60.0)
     assert time.monotonic() - before < 10
     make_stage().leader.core.drain(60.0)
+
+
+def test_nothing_is_written_while_kvbm_stands_aside(make_stage: Make) -> None:
+    stage, keys = make_stage().add_disk(in_flight=4, batch=4), keys_of("a", 10)
+    stage.keep("a", keys)
+    stage.tick()
+    (write,) = stage.hear(Write)
+    stage.leader.core.pause()
+    stage.moved(write)
+    for _ in range(3):
+        stage.tick()
+    assert not stage.hear(Write)
+    assert stage.disk.peek(keys) == 4
+    stage.leader.core.resume()
+    stage.write_all()
+    assert stage.disk.peek(keys) == 10
+
+
+def test_what_lands_from_an_exclusive_disk_is_there_no_more_and_no_rank_forgets_it(make_stage: Make) -> None:
+    """Its bytes stay, and a restart finds them: they are what their key says."""
+    stage, keys = make_stage().add_disk(exclusive=True), keys_of("a", 3)
+    stage.keep("a", keys)
+    with stage.pool.candidates(3) as held:
+        stage.tier.write(held, lambda passage: None)
+        (write,) = stage.hear(Write)
+        stage.moved(write)
+        stage.tick()
+    stage.pool.discard(keys)
+    assert stage.disk.peek(keys) == 3
+    stage.begin("b", keys, tokens=4 * 32)
+    (read,) = stage.hear(Read)
+    stage.moved(read)
+    stage.tick()
+    assert stage.pool.peek(keys) == 3
+    assert stage.disk.peek(keys) == 0
+    assert not stage.hear(Forget)

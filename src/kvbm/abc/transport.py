@@ -52,7 +52,7 @@ class Completion:
 
     @classmethod
     def failed(cls, ticket: int, blocks: int, error: str) -> Completion:
-        """Of a plan of so many blocks, none of which was copied."""
+        """Of a plan of this many blocks, none of which was copied."""
         return cls(ticket, np.full(blocks, Outcome.FAILED, dtype=np.uint8), error, 0.0, 0)
 
 

@@ -26,7 +26,7 @@ class Feed:
         self.watchers: tuple[Observer, ...] = ()
         """Those observers that hear `Moved` too."""
         self.queue: deque[Event] = deque()
-        """Not to be delivered yet; whoever let go of the pool's lock looks here first."""
+        """Not to be delivered yet; a thread that let go of the pool's lock looks here first."""
         self._delivering = threading.Lock()
 
     def subscribe(self, observer: Observer, *, transitions: bool) -> None:

@@ -1,4 +1,4 @@
-"""Keys of a prompt's blocks, for who has no engine that gives them."""
+"""Keys of a prompt's blocks, where no engine gives them."""
 
 from __future__ import annotations
 

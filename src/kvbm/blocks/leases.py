@@ -35,7 +35,7 @@ class _Lease:
     _state: ClassVar[int]
     _ledger: Ledger
     _box: list[bytes]
-    """Emptied by whoever takes the slots: list.pop is atomic, so only one can."""
+    """Emptied by the first that takes the slots: list.pop is atomic, so only one can."""
 
     @property
     def slots(self) -> Slots:

@@ -121,7 +121,7 @@ def purge(
     as_json: Json = False,
     run_dir: RunDir = None,
 ) -> None:
-    """Delete namespaces, all or some, with all their blocks. One that an engine uses is emptied."""
+    """Delete namespaces, all or some, with all their blocks. KVBM empties a namespace that an engine uses."""
     if as_json and not yes:
         raise UsageError("--json does not ask before it deletes: it needs --yes")
     before = time.time() - older_than * 86400 if older_than is not None else float("inf")

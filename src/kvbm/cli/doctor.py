@@ -61,8 +61,8 @@ def doctor(
 ) -> None:
     """Ask the engines that run here what is wrong with them, and try what KVBM can use on this machine.
 
-    Nothing here has to work: without it KVBM does without, as each line says. Ends with status 0 unless a setting is
-    wrong, or MODEL could not be served: then with the sentence that `kvbm serve` would end with. Object storage is
+    KVBM works without each of these parts; each line says what is lost. Ends with status 0 unless a setting is wrong,
+    or MODEL could not be served: then with the sentence that `kvbm serve` would end with. Object storage is
     tried where a bucket is given; credentials are found where AWS's tools find them.
     """
     resolved = config.load()

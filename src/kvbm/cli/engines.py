@@ -68,7 +68,7 @@ def check(engine: Engine = "", as_json: Json = False, run_dir: RunDir = None) ->
             render.console().print(f"{answer.engine}: {said}", markup=False, highlight=False, soft_wrap=True)
     _exit_if_any_failed(answers)
     if wrong := [answer.engine for answer in answers if answer.result is not None and answer.result["problems"]]:
-        raise KvbmError(f"the books do not agree with the blocks of {', '.join(wrong)}")
+        raise KvbmError(f"KVBM's accounts do not agree with its blocks in {', '.join(wrong)}")
 
 
 def pause(engine: Engine = "", as_json: Json = False, run_dir: RunDir = None) -> None:

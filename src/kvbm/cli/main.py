@@ -72,7 +72,9 @@ def common(
 
 
 def model(
-    name: str = typer.Argument("smollm2", help=f"One of: {', '.join(models.KNOWN)}. Others stay as they are."),
+    name: str = typer.Argument(
+        "smollm2", help=f"One of: {', '.join(models.KNOWN)}. Other names are printed as they are."
+    ),
 ) -> None:
     """Print the folder of a model that needs no model hub. The first time KVBM fetches and converts it."""
     print(models.resolve(name, config.load().settings.cache_dir, Console(stderr=True)))

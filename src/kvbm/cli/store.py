@@ -158,7 +158,7 @@ def purge(
     url: _Url = "", namespace: _Namespace = "",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Delete what KVBM keeps there, all or some namespaces. Nothing else is deleted, whatever lies there."""
+    """Delete what KVBM keeps there, all or some namespaces. KVBM deletes nothing else in the storage."""
     if as_json and not yes:
         raise UsageError("--json does not ask before it deletes: it needs --yes")
     where, store, _ = _opened(url)

@@ -41,7 +41,7 @@ class Settings(BaseSettings):
     g2_order: Annotated[str, Field(min_length=1)] = "lru"
     """Evict blocks of G2 by lru, fifo, lfu, multi-lru, s3-fifo, arc, lineage, or an order of your own."""
     g3_gb: Gigabytes | None = None
-    """Give G3 this many GB (10^9 bytes) of disk, in total over all ranks. Without this and g3_blocks: no disk tier."""
+    """Give G3 this many GB (10^9 bytes) of disk, in total over all ranks. Unset, like g3_blocks: no disk."""
     g3_blocks: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
     """Give G3 of each engine this many blocks of the engine's block size. KVBM then ignores g3_gb."""
     g3_dir: Path | None = None
@@ -75,7 +75,7 @@ class Settings(BaseSettings):
     g4_url: Annotated[str, Field(pattern=r"^[a-z0-9+.-]+://.+")] | None = None
     """Keep blocks in storage that many instances share: s3://BUCKET/PREFIX, az://, gs:// or file:///FOLDER."""
     g4_gb: Gigabytes = 100
-    """Keep at most this many GB (10^9 bytes) at g4_url, over all instances and models. The largest bound counts."""
+    """Keep at most this many GB (10^9 bytes) at g4_url for all instances. Of different values the largest counts."""
     g4_admission: Literal["all", "second-use", "evicted"] = "all"
     """Write these blocks to g4_url: all, those asked for twice, or those that are about to leave G2."""
     g4_write_mb_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -89,7 +89,7 @@ class Settings(BaseSettings):
     g4_secret_file: Path | None = None
     """Seal what is written to g4_url with the secret in this file, and believe only what was sealed with it."""
     g4_feed_s: Annotated[float, Field(ge=0.1, le=3600)] = 10.0
-    """Tell other instances at g4_url what is new there, and ask what they wrote, every so many seconds."""
+    """Exchange news with other instances at g4_url at this interval, in seconds."""
     g4_warm: Annotated[float, Field(ge=0, le=1)] = 0.25
     """At the start, fill at most this part of G2 with what was asked for most at g4_url. 0: none."""
     g4_known: Annotated[int, Field(ge=1000, le=1_000_000_000)] = 2_000_000
@@ -109,7 +109,7 @@ class Settings(BaseSettings):
     g4_proxy: Annotated[str, Field(pattern=r"^(https?|socks5h?)://[^\s/]+/?$")] | None = None
     """Connect to the storage service through this proxy. Unset: as HTTPS_PROXY and NO_PROXY say."""
     g4_mode: Annotated[str, Field(pattern=r"^0?[0-7]{3}$")] = "600"
-    """Give files below file:///FOLDER these rights (octal). Folders get a right to enter for each right to read."""
+    """Give files below file:///FOLDER these rights (octal). Those who may read files may also enter folders."""
     directory: Annotated[str, Field(pattern=r"^(valkey|valkeys|redis|rediss|unix)://.+")] | None = None
     """Find other instances in the Valkey or Redis server at this address. Unset: this instance shares no blocks."""
     directory_lease_s: Annotated[float, Field(ge=1, le=3600)] = 10.0
@@ -133,9 +133,9 @@ class Settings(BaseSettings):
     save_answers: bool = True
     """Store blocks with generated tokens. Set false where the next turn's prompt leaves the reasoning out."""
     save_tokens: Annotated[int, Field(ge=0, le=1_000_000_000)] | None = None
-    """Store only the blocks of each request's first so many tokens. Unset: all."""
+    """Store only the blocks of this many tokens at the start of each request. Unset: all."""
     answers_share: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Give answers that no prompt has contained yet this share of G2, where prompts rarely contain answers."""
+    """Limit answers that no prompt has contained yet to this share of G2, if prompts rarely contain answers."""
     onboard: Literal["async", "sync"] = "async"
     """Load blocks between engine steps (async), or inside a step, before its forward pass (sync)."""
     g1_layout: Literal["engine", "blocks"] = "engine"
@@ -157,7 +157,7 @@ class Settings(BaseSettings):
     weights_seen: Path | None = None
     """Read from this file what `kvbm serve` saw of the model's files before it started the engine."""
     reset: Literal["auto", "own", "follow"] = "auto"
-    """After a reset of the engine's cache assume new weights: never (own), always (follow), if they can be (auto)."""
+    """Take a reset of the engine's cache for new weights never (own), always (follow), or if they can change (auto)."""
     enabled: bool = True
     """Use KVBM. false: the connector stays in place and does nothing."""
     without_prefix_caching: bool = False

@@ -44,7 +44,7 @@ class Region:
     planes: tuple[Plane, ...]
     owner: Any = field(default=None, repr=False, compare=False)
     dtype: str = field(default="", compare=False)
-    """The numbers that rows are made of (float32, bfloat16, ...), for who compares them; empty: not known, or other
+    """The numbers that rows are made of (float32, bfloat16, ...), for comparisons; empty: not known, or other
     things lie between them."""
 
     def __post_init__(self) -> None:

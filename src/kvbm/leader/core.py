@@ -328,7 +328,7 @@ class Core:
 
     def tick(self) -> None:
         """A few times a second, also while the engine sleeps: takes results, notices silent workers. What it raises
-        turns KVBM off, whoever asked for it: what it had taken is lost."""
+        turns KVBM off, whatever called it: what it had taken is lost."""
         try:
             with self.lock:
                 self._tick()

@@ -40,7 +40,7 @@ class Growing:
         """Told once: a block was evicted for want of slots that are still to come."""
         if isinstance(event, Removed) and self._pool.total < self._pool.capacity:
             while self._idle:
-                with suppress(Broken):  # whoever reads from it notices, too
+                with suppress(Broken):  # its reader notices, too
                     self._idle.pop().send(Hurry())
 
     def take(self, message: Touched) -> None:
@@ -50,7 +50,8 @@ class Growing:
         self._resize()
         if self._pool.total == self._pool.capacity > before:
             log.info(
-                "KVBM: G2: %s ready after %.0f s", self._gb(self._pool.capacity), time.monotonic() - self._begun
+                "KVBM: all of G2 (%s) is ready after %.0f s",
+                self._gb(self._pool.capacity), time.monotonic() - self._begun,
             )  # fmt: skip
         if message.problem is not None and self.problem is None:
             self.problem = message.problem

@@ -113,7 +113,7 @@ class Leader:
     ) -> None:  # fmt: skip
         """A request exists from now on. `keys` is a view: it may grow while the request generates, and with an adapter
         (`variant`) is empty until it is known which that is. `barred`: nothing is loaded or stored for it, for this
-        reason. `notes` are for who asks what happened to it."""
+        reason. `notes` are shown by `kvbm explain`."""
         with self.core.lock:
             tokens = self.gate.block_tokens
             request = Request(

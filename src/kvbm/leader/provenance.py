@@ -45,7 +45,7 @@ class Provenance:
         self.words[:] = 0
 
     def expect(self, g1: Slots, by: int) -> None:
-        """Content is on its way into these blocks; whoever brings it has this number."""
+        """Content is on its way into these blocks; the copy that brings it has this number."""
         blocks = self._fit(g1)
         self.words[blocks] = _ON_ITS_WAY + np.array([by, 0, 0, 0], np.uint64)
 

@@ -25,7 +25,7 @@ class Reports:
         self._writing: threading.Thread | None = None
 
     def save(self, kind: str, content: Mapping[str, Any]) -> Path:
-        """Where it will be. Written on a thread of its own: whoever found it may be the engine's."""
+        """Where it will be. Written on a thread of its own: the thread that found it may be the engine's."""
         now = time.time()
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))
         path = self._folder / f"{kind}-{stamp}-{now % 1 * 1e6:06.0f}-{self._engine[:40]}.json"

@@ -215,7 +215,7 @@ class Shadow:
         foreign = any(sample.origins[at - sample.first]["from"] != ENGINE for at in job.places.tolist())
         if self._prove and foreign and sample.request.family not in self.proven:
             self.proven.add(sample.request.family)
-            log.info("KVBM: what another process stored agrees with what request %.100s computed", sample.request.id)
+            log.info("KVBM: request %.100s computed the same blocks that another process had stored", sample.request.id)
 
     def _report(self, sample: _Sample, job: StepCopy, wrong: Slots) -> dict[str, Any]:
         by_rank = {rank: np.frombuffer(errors, np.float32) for rank, errors in sorted(job.errors.items())}

@@ -1,4 +1,4 @@
-"""What happened last, for whoever asks."""
+"""What happened last."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ class Contents:
             told = False
             while not _locked(file):
                 if not told:
-                    log.info("KVBM: another process digests weights: its result is waited for")
+                    log.info("KVBM: another process digests the same weights, and KVBM waits for its result")
                 told = True
                 if self._stop.wait(_WAIT_S):
                     raise Changed("the engine ended before its weights were digested")

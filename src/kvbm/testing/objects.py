@@ -20,7 +20,7 @@ from kvbm.stores.objects.probe import together
 ROUNDS: Final = 6
 """Races for one name."""
 LATER_S: Final = 10.0
-"""In which whoever looked for an object before it was there sees it: mounts remember what was not there."""
+"""Within this time a reader that looked for an object too early sees it: mounts remember what was not there."""
 MANY: Final = 1_100
 """More than a page."""
 

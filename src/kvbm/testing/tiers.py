@@ -54,7 +54,7 @@ class TierRig(ABC):
 
     @abstractmethod
     def break_down(self) -> None:
-        """The place fails until `mend`: moves that fail, say, or whoever watches it says so. The tier notices."""
+        """The place fails until `mend`: moves that fail, for example. The tier notices."""
 
     @abstractmethod
     def mend(self) -> None:
@@ -80,6 +80,11 @@ class Read:
 
 class TierSuite(ABC):
     """The rules that a tier keeps (`kvbm.tiers.tier`)."""
+
+    @pytest.fixture(autouse=True)
+    def threads_before(self) -> set[threading.Thread]:
+        """Those that lived before the rig was made."""
+        return set(threading.enumerate())
 
     @pytest.fixture
     @abstractmethod
@@ -302,10 +307,12 @@ class TierSuite(ABC):
         rig.mend()
         assert rig.tier.problem == "other weights came"
 
-    def test_its_threads_end_without_the_lock(self, rig: TierRig) -> None:
-        """Somebody else may have it until they have ended."""
+    def test_its_threads_end_without_the_lock(self, rig: TierRig, threads_before: set[threading.Thread]) -> None:
+        """Somebody else may have it until they have ended. After `stop` none is left."""
         ended = threading.Thread(target=rig.tier.stop, daemon=True)
         with rig.lock():
             ended.start()
             ended.join(PATIENCE_S)
             assert not ended.is_alive()
+        left = {thread.name for thread in set(threading.enumerate()) - threads_before}
+        assert not {name for name in left if name.startswith("kvbm-")}

@@ -13,7 +13,7 @@ class Breaker:
     longer one. Else each failure is, until something `worked`: what answers, and does nothing else, is asked ever less
     often.
 
-    State and times only: whoever holds it asks. Any thread; what two of them say at once may count once.
+    State and times only: its owner asks. Any thread; what two of them say at once may count once.
     """
 
     def __init__(

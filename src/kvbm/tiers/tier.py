@@ -296,7 +296,7 @@ class RankSide(Protocol):
         """What a block has on this rank."""
 
     def memory(self, name: str, slot_bytes: int = 0) -> Region:
-        """All of host memory, a slot one extent of so many bytes; 0: up to the next one. After `RankTier.ready` only
+        """All of host memory, a slot one extent of this many bytes; 0: up to the next one. After `RankTier.ready` only
         what is there."""
 
     def tell(self, message: FromTier | Sick) -> None:

@@ -94,7 +94,7 @@ class LaneTransport(Transport):
     Within each of the two lanes plans start in order. If `spread`, a free thread begins the next plan before it helps
     with one that another is in; otherwise it helps, so that plans end in order. `cancel` waits `patience_s` (None: as
     long as it takes) for the parts at hand. `close` waits `close_s` for them (None: as long as it takes), then sets
-    their flag to 2: whoever can leave what is out of his hands leaves it. It waits as long for that, and no longer.
+    their flag to 2: a lane that can leave what is out of its hands leaves it. It waits as long for that, and no longer.
     """
 
     close_s: ClassVar[float | None] = None

@@ -138,7 +138,7 @@ class Comparisons:
             ours, stored = unpack(wanted.scratch)[there], unpack(wanted.stored)[there]
             errors[there] = distances(memory, ours, stored, self.dtype)
             outcomes[there[errors[there] > BOUNDS[self.dtype]]] = Outcome.CORRUPT
-        except Exception as error:  # whoever waits has to hear of it
+        except Exception as error:  # the waiting side has to hear of it
             log.exception("KVBM: blocks could not be compared")
             outcomes[there], problem = Outcome.FAILED, str(error)
         seconds = time.monotonic() - begun

@@ -118,7 +118,7 @@ class RankMemory:
             log.warning("KVBM: %s", note)
 
     def region(self, name: str, slot_bytes: int = 0) -> Region:
-        """All of it that there is, a slot one extent of so many bytes; 0: up to the next one."""
+        """All of it that there is, a slot one extent of this many bytes; 0: up to the next one."""
         assert self._slots is not None, "a tier wants host memory before the leader said how much there is"
         arena, stride, there = self._slots.arena, self._slots.stride, self._slots.there
         return arena.region([slot_bytes or stride], there, stride=stride, name=name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Sequence
 
@@ -42,6 +43,17 @@ def test_names_come_and_go_in_order() -> None:
     presence.discard(digests[-1:])
     assert presence.among(digests[[0, -1]]).tolist() == [True, False]
     presence.close()
+
+
+def test_its_thread_has_ended_when_it_is_closed() -> None:
+    before = set(threading.enumerate())
+    presence = KnownNames(1_000_000)
+    (own,) = set(threading.enumerate()) - before
+    presence.hear(os.urandom(8 * 1_000_000), b"")  # which takes a second at least
+    begun = time.monotonic()
+    presence.close()
+    assert not own.is_alive()
+    assert time.monotonic() - begun < 0.9
 
 
 def test_what_was_heard_before_a_clear_does_not_count() -> None:

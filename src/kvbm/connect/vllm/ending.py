@@ -32,7 +32,7 @@ def before_sigterm(last: Callable[[], None]) -> None:
         try:
             last()
         except Exception:
-            log.exception("KVBM: its work before the end of the engine raised")
+            log.exception("KVBM could not finish its work before the end of the engine")
         finally:
             if not over.is_set():
                 over.set()

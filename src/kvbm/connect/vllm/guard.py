@@ -86,7 +86,7 @@ class Guard(Generic[Side]):
         try:
             self.side.turn_off(why)
         except Exception:
-            log.exception("KVBM: turning KVBM off raised, too")
+            log.exception("KVBM could not switch itself off in good order")
 
     def close(self) -> None:
         """The side is not needed any more. May be called again."""
@@ -96,7 +96,7 @@ class Guard(Generic[Side]):
         try:
             self.side.close()
         except Exception:
-            log.exception("KVBM: its end went wrong")
+            log.exception("KVBM could not close in good order")
 
 
 class SchedulerGuard(Guard["SchedulerSide"]):
@@ -175,7 +175,9 @@ class SchedulerGuard(Guard["SchedulerSide"]):
             try:
                 self.side.forget()
             except Exception:
-                log.exception("KVBM: what lies on disk may be served after a restart")
+                log.exception(
+                    "KVBM could not clear the disk tier: a restart may be served what was stored before the reset"
+                )
         return True
 
     def stats(self) -> KvbmStats | None:

@@ -49,7 +49,7 @@ _UNRELATED = {
     "generation_config.json", "chat_template.json", "trainer_state.json", "all_results.json", "train_results.json",
     "eval_results.json", "training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt",
 }  # fmt: skip
-"""Files of such names that change no KV, whoever reads them. (Of some models a tokenizer does: `_tokenizer`.)"""
+"""Files of such names that change no KV. (Of some models a tokenizer does: `_tokenizer`.)"""
 _TOKENIZER = (
     "tokenizer*", "*vocab*", "merges.txt", "tekken.json", "special_tokens_map.json", "*.model", "*.tiktoken",
 )  # fmt: skip

@@ -26,10 +26,10 @@ from kvbm.stores.objects.notes import MOST_BYTES, decode
 log = logging.getLogger(__name__)
 
 YOUNG_S: Final = 900.0
-"""What is younger stays, however much there is: whoever wrote it or was told of it may be about to read it."""
+"""What is younger stays, however much there is: an instance that wrote it or was told of it may be about to read it."""
 DOWN_TO: Final = 0.9
 _BOUND_EPOCHS: Final = 6
-"""The largest bound that an engine told in so many epochs holds."""
+"""For this many epochs the largest bound that an engine told holds."""
 _KEEP_S: Final = {"feed": 3_600.0 + EPOCH_S, "touch": 86_400.0, "lease": 3_600.0, "probe": 3_600.0, "part": 3_600.0}
 """How long what is no run stays."""
 _SPACE_BYTES: Final = 8
@@ -174,7 +174,7 @@ class _Deleted(NamedTuple):
 
 
 def _delete(store: ObjectStore, these: Sequence[str], stopped: Callable[[], bool] = bool) -> _Deleted:
-    """Only what is ours, whoever asks for it. Ends early once it is `stopped`, or may delete nothing. Raises Broken."""
+    """Only what is ours. Ends early once it is `stopped`, or may delete nothing. Raises Broken."""
     ours, gone, refusal = [name for name in these if parse(name) is not None], list[str](), None
     for at in range(0, len(ours), _BATCH):
         if stopped():

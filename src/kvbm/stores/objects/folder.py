@@ -23,7 +23,7 @@ from kvbm.abc.store import MOST_BYTES, Absent, Damaged, Denied, Full, Listed, Ob
 from kvbm.core.errors import Broken
 
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-"""A link is not followed, and a FIFO does not block whoever opens it."""
+"""A link is not followed, and opening a FIFO does not block."""
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _PARENT: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 """What may be entered, and need not be readable."""

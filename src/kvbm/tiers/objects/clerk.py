@@ -294,7 +294,7 @@ class Clerk:
             self.feed.write_touched(self._clock())
 
     def _collect(self, job: Job[None]) -> None:
-        """Once in an epoch, whoever is the first."""
+        """Once in an epoch, by the first that comes."""
         library, now = self._library, self._clock()
         if not self._clock.collects or not take_lease(library.store, library.envelope, self.feed.instance, now):
             return

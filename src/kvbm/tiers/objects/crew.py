@@ -22,7 +22,7 @@ _BEGINS, _RUNS, _COMMITS, _ENDED = range(4)
 
 
 class Job(Generic[Hands]):
-    """Something to do before `due`, by `time.monotonic`. `number` names it to whoever cancels it; `run` does it;
+    """Something to do before `due`, by `time.monotonic`. `number` names it for `cancel`; `run` does it;
     `failed` is called instead of its end where it is given up, with the reason. One of both ends it, once."""
 
     def __init__(

@@ -31,7 +31,7 @@ class RunsPlace(msgspec.Struct, frozen=True):
 
 
 class RankArena(msgspec.Struct, frozen=True, tag=True):
-    """Where a rank's host memory is: a file that process `pid` has open as `fd`, of so many bytes; bytes from one slot
+    """Where a rank's host memory is: a file that process `pid` has open as `fd`, its bytes; bytes from one slot
     to the next. `host` tells machines apart."""
 
     rank: int

@@ -22,10 +22,12 @@ _WAYS: Final = 16
 """Names in a row: two cache lines. With half of them taken, one name in a thousand finds its row full."""
 _SLICE: Final = 1_000
 _PAUSE_S: Final = 0.001
+_END_S: Final = 5.0
 
 
 class KnownNames:
-    """At most `most` names; of more, any leave. 16 bytes for each that there may be. Any thread."""
+    """At most `most` names; of more, any leave. 16 bytes for each that there may be. Any thread. `close` ends its own
+    thread."""
 
     def __init__(self, most: int) -> None:
         self._most, self._shape = most, (-(-2 * most // _WAYS), _WAYS)
@@ -33,6 +35,7 @@ class KnownNames:
         self._count = self._generation = 0
         self._lock = threading.RLock()
         self._news: SimpleQueue[tuple[bytes, bytes, int] | None] = SimpleQueue()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="kvbm-names", daemon=True)
         self._thread.start()
 
@@ -89,8 +92,10 @@ class KnownNames:
             self._rows, self._count = np.zeros(self._shape, np.uint64), 0
 
     def close(self) -> None:
-        """Take nothing in any more."""
+        """Take nothing in any more. What was heard and not taken in is not known."""
+        self._closed = True
         self._news.put(None)
+        self._thread.join(_END_S)
 
     def _run(self) -> None:
         while (news := self._news.get()) is not None:
@@ -99,6 +104,8 @@ class KnownNames:
                 heads = np.frombuffer(text, "<u8")
                 for at in range(0, len(heads), _SLICE):
                     with self._lock:
+                        if self._closed:
+                            return
                         if generation != self._generation:
                             break
                         take(heads[at : at + _SLICE])

@@ -39,7 +39,7 @@ class Waits(Protocol):
     def clock(self) -> float: ...
 
     def due(self, blocks: int) -> float:
-        """When the peer counts as dead if none of so many blocks has come."""
+        """When the peer counts as dead if none of this many blocks has come."""
 
 
 @dataclass(slots=True)

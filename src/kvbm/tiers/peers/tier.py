@@ -234,7 +234,7 @@ class Peers:
         return self._moves.answer(result)
 
     def landing(self, slots: Slots, keys: Sequence[bytes], how: Landing) -> None:
-        """Blocks are about to be published in host memory: whoever is promised them has to know their checksums."""
+        """Blocks are about to be published in host memory: a peer that is promised them has to know their checksums."""
         self.serving.sums.note(slots, keys, how.sums)
 
     def landed(self, keys: Sequence[bytes], how: Landing) -> None:
@@ -355,7 +355,7 @@ class Peers:
 
 
 def _makes_sense(promise: Promise, memory: Memory, count: int, ranks: int) -> bool:
-    """Whether a promise of so many blocks can be used: what others say is looked at before anything is done with it."""
+    """Whether a promise of `count` blocks can be used: what others say is looked at before anything is done with it."""
     words = {len(promise.priorities) * 8, len(promise.ttls), len(promise.slots) * 2, *map(len, promise.sums)}
     if not count or words != {count * 8} or not ranks == len(promise.sums) == len(memory.slabs):
         return False
