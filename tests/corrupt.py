@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import tests.before  # noqa: F401
 from kvbm.core.region import Region
 from kvbm.testing.faults import _peek, _poke, inject, injected
 from kvbm.tiers.peers import connections as network

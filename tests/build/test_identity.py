@@ -76,8 +76,8 @@ def waiting(engine: Engine) -> dict[str, str]:
 
 
 def attached(engine: Engine) -> None:
-    engine.until(lambda: engine.leader.disk is not None and not waiting(engine))
-    disk = engine.leader.disk
+    engine.until(lambda: engine.disk_side is not None and not waiting(engine))
+    disk = engine.disk_side
     assert disk is not None
     engine.disk = disk.tier.pool
 
@@ -119,7 +119,7 @@ def test_what_is_not_known_stays_in_host_memory(
             said = [record for record in caplog.records if "stores nothing on disk" in record.message]
             assert [record.levelno for record in said] == [logging.WARNING]
             engine.side.drain(PATIENCE)
-            assert engine.leader.disk is None
+            assert engine.disk_side is None
     assert len(seen) == 2, "a namespace that no other process has"
     assert not folders(tmp_path)
 
@@ -146,7 +146,7 @@ def test_serving_starts_meanwhile(
         assert engine.serve(early) == 6
         slow.go.set()
         attached(engine)
-        engine.until(lambda: engine.leader.disk is not None)
+        engine.until(lambda: engine.disk_side is not None)
         after = engine.side.control.status()
         assert after["fingerprint"] != before["fingerprint"]
         assert ("demote" in before, "demote" in after) == (False, True)
@@ -201,7 +201,7 @@ def test_a_disk_that_nobody_wants_any_more(make: Make, slow: Slow, tmp_path: Pat
     engine.leader.core.isolate("other weights came")
     slow.go.set()
     engine.until(lambda: all(not thread.name.startswith("kvbm-attach") for thread in threading.enumerate()))
-    assert engine.leader.disk is None
+    assert engine.disk_side is None
     assert waiting(engine) == {"g3": "other weights came"}
     other = make(engine="f", choose=slow)
     attached(other)  # the folder's lock was let go
@@ -255,7 +255,7 @@ def test_from_some_moment_on_nothing_is_known(make: Make, caplog: pytest.LogCapt
         assert engine.serve(after) == 3
         written = engine.side.totals.demote.blocks
         engine.side.drain(PATIENCE)
-        lower = engine.leader.disk
+        lower = engine.disk_side
         assert lower is not None
         monotonic = time.monotonic() + 0.3
         while time.monotonic() < monotonic:
@@ -269,7 +269,7 @@ def test_from_some_moment_on_nothing_is_known(make: Make, caplog: pytest.LogCapt
         engine.settle()
         engine.leader.core.isolate("other weights came")
         engine.leader.reset()
-        engine.until(lambda: not engine.leader.disk.tier.clearing)  # type: ignore[union-attr]
+        engine.until(lambda: not engine.disk_side.tier.clearing)  # type: ignore[union-attr]
         assert engine.serve(before) == 0
     engine = make()
     assert engine.serve(before) == 0, "a reset ends what lasts"
@@ -282,7 +282,7 @@ def test_what_is_on_its_way_is_given_up(make: Make) -> None:
         engine.settle()
     engine = make(transport_wrapper="kvbm.testing.faults:build?disk=1&load_delay=0.5")
     engine.leader.begin("r", keys, RequestParams(), 7 * 32)
-    lower = engine.leader.disk
+    lower = engine.disk_side
     assert lower is not None
     engine.until(lambda: lower.tier.in_flight()[1])
     assert engine.leader.match("r", 0, 6) is None, "it waits for the disk"

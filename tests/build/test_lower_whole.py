@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import tests.before  # noqa: F401
 from kvbm.transfer import file
 from tests.build.whole import PATIENCE, Engine
 from tests.leader.roles import keys_of

@@ -23,8 +23,8 @@ from kvbm.leader.requests import RequestParams
 from kvbm.stores.disk.disk import Disk
 from kvbm.testing.transport import HostMemory
 from kvbm.tiers.disk.rank import DiskRank
+from kvbm.tiers.disk.side import DiskSide
 from kvbm.worker.worker import Worker
-from tests import before  # noqa: F401
 
 ROWS = (4096, 4096, 640)
 TOKENS, G1 = 32, 24
@@ -106,8 +106,8 @@ class Engine:
                 worker.close()
             raise
         self.leader = self.side.leader
-        if self.leader.disk is not None:
-            self.disk = self.leader.disk.tier.pool
+        if (disk := self.disk_side) is not None:
+            self.disk = disk.pool
         self.names = itertools.count()
         self.folder = path / "g3"
         self.own = self.folder / names.fingerprint[:16]
@@ -200,8 +200,16 @@ class Engine:
         self.until(said)
         return failed
 
+    @property
+    def disk_side(self) -> DiskSide | None:
+        """The leader's end of its disk tier."""
+        stack = self.leader.core.lower.stack
+        side = stack.tiers.get("g3") if stack is not None else None
+        assert side is None or isinstance(side, DiskSide)
+        return side
+
     def settle(self) -> None:
-        lower = self.leader.disk
+        lower = self.disk_side
         assert lower is not None
         self.until(
             lambda: lower.demotion.idle and lower.tier.in_flight() == (0, 0) and not self.leader.core.lower.degraded()

@@ -25,6 +25,7 @@ from kvbm.leader.health import Health
 from kvbm.leader.leader import Leader
 from kvbm.leader.lower import LowerTiers
 from kvbm.leader.observers import Observers
+from kvbm.leader.reports import Reports
 from kvbm.leader.requests import RequestParams, Variant
 from kvbm.link.channel import Link
 from kvbm.link.messages import Adapter, Copy, Message, Result, Step, pack
@@ -49,7 +50,6 @@ from kvbm.tiers.peers.serving import Around, Serving
 from kvbm.tiers.peers.tier import Patience, Peers
 from kvbm.tiers.promote import Promotion
 from kvbm.tiers.stack import Stack
-from tests import before  # noqa: F401
 from tests.leader.played import Chores, Keys, Others
 from tests.link.orders import off_channel, on_channel
 
@@ -125,6 +125,7 @@ class Stage:
         shares: bool = True,
         groups: Sequence[LayerGroup] = (),
         most_doubted: float = 1.0,
+        reports: Reports | None = None,
         **settings: Any,
     ) -> None:
         ends = {rank: socket.socketpair() for rank in range(ranks)}
@@ -140,7 +141,9 @@ class Stage:
         )  # fmt: skip
         coverage = Groups(self.pool, groups, given.checkpoint_tokens) if groups else Prefix(self.pool)
         gate = Gate(BLOCK_TOKENS, self.clock)
-        self.leader = Leader(given, core, coverage, gate, shares_device_blocks=shares, clock=self.clock)
+        self.leader = Leader(
+            given, core, coverage, gate, shares_device_blocks=shares, reports=reports, clock=self.clock
+        )  # fmt: skip
         self.heard: dict[int, list[Any]] = {rank: [] for rank in range(ranks)}
 
     def on_event(self, event: Event) -> None:
@@ -214,7 +217,7 @@ class Stage:
         self.say(Result(job, rank, bytes(outcomes), nbytes, seconds, error, **more), rank)
 
     def matchable(self, keys: Sequence[bytes]) -> int:
-        self.leader.tick()
+        self.leader.core.tick()
         return self.pool.peek(keys)
 
     # ------------------------------------------------------------------ the disk
@@ -279,13 +282,13 @@ class Stage:
 
     def tick(self, seconds: float = 0.0) -> None:
         self.clock.advance(seconds)
-        self.leader.tick()
+        self.leader.core.tick()
 
     def settle(self) -> None:
         """Lets the folder's thread end what it does, and the leader hear of it."""
         while self.tier.chores.busy:
             self.tier.chores.wait(10)
-            self.leader.tick()
+            self.leader.core.tick()
 
     def probed(self, *problems: str | None, reopen: bool = False) -> None:
         """Every rank answers the last probe; rank by rank what it says, None for the others."""
@@ -294,13 +297,13 @@ class Stage:
             assert probe.reopen == reopen
             problem = problems[rank] if rank < len(problems) else None
             self.say(Probed(rank, problem, probe.number), rank)
-        self.leader.tick()
+        self.leader.core.tick()
 
     def write_all(self, *, fails: bool = False) -> list[Write]:
         """Lets the leader write until it wants no more, and answers; returns what was written."""
         writes: list[Write] = []
         while True:
-            self.leader.tick()
+            self.leader.core.tick()
             if not (new := self.hear(Write)):
                 return writes
             for write in new:

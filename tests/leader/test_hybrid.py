@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tests.before  # noqa: F401
 from kvbm.blocks import LayerGroup, prompt_keys
 from kvbm.core.errors import Misuse
 from kvbm.core.keys import group_key, group_of

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+import tests.before  # noqa: F401
 from kvbm.core.events import Admitted, Event, Unread
 from kvbm.leader import core as offload
 from kvbm.leader.growing import Growing

@@ -56,9 +56,11 @@ def _expire(stage: Stage) -> Callable[[], None]:
     ],
 )
 def test_an_idle_engine_finds_what_is_wrong(
-    stage: Stage, tmp_path: Path, caplog: pytest.LogCaptureFixture, lie: Callable[[Stage], Any], text: str
-) -> None:
-    stage.leader.reports = Reports(tmp_path, "e")
+    make_stage: Callable[..., Stage], tmp_path: Path, caplog: pytest.LogCaptureFixture, lie: Callable[[Stage], Any],
+    text: str,
+) -> None:  # fmt: skip
+    reports = Reports(tmp_path, "e")
+    stage = make_stage(reports=reports)
     stage.keep("first", KEYS)
     stage.tick()
     assert stage.leader.core.health.problems == []
@@ -68,7 +70,7 @@ def test_an_idle_engine_finds_what_is_wrong(
     (problem,) = stage.leader.core.health.problems
     assert text in problem
     assert caplog.text.count("an invariant does not hold") == 1
-    stage.leader.reports.wait(10)
+    reports.wait(10)
     (path,) = tmp_path.iterdir()
     assert str(path) in problem
     report = json.loads(path.read_text())

@@ -67,7 +67,12 @@ def test_a_declined_hit_is_compared_as_it_is_computed(stage: Stage) -> None:
     answer(stage, one, DONE)
     now, shadow = stage.pool.statistics(), shadow_of(stage)
     assert (now.writable, now.active, shadow.held) == (0, 0, 0)
-    assert (shadow.sampled, shadow.compared, shadow.wrong, shadow.skipped) == (1, 4, 0, 0)
+    assert (shadow.counts.sampled, shadow.counts.compared, shadow.counts.mismatched, shadow.counts.skipped) == (
+        1,
+        4,
+        0,
+        0,
+    )
     assert stage.matchable(KEYS) == 4
     stage.leader.finish("b", [20, 21, 22, 23], 4)
 
@@ -85,12 +90,14 @@ def test_what_is_overwritten_before_a_worker_hears_of_it_is_not_compared(stage: 
     step = stage.step(reuse=[21])
     assert (step.compares, step.fence) == ([], [])
     shadow = shadow_of(stage)
-    assert (shadow.sampled, shadow.compared, shadow.skipped, shadow.held) == (1, 0, 4, 0)
+    assert (shadow.counts.sampled, shadow.counts.compared, shadow.counts.skipped, shadow.held) == (1, 0, 4, 0)
     assert stage.pool.statistics().writable == 0
 
 
-def test_blocks_that_differ_end_all_trust(stage: Stage, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    stage.leader.reports = Reports(tmp_path / "reports", "engine-1")
+def test_blocks_that_differ_end_all_trust(make_stage: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    reports = Reports(tmp_path / "reports", "engine-1")
+    stage = make_stage(64, shadow_every=1, reports=reports)
+    stage.keep("first", KEYS)
     declined(stage)
     (compare,) = stage.step({"b": 4}).compares
     answer(stage, compare, DONE, CORRUPT, DONE, FAILED)
@@ -99,9 +106,9 @@ def test_blocks_that_differ_end_all_trust(stage: Stage, tmp_path: Path, caplog: 
     assert stage.leader.core.health.problems == [stage.leader.core.health.quarantined]
     assert len([record for record in caplog.records if "quarantined" in record.message]) == 1
     shadow = shadow_of(stage)
-    assert (shadow.compared, shadow.wrong, shadow.skipped) == (3, 1, 1)
+    assert (shadow.counts.compared, shadow.counts.mismatched, shadow.counts.skipped) == (3, 1, 1)
 
-    stage.leader.reports.wait(10)
+    reports.wait(10)
     (path,) = (tmp_path / "reports").iterdir()
     assert str(path) in stage.leader.core.health.quarantined
     assert path.stat().st_mode & 0o777 == 0o600
@@ -156,7 +163,7 @@ def test_what_cannot_be_compared_is_no_alarm(stage: Stage) -> None:
     (compare,) = stage.step({"b": 4}).compares
     answer(stage, compare, FAILED, FAILED, FAILED, FAILED)
     assert stage.leader.core.health.quarantined is None
-    assert shadow_of(stage).skipped == 4
+    assert shadow_of(stage).counts.skipped == 4
 
 
 def test_one_of_so_many(make_stage: Make) -> None:
@@ -191,7 +198,7 @@ def test_it_holds_no_more_than_its_part(make_stage: Make) -> None:
     assert stage.leader.match("c", 0, 20) == 20  # no room for another: a hit
     (compare,) = stage.step({"b": 20}).compares
     answer(stage, compare, *[DONE] * 8)
-    assert (shadow.held, shadow.compared) == (0, 8)
+    assert (shadow.held, shadow.counts.compared) == (0, 8)
 
 
 def test_nor_in_two_requests_of_one_step(make_stage: Make) -> None:
@@ -205,7 +212,7 @@ def test_nor_in_two_requests_of_one_step(make_stage: Make) -> None:
     assert shadow_of(stage).held == 8
     for name in ("b", "c"):
         stage.leader.finish(name, [], 0)
-    assert (shadow_of(stage).held, shadow_of(stage).skipped) == (0, 8)
+    assert (shadow_of(stage).held, shadow_of(stage).counts.skipped) == (0, 8)
 
 
 def test_nor_for_longer_than_its_time(stage: Stage) -> None:
@@ -223,7 +230,7 @@ def test_a_request_that_ends_lets_go(stage: Stage) -> None:
     stage.leader.finish("b", [20, 21, 22, 23], 2)
     assert shadow_of(stage).held == 4  # what is being compared is still held
     answer(stage, compare, DONE, DONE)
-    assert (shadow_of(stage).held, shadow_of(stage).skipped) == (0, 2)
+    assert (shadow_of(stage).held, shadow_of(stage).counts.skipped) == (0, 2)
 
 
 def test_a_new_generation_says_nothing_of_the_old(stage: Stage) -> None:
@@ -232,7 +239,7 @@ def test_a_new_generation_says_nothing_of_the_old(stage: Stage) -> None:
     stage.leader.reset()
     answer(stage, compare, CORRUPT, CORRUPT)
     assert stage.leader.core.health.quarantined is None
-    assert shadow_of(stage).wrong == 0
+    assert shadow_of(stage).counts.mismatched == 0
     assert stage.step({"b": 4}).compares == []
     assert shadow_of(stage).held == 0
 
@@ -253,7 +260,7 @@ def test_no_room_for_what_was_computed(make_stage: Make) -> None:
     held = stage.pool.allocate(7)
     assert held is not None
     assert stage.step({"b": 1}).compares == []
-    assert (shadow_of(stage).held, shadow_of(stage).skipped) == (0, 1)
+    assert (shadow_of(stage).held, shadow_of(stage).counts.skipped) == (0, 1)
     held.drop()
 
 
@@ -266,7 +273,7 @@ def test_a_request_that_is_preempted_goes_on(stage: Stage) -> None:
     assert two.g1_slots().tolist() == [32, 33]
     answer(stage, one, DONE, DONE)
     answer(stage, two, DONE, DONE)
-    assert shadow_of(stage).compared == 4
+    assert shadow_of(stage).counts.compared == 4
 
 
 def test_what_the_engine_holds_itself_is_not_compared(stage: Stage) -> None:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+import tests.before  # noqa: F401
 from kvbm.core.outcome import Outcome
 from kvbm.link.messages import Cancel, Copy, Result, unpack
 from kvbm.tiers.disk.orders import Forget, Generation, Probe, Probed, Read, Write

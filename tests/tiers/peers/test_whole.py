@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.before  # noqa: F401
 from kvbm.build import stack as build_lower
 from kvbm.core.events import Admitted
 from kvbm.leader import earlier
